@@ -1,0 +1,68 @@
+"""Every error a user can meet. Each message names the cause and the mend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class TlCltError(Exception):
+    """Base of all errors that `tl_clt` raises on purpose."""
+
+
+class HookNotFound(TlCltError, LookupError):
+    """A hook name that the model does not have."""
+
+
+class ModelNotFound(TlCltError, ValueError):
+    """A model name, folder or file that cannot be loaded."""
+
+
+class ModelUnsupported(TlCltError, ValueError):
+    """A model whose architecture lacks what a method needs."""
+
+
+class TokenizerMissing(TlCltError, ValueError):
+    """Text was given, but the model has no tokenizer to read it with."""
+
+
+class PromptError(TlCltError, ValueError):
+    """A prompt that cannot be traced: empty, too short, too long, or with unknown token ids."""
+
+
+class ConfigError(TlCltError, ValueError):
+    """A configuration with an unknown key or a value out of range."""
+
+
+class CLTMismatch(TlCltError, ValueError):
+    """A CLT that was made for another model: depth, width or hooks differ."""
+
+
+class FormatError(TlCltError, ValueError):
+    """A file that is truncated, or is not in the layout that its place promises."""
+
+
+class AlreadyAttached(TlCltError, RuntimeError):
+    """A second CLT was to be attached to a model that has one."""
+
+
+class LocalModelMismatch(TlCltError, RuntimeError):
+    """The local replacement model does not give the model's own logits."""
+
+
+class TargetError(TlCltError, ValueError):
+    """Attribution targets that do not exist: a logit count or a token out of range."""
+
+
+class OutputNotEmpty(TlCltError, FileExistsError):
+    """An output path that already holds something."""
+
+
+class DatasetError(TlCltError, ValueError):
+    """A dataset that cannot be found, read or used."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`" Nearest: 'x'."` for the known name most like `name`, or nothing where none is alike."""
+    close = get_close_matches(name, list(known), n=1)
+    return f" Nearest: '{close[0]}'." if close else ""

@@ -1,0 +1,51 @@
+"""The only room that imports transformer_lens: models, hooks, freezing, prompts and weights."""
+
+from tl_clt.lens.freezing import frozen_hooks, hold, is_frozen_hook
+from tl_clt.lens.hooks import (
+    FwdHook,
+    add_hook_points,
+    block_hook,
+    find_hook,
+    model_name,
+    remove_hook_points,
+    require_hooks,
+    user_hooks_aside,
+)
+from tl_clt.lens.loading import Backend, bundled_organisms, load_model
+from tl_clt.lens.prompts import Prompt, require_tokenizer, to_tokens, token_strings
+from tl_clt.lens.running import Unembedding, run_with_cache, run_with_hooks, tap_unembedding
+from tl_clt.lens.types import ActivationCache, HookedModel, HookedTransformer, HookPoint, TransformerBridge
+from tl_clt.lens.weights import dtype_of, unembedding_biases, unembedding_directions
+
+__all__ = [
+    "ActivationCache",
+    "Backend",
+    "FwdHook",
+    "HookPoint",
+    "HookedModel",
+    "HookedTransformer",
+    "Prompt",
+    "TransformerBridge",
+    "Unembedding",
+    "add_hook_points",
+    "block_hook",
+    "bundled_organisms",
+    "dtype_of",
+    "find_hook",
+    "frozen_hooks",
+    "hold",
+    "is_frozen_hook",
+    "load_model",
+    "model_name",
+    "remove_hook_points",
+    "require_hooks",
+    "require_tokenizer",
+    "run_with_cache",
+    "run_with_hooks",
+    "tap_unembedding",
+    "to_tokens",
+    "token_strings",
+    "unembedding_biases",
+    "unembedding_directions",
+    "user_hooks_aside",
+]

@@ -1,0 +1,219 @@
+"""`load_model`: a name, a folder, a .gguf file or a bundled organism, as either kind of model."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from transformer_lens import loading_from_pretrained as tl_loading
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from tl_clt.errors import ConfigError, ModelNotFound, ModelUnsupported, nearest
+from tl_clt.lens.types import HookedModel, HookedTransformer, TransformerBridge
+
+Backend = Literal["hooked", "bridge"]
+ORGANISMS = Path(__file__).parents[1] / "organisms"
+
+GEMMA_NAMES = {
+    ("gemma3_text", 18, 640): "google/gemma-3-270m",
+    ("gemma3_text", 26, 1152): "google/gemma-3-1b-pt",
+    ("gemma2", 26, 2304): "google/gemma-2-2b",
+    ("gemma2", 42, 3584): "google/gemma-2-9b",
+    ("gemma", 18, 2048): "google/gemma-2b",
+    ("gemma", 28, 3072): "google/gemma-7b",
+}
+"""(model_type, layers, width) -> the name under which TransformerLens keeps a Gemma's settings.
+TransformerLens reads most architectures' settings from their own config file, but Gemma's from the name."""
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    backend: Backend = "hooked",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> HookedModel:
+    """Load a model, without any change to its weights.
+
+    Args:
+        name_or_path: a bundled organism ("atlas"), a local Hugging Face folder, a `.gguf` file, or a hub name.
+        backend: "hooked" for a HookedTransformer, "bridge" for a TransformerBridge.
+        device: where it goes; the CPU unless said otherwise.
+        dtype: number type of the weights.
+
+    Raises:
+        ModelNotFound: nothing is there, or a file is truncated; the message says what was looked for.
+        ModelUnsupported: HookedTransformer does not know the architecture; the bridge may.
+    """
+    if backend not in get_args(Backend):
+        raise ConfigError(f"backend is {backend!r}: give 'hooked' or 'bridge'.")
+    where = torch.device(device or "cpu")
+    path = _local_path(name_or_path)
+    with _quietly():
+        if path is None and backend == "hooked":
+            return _hooked_from_hub(str(name_or_path), where, dtype)
+        source = str(name_or_path) if path is None else str(path)
+        gguf = path is not None and path.is_file()
+        hf_model, tokenizer = _read_gguf(path, dtype) if gguf and path else _read_folder(source, dtype)
+        if backend == "bridge":
+            bridge = TransformerBridge.boot_transformers(
+                source, hf_model=hf_model, tokenizer=tokenizer, device=where, dtype=dtype
+            )
+            bridge.cfg.model_name = Path(source).stem if gguf else _plain_name(source)
+            return bridge.eval()
+        return _hooked_from_parts(source, hf_model, tokenizer, where, dtype)
+
+
+def bundled_organisms() -> list[str]:
+    """Names of the organisms whose weights come with the package."""
+    return sorted(p.parent.parent.name for p in ORGANISMS.glob("*/model/config.json"))
+
+
+def _local_path(name_or_path: str | Path) -> Path | None:
+    """The folder or file meant, or None where it must be a hub name."""
+    path = Path(name_or_path).expanduser()
+    if str(name_or_path) in bundled_organisms():
+        return ORGANISMS / str(name_or_path) / "model"
+    if path.suffix == ".gguf" and not path.is_file():
+        raise ModelNotFound(f"'{path}' does not exist. Check the path of the .gguf file.")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelNotFound(f"'{path}' has no config.json: it is no Hugging Face model folder.")
+    if path.is_file() and path.suffix != ".gguf":
+        raise ModelNotFound(f"'{path}' is no .gguf file. Give that, a model folder, or a hub name.")
+    if not path.exists() and (path.is_absolute() or str(name_or_path).startswith((".", "~"))):
+        raise ModelNotFound(f"'{path}' does not exist. Check the path of the model folder.")
+    return path if path.exists() else None
+
+
+def _read_folder(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    """A Hugging Face model and, where its files are there, the tokenizer."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager")
+    except (OSError, ValueError, HFValidationError, HfHubHTTPError, RuntimeError) as error:
+        raise _not_found(source, error) from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ModelNotFound(f"'{source}': a weight file is truncated ({error}). Copy it again.") from error
+    return model, _read_tokenizer(source)
+
+
+def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    """A Hugging Face model and tokenizer from a .gguf file, its weights as plain numbers."""
+    try:
+        quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except ImportError as error:
+        raise ModelNotFound(f"Reading '{path}' needs the package gguf: pip install gguf.") from error
+    except (OSError, ValueError, KeyError, RuntimeError, IndexError) as error:
+        raise ModelNotFound(f"'{path}' is truncated or no .gguf file ({error}). Copy it again.") from error
+    # The weights are plain by now, but their config still calls them quantised, which TransformerLens refuses.
+    plain = {k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
+    config = type(quantised.config).from_dict(plain)
+    config._attn_implementation = "eager"
+    model = type(quantised)(config).to(dtype)
+    model.load_state_dict(quantised.state_dict())
+    return model, tokenizer
+
+
+def _read_tokenizer(source: str) -> Any:
+    """The tokenizer beside a model, or None where there is none (a prompt must then be token ids)."""
+    folder = Path(source)
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    if folder.is_dir() and not any((folder / name).is_file() for name in names):
+        return None
+    return AutoTokenizer.from_pretrained(source)
+
+
+def _hooked_from_hub(name: str, device: torch.device, dtype: torch.dtype) -> HookedTransformer:
+    known = tl_loading.make_model_alias_map()
+    if name.lower() not in known:
+        raise ModelNotFound(
+            f"'{name}' is no bundled organism ({', '.join(bundled_organisms())}), no folder or .gguf file here,"
+            f" and no model that HookedTransformer knows.{nearest(name, known)}"
+            " For other hub models use backend='bridge'."
+        )
+    try:
+        model = HookedTransformer.from_pretrained_no_processing(name, device=str(device), dtype=dtype)
+    except (OSError, HfHubHTTPError) as error:
+        raise _not_found(name, error) from error
+    return model.eval()
+
+
+def _hooked_from_parts(
+    source: str, hf_model: PreTrainedModel, tokenizer: Any, device: torch.device, dtype: torch.dtype
+) -> HookedTransformer:
+    """A HookedTransformer of a Hugging Face model that is in memory."""
+    hf_config = hf_model.config
+    key = (hf_config.model_type, hf_config.num_hidden_layers, hf_config.hidden_size)
+    with tempfile.TemporaryDirectory() as neutral:
+        # TransformerLens guesses an architecture from words in a path, so it gets one without any; and it
+        # reads GPT-2's context from a key that configs no longer have.
+        named = copy.deepcopy(hf_config)
+        if hf_config.model_type == "gpt2":
+            named.n_ctx = hf_config.n_positions
+        named.save_pretrained(neutral)
+        try:
+            cfg = tl_loading.get_pretrained_model_config(
+                GEMMA_NAMES.get(key, neutral), hf_cfg=hf_config.to_dict(), device=str(device), dtype=dtype
+            )
+        except (NotImplementedError, ValueError, UnboundLocalError, KeyError) as error:
+            raise ModelUnsupported(
+                f"HookedTransformer has no settings for {key[0]} with {key[1]} layers of width {key[2]}"
+                " from a local file. Load it with backend='bridge'."
+            ) from error
+        cfg.model_name = _plain_name(source)
+        state_dict = tl_loading.get_pretrained_state_dict(
+            GEMMA_NAMES.get(key, neutral), cfg, hf_model, dtype=dtype
+        )
+    if tokenizer is None:
+        cfg.tokenizer_name = None
+    model = HookedTransformer(cfg, tokenizer, move_to_device=False)
+    model.load_and_process_state_dict(
+        state_dict, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
+    )
+    model.move_model_modules_to_device()
+    return model.eval()
+
+
+def _plain_name(source: str) -> str:
+    """A short name for a model: the organism's, the folder's, the file's, or the hub's."""
+    path = Path(source)
+    if path.parent.parent == ORGANISMS:
+        return path.parent.name
+    return path.stem if path.suffix == ".gguf" else (path.name if path.exists() else source)
+
+
+def _not_found(source: str, error: Exception) -> ModelNotFound:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ModelNotFound(
+        f"'{source}' could not be loaded ({first_line}). It must be a bundled organism"
+        f" ({', '.join(bundled_organisms())}), a Hugging Face folder, a .gguf file, or a hub name that can be"
+        " reached."
+    )
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep the loaders' own bars, deprecations and notes off the user's screen."""
+    from transformers.utils import logging as hf_logging
+
+    bars = hf_logging.is_progress_bar_enabled()
+    level = logging.getLogger().level
+    try:
+        hf_logging.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
+        logging.getLogger().setLevel(level)

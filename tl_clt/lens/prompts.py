@@ -1,0 +1,82 @@
+"""From what a user gives as a prompt to token ids that the model can take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from tl_clt.errors import PromptError, TokenizerMissing
+from tl_clt.lens.hooks import model_name
+from tl_clt.lens.types import HookedModel
+from tl_clt.shapes import Tokens
+
+Prompt: TypeAlias = str | Sequence[int] | Tensor
+
+
+def require_tokenizer(model: HookedModel, purpose: str) -> None:
+    """Raise `TokenizerMissing` where the model has no tokenizer."""
+    if getattr(model, "tokenizer", None) is None:
+        raise TokenizerMissing(
+            f"{model_name(model)} has no tokenizer to {purpose}. Give token ids, or load the model with its"
+            " tokenizer: load_model(folder) reads tokenizer files that lie beside the weights."
+        )
+
+
+def to_tokens(model: HookedModel, prompt: Prompt) -> Tokens:
+    """Token ids [pos] of a prompt, the beginning-of-sequence token first where the model uses one.
+
+    Args:
+        prompt: text, or token ids [pos] or [1, pos] taken as they are.
+
+    Raises:
+        TokenizerMissing: text for a model without a tokenizer.
+        PromptError: empty, one token long, longer than the context, or with ids out of range.
+    """
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise PromptError("The prompt is empty. Give some text, or at least two token ids.")
+        require_tokenizer(model, "read text with")
+        tokens = model.to_tokens(prompt)[0]
+    else:
+        tokens = torch.as_tensor(prompt)
+        if tokens.is_floating_point():
+            raise PromptError(f"Token ids must be whole numbers, but the prompt has dtype {tokens.dtype}.")
+        if tokens.ndim == 2 and tokens.shape[0] == 1:
+            tokens = tokens[0]
+    tokens = tokens.to(device=model.cfg.device, dtype=torch.long)
+    _check(model, tokens)
+    return tokens
+
+
+def _check(model: HookedModel, tokens: Tensor) -> None:
+    if tokens.ndim != 1:
+        raise PromptError(
+            f"The prompt has shape {list(tokens.shape)}: give one prompt, token ids [pos] or [1, pos]."
+        )
+    if len(tokens) < 2:
+        raise PromptError(
+            f"The prompt is {len(tokens)} token long: give at least 2. At the first position a model has seen"
+            " nothing, and there is nothing to trace."
+        )
+    if len(tokens) > model.cfg.n_ctx:
+        raise PromptError(
+            f"The prompt has {len(tokens)} tokens, but the context of {model_name(model)} is {model.cfg.n_ctx}."
+            " Shorten it: nothing is cut off silently."
+        )
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= model.cfg.d_vocab:
+        wrong = low if low < 0 else high
+        raise PromptError(
+            f"Token id {wrong} is out of range: {model_name(model)} has ids 0 to {model.cfg.d_vocab - 1}."
+            " Was the prompt tokenised for another model?"
+        )
+
+
+def token_strings(model: HookedModel, tokens: Tokens) -> list[str]:
+    """Each token as text, or its number where the model has no tokenizer."""
+    if getattr(model, "tokenizer", None) is None:
+        return [f"#{int(t)}" for t in tokens]
+    return [str(model.to_string(t.reshape(1))) for t in tokens]

@@ -1,0 +1,65 @@
+"""One prompt through a model, keeping what tracing needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_clt.lens.hooks import FwdHook
+from tl_clt.lens.types import ActivationCache, HookedModel
+from tl_clt.shapes import Logits, TokenBatch
+
+
+class Unembedding(NamedTuple):
+    """What went into and came out of the unembedding in one run."""
+
+    final: Float[Tensor, "batch pos d_model"]
+    """Output of ln_final."""
+
+    logits: Logits
+    """Before any soft-cap."""
+
+
+class UnembeddingTap:
+    """Filled by a run within `tap_unembedding`."""
+
+    seen: Unembedding | None = None
+
+    def get(self) -> Unembedding:
+        """What the run gave."""
+        assert self.seen is not None, "no forward pass ran within tap_unembedding"
+        return self.seen
+
+
+@contextmanager
+def tap_unembedding(model: HookedModel) -> Iterator[UnembeddingTap]:
+    """Within, a forward pass leaves the unembedding's input and its output before any soft-cap."""
+    tap = UnembeddingTap()
+
+    def keep(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        tap.seen = Unembedding(args[0], output)
+
+    handle = model.unembed.register_forward_hook(keep)
+    try:
+        yield tap
+    finally:
+        handle.remove()
+
+
+def run_with_cache(
+    model: HookedModel, tokens: TokenBatch, names: Callable[[str], bool]
+) -> tuple[Logits, ActivationCache]:
+    """`model.run_with_cache` without gradients, keeping the hooks that `names` lets through."""
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(tokens, names_filter=names)
+    return logits, cache
+
+
+def run_with_hooks(model: HookedModel, tokens: TokenBatch, hooks: Sequence[FwdHook]) -> Logits:
+    """`model.run_with_hooks`, with gradients where the caller has them on."""
+    return model.run_with_hooks(tokens, fwd_hooks=list(hooks))

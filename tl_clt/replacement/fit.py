@@ -1,0 +1,33 @@
+"""Does this CLT belong to this model? Asked before any work starts."""
+
+from __future__ import annotations
+
+from tl_clt.errors import CLTMismatch
+from tl_clt.lens import HookedModel, block_hook, model_name, require_hooks
+from tl_clt.transcoder import CrossLayerTranscoder
+
+
+def check_fit(model: HookedModel, clt: CrossLayerTranscoder) -> None:
+    """Raise unless depth, width, hooks and device of the CLT are the model's.
+
+    Raises:
+        CLTMismatch: n_layers, d_model or device differ.
+        HookNotFound: the model lacks a hook that the CLT reads or writes.
+    """
+    cfg, name = clt.cfg, model_name(model)
+    if cfg.n_layers != model.cfg.n_layers:
+        raise CLTMismatch(
+            f"The CLT has {cfg.n_layers} layers, but {name} has {model.cfg.n_layers}: it was made for"
+            f" {cfg.model_name}. Load that model, or a CLT of this one."
+        )
+    if cfg.d_model != model.cfg.d_model:
+        raise CLTMismatch(
+            f"The CLT has d_model {cfg.d_model}, but {name} has {model.cfg.d_model}: it was made for"
+            f" {cfg.model_name}. Load that model, or a CLT of this one."
+        )
+    if clt.W_enc.device != model.W_E.device:
+        raise CLTMismatch(
+            f"The CLT is on {clt.W_enc.device}, but {name} is on {model.W_E.device}."
+            f" Move it: clt.to('{model.W_E.device}')."
+        )
+    require_hooks(model, [block_hook(t, h) for t in clt.layers for h in (cfg.input_hook, cfg.output_hook)])

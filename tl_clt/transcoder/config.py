@@ -1,0 +1,137 @@
+"""What a cross-layer transcoder is, in plain values."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from tl_clt.errors import ConfigError, nearest
+
+Activation = Literal["relu", "jumprelu", "topk", "batchtopk"]
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossLayerTranscoderConfig:
+    """Shape, activation and hooks of a `CrossLayerTranscoder`. Checked on construction.
+
+    Raises:
+        ConfigError: a value is out of range; the message names the field and the mend.
+    """
+
+    n_layers: int
+    """Layers of the model; the CLT reads and writes at every one."""
+
+    d_model: int
+    """Width of the residual stream."""
+
+    d_transcoder: int
+    """Features per layer (SAELens: `d_sae`)."""
+
+    span: int | None = None
+    """Layers a feature writes to, its own included: n_layers is a CLT, 1 a set of per-layer transcoders.
+    Left out, it is n_layers; after construction it is always a number."""
+
+    activation: Activation = "jumprelu"
+    """relu, jumprelu (strict `>` against a threshold per feature), topk (k per layer and token), or
+    batchtopk (a fixed threshold at inference, as jumprelu)."""
+
+    k: int | None = None
+    """Features kept per layer and token; for topk and batchtopk only."""
+
+    skip: bool = False
+    """Whether each layer adds a linear map of its own input, `x[t] @ W_skip[t]`."""
+
+    input_hook: str = "hook_resid_mid"
+    """Hook that features read, within a block."""
+
+    output_hook: str = "hook_mlp_out"
+    """Hook that features write, within a block."""
+
+    model_name: str = "unknown"
+    """The model that it was trained on."""
+
+    dtype: str = "float32"
+    """Number type of the weights."""
+
+    input_scale: tuple[float, ...] | None = None
+    """Record of the factor that inputs of each layer had in training. Already folded into the weights."""
+
+    output_scale: tuple[float, ...] | None = None
+    """Record of the factor that outputs of each layer had in training. Already folded into the weights."""
+
+    scan: str | None = None
+    """circuit-tracer's identifier of a feature database, kept for round trips."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "d_model", "d_transcoder"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: give at least 1.")
+        if self.span is None:
+            object.__setattr__(self, "span", self.n_layers)
+        _require(
+            1 <= self.n_writes_at_most <= self.n_layers,
+            f"span is {self.span} for {self.n_layers} layers: give 1 (PLT) to {self.n_layers} (CLT).",
+        )
+        _require(
+            self.activation in get_args(Activation),
+            f"activation is {self.activation!r}: give one of {', '.join(get_args(Activation))}.",
+        )
+        takes_k = self.activation in ("topk", "batchtopk")
+        _require(
+            (self.k is not None) == takes_k,
+            f"k is {self.k} with activation {self.activation!r}: topk and batchtopk need k, others take none.",
+        )
+        _require(
+            self.k is None or 1 <= self.k <= self.d_transcoder,
+            f"k is {self.k} for {self.d_transcoder} features per layer: give 1 to {self.d_transcoder}.",
+        )
+        _require(self.dtype in DTYPES, f"dtype is {self.dtype!r}: give one of {', '.join(DTYPES)}.")
+        for name in ("input_scale", "output_scale"):
+            scale = getattr(self, name)
+            _require(
+                scale is None or len(scale) == self.n_layers,
+                f"{name} has {len(scale or ())} factors for {self.n_layers} layers: give one a layer.",
+            )
+
+    @property
+    def n_writes_at_most(self) -> int:
+        """`span` as the number that it is after construction."""
+        assert self.span is not None
+        return self.span
+
+    @property
+    def has_threshold(self) -> bool:
+        """Whether the activation compares with a threshold per feature."""
+        return self.activation in ("jumprelu", "batchtopk")
+
+    def targets(self, source: int) -> range:
+        """Layers that features of layer `source` write to: source <= target < source + span."""
+        return range(source, min(source + self.n_writes_at_most, self.n_layers))
+
+    def sources(self, target: int) -> range:
+        """Layers whose features write to layer `target`: target - span < source <= target."""
+        return range(max(0, target - self.n_writes_at_most + 1), target + 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` takes them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CrossLayerTranscoderConfig:
+        """The config of `to_dict`'s values.
+
+        Raises:
+            ConfigError: a key is unknown or a required one is missing.
+        """
+        known = {f.name for f in fields(cls)}
+        for key in values:
+            _require(key in known, f"'{key}' is no key of CrossLayerTranscoderConfig.{nearest(key, known)}")
+        for key in ("n_layers", "d_model", "d_transcoder"):
+            _require(key in values, f"'{key}' is missing from the CLT's config: it needs n_layers, d_model and d_transcoder.")
+        as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**as_tuples)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(f"CrossLayerTranscoderConfig: {message}")

@@ -1,0 +1,69 @@
+"""File layouts of a CLT, one module a layout. safetensors and JSON/YAML only: loading runs no code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from tl_clt.errors import FormatError
+from tl_clt.transcoder.formats import circuit_tracer_clt, circuit_tracer_plt, gemma_scope, native
+from tl_clt.transcoder.formats.writing import new_folder
+from tl_clt.transcoder.transcoder import CrossLayerTranscoder
+
+LAYOUTS: tuple[ModuleType, ...] = (native, circuit_tracer_clt, circuit_tracer_plt, gemma_scope)
+SAVE_LAYOUTS = ("native", "circuit-tracer")
+
+
+def load(
+    folder_or_hub_repo: str | Path,
+    *,
+    device: torch.device,
+    dtype: str | torch.dtype | None,
+    lazy_decoder: bool,
+) -> CrossLayerTranscoder:
+    """Load a CLT from a folder in any known layout, or from a hub repository that holds one."""
+    folder = _local_folder(folder_or_hub_repo)
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    for layout in LAYOUTS:
+        if layout.recognises(folder):
+            return layout.load(folder, device=device, dtype=name, lazy_decoder=lazy_decoder)
+    raise FormatError(
+        f"'{folder}' holds no CLT in a known layout: native (cfg.json and clt.safetensors), circuit-tracer CLT"
+        " (W_enc_0.safetensors, W_dec_0.safetensors), circuit-tracer PLT set (layer_0.safetensors), or Gemma Scope 2"
+        " (params_layer_0.safetensors). Check the path."
+    )
+
+
+def save(clt: CrossLayerTranscoder, folder: Path, layout: str) -> Path:
+    """Write a CLT to a new or empty folder in the layout named, all or nothing."""
+    if layout not in SAVE_LAYOUTS:
+        raise FormatError(f"'{layout}' is no layout to save in: give one of {', '.join(SAVE_LAYOUTS)}.")
+    writer = native
+    if layout == "circuit-tracer":
+        is_plt = clt.cfg.span == 1 and clt.cfg.n_layers > 1
+        writer = circuit_tracer_plt if is_plt else circuit_tracer_clt
+        writer.check_can_express(clt)
+    with new_folder(folder) as unfinished:
+        writer.save(clt, unfinished)
+    return folder
+
+
+def _local_folder(folder_or_hub_repo: str | Path) -> Path:
+    folder = Path(folder_or_hub_repo)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise FormatError(f"'{folder}' is a file: give the folder that holds the CLT's files.")
+    try:
+        return Path(
+            snapshot_download(str(folder_or_hub_repo), allow_patterns=["*.safetensors", "*.json", "*.yaml"])
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FormatError(
+            f"'{folder_or_hub_repo}' is neither a folder here nor a hub repository that can be reached"
+            f" ({type(error).__name__}). Check the path or name, and the connection."
+        ) from error

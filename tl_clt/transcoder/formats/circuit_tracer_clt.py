@@ -1,0 +1,94 @@
+"""circuit-tracer's CLT folder.
+
+`W_enc_{i}.safetensors`: W_enc_{i} [d_transcoder, d_model], b_enc_{i}, b_dec_{i} (of output layer i), and
+threshold_{i} for JumpReLU. `W_dec_{i}.safetensors`: W_dec_{i} [d_transcoder, n_layers - i, d_model], slot j
+writing layer i + j. A span below n_layers is written with zero slots, and read back by our key in config.yaml.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from tl_clt.errors import FormatError
+from tl_clt.transcoder.decoders import DecoderFile
+from tl_clt.transcoder.formats import circuit_tracer_config
+from tl_clt.transcoder.formats.reading import numbered_files, open_tensors, read_decoders
+from tl_clt.transcoder.transcoder import CrossLayerTranscoder
+
+MODEL_KIND = "cross_layer_transcoder"
+
+
+def recognises(folder: Path) -> bool:
+    """Whether the folder holds this layout's files."""
+    return any(folder.glob("W_enc_*.safetensors"))
+
+
+def load(
+    folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder: bool
+) -> CrossLayerTranscoder:
+    """Read a CLT from this layout."""
+    encoders = numbered_files(folder, "W_enc_")
+    with open_tensors(encoders[0]) as tensors:
+        d_transcoder, d_model = tensors.shape("W_enc_0")
+        activation = "jumprelu" if "threshold_0" in tensors.keys else "relu"
+        stored_dtype = tensors.dtype("W_enc_0")
+    n_layers = len(encoders)
+    cfg = circuit_tracer_config.read(
+        folder,
+        n_layers=n_layers,
+        d_model=d_model,
+        d_transcoder=d_transcoder,
+        span=n_layers,
+        activation=activation,
+        dtype=stored_dtype,
+    )
+    cfg = cfg if dtype is None else replace(cfg, dtype=dtype)
+    files = [DecoderFile(folder / f"W_dec_{s}.safetensors", f"W_dec_{s}") for s in range(n_layers)]
+    decoders = read_decoders(
+        files,
+        [len(cfg.targets(s)) for s in range(n_layers)],
+        d_transcoder,
+        d_model,
+        dtype=getattr(torch, cfg.dtype),
+        device=device,
+        lazy=lazy_decoder,
+    )
+    clt = CrossLayerTranscoder(cfg, decoders).to(device)
+    for i, path in enumerate(encoders):
+        with open_tensors(path) as tensors, torch.no_grad():
+            clt.W_enc[i] = tensors.tensor(f"W_enc_{i}", (d_transcoder, d_model)).T
+            clt.b_enc[i] = tensors.tensor(f"b_enc_{i}", (d_transcoder,))
+            clt.b_dec[i] = tensors.tensor(f"b_dec_{i}", (d_model,))
+            if clt.threshold is not None:
+                clt.threshold[i] = tensors.tensor(f"threshold_{i}", (d_transcoder,))
+    return clt
+
+
+def save(clt: CrossLayerTranscoder, folder: Path) -> None:
+    """Write a CLT in this layout."""
+    n_layers = clt.cfg.n_layers
+    for i in clt.layers:
+        encoder = {f"W_enc_{i}": clt.W_enc[i].T, f"b_enc_{i}": clt.b_enc[i], f"b_dec_{i}": clt.b_dec[i]}
+        if clt.threshold is not None:
+            encoder[f"threshold_{i}"] = clt.threshold[i]
+        W_dec = clt.W_dec[i].detach()
+        unwritten = W_dec.new_zeros(W_dec.shape[0], n_layers - i - W_dec.shape[1], W_dec.shape[2])
+        decoder = {f"W_dec_{i}": torch.cat([W_dec, unwritten], dim=1)}
+        for name, tensors in (("W_enc", encoder), ("W_dec", decoder)):
+            ready = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+            save_file(ready, folder / f"{name}_{i}.safetensors")
+    circuit_tracer_config.write(clt, folder, MODEL_KIND)
+
+
+def check_can_express(clt: CrossLayerTranscoder) -> None:
+    """Raise unless this layout can hold the CLT."""
+    circuit_tracer_config.check_activation(clt)
+    if clt.W_skip is not None:
+        raise FormatError(
+            "circuit-tracer's CLT layout has no skip connection: its weights would be lost."
+            " Save it with layout='native'."
+        )

@@ -1,0 +1,70 @@
+"""`config.yaml` of circuit-tracer's folders, and what we add so that nothing is lost on the way back.
+
+circuit-tracer reads `model_kind`, `model_name`, `feature_input_hook`, `feature_output_hook` and `scan`. Under
+the key `tl_clt` stands our whole config (span, activation, scaling record), which it ignores.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tl_clt.errors import FormatError
+from tl_clt.transcoder.config import CrossLayerTranscoderConfig
+from tl_clt.transcoder.formats.reading import read_config
+from tl_clt.transcoder.transcoder import CrossLayerTranscoder
+
+CONFIG = "config.yaml"
+OURS = "tl_clt"
+MLP_INPUT = {"mlp.hook_in": "ln2.hook_normalized"}
+"""Their names of hooks -> TransformerLens's."""
+
+
+def read(folder: Path, **from_files: Any) -> CrossLayerTranscoderConfig:
+    """The config of a circuit-tracer folder.
+
+    Args:
+        folder: where `config.yaml` lies.
+        from_files: what the weight files say (n_layers, d_model, d_transcoder, span, activation, skip, dtype).
+    """
+    values = read_config(folder / CONFIG)
+    ours = dict(values.get(OURS) or {})
+    for key in ("n_layers", "d_model", "d_transcoder"):
+        if ours.get(key, from_files[key]) != from_files[key]:
+            raise FormatError(
+                f"'{folder / CONFIG}' says {key} {ours[key]}, but the weight files have {from_files[key]}."
+                " Files of two CLTs are mixed: copy or download it again."
+            )
+    input_hook = values.get("feature_input_hook", "hook_resid_mid")
+    stated = {
+        "model_name": values.get("model_name", "unknown"),
+        "input_hook": MLP_INPUT.get(input_hook, input_hook),
+        "output_hook": values.get("feature_output_hook", "hook_mlp_out"),
+        "scan": values.get("scan"),
+    }
+    return CrossLayerTranscoderConfig.from_dict({**from_files, **stated, **ours})
+
+
+def write(clt: CrossLayerTranscoder, folder: Path, model_kind: str) -> None:
+    """Write `config.yaml`."""
+    theirs = {ours: name for name, ours in MLP_INPUT.items()}
+    values = {
+        "model_kind": model_kind,
+        "model_name": clt.cfg.model_name,
+        "feature_input_hook": theirs.get(clt.cfg.input_hook, clt.cfg.input_hook),
+        "feature_output_hook": clt.cfg.output_hook,
+        "scan": clt.cfg.scan or clt.cfg.model_name,
+        OURS: {k: list(v) if isinstance(v, tuple) else v for k, v in clt.cfg.to_dict().items()},
+    }
+    (folder / CONFIG).write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def check_activation(clt: CrossLayerTranscoder) -> None:
+    """Raise unless the activation is one that circuit-tracer has (ReLU, or thresholds as JumpReLU)."""
+    if clt.cfg.activation == "topk":
+        raise FormatError(
+            "circuit-tracer's layout has no topk: it would read this CLT as ReLU and trace other features."
+            " Save it with layout='native'."
+        )

@@ -1,0 +1,183 @@
+"""The cross-layer transcoder: features that read one layer and write to that layer and later ones.
+
+    feature_acts[s] = phi(x[s] @ W_enc[s] + b_enc[s])
+    recons[t]       = sum_{t-span < s <= t} feature_acts[s] @ W_dec[s -> t] + b_dec[t] (+ x[t] @ W_skip[t])
+
+Source: Ameisen et al. 2025, Methods, "From Transcoders to the Replacement Model".
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tl_clt.errors import ConfigError
+from tl_clt.shapes import FeatureActs, LayerInputs, LayerOutputs
+from tl_clt.transcoder.activations import jumprelu, topk
+from tl_clt.transcoder.config import CrossLayerTranscoderConfig
+from tl_clt.transcoder.decoders import Decoders, DenseDecoders
+
+
+class Encoding(NamedTuple):
+    """What `encode_with_hidden_pre` gives."""
+
+    feature_acts: Float[Tensor, "*batch d_transcoder"]
+    """After phi: sparse, not negative."""
+
+    hidden_pre: Float[Tensor, "*batch d_transcoder"]
+    """Before phi."""
+
+
+class CrossLayerTranscoder(nn.Module):
+    """A CLT (`span = n_layers`), a set of per-layer transcoders (`span = 1`), or anything between.
+
+    Weights:
+        W_enc [n_layers, d_model, d_transcoder], b_enc [n_layers, d_transcoder], b_dec [n_layers, d_model],
+        threshold [n_layers, d_transcoder] or None, W_skip [n_layers, d_model, d_model] or None, and
+        W_dec[source] [d_transcoder, n_writes, d_model], slot j of which writes layer source + j.
+    """
+
+    def __init__(self, cfg: CrossLayerTranscoderConfig, decoders: Decoders | None = None) -> None:
+        """Fresh weights: W_enc ~ U(+-1/sqrt(d_transcoder)), W_dec ~ U(+-1/sqrt(n_layers * d_model)), else 0.
+
+        Args:
+            cfg: shape, activation and hooks.
+            decoders: decoder weights to use in place of fresh ones (as the file formats do).
+        """
+        super().__init__()
+        self.cfg = cfg
+        dtype = getattr(torch, cfg.dtype)
+        n_layers, d_model, d_transcoder = cfg.n_layers, cfg.d_model, cfg.d_transcoder
+
+        def zeros(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(n_layers, *shape, dtype=dtype))
+
+        self.W_enc = zeros(d_model, d_transcoder)
+        self.b_enc = zeros(d_transcoder)
+        self.b_dec = zeros(d_model)
+        self.threshold = zeros(d_transcoder) if cfg.has_threshold else None
+        self.W_skip = zeros(d_model, d_model) if cfg.skip else None
+        nn.init.uniform_(self.W_enc, -(d_transcoder**-0.5), d_transcoder**-0.5)
+        if decoders is None:
+            bound = (n_layers * d_model) ** -0.5
+            shapes = [(d_transcoder, len(cfg.targets(s)), d_model) for s in range(n_layers)]
+            decoders = DenseDecoders([torch.empty(*s, dtype=dtype).uniform_(-bound, bound) for s in shapes])
+        self.W_dec = decoders
+
+    # -- reading ---------------------------------------------------------------------------------------
+
+    def encode(self, x: LayerInputs) -> FeatureActs:
+        """Feature activations of every layer from every layer's input."""
+        return torch.stack([self.encode_layer(x[..., s, :], s).feature_acts for s in self.layers], dim=-2)
+
+    def encode_layer(self, x: Float[Tensor, "*batch d_model"], layer: int) -> Encoding:
+        """One layer's features from that layer's input, with their pre-activations."""
+        hidden_pre = x @ self.W_enc[layer] + self.b_enc[layer]
+        return Encoding(self.activate(hidden_pre, layer), hidden_pre)
+
+    def activate(
+        self, hidden_pre: Float[Tensor, "*batch d_transcoder"], layer: int
+    ) -> Float[Tensor, "*batch d_transcoder"]:
+        """phi of one layer."""
+        if self.threshold is not None:
+            return jumprelu(hidden_pre, self.threshold[layer])
+        if self.cfg.activation == "topk":
+            assert self.cfg.k is not None
+            return topk(hidden_pre, self.cfg.k)
+        return torch.relu(hidden_pre)
+
+    # -- writing ---------------------------------------------------------------------------------------
+
+    def decode(self, feature_acts: FeatureActs, x: LayerInputs | None = None) -> LayerOutputs:
+        """MLP outputs of every layer. `x`, the layers' inputs, is needed where there is a skip connection."""
+        self._require_input(x)
+        recons = self.b_dec.expand(*feature_acts.shape[:-2], -1, -1).clone()
+        for source in self.layers:
+            targets = self.cfg.targets(source)
+            recons[..., targets.start : targets.stop, :] += self.decode_source(
+                feature_acts[..., source, :], source
+            )
+        if self.W_skip is not None and x is not None:
+            recons = recons + torch.stack([self.skip(x[..., t, :], t) for t in self.layers], dim=-2)
+        return recons
+
+    def decode_source(
+        self, feature_acts: Float[Tensor, "*batch d_transcoder"], source: int
+    ) -> Float[Tensor, "*batch n_writes d_model"]:
+        """What one layer's features write to each of their target layers, as one matrix product."""
+        if isinstance(self.W_dec, DenseDecoders):
+            W_dec = self.W_dec[source]
+        else:
+            active = torch.nonzero(feature_acts.flatten(0, -2).any(dim=0)).flatten()
+            feature_acts = feature_acts[..., active]
+            W_dec = self.W_dec.rows(source, active)
+        written = feature_acts @ W_dec.flatten(start_dim=1)
+        return written.unflatten(-1, (len(self.cfg.targets(source)), self.cfg.d_model))
+
+    def skip(self, x: Float[Tensor, "*batch d_model"], layer: int) -> Float[Tensor, "*batch d_model"]:
+        """The linear skip connection of one layer."""
+        assert self.W_skip is not None, "this CLT has no skip connection"
+        return x @ self.W_skip[layer]
+
+    def forward(self, x: LayerInputs) -> LayerOutputs:
+        """`decode(encode(x), x)`."""
+        return self.decode(self.encode(x), x)
+
+    def decoder_rows(
+        self, source: int, features: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n n_writes d_model"]:
+        """Decoder vectors of some features of a layer, one for each layer they write to."""
+        return self.W_dec.rows(source, features)
+
+    @property
+    def layers(self) -> range:
+        """0 to n_layers - 1."""
+        return range(self.cfg.n_layers)
+
+    def _require_input(self, x: Tensor | None) -> None:
+        if self.W_skip is not None and x is None:
+            raise ConfigError("This CLT has a skip connection: call decode(feature_acts, x) with the inputs x.")
+
+    # -- files -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_hub_repo: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype | None = None,
+        lazy_decoder: bool = False,
+    ) -> CrossLayerTranscoder:
+        """Load a CLT; the layout is recognised by what the folder holds.
+
+        Args:
+            folder_or_hub_repo: a folder in the native layout, a circuit-tracer CLT or PLT folder, a Gemma
+                Scope 2 CLT folder, or the name of a hub repository with one of these.
+            device: where the weights go.
+            dtype: number type of the weights; that of the files where left out.
+            lazy_decoder: leave decoders on disk and read only the rows asked for.
+
+        Raises:
+            FormatError: the folder is in no known layout, or a file is truncated or of the wrong shape.
+        """
+        from tl_clt.transcoder.formats import load
+
+        return load(folder_or_hub_repo, device=torch.device(device), dtype=dtype, lazy_decoder=lazy_decoder)
+
+    def save_pretrained(
+        self, folder: str | Path, layout: Literal["native", "circuit-tracer"] = "native"
+    ) -> Path:
+        """Write the CLT to a new or empty folder, all or nothing.
+
+        Raises:
+            OutputNotEmpty: the folder holds something already.
+            FormatError: the layout cannot express this CLT (for example topk in circuit-tracer's).
+        """
+        from tl_clt.transcoder.formats import save
+
+        return save(self, Path(folder), layout)
