@@ -11,6 +11,7 @@ from tl_clt.lens.hooks import (
     require_hooks,
     user_hooks_aside,
 )
+from tl_clt.lens.kv_cache import CleanCaches, last_kv_cache
 from tl_clt.lens.loading import Backend, bundled_organisms, load_model
 from tl_clt.lens.prompts import Prompt, require_tokenizer, to_tokens, token_strings
 from tl_clt.lens.running import Unembedding, run_with_cache, run_with_hooks, tap_unembedding
@@ -20,6 +21,7 @@ from tl_clt.lens.weights import dtype_of, unembedding_biases, unembedding_direct
 __all__ = [
     "ActivationCache",
     "Backend",
+    "CleanCaches",
     "FwdHook",
     "HookPoint",
     "HookedModel",
@@ -35,6 +37,7 @@ __all__ = [
     "frozen_hooks",
     "hold",
     "is_frozen_hook",
+    "last_kv_cache",
     "load_model",
     "model_name",
     "remove_hook_points",

@@ -16,15 +16,16 @@ from torch import Tensor, nn
 
 from tl_clt.errors import AlreadyAttached, ConfigError, ModelUnsupported
 from tl_clt.lens import (
+    CleanCaches,
     HookedModel,
     HookPoint,
     add_hook_points,
     block_hook,
     find_hook,
+    last_kv_cache,
     remove_hook_points,
     user_hooks_aside,
 )
-from tl_clt.replacement.clean_run import CleanCaches
 from tl_clt.replacement.fit import check_fit
 from tl_clt.transcoder import CrossLayerTranscoder
 
@@ -76,16 +77,19 @@ class Attachment:
                 "start_at_layer leaves out features that write to later layers. Run the whole model, or attach"
                 " with mode='observe'."
             )
-        clean = None
+        clean, clean_cache = None, None
         if self.mode == "replace_with_error":
             clean = self.current = Forward()
             with user_hooks_aside(self.model), torch.no_grad():
                 inner(*args, **self.clean_caches.swap_in(kwargs))
+            clean_cache = last_kv_cache(self.model)
         self.current = Forward(clean)
         try:
-            return inner(*args, **kwargs)
+            output = inner(*args, **kwargs)
         finally:
             self.current = Forward()
+        self.clean_caches.pair(last_kv_cache(self.model), clean_cache)
+        return output
 
     def read(self, module: nn.Module, args: tuple[Tensor, ...], x: Stream, *, layer: int) -> None:
         """At the input hook: encode, and add what these features write to the layers they write to."""
@@ -140,10 +144,7 @@ def attach(model: HookedModel, clt: CrossLayerTranscoder, mode: Mode = "observe"
     """
     if mode not in get_args(Mode):
         raise ConfigError(f"mode is {mode!r}: give one of {', '.join(get_args(Mode))}.")
-    if any(hasattr(model.get_submodule(f"blocks.{t}"), CHILD) for t in range(model.cfg.n_layers)):
-        raise AlreadyAttached(
-            "A CLT is attached to this model. Leave its `with attach(...)` block before attaching another."
-        )
+    require_free(model)
     check_fit(model, clt)
     attachment = Attachment(model, clt, mode)
     with ExitStack() as undo:
@@ -157,6 +158,12 @@ def attach(model: HookedModel, clt: CrossLayerTranscoder, mode: Mode = "observe"
             undo.callback(handle.remove)
         undo.enter_context(_forward_through(model, attachment))
         yield model
+
+
+def require_free(model: HookedModel) -> None:
+    """Raise `AlreadyAttached` where a CLT is attached to the model."""
+    if any(hasattr(model.get_submodule(f"blocks.{t}"), CHILD) for t in range(model.cfg.n_layers)):
+        raise AlreadyAttached("A CLT is attached to this model. Leave its `with attach(...)` block first.")
 
 
 def _run_last(point: HookPoint, hook: Callable, undo: ExitStack) -> None:

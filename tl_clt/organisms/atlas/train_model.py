@@ -50,7 +50,7 @@ class TrainOptions:
     """Longest context, and length of each training sequence, in tokens."""
     batch_size: int = 48
     """Sequences per step."""
-    steps: int = 3000
+    steps: int = 2400
     learning_rate: float = 3e-3
     """Highest learning rate, reached at the end of the warm-up."""
     warmup_steps: int = 150

@@ -6,8 +6,10 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from tl_clt.lens.types import HookedModel
+
 CACHE_ARGUMENTS = ("past_kv_cache", "past_key_values")
-"""HookedTransformer's and TransformerBridge's name."""
+"""HookedTransformer's and TransformerBridge's name for the cache that a forward call takes."""
 
 
 class CleanCaches:
@@ -27,6 +29,16 @@ class CleanCaches:
             theirs = swapped.get(name)
             if theirs is not None:
                 if id(theirs) not in self.clean:
-                    self.clean[id(theirs)] = (theirs, copy.deepcopy(theirs))
+                    self.pair(theirs, copy.deepcopy(theirs))
                 swapped[name] = self.clean[id(theirs)][1]
         return swapped
+
+    def pair(self, theirs: Any, clean: Any) -> None:
+        """Remember the clean cache that belongs to one of the user's."""
+        if theirs is not None and clean is not None:
+            self.clean[id(theirs)] = (theirs, clean)
+
+
+def last_kv_cache(model: HookedModel) -> Any:
+    """The cache that a bridge's last forward made and keeps for `generate`, or None."""
+    return model.__dict__.get("_last_hf_cache")

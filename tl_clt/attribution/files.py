@@ -1,0 +1,67 @@
+"""Graphs on disk: one safetensors file with JSON metadata."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from tl_clt.attribution.graph import AttributionGraph
+from tl_clt.attribution.nodes import Nodes
+from tl_clt.errors import FormatError
+from tl_clt.transcoder.formats.writing import new_file
+
+FORMAT = "tl_clt.attribution_graph"
+VERSION = 1
+
+
+def save_graph(graph: AttributionGraph, path: Path) -> Path:
+    """Write a graph, all or nothing."""
+    tensors = {
+        **graph.nodes._asdict(),
+        "adjacency": graph.adjacency,
+        "expanded": graph.expanded,
+        "tokens": graph.tokens,
+        "logit_probs": graph.logit_probs,
+    }
+    about = {
+        "version": VERSION,
+        "prompt_tokens": graph.prompt_tokens,
+        "logit_tokens": graph.logit_tokens,
+        "info": graph.info,
+    }
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with new_file(path) as unfinished:
+        save_file(ready, unfinished, metadata={"format": FORMAT, "about": json.dumps(about)})
+    return path
+
+
+def load_graph(path: Path) -> AttributionGraph:
+    """Read a graph."""
+    if not path.is_file():
+        raise FormatError(f"'{path}' does not exist. Check the path of the graph file.")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise FormatError(f"'{path}' is a safetensors file, but no attribution graph.")
+            about = json.loads(metadata["about"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"'{path}' is truncated or no graph file ({error}). Copy it again.") from error
+    if about["version"] > VERSION:
+        raise FormatError(
+            f"'{path}' is of graph version {about['version']}, this tl_clt reads up to {VERSION}: update tl_clt."
+        )
+    return AttributionGraph(
+        nodes=Nodes(*(tensors[name] for name in Nodes._fields)),
+        adjacency=tensors["adjacency"],
+        expanded=tensors["expanded"],
+        tokens=tensors["tokens"],
+        logit_probs=tensors["logit_probs"],
+        prompt_tokens=about["prompt_tokens"],
+        logit_tokens=about["logit_tokens"],
+        info=about["info"],
+    )

@@ -1,0 +1,70 @@
+"""The nodes of an attribution graph, in a fixed order: features, errors, tokens, positions, biases, logits."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class NodeKind(IntEnum):
+    """What a node stands for."""
+
+    FEATURE = 0
+    """An active CLT feature at one position."""
+    ERROR = 1
+    """What the CLT does not reconstruct of one MLP's output at one position."""
+    TOKEN = 2
+    """A token's embedding."""
+    POSITION = 3
+    """A position's embedding, where the model has learned ones."""
+    BIAS = 4
+    """All biases of one block: of attention and its norms, and b_dec. The last one: of ln_final and b_U."""
+    LOGIT = 5
+    """A token's logit above the mean logit, at the last position."""
+
+
+class Nodes(NamedTuple):
+    """One entry a node in each tensor [n_nodes]."""
+
+    kind: Int[Tensor, " n_nodes"]
+    """Values of `NodeKind`."""
+
+    layer: Int[Tensor, " n_nodes"]
+    """The layer a feature reads, an error writes or a bias belongs to; -1 for tokens and positions, n_layers for
+    logits and the last bias."""
+
+    pos: Int[Tensor, " n_nodes"]
+    """Position in the prompt; -1 for biases, which act at all of them."""
+
+    index: Int[Tensor, " n_nodes"]
+    """Feature number; token id for tokens and logits; else 0."""
+
+    activation: Float[Tensor, " n_nodes"]
+    """A feature's activation; a logit's height above the mean logit; else the norm of the node's vectors."""
+
+    def where(self, kind: NodeKind) -> Int[Tensor, " n"]:
+        """Numbers of the nodes of one kind, in order."""
+        return torch.nonzero(self.kind == int(kind)).flatten()
+
+    def is_kind(self, *kinds: NodeKind) -> Bool[Tensor, " n_nodes"]:
+        """Mask of the nodes of some kinds."""
+        return torch.isin(self.kind, torch.tensor([int(k) for k in kinds], device=self.kind.device))
+
+    def take(self, kept: Int[Tensor, " n_kept"] | Bool[Tensor, " n_nodes"]) -> Nodes:
+        """The nodes of a mask or list of numbers."""
+        return Nodes(*(values[kept] for values in self))
+
+    def __len__(self) -> int:
+        # A NamedTuple's own length would be 5, the number of its fields.
+        return len(self.kind)
+
+    @classmethod
+    def build(cls, parts: list[tuple[NodeKind, Tensor, Tensor, Tensor, Tensor]]) -> Nodes:
+        """Nodes of (kind, layer, pos, index, activation) parts, one after another."""
+        kinds = torch.cat([torch.full_like(layer, int(kind)) for kind, layer, *_ in parts])
+        layer, pos, index, activation = (torch.cat([part[i] for part in parts]) for i in range(1, 5))
+        return cls(kinds, layer, pos, index, activation)

@@ -1,0 +1,53 @@
+"""phi with gradients for training. The forward values are those of `tl_clt.transcoder.activations`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+StraightThrough = Literal["all", "threshold"]
+
+
+class _JumpReLU(torch.autograd.Function):
+    """Forward: x where x > threshold, else 0. Backward: see `jumprelu`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, threshold: Tensor, bandwidth: float, through_input: bool) -> Tensor:
+        ctx.save_for_backward(x, threshold)
+        ctx.bandwidth, ctx.through_input = bandwidth, through_input
+        return x * (x > threshold)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, threshold = ctx.saved_tensors
+        half, bandwidth = ctx.bandwidth / 2, ctx.bandwidth
+        distance = x - threshold
+        in_window = grad * (distance.abs() < half)
+        grad_threshold = in_window.sum(dim=0) * (-threshold / bandwidth)
+        if ctx.through_input:
+            grad_x = grad * (distance >= half) + in_window * ((threshold + half) / bandwidth)
+        else:
+            grad_x = grad * (distance > 0)
+        return grad_x.to(x.dtype), grad_threshold.to(threshold.dtype), None, None
+
+
+def jumprelu(
+    hidden_pre: Float[Tensor, "batch d_transcoder"],
+    threshold: Float[Tensor, " d_transcoder"],
+    bandwidth: float,
+    straight_through: StraightThrough,
+) -> Float[Tensor, "batch d_transcoder"]:
+    """`x * 1[x > theta]`, with straight-through gradients over a rectangular window of width `bandwidth` = eps.
+
+        d/dtheta = -(theta / eps) * 1[|x - theta| < eps/2]                                     both modes
+        d/dx     = 1[x > theta]                                                                "threshold"
+        d/dx     = 1[x - theta >= eps/2] + 1[|x - theta| < eps/2] * (theta + eps/2) / eps      "all"
+
+    "all" is the slope of the line that rises from 0 at the window's lower end to the true value at its upper
+    end, so that features just below their threshold learn as well (Methods, "Building an Interpretable
+    Replacement Model").
+    """
+    return _JumpReLU.apply(hidden_pre, threshold, bandwidth, straight_through == "all")  # type: ignore[no-any-return]

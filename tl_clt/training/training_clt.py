@@ -1,0 +1,206 @@
+"""A CLT as SAELens's trainer takes it: a `TrainingSAE`, registered under `ARCHITECTURE`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import registry
+from sae_lens.saes.sae import (
+    SAE,
+    SAEConfig,
+    TrainCoefficientConfig,
+    TrainingSAE,
+    TrainingSAEConfig,
+    TrainStepInput,
+    TrainStepOutput,
+)
+from torch import Tensor
+
+from tl_clt.errors import ConfigError
+from tl_clt.training.layers import ARCHITECTURE, CLTLayers, CLTShape
+from tl_clt.training.losses import dead_feature_loss, decoder_norms, mse_loss, sparsity_loss
+
+
+@dataclass(kw_only=True)
+class InferenceCLTConfig(CLTShape, SAEConfig):
+    """SAELens's config of a trained CLT. d_in is d_model, d_sae is n_layers * d_transcoder."""
+
+    apply_b_dec_to_input: bool = False
+    """Always False: outputs are not inputs."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        """`ARCHITECTURE`."""
+        return ARCHITECTURE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, self)
+
+
+@dataclass(kw_only=True)
+class TrainingCLTConfig(CLTShape, TrainingSAEConfig):
+    """SAELens's config of a CLT in training. d_in is d_model, d_sae is n_layers * d_transcoder."""
+
+    apply_b_dec_to_input: bool = False
+    """Always False: outputs are not inputs."""
+
+    decoder_init_norm: float | None = None
+    """Always None: the decoder starts uniform."""
+
+    sparsity_coefficient: float = 1.0
+    """lambda at the end of training; no part for topk."""
+
+    sparsity_warm_up_steps: int = 0
+    """Steps over which lambda rises linearly from 0."""
+
+    tanh_scale: float = 4.0
+    """c of the sparsity loss."""
+
+    dead_feature_coefficient: float = 3e-6
+    """lambda_P."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        """`ARCHITECTURE`."""
+        return ARCHITECTURE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, self)
+
+
+def _check(shape: CLTShape, cfg: SAEConfig) -> None:
+    shape.transcoder_config(cfg.d_in, cfg.dtype)
+    n_features = shape.n_layers * shape.d_transcoder
+    if cfg.d_sae != n_features:
+        raise ConfigError(f"d_sae is {cfg.d_sae}: it must be n_layers * d_transcoder = {n_features}.")
+    if cfg.normalize_activations != "none" or cfg.apply_b_dec_to_input:
+        raise ConfigError(
+            "A CLT is trained with normalize_activations='none' and apply_b_dec_to_input=False:"
+            " each layer's inputs and outputs are scaled before they reach SAELens's trainer."
+        )
+
+
+class InferenceCLT(CLTLayers, SAE[InferenceCLTConfig]):
+    """A trained CLT, on scaled inputs, as SAELens loads it. For everything else export a `CrossLayerTranscoder`."""
+
+    def encode(self, x: Float[Tensor, "batch n_layers d_model"]) -> Float[Tensor, "batch d_sae"]:
+        """Feature activations of scaled inputs, flattened over layers."""
+        encodings = self.encode_layers(x.to(self.dtype).unbind(dim=1), self.thresholds())
+        return torch.cat([e.feature_acts for e in encodings], dim=1)
+
+
+class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
+    """A CLT in training. Its input is [batch, 2, n_layers, d_model]: scaled inputs, then scaled outputs."""
+
+    last_losses: dict[str, Tensor]
+    """Terms of the last step's loss, without gradients."""
+
+    def __init__(self, cfg: TrainingCLTConfig, use_error_term: bool = False) -> None:
+        super().__init__(cfg, use_error_term)
+        self.last_losses = {}
+
+    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
+        """lambda (none for topk) and lambda_P, for SAELens's schedulers."""
+        coefficients: dict[str, float | TrainCoefficientConfig] = {
+            "dead_feature": self.cfg.dead_feature_coefficient
+        }
+        if self.cfg.activation != "topk":
+            coefficients["sparsity"] = TrainCoefficientConfig(
+                self.cfg.sparsity_coefficient, self.cfg.sparsity_warm_up_steps
+            )
+        return coefficients
+
+    def encode_with_hidden_pre(
+        self, x: Float[Tensor, "batch n_layers d_model"]
+    ) -> tuple[Float[Tensor, "batch d_sae"], Float[Tensor, "batch d_sae"]]:
+        """(feature_acts, hidden_pre) of scaled inputs, flattened over layers."""
+        encodings = self.encode_layers(x.to(self.dtype).unbind(dim=1), self.thresholds())
+        feature_acts, hidden_pre = zip(*encodings, strict=True)
+        return torch.cat(feature_acts, dim=1), torch.cat(hidden_pre, dim=1)
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """One step's losses and activations, all flattened over layers as SAELens's metrics expect.
+
+        `sae_in` and `sae_out` of the result are the scaled outputs and their reconstruction,
+        [batch, n_layers * d_model]; `feature_acts` and `hidden_pre` are [batch, n_layers * d_transcoder] and
+        carry no gradient (the loss does).
+        """
+        inputs, outputs = step_input.sae_in.to(self.dtype).unbind(dim=1)
+        thresholds = self.thresholds()
+        feature_acts, hidden_pre = zip(*self.encode_layers(inputs.unbind(dim=1), thresholds), strict=True)
+        recons = self.decode_layers(feature_acts)
+        losses = {"mse_loss": mse_loss(recons, outputs)}
+        losses |= self._aux_losses(feature_acts, hidden_pre, thresholds, step_input.coefficients)
+        self.last_losses = {name: value.detach() for name, value in losses.items()}
+        flat_acts = torch.cat([a.detach() for a in feature_acts], dim=1)
+        metrics: dict[str, Any] = {}
+        if step_input.is_logging_step:
+            metrics["l0_mean_per_layer"] = (flat_acts > 0).sum() / (len(flat_acts) * self.cfg.n_layers)
+        return TrainStepOutput(
+            sae_in=outputs.flatten(start_dim=1),
+            sae_out=recons.detach().flatten(start_dim=1),
+            feature_acts=flat_acts,
+            hidden_pre=torch.cat([h.detach() for h in hidden_pre], dim=1),
+            loss=torch.stack(list(losses.values())).sum(),
+            losses=losses,
+            metrics=metrics,
+        )
+
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> dict[str, Tensor]:
+        """Sparsity and dead-feature terms of flattened activations, times their coefficients."""
+        shape = (self.cfg.n_layers, self.cfg.d_transcoder)
+        per_layer = [flat.unflatten(-1, shape).unbind(dim=1) for flat in (feature_acts, hidden_pre)]
+        return self._aux_losses(*per_layer, self.thresholds(), step_input.coefficients)
+
+    def _aux_losses(
+        self,
+        feature_acts: tuple[Tensor, ...],
+        hidden_pre: tuple[Tensor, ...],
+        thresholds: list[Tensor],
+        coefficients: dict[str, float],
+    ) -> dict[str, Tensor]:
+        norms = decoder_norms(list(self.W_dec))
+        losses = {}
+        if "sparsity" in coefficients:
+            sparsity = sparsity_loss(feature_acts, norms, self.cfg.tanh_scale)
+            losses["sparsity_loss"] = coefficients["sparsity"] * sparsity
+        if coefficients["dead_feature"] > 0:
+            dead = dead_feature_loss(hidden_pre, thresholds, norms)
+            losses["dead_feature_loss"] = coefficients["dead_feature"] * dead
+        return losses
+
+    @torch.no_grad()
+    def log_histograms(self) -> dict[str, Any]:
+        """Norms of the decoder, for wandb."""
+        norms = torch.cat(decoder_norms(list(self.W_dec)))
+        return {"weights/W_dec_norms": norms.float().cpu().numpy()}
+
+    def get_W_dec_norm(self) -> Float[Tensor, " d_sae"]:
+        """||W_dec,i|| of every feature, flattened over layers."""
+        return torch.cat(decoder_norms(list(self.W_dec))).detach()
+
+    def fold_W_dec_norm(self) -> None:
+        """Not offered.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("A CLT's decoder norms are not folded: export a CrossLayerTranscoder instead.")
+
+
+def register() -> None:
+    """Make SAELens know CLTs: its configs look their classes up by name. Doing it twice changes nothing."""
+    if ARCHITECTURE not in registry.SAE_CLASS_REGISTRY:
+        registry.register_sae_class(ARCHITECTURE, InferenceCLT, InferenceCLTConfig)
+    if ARCHITECTURE not in registry.SAE_TRAINING_CLASS_REGISTRY:
+        registry.register_sae_training_class(ARCHITECTURE, TrainingCLT, TrainingCLTConfig)
+
+
+register()
