@@ -1,0 +1,63 @@
+"""Cross-layer transcoders for TransformerLens and SAELens: train, trace, test and see circuits.
+
+Names are loaded when they are first used, so that `import tl_clt` is quick and pulls in neither SAELens nor a
+plotting or web library.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tl_clt.attribution import AttributionGraph, NodeKind, attribute
+    from tl_clt.evaluation import evaluate
+    from tl_clt.lens import frozen_hooks, load_model
+    from tl_clt.organisms import load_organism
+    from tl_clt.replacement import attach
+    from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig
+    from tl_clt.transcoder import CrossLayerTranscoder, CrossLayerTranscoderConfig
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "AttributionGraph": "attribution",
+    "CLTTrainingRunner": "training",
+    "CLTTrainingRunnerConfig": "training",
+    "CrossLayerTranscoder": "transcoder",
+    "CrossLayerTranscoderConfig": "transcoder",
+    "NodeKind": "attribution",
+    "attach": "replacement",
+    "attribute": "attribution",
+    "evaluate": "evaluation",
+    "frozen_hooks": "lens",
+    "load_model": "lens",
+    "load_organism": "organisms",
+}
+
+__all__ = [
+    "AttributionGraph",
+    "CLTTrainingRunner",
+    "CLTTrainingRunnerConfig",
+    "CrossLayerTranscoder",
+    "CrossLayerTranscoderConfig",
+    "NodeKind",
+    "attach",
+    "attribute",
+    "evaluate",
+    "frozen_hooks",
+    "load_model",
+    "load_organism",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'tl_clt' has no attribute '{name}'")
+    value = getattr(import_module(f"tl_clt.{_ROOMS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_ROOMS])

@@ -16,6 +16,7 @@ from tl_clt.attribution.targets import logit_targets
 from tl_clt.errors import ConfigError
 from tl_clt.lens import HookedModel, Prompt, model_name, to_tokens, token_strings
 from tl_clt.replacement import check_fit, require_free
+from tl_clt.shapes import Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
 
 Engine = Literal["auto", "autograd"]
@@ -97,6 +98,7 @@ def attribute(
             logit_probs=logits.probs,
             logit_tokens=token_strings(model, logits.tokens),
             info={
+                "prompt": _prompt_text(model, tokens),
                 "model_name": model_name(model),
                 "clt_model_name": clt.cfg.model_name,
                 "n_layers": clt.cfg.n_layers,
@@ -106,3 +108,10 @@ def attribute(
                 "engine": AutogradEngine.name,
             },
         )
+
+
+def _prompt_text(model: HookedModel, tokens: Tokens) -> str:
+    """The prompt as one text, spaced as the tokenizer spaces it."""
+    if getattr(model, "tokenizer", None) is None:
+        return " ".join(token_strings(model, tokens))
+    return str(model.to_string(tokens))

@@ -56,7 +56,7 @@ class AttributionGraph:
     def __repr__(self) -> str:
         return (
             f"AttributionGraph({len(self.nodes)} nodes, {int(self.adjacency.count_nonzero())} edges,"
-            f" prompt {''.join(self.prompt_tokens)!r})"
+            f" prompt {self.info.get('prompt', '')!r})"
         )
 
     @property

@@ -105,16 +105,6 @@ class LocalReplacementModel:
     def n_layers(self) -> int:
         return self.clt.cfg.n_layers
 
-    @property
-    def decoded(self) -> slice:
-        """Positions where the CLT stands in for the MLPs."""
-        return slice(0 if self.bos == "features" else 1, None)
-
-    @property
-    def skipping(self) -> slice:
-        """Positions where a skip connection is part of the linear model."""
-        return slice(1 if self.bos == "error" else 0, None)
-
     def run(self, sites: Sites) -> Reads:
         """The linear model: reads of given writes, through held patterns and scales. Differentiable."""
         inputs: list[Tensor] = [torch.empty(0)] * self.n_layers
@@ -123,7 +113,7 @@ class LocalReplacementModel:
             inputs[layer] = x[0]
 
         def write_mlp(mlp_out: Tensor, hook: object, layer: int) -> Tensor:
-            return (sites.mlp[layer] + self._skip(inputs[layer], layer))[None].to(mlp_out.dtype)
+            return (sites.mlp[layer] + skip_output(self.clt, inputs[layer], layer, self.bos))[None].to(mlp_out.dtype)
 
         def add_attn(attn_out: Tensor, hook: object, layer: int) -> Tensor:
             return attn_out + sites.attn[layer][None]
@@ -154,17 +144,9 @@ class LocalReplacementModel:
         with torch.no_grad():
             empty = Sites(zero, pos_zero, attn, attn)
             reads = self._run(empty, keep_input, silence_mlp, note_attn, inputs)
-            mlp = torch.stack([self._skip(x, t).expand_as(zero).clone() for t, x in enumerate(reads.inputs)])
-            mlp[:, self.decoded] += self.clt.b_dec[:, None, :]
+            mlp = torch.stack([skip_output(self.clt, x, t, self.bos) for t, x in enumerate(reads.inputs)])
+            mlp[:, decoded_positions(self.bos)] += self.clt.b_dec[:, None, :]
         return Biases(torch.stack(attn), mlp, torch.stack(reads.inputs), reads.final)
-
-    def _skip(self, x: Stream, layer: int) -> Stream:
-        """The skip connection's output at the positions where it counts, zero elsewhere."""
-        if self.clt.W_skip is None:
-            return torch.zeros_like(x)
-        at = torch.zeros(len(self.tokens), 1, dtype=x.dtype, device=x.device)
-        at[self.skipping] = 1
-        return at * self.clt.skip(x, layer)
 
     def _run(
         self, sites: Sites, keep_input: Callable, on_mlp: Callable, on_attn: Callable, inputs: list[Tensor]
@@ -221,6 +203,7 @@ def build_local_model(
     mlp_out = torch.stack([cache[name][0] for name in out_hooks])
     embed = cache["hook_embed"][0]
     pos_embed = cache["hook_pos_embed"][0] if "hook_pos_embed" in cache else None
+    written = _split(clt, inputs, mlp_out, bos)
     local = LocalReplacementModel(
         model=model,
         clt=clt,
@@ -228,39 +211,63 @@ def build_local_model(
         bos=bos,
         logits=logits[0],
         clean=Reads(inputs, seen.final[0].detach(), seen.logits[0].detach()),
-        sites=Sites(embed, pos_embed, [torch.zeros_like(embed)] * cfg.n_layers, []),
-        features=ActiveFeatures(*[torch.empty(0)] * 4),
-        errors=torch.empty(0),
+        sites=Sites(embed, pos_embed, [torch.zeros_like(embed)] * cfg.n_layers, written.sites),
+        features=written.features,
+        errors=written.errors,
         frozen=frozen_hooks({name: cache[name] for name in cache.keys() if is_frozen_hook(name)}),
         norm_outputs={name: cache[name] for name in norms},
         rounding={},
     )
-    _encode(local, mlp_out)
     _check_logits(local)
     return local
 
 
+class _MLPParts(NamedTuple):
+    """MLP outputs, split into what features write and the rest."""
+
+    features: ActiveFeatures
+    errors: Float[Tensor, "n_layers pos d_model"]
+    sites: list[Stream]
+
+
 @torch.no_grad()
-def _encode(local: LocalReplacementModel, mlp_out: Float[Tensor, "n_layers pos d_model"]) -> None:
-    """Fill in active features, errors and the MLP sites."""
-    clt = local.clt
-    x = torch.stack(local.clean.inputs, dim=1).to(clt.W_enc.dtype)
+def _split(
+    clt: CrossLayerTranscoder,
+    inputs: list[Stream],
+    mlp_out: Float[Tensor, "n_layers pos d_model"],
+    bos: Bos,
+) -> _MLPParts:
+    """Encode the clean run and split each MLP's output into features, b_dec, skip connection and error."""
+    x = torch.stack(inputs, dim=1).to(clt.W_enc.dtype)
     feature_acts = clt.encode(x)
-    if local.bos != "features":
+    if bos != "features":
         feature_acts[0] = 0
     recons = torch.zeros_like(mlp_out)
     for source in clt.layers:
         targets = clt.cfg.targets(source)
         written = clt.decode_source(feature_acts[:, source], source)
         recons[targets.start : targets.stop] += written.transpose(0, 1)
-    recons[:, local.decoded] += clt.b_dec[:, None, :]
-    skipped = torch.stack([local._skip(x[:, t], t) for t in clt.layers])
-    local.errors = mlp_out - recons - skipped
-    if local.bos == "drop":
-        local.errors[:, 0] = 0
-    local.sites = local.sites._replace(mlp=list(mlp_out - skipped))
+    recons[:, decoded_positions(bos)] += clt.b_dec[:, None, :]
+    skipped = torch.stack([skip_output(clt, x[:, t], t, bos) for t in clt.layers])
+    errors = mlp_out - recons - skipped
+    if bos == "drop":
+        errors[:, 0] = 0
     layer, pos, feature = torch.nonzero(feature_acts.transpose(0, 1), as_tuple=True)
-    local.features = ActiveFeatures(layer, pos, feature, feature_acts[pos, layer, feature])
+    active = ActiveFeatures(layer, pos, feature, feature_acts[pos, layer, feature])
+    return _MLPParts(active, errors, list(mlp_out - skipped))
+
+
+def decoded_positions(bos: Bos) -> slice:
+    """Positions where the CLT's features and b_dec stand in for the MLPs."""
+    return slice(0 if bos == "features" else 1, None)
+
+
+def skip_output(clt: CrossLayerTranscoder, x: Stream, layer: int, bos: Bos) -> Stream:
+    """What a skip connection writes: nothing at position 0 where its whole MLP output counts as error."""
+    if clt.W_skip is None:
+        return torch.zeros_like(x)
+    written = clt.skip(x, layer)
+    return torch.cat([torch.zeros_like(written[:1]), written[1:]]) if bos == "error" else written
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformer_lens import loading_from_pretrained as tl_loading
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tl_clt.errors import ConfigError, ModelNotFound, ModelUnsupported, nearest
 from tl_clt.lens.types import HookedModel, HookedTransformer, TransformerBridge

@@ -69,10 +69,10 @@ class CLTShape:
     output_hook: str = "hook_mlp_out"
     """Hook that features write, within a block."""
 
-    input_scale: tuple[float, ...] | None = None
+    input_scale: Sequence[float] | None = None
     """Factor that each layer's inputs are multiplied by before they get here; 1 where left out."""
 
-    output_scale: tuple[float, ...] | None = None
+    output_scale: Sequence[float] | None = None
     """Factor that each layer's outputs are multiplied by before they get here; 1 where left out."""
 
     def transcoder_config(self, d_model: int, dtype: str) -> CrossLayerTranscoderConfig:
@@ -164,9 +164,7 @@ class CLTLayers:
     ) -> Float[Tensor, "batch d_transcoder"]:
         """phi of one layer, with gradients."""
         if self.cfg.activation == "jumprelu":
-            return jumprelu(
-                hidden_pre, threshold, self.cfg.jumprelu_bandwidth, self.cfg.straight_through
-            )
+            return jumprelu(hidden_pre, threshold, self.cfg.jumprelu_bandwidth, self.cfg.straight_through)
         if self.cfg.activation == "topk":
             return topk(hidden_pre, self.cfg.k)
         return torch.relu(hidden_pre)
@@ -183,9 +181,7 @@ class CLTLayers:
                 written[target].append(slot)
         return torch.stack([_sum(slots) for slots in written], dim=1) + self.b_dec
 
-    def decode(
-        self, feature_acts: Float[Tensor, "batch d_sae"]
-    ) -> Float[Tensor, "batch n_layers d_model"]:
+    def decode(self, feature_acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch n_layers d_model"]:
         """`decode_layers` of activations flattened over layers, as SAELens keeps them."""
         per_layer = feature_acts.unflatten(-1, (self.cfg.n_layers, self.cfg.d_transcoder))
         return self.decode_layers(per_layer.unbind(dim=1))

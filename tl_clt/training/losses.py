@@ -39,9 +39,7 @@ def sparsity_loss(feature_acts: PerLayer, norms: PerFeature, tanh_scale: float) 
     return torch.stack(terms).sum() / feature_acts[0].shape[0]
 
 
-def dead_feature_loss(
-    hidden_pre: PerLayer, thresholds: PerFeature, norms: PerFeature
-) -> Float[Tensor, ""]:
+def dead_feature_loss(hidden_pre: PerLayer, thresholds: PerFeature, norms: PerFeature) -> Float[Tensor, ""]:
     """sum_i relu(theta_i - h_i) * ||W_dec,i|| over the features of all layers, mean over tokens.
 
     It draws features that do not fire towards their threshold. theta is 0 where phi has no threshold.

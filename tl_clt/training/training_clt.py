@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from sae_lens import registry
 from sae_lens.saes.sae import (
     SAE,
     SAEConfig,
+    SAEMetadata,
     TrainCoefficientConfig,
     TrainingSAE,
     TrainingSAEConfig,
@@ -27,6 +28,9 @@ from tl_clt.training.losses import dead_feature_loss, decoder_norms, mse_loss, s
 @dataclass(kw_only=True)
 class InferenceCLTConfig(CLTShape, SAEConfig):
     """SAELens's config of a trained CLT. d_in is d_model, d_sae is n_layers * d_transcoder."""
+
+    metadata: Any = field(default_factory=SAEMetadata)
+    """SAELens's record of the training; its loader puts a plain dict here for a moment."""
 
     apply_b_dec_to_input: bool = False
     """Always False: outputs are not inputs."""
@@ -192,7 +196,9 @@ class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
         Raises:
             NotImplementedError: always.
         """
-        raise NotImplementedError("A CLT's decoder norms are not folded: export a CrossLayerTranscoder instead.")
+        raise NotImplementedError(
+            "A CLT's decoder norms are not folded: export a CrossLayerTranscoder instead."
+        )
 
 
 def register() -> None:

@@ -9,6 +9,14 @@ from tl_clt.errors import ConfigError, nearest
 
 Activation = Literal["relu", "jumprelu", "topk", "batchtopk"]
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+KINDS: dict[str, type] = {
+    **dict.fromkeys(("n_layers", "d_model", "d_transcoder", "span", "k"), int),
+    **dict.fromkeys(("activation", "input_hook", "output_hook", "model_name", "dtype", "scan"), str),
+    **dict.fromkeys(("input_scale", "output_scale"), tuple),
+    "skip": bool,
+}
+"""What type each value has: files can hold anything."""
+MAY_BE_NONE = ("span", "k", "scan", "input_scale", "output_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +72,13 @@ class CrossLayerTranscoderConfig:
     """circuit-tracer's identifier of a feature database, kept for round trips."""
 
     def __post_init__(self) -> None:
+        for name, kind in KINDS.items():
+            value = getattr(self, name)
+            right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            _require(
+                right or (value is None and name in MAY_BE_NONE),
+                f"{name} is {value!r}: give a value of type {kind.__name__}.",
+            )
         for name in ("n_layers", "d_model", "d_transcoder"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: give at least 1.")
         if self.span is None:
@@ -127,7 +142,10 @@ class CrossLayerTranscoderConfig:
         for key in values:
             _require(key in known, f"'{key}' is no key of CrossLayerTranscoderConfig.{nearest(key, known)}")
         for key in ("n_layers", "d_model", "d_transcoder"):
-            _require(key in values, f"'{key}' is missing from the CLT's config: it needs n_layers, d_model and d_transcoder.")
+            _require(
+                key in values,
+                f"'{key}' is missing from the CLT's config: it needs n_layers, d_model and d_transcoder.",
+            )
         as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**as_tuples)
 

@@ -24,11 +24,14 @@ class DecoderFile(NamedTuple):
     first_slot: int = 0
     """Slot that holds the source layer's own output."""
 
+    unused_slots: int = 0
+    """Slots after the last one that this CLT writes (a span below n_layers in a layout without spans)."""
+
 
 class DenseDecoders(nn.Module):
     """All decoders in memory: one parameter [d_transcoder, n_writes, d_model] a source layer."""
 
-    def __init__(self, per_source: Sequence[Float[Tensor, "d_transcoder n_writes d_model"]]) -> None:
+    def __init__(self, per_source: Sequence[Float[Tensor, "d_transcoder _ d_model"]]) -> None:
         super().__init__()
         self.per_source = nn.ParameterList([nn.Parameter(w) for w in per_source])
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_clt.errors import ConfigError
+from tl_clt.errors import CLTMismatch, ConfigError
 from tl_clt.shapes import FeatureActs, LayerInputs, LayerOutputs
 from tl_clt.transcoder.activations import jumprelu, topk
 from tl_clt.transcoder.config import CrossLayerTranscoderConfig
@@ -72,6 +72,7 @@ class CrossLayerTranscoder(nn.Module):
 
     def encode(self, x: LayerInputs) -> FeatureActs:
         """Feature activations of every layer from every layer's input."""
+        self._require_shape("x", x, self.cfg.d_model)
         return torch.stack([self.encode_layer(x[..., s, :], s).feature_acts for s in self.layers], dim=-2)
 
     def encode_layer(self, x: Float[Tensor, "*batch d_model"], layer: int) -> Encoding:
@@ -95,6 +96,7 @@ class CrossLayerTranscoder(nn.Module):
     def decode(self, feature_acts: FeatureActs, x: LayerInputs | None = None) -> LayerOutputs:
         """MLP outputs of every layer. `x`, the layers' inputs, is needed where there is a skip connection."""
         self._require_input(x)
+        self._require_shape("feature_acts", feature_acts, self.cfg.d_transcoder)
         recons = self.b_dec.expand(*feature_acts.shape[:-2], -1, -1).clone()
         for source in self.layers:
             targets = self.cfg.targets(source)
@@ -112,7 +114,7 @@ class CrossLayerTranscoder(nn.Module):
         if isinstance(self.W_dec, DenseDecoders):
             W_dec = self.W_dec[source]
         else:
-            active = torch.nonzero(feature_acts.flatten(0, -2).any(dim=0)).flatten()
+            active = torch.nonzero(feature_acts.reshape(-1, self.cfg.d_transcoder).any(dim=0)).flatten()
             feature_acts = feature_acts[..., active]
             W_dec = self.W_dec.rows(source, active)
         written = feature_acts @ W_dec.flatten(start_dim=1)
@@ -141,6 +143,13 @@ class CrossLayerTranscoder(nn.Module):
     def _require_input(self, x: Tensor | None) -> None:
         if self.W_skip is not None and x is None:
             raise ConfigError("This CLT has a skip connection: call decode(feature_acts, x) with the inputs x.")
+
+    def _require_shape(self, name: str, values: Tensor, width: int) -> None:
+        if values.shape[-2:] != (self.cfg.n_layers, width):
+            raise CLTMismatch(
+                f"{name} has shape {list(values.shape)}, but this CLT takes [..., {self.cfg.n_layers}, {width}]"
+                f" (layers, then {'d_model' if name == 'x' else 'd_transcoder'})."
+            )
 
     # -- files -----------------------------------------------------------------------------------------
 

@@ -47,10 +47,13 @@ def load(
         dtype=stored_dtype,
     )
     cfg = cfg if dtype is None else replace(cfg, dtype=dtype)
-    files = [DecoderFile(folder / f"W_dec_{s}.safetensors", f"W_dec_{s}") for s in range(n_layers)]
+    n_writes = [len(cfg.targets(s)) for s in range(n_layers)]
     decoders = read_decoders(
-        files,
-        [len(cfg.targets(s)) for s in range(n_layers)],
+        [
+            DecoderFile(folder / f"W_dec_{s}.safetensors", f"W_dec_{s}", unused_slots=n_layers - s - n_writes[s])
+            for s in range(n_layers)
+        ],
+        n_writes,
         d_transcoder,
         d_model,
         dtype=getattr(torch, cfg.dtype),
@@ -65,6 +68,8 @@ def load(
             clt.b_dec[i] = tensors.tensor(f"b_dec_{i}", (d_model,))
             if clt.threshold is not None:
                 clt.threshold[i] = tensors.tensor(f"threshold_{i}", (d_transcoder,))
+            else:
+                tensors.refuse([f"threshold_{i}"])
     return clt
 
 

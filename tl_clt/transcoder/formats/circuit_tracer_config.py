@@ -30,7 +30,9 @@ def read(folder: Path, **from_files: Any) -> CrossLayerTranscoderConfig:
         from_files: what the weight files say (n_layers, d_model, d_transcoder, span, activation, skip, dtype).
     """
     values = read_config(folder / CONFIG)
-    ours = dict(values.get(OURS) or {})
+    ours = values.get(OURS) or {}
+    if not isinstance(ours, dict):
+        raise FormatError(f"'{folder / CONFIG}': {OURS} holds no mapping of names to values. Remove that key.")
     for key in ("n_layers", "d_model", "d_transcoder"):
         if ours.get(key, from_files[key]) != from_files[key]:
             raise FormatError(

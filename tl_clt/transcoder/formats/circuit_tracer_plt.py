@@ -64,8 +64,12 @@ def load(
             clt.b_dec[i] = tensors.tensor("b_dec", (d_model,))
             if clt.threshold is not None:
                 clt.threshold[i] = tensors.tensor(THRESHOLD, (d_transcoder,))
+            else:
+                tensors.refuse([THRESHOLD])
             if clt.W_skip is not None:
                 clt.W_skip[i] = tensors.tensor("W_skip", (d_model, d_model)).T
+            else:
+                tensors.refuse(["W_skip"])
     return clt
 
 

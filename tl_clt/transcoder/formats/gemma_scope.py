@@ -65,4 +65,6 @@ def load(
             clt.threshold[i] = tensors.tensor("threshold", (d_transcoder,))
             if clt.W_skip is not None:
                 clt.W_skip[i] = tensors.tensor(SKIP, (d_model, d_model))
+            else:
+                tensors.refuse([SKIP])
     return clt

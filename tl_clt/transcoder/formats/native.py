@@ -52,6 +52,9 @@ def load(
             weight = getattr(clt, name)
             if weight is not None:
                 weight.copy_(tensors.tensor(name, weight.shape))
+            else:
+                tensors.refuse([name])
+        tensors.refuse(tensors.keys - {*STACKED, *(f"W_dec.{s}" for s in clt.layers)})
     return clt
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,15 @@ class TensorFile:
                 " The file belongs to another CLT, or its config is wrong."
             )
         return self.opened.get_tensor(key)
+
+    def refuse(self, keys: Iterable[str]) -> None:
+        """Raise for a tensor that is there, though what else was read says that the CLT has none."""
+        for key in sorted(keys):
+            if key in self.keys:
+                raise FormatError(
+                    f"'{self.path}' has a tensor '{key}' that the CLT, by its config and its other files, has no"
+                    " place for. Files of two CLTs are mixed, or the config is wrong: copy or download it again."
+                )
 
     def _require(self, key: str) -> None:
         if key not in self.keys:
@@ -94,7 +103,9 @@ def numbered_files(folder: Path, prefix: str) -> list[Path]:
     )
     if found != list(range(len(found))):
         missing = sorted(set(range(found[-1])) - set(found))
-        raise FormatError(f"'{folder}' lacks {prefix}{missing[0]}.safetensors. Copy or download the CLT again, whole.")
+        raise FormatError(
+            f"'{folder}' lacks {prefix}{missing[0]}.safetensors. Copy or download the CLT again, whole."
+        )
     return [folder / f"{prefix}{i}.safetensors" for i in found]
 
 
@@ -112,10 +123,8 @@ def read_decoders(
     for file, slots in zip(files, n_writes, strict=True):
         with open_tensors(file.path) as tensors:
             found = tensors.shape(file.key)
-        wanted = (d_transcoder, file.first_slot + slots, d_model)
-        fits = found == wanted or (len(found) == 2 and slots == 1 and found == (d_transcoder, d_model))
-        fits = fits or (len(found) == 3 and (found[0], found[2]) == (d_transcoder, d_model) and found[1] > wanted[1])
-        if not fits:
+        wanted = (d_transcoder, file.first_slot + slots + file.unused_slots, d_model)
+        if found != wanted and (wanted[1] > 1 or found != (d_transcoder, d_model)):
             raise FormatError(
                 f"'{file.path}': {file.key} has shape {list(found)}, but {list(wanted)} was expected."
                 " The file belongs to another CLT, or its config is wrong."

@@ -1,0 +1,129 @@
+"""Influence, pruning, scores and files of a graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.models import tiny_clt, tiny_hooked
+from tl_clt import AttributionGraph, attribute
+from tl_clt.attribution.influence import normalised
+from tl_clt.attribution.nodes import NodeKind
+from tl_clt.errors import ConfigError, FormatError
+
+TOKENS = torch.tensor([0, 7, 19, 4, 33, 50, 21])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_hooked("gpt2", dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def clt(model):
+    return tiny_clt(model)
+
+
+@pytest.fixture(scope="module")
+def graph(model, clt):
+    return attribute(model, clt, TOKENS)
+
+
+def test_influence_is_the_matrix_inverse(graph):
+    A = normalised(graph.adjacency)
+    identity = torch.eye(len(A), dtype=A.dtype)
+    wanted = graph.logit_weights @ (torch.linalg.inv(identity - A) - identity)
+    torch.testing.assert_close(graph.influence(), wanted)
+
+
+def test_shares_of_influence_sum_to_one_and_all_walks_end_at_leaves(graph):
+    shares = graph.shares()
+    assert sum(shares) == pytest.approx(1)
+    assert min(shares[:4]) > 0
+    assert shares.unexplored == 0
+    leaves = graph.influence()[~graph.adjacency.any(dim=1)].sum()
+    torch.testing.assert_close(leaves, graph.logit_probs.sum())
+
+
+def test_scores_follow_their_definitions(graph):
+    A, influence = normalised(graph.adjacency), graph.influence()
+    kind = graph.nodes.kind
+    token, error = influence[kind == NodeKind.TOKEN].sum(), influence[kind == NodeKind.ERROR].sum()
+    output = influence + graph.logit_weights
+    explained = 1 - A[:, kind == NodeKind.ERROR].sum(dim=1)
+    inner = (kind == NodeKind.FEATURE) | (kind == NodeKind.LOGIT)
+    paper, peer = graph.scores("paper"), graph.scores("circuit-tracer")
+    assert paper.replacement == peer.replacement == pytest.approx(float(token / (token + error)))
+    assert paper.completeness == pytest.approx(float((output * explained)[inner].sum() / output[inner].sum()))
+    assert peer.completeness == pytest.approx(float((output * explained).sum() / output.sum()))
+    assert peer.completeness > paper.completeness
+
+
+def test_pruning_keeps_the_share_of_influence_asked_for(graph):
+    influence = graph.influence()
+    for threshold in (0.5, 0.8, 0.95):
+        ranked = influence >= influence[graph.prune_masks(threshold, 1.0).nodes & (influence > 0)].min()
+        assert influence[ranked].sum() >= threshold * influence.sum()
+
+
+def test_a_pruned_graph_is_a_smaller_graph_without_loose_ends(graph):
+    pruned = graph.prune()
+    assert isinstance(pruned, AttributionGraph)
+    assert len(pruned.nodes) < len(graph.nodes)
+    inner = pruned.nodes.is_kind(NodeKind.FEATURE)
+    assert pruned.adjacency[inner].any(dim=1).all()
+    assert pruned.adjacency[:, ~pruned.nodes.is_kind(NodeKind.TOKEN, NodeKind.LOGIT)].any(dim=0).all()
+    assert len(pruned.nodes.where(NodeKind.TOKEN)) == len(TOKENS)
+    assert len(pruned.logit_probs) == len(pruned.nodes.where(NodeKind.LOGIT))
+
+
+def test_save_and_load_give_the_same_graph(graph, tmp_path):
+    for saved in (graph, graph.prune()):
+        path = saved.save(tmp_path / "sub" / "graph.safetensors")
+        loaded = AttributionGraph.load(path)
+        for name in ("adjacency", "expanded", "tokens", "logit_probs"):
+            assert torch.equal(getattr(loaded, name), getattr(saved, name))
+        assert all(torch.equal(a, b) for a, b in zip(loaded.nodes, saved.nodes, strict=True))
+        assert (loaded.prompt_tokens, loaded.logit_tokens, loaded.info) == (
+            saved.prompt_tokens,
+            saved.logit_tokens,
+            saved.info,
+        )
+    assert [p.name for p in (tmp_path / "sub").iterdir()] == ["graph.safetensors"]
+
+
+def test_bad_graph_files_are_named(graph, tmp_path):
+    whole = graph.save(tmp_path / "whole.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    for name, words in (("none", "does not exist"), ("cut", "truncated"), ("other", "no attribution graph")):
+        with pytest.raises(FormatError, match=words):
+            AttributionGraph.load(tmp_path / f"{name}.safetensors")
+
+
+def test_a_full_disk_leaves_the_old_graph(graph, tmp_path, monkeypatch):
+    path = graph.save(tmp_path / "graph.safetensors")
+    before = path.read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tl_clt.attribution.files.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        graph.save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["graph.safetensors"]
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0, 1.5])
+def test_thresholds_out_of_range(graph, threshold):
+    with pytest.raises(ConfigError, match="node_threshold"):
+        graph.prune(node_threshold=threshold)
+    with pytest.raises(ConfigError, match="edge_threshold"):
+        graph.prune(edge_threshold=threshold)
+
+
+def test_unknown_score_definition(graph, as_users_run_it):
+    with pytest.raises(ConfigError, match="'paper' or 'circuit-tracer'"):
+        graph.scores("mine")

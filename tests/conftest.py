@@ -1,0 +1,88 @@
+"""Settings and fixtures of all tests: shapes checked at run time, no network, two threads."""
+
+# ruff: noqa: E402 (what is set here must be set before the imports that read it)
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# Before the first import of tl_clt, and never taken down: modules imported late are checked as well.
+import jaxtyping
+from jaxtyping import install_import_hook
+
+install_import_hook("tl_clt", "beartype.beartype")
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models import FAMILIES, HOOKED, Model, random_tokens, tiny_bridge, tiny_hooked
+
+torch.set_num_threads(2)
+
+ORACLES = Path(__file__).parent / "data" / "oracles"
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def as_users_run_it() -> Iterator[None]:
+    """Without run-time checks of annotations, for tests of the messages that users get instead of them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def session_models(tmp_path_factory: pytest.TempPathFactory):
+    """`session_models(kind)`: the float64 model of a kind ("hooked-llama", "bridge-gpt2"), made once."""
+    made: dict[str, Model] = {}
+
+    def get(kind: str) -> Model:
+        if kind not in made:
+            backend, name = kind.split("-")
+            if backend == "hooked":
+                made[kind] = tiny_hooked(name)
+            else:
+                made[kind] = tiny_bridge(name, tmp_path_factory.mktemp(kind), exact=True)
+        return made[kind]
+
+    return get
+
+
+KINDS = (*(f"hooked-{arch}" for arch in HOOKED), *(f"bridge-{family}" for family in FAMILIES))
+
+
+@pytest.fixture(params=KINDS)
+def model(request: pytest.FixtureRequest, session_models) -> Model:
+    """Every tiny model, of either kind, in float64. Shared: leave it as it was."""
+    return session_models(request.param)
+
+
+@pytest.fixture(params=["hooked-gpt2", "bridge-llama"])
+def one_of_each(request: pytest.FixtureRequest, session_models) -> Model:
+    """One HookedTransformer and one TransformerBridge, for what does not turn on the architecture."""
+    return session_models(request.param)
+
+
+@pytest.fixture
+def tokens(model: Model) -> torch.Tensor:
+    """Two prompts of seven tokens [batch, pos]."""
+    return random_tokens(model, batch=2, pos=7)
+
+
+@pytest.fixture(params=sorted(p.name for p in ORACLES.iterdir() if p.is_dir()))
+def oracle(request: pytest.FixtureRequest) -> Path:
+    """Each folder of what circuit-tracer computes on a small model."""
+    return ORACLES / request.param

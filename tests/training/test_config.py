@@ -1,0 +1,79 @@
+"""What a config refuses, and how it says so."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from tl_clt.errors import ConfigError
+from tl_clt.training import CLTTrainingRunnerConfig
+
+
+def test_defaults_are_valid_and_span_everything() -> None:
+    cfg = CLTTrainingRunnerConfig(d_transcoder=64)
+    assert (cfg.span, cfg.activation, cfg.tanh_scale, cfg.dead_feature_coefficient) == (
+        None,
+        "jumprelu",
+        4.0,
+        3e-6,
+    )
+    assert not cfg.log_to_wandb
+
+
+def test_survives_json(make_config) -> None:
+    cfg = make_config(exclude_special_tokens=(1, 2), seqpos_slice=(1, None))
+    assert CLTTrainingRunnerConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+
+
+def test_unknown_key_gets_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match="'d_trancoder' is no key .* Nearest: 'd_transcoder'"):
+        CLTTrainingRunnerConfig.from_dict({"d_trancoder": 4})
+    with pytest.raises(ConfigError, match="'d_transcoder' is missing"):
+        CLTTrainingRunnerConfig.from_dict({})
+
+
+def test_is_frozen(make_config) -> None:
+    with pytest.raises(FrozenInstanceError):
+        make_config().lr = 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"d_transcoder": 0}, "d_transcoder is 0: give more than 0"),
+        ({"lr": 0.0}, "lr is 0.0"),
+        ({"sparsity_coefficient": -1.0}, "sparsity_coefficient is -1.0: give 0 or more"),
+        ({"activations_mixing_fraction": 1.5}, "activations_mixing_fraction is 1.5: give 0 to 1"),
+        ({"k": None}, "k is None with activation 'topk': topk needs k"),
+        ({"k": 99}, "k is 99 for 24 features per layer: give 1 to 24"),
+        ({"span": 0}, "span is 0"),
+        ({"output_hook": "hook_resid_mid"}, "give two different hooks"),
+        ({"n_batches_in_buffer": 7}, "buffer of 56 tokens for a batch of 64: give at least 8, better 32"),
+        ({"seqpos_slice": (8, None)}, "leaves none of 8 positions"),
+        ({"seqpos_slice": (4, None), "n_batches_in_buffer": 15}, "give at least 16"),
+        ({"training_tokens": 63}, "less than one batch of 64"),
+        ({"lr_warm_up_steps": 30, "lr_decay_steps": 11}, "41 together, but the run has 40 steps"),
+        ({"n_checkpoints": 2}, "give both or neither"),
+        ({"n_checkpoints": 2, "checkpoint_path": "o/c", "output_path": "o"}, "give a folder outside of it"),
+    ],
+)
+def test_bad_value_names_field_and_mend(make_config, changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("activation", "jumpreluu"),
+        ("straight_through", "thresold"),
+        ("lr_scheduler_name", "constan"),
+        ("dtype", "float33"),
+        ("backend", "bridg"),
+    ],
+)
+def test_bad_choice_names_the_nearest(without_type_checks, field: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field} is '{value}'.*Nearest"):
+        CLTTrainingRunnerConfig(d_transcoder=4, **{field: value})

@@ -1,0 +1,213 @@
+"""Every source of data, and every way in which one can be wrong."""
+
+from __future__ import annotations
+
+import copy
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+
+from tl_clt.errors import ConfigError, DatasetError, HookNotFound, ModelUnsupported, TokenizerMissing
+from tl_clt.training.batches import activation_batches, check_fits, without_store_noise
+from tl_clt.training.data import open_dataset
+from tl_clt.training.scaling import estimate_scale
+
+LINES = [
+    f"the {colour} {animal} sees a {other} ."
+    for colour in ("red", "blue")
+    for animal in ("cat", "dog")
+    for other in ("cat", "dog")
+] * 20
+
+
+def first_batch(model, dataset, cfg) -> torch.Tensor:
+    with without_store_noise():
+        return next(activation_batches(model, dataset, cfg))
+
+
+@pytest.fixture
+def sources(tmp_path: Path, tokens: torch.Tensor) -> dict:
+    rows = Dataset.from_dict({"tokens": tokens.tolist()})
+    rows.save_to_disk(tmp_path / "saved")
+    DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "saved_splits")
+    (tmp_path / "tables").mkdir()
+    rows.rename_column("tokens", "input_ids").to_parquet(tmp_path / "tables" / "train.parquet")
+    rows.to_json(tmp_path / "rows.jsonl")
+    return {
+        "tensor": tokens,
+        "dataset": rows,
+        "input_ids": rows.rename_column("tokens", "input_ids"),
+        "splits": DatasetDict(train=rows),
+        "stream": rows.to_iterable_dataset(),
+        "saved": tmp_path / "saved",
+        "saved_splits": str(tmp_path / "saved_splits"),
+        "table_folder": str(tmp_path / "tables"),
+        "jsonl": tmp_path / "rows.jsonl",
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tensor", "dataset", "input_ids", "splits", "stream", "saved", "saved_splits", "table_folder", "jsonl"],
+)
+def test_every_source_of_tokens_gives_the_same_tokens(model, make_config, tokens, sources, name: str) -> None:
+    dataset = open_dataset(sources[name], model, make_config())
+    column = next(iter(next(iter(dataset))))
+    rows = [torch.as_tensor(row[column]) for row in dataset]
+    assert torch.equal(torch.stack(rows), tokens)
+    batch = first_batch(model, dataset, make_config())
+    assert batch.shape == (64, 2, 3, 16)
+
+
+def test_the_users_dataset_keeps_its_format(model, make_config, sources) -> None:
+    dataset = sources["dataset"].add_column("note", ["x"] * len(sources["dataset"]))
+    first_batch(model, open_dataset(dataset, model, make_config()), make_config())
+    assert dataset.format["type"] is None and "note" in dataset[0]
+
+
+def test_text_file_rows_are_paragraphs_or_else_lines(
+    model_with_tokenizer, make_config, tmp_path: Path
+) -> None:
+    lines, paragraphs = tmp_path / "lines.txt", tmp_path / "paragraphs.txt"
+    lines.write_text("\n".join(LINES))
+    paragraphs.write_text("\n\n".join(f"{a}\n{b}" for a, b in zip(LINES[::2], LINES[1::2], strict=True)))
+    cfg = make_config()
+    assert open_dataset(lines, model_with_tokenizer, cfg)[0] == {"text": LINES[0]}
+    assert open_dataset(str(paragraphs), model_with_tokenizer, cfg)[0] == {"text": f"{LINES[0]}\n{LINES[1]}"}
+
+
+def test_text_becomes_activations_of_its_tokens(model_with_tokenizer, make_config, tmp_path: Path) -> None:
+    path = tmp_path / "lines.txt"
+    path.write_text("\n".join(LINES))
+    cfg = make_config(exclude_special_tokens=True)
+    batch = first_batch(model_with_tokenizer, open_dataset(path, model_with_tokenizer, cfg), cfg)
+    _, cache = model_with_tokenizer.run_with_cache(torch.tensor([[0]]))
+    bos = cache["blocks.0.hook_resid_mid"][0, 0]
+    distance = (batch[:, 0, 0] - bos).norm(dim=-1)
+    assert batch.shape == (64, 2, 3, 16) and distance.min() > 1e-3
+
+
+def test_batches_are_aligned_over_hooks(model, make_config, tokens) -> None:
+    batch = first_batch(model, open_dataset(tokens, model, make_config()), make_config())
+    for layer in range(3):
+        block = model.blocks[layer]
+        x = batch[:8, 0, layer][None]
+        torch.testing.assert_close(block.mlp(block.ln2(x))[0], batch[:8, 1, layer], rtol=1e-4, atol=1e-4)
+
+
+def test_positions_can_be_left_out(model, make_config, tokens) -> None:
+    cfg = make_config(seqpos_slice=(1, None))
+    batch = first_batch(model, open_dataset(tokens, model, cfg), cfg)
+    first = model.run_with_cache(tokens)[1]["blocks.0.hook_resid_mid"][:, 0]
+    assert torch.cdist(batch[:, 0, 0], first).min() > 1e-3
+
+
+def test_small_datasets_repeat_without_noise(model, make_config, tokens, recwarn) -> None:
+    cfg = make_config()
+    dataset = open_dataset(tokens, model, cfg)
+    with without_store_noise():
+        n = sum(len(b) for b in islice(activation_batches(model, dataset, cfg), 20))
+    assert n > 2 * tokens.numel()
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ("/no/such/file.txt", "'/no/such/file.txt' does not exist. Check the path"),
+        ("./nowhere", "does not exist"),
+        (Dataset.from_dict({"tokens": []}), "is empty"),
+        (Dataset.from_dict({"body": ["a"]}), "has the columns 'body', and none of tokens"),
+        (DatasetDict(test=Dataset.from_dict({"text": ["a"]})), "has the splits test, and no 'train'"),
+        (
+            torch.zeros(4, 7, dtype=torch.long),
+            "rows of 7 tokens, but context_size is 8. Set context_size to 7",
+        ),
+        (torch.zeros(4, 8, dtype=torch.long), "has 32 tokens in prompts of 8, fewer than one batch of 64"),
+        (torch.full((9, 8), 30), "token id 30, but .* has ids 0 to 29"),
+        (torch.full((9, 8), -1), "token id -1"),
+        (torch.zeros(9, 8), "give whole numbers"),
+        (torch.zeros(9, dtype=torch.long), "has shape \\[9\\]"),
+        (Dataset.from_dict({"tokens": ["the cat"] * 9}), "must be a list of token ids, but it is 'the cat'"),
+    ],
+)
+def test_bad_data_names_cause_and_mend(model, make_config, dataset, message: str) -> None:
+    with pytest.raises(DatasetError, match=message):
+        open_dataset(dataset, model, make_config())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b" \n\n ", "is empty. Give a file with some text"),
+        (b"\xff\xfe\x00\x81", "is no UTF-8 text"),
+        (b"the cat sees a dog .", "fewer than one batch of 64"),
+    ],
+)
+def test_bad_text_file_names_cause_and_mend(
+    model_with_tokenizer, make_config, tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    with pytest.raises(DatasetError, match=message):
+        open_dataset(path, model_with_tokenizer, make_config())
+
+
+def test_broken_table_and_empty_folder_are_told(model, make_config, tmp_path: Path) -> None:
+    broken = tmp_path / "rows.parquet"
+    broken.write_bytes(b"nonsense")
+    (tmp_path / "empty").mkdir()
+    for path in (broken, tmp_path / "empty"):
+        with pytest.raises(DatasetError, match="could not be read"):
+            open_dataset(path, model, make_config())
+
+
+def test_text_needs_a_tokenizer(model, make_config) -> None:
+    with pytest.raises(TokenizerMissing, match="no tokenizer to read The dataset with"):
+        open_dataset(Dataset.from_dict({"text": LINES}), model, make_config())
+    with pytest.raises(TokenizerMissing, match="exclude_special_tokens=True"):
+        check_fits(model, make_config(exclude_special_tokens=True))
+
+
+def test_text_needs_a_beginning_token_to_prepend(model_with_tokenizer, make_config, monkeypatch) -> None:
+    dataset = Dataset.from_dict({"text": LINES})
+    without_bos = copy.deepcopy(model_with_tokenizer.tokenizer)
+    without_bos.bos_token = None
+    monkeypatch.setattr(model_with_tokenizer, "tokenizer", without_bos)
+    with pytest.raises(ConfigError, match="set prepend_bos=False"):
+        open_dataset(dataset, model_with_tokenizer, make_config())
+    assert len(open_dataset(dataset, model_with_tokenizer, make_config(prepend_bos=False))) == len(LINES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"output_hook": "hook_mlp_ot"}, HookNotFound, "Nearest: 'blocks.0.hook_mlp_out'"),
+        ({"context_size": 9}, ConfigError, "takes 8 tokens: give at most 8"),
+        ({"span": 4}, ConfigError, "has 3 layers"),
+    ],
+)
+def test_model_that_does_not_fit_is_told(
+    model, make_config, changes: dict, error: type, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        check_fits(model, make_config(**changes))
+
+
+def test_hook_of_another_width_is_told(model, make_config, tokens) -> None:
+    cfg = make_config(output_hook="mlp.hook_pre")
+    with pytest.raises(ConfigError, match="'blocks.0.mlp.hook_pre' has width 64"):
+        first_batch(model, open_dataset(tokens, model, cfg), cfg)
+
+
+def test_silent_layer_is_told() -> None:
+    batch = torch.ones(4, 2, 3, 5)
+    batch[:, 1, 2] = 0
+    with pytest.raises(ModelUnsupported, match="The output of layer 2 has mean norm 0.0"):
+        estimate_scale([batch])
+    batch[:, 0, 0] = float("nan")
+    with pytest.raises(ModelUnsupported, match="The input of layer 0 has mean norm nan"):
+        estimate_scale([batch])

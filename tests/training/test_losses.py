@@ -1,0 +1,80 @@
+"""Each term of the loss against plain loops in float64, values and gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tl_clt.training.losses import dead_feature_loss, decoder_norms, mse_loss, sparsity_loss
+
+BATCH, N_LAYERS, F, D = 3, 2, 4, 5
+
+
+def rand(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def decoders() -> list[torch.Tensor]:
+    return [rand(F, N_LAYERS - s, D, seed=10 + s) for s in range(N_LAYERS)]
+
+
+def loop_norm(W_dec: torch.Tensor, feature: int) -> float:
+    return math.sqrt(sum(float(v) ** 2 for slot in W_dec[feature] for v in slot))
+
+
+def test_norm_is_over_all_decoder_vectors_of_a_feature() -> None:
+    W_dec = decoders()
+    for norms, weight in zip(decoder_norms(W_dec), W_dec, strict=True):
+        assert norms.tolist() == pytest.approx([loop_norm(weight, i) for i in range(F)], rel=1e-12)
+
+
+def test_mse_sums_over_layers_and_coordinates_and_averages_over_tokens() -> None:
+    recons, outputs = rand(BATCH, N_LAYERS, D, seed=0), rand(BATCH, N_LAYERS, D, seed=1)
+    want = sum(
+        float(recons[b, layer, i] - outputs[b, layer, i]) ** 2
+        for b in range(BATCH)
+        for layer in range(N_LAYERS)
+        for i in range(D)
+    )
+    assert float(mse_loss(recons, outputs)) == pytest.approx(want / BATCH, rel=1e-12)
+
+
+def test_sparsity_is_tanh_of_norm_times_activation() -> None:
+    W_dec, acts, c = decoders(), [rand(BATCH, F, seed=s).relu() for s in range(N_LAYERS)], 4.0
+    want = sum(
+        math.tanh(c * loop_norm(W_dec[layer], i) * float(acts[layer][b, i]))
+        for b in range(BATCH)
+        for layer in range(N_LAYERS)
+        for i in range(F)
+    )
+    assert float(sparsity_loss(acts, decoder_norms(W_dec), c)) == pytest.approx(want / BATCH, rel=1e-12)
+
+
+def test_dead_feature_loss_is_distance_below_threshold_times_norm() -> None:
+    W_dec = decoders()
+    hidden_pre = [rand(BATCH, F, seed=s) for s in range(N_LAYERS)]
+    thresholds = [rand(F, seed=20 + s).abs() for s in range(N_LAYERS)]
+    want = sum(
+        max(float(thresholds[layer][i] - hidden_pre[layer][b, i]), 0.0) * loop_norm(W_dec[layer], i)
+        for b in range(BATCH)
+        for layer in range(N_LAYERS)
+        for i in range(F)
+    )
+    got = dead_feature_loss(hidden_pre, thresholds, decoder_norms(W_dec))
+    assert float(got) == pytest.approx(want / BATCH, rel=1e-12)
+
+
+def test_gradients_equal_finite_differences() -> None:
+    W_dec = [w.requires_grad_() for w in decoders()]
+    acts = [(rand(BATCH, F, seed=s).abs() * 0.1).requires_grad_() for s in range(N_LAYERS)]
+    hidden_pre = [rand(BATCH, F, seed=5 + s).requires_grad_() for s in range(N_LAYERS)]
+    thresholds = [rand(F, seed=20 + s).abs().requires_grad_() for s in range(N_LAYERS)]
+
+    def total(*tensors: torch.Tensor) -> torch.Tensor:
+        w, a, h, t = (tensors[i : i + N_LAYERS] for i in range(0, 4 * N_LAYERS, N_LAYERS))
+        norms = decoder_norms(w)
+        return sparsity_loss(a, norms, 4.0) + dead_feature_loss(h, t, norms)
+
+    assert torch.autograd.gradcheck(total, (*W_dec, *acts, *hidden_pre, *thresholds))

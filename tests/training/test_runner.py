@@ -1,0 +1,218 @@
+"""Whole runs on a tiny model, with SAELens's own trainer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import sae_lens
+import torch
+from sae_lens.training import sae_trainer
+from sae_lens.training.activations_store import ActivationsStore
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tl_clt.errors import ConfigError, DatasetError, HookNotFound, OutputNotEmpty
+from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig, TrainingProgress, batches, runner
+from tl_clt.training.export import export
+from tl_clt.training.training_clt import TrainingCLT
+from tl_clt.transcoder import CrossLayerTranscoder
+
+
+def layer_io(model, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    _, cache = model.run_with_cache(tokens)
+    x, y = (
+        torch.stack([cache[f"blocks.{layer}.{hook}"] for layer in range(3)], dim=-2).flatten(0, 1)
+        for hook in ("hook_resid_mid", "hook_mlp_out")
+    )
+    return x, y
+
+
+def test_trainer_and_store_are_saelens_own() -> None:
+    assert runner.SAETrainer is sae_trainer.SAETrainer
+    assert batches.ActivationsStore is ActivationsStore
+
+
+@pytest.mark.parametrize(
+    ("activation", "span", "mode"),
+    [("topk", 3, "all"), ("jumprelu", 3, "all"), ("jumprelu", 1, "threshold"), ("relu", 2, "all")],
+)
+def test_training_learns_the_mlps(model, tokens, make_config, activation: str, span: int, mode: str) -> None:
+    seen: list[TrainingProgress] = []
+    cfg = make_config(
+        activation=activation,
+        span=span,
+        straight_through=mode,
+        training_tokens=64 * 200,
+        sparsity_coefficient=0.1,
+        lr_decay_steps=50,
+    )
+    run = CLTTrainingRunner(cfg, model=model, dataset=tokens, on_progress=seen.append)
+    clt = run.run()
+    assert [p.step for p in seen] == list(range(10, 200, 10))
+    assert seen[-1].tokens == 64 * 190 and seen[-1].n_steps == 200
+    assert seen[-1].losses["mse_loss"] < 0.5 * seen[0].losses["mse_loss"]
+    assert ("sparsity_loss" in seen[0].losses) == (activation != "topk")
+    metrics = run.record.metrics
+    assert metrics.explained_variance > 0.6
+    assert clt.cfg.span == span and clt.cfg.activation == activation
+    # The record is that of the CLT handed out, on raw activations.
+    x, y = layer_io(model, tokens)
+    error = (clt(x) - y).square().sum(dim=(0, 2)) / (y - y.mean(dim=0)).square().sum(dim=(0, 2))
+    assert (1 - error).tolist() == pytest.approx(metrics.explained_variance_per_layer, abs=0.15)
+    l0 = (clt.encode(x) > 0).double().sum(dim=-1).mean(dim=0)
+    assert float(l0.sum()) == pytest.approx(metrics.l0_sum_over_layers, rel=0.15)
+    assert metrics.l0_mean_per_layer == pytest.approx(metrics.l0_sum_over_layers / 3)
+
+
+def test_bridge_and_hooked_transformer_train_alike(tokens, make_config, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = {"n_layer": 3, "n_embd": 16, "n_head": 2, "n_positions": 8, "vocab_size": 30}
+    GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path / "gpt2")
+    clts = [
+        CLTTrainingRunner(
+            make_config(model_name=str(tmp_path / "gpt2"), backend=backend, training_tokens=64 * 5),
+            dataset=tokens,
+        ).run()
+        for backend in ("hooked", "bridge")
+    ]
+    for name, value in clts[0].state_dict().items():
+        torch.testing.assert_close(clts[1].state_dict()[name], value, rtol=1e-2, atol=1e-2)
+
+
+def test_sparsity_coefficient_lowers_l0(model, tokens, make_config) -> None:
+    l0 = []
+    for coefficient in (0.0, 3.0):
+        cfg = make_config(activation="jumprelu", sparsity_coefficient=coefficient, training_tokens=64 * 150)
+        run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
+        run.run()
+        l0.append(run.record.metrics.l0_sum_over_layers)
+    assert l0[1] < 0.6 * l0[0]
+
+
+def test_same_seed_gives_the_same_weights_and_leaves_random_numbers_alone(model, tokens, make_config) -> None:
+    def train(seed: int) -> CrossLayerTranscoder:
+        torch.rand(seed + 1)
+        return CLTTrainingRunner(
+            make_config(activation="jumprelu", seed=seed), model=model, dataset=tokens
+        ).run()
+
+    one, again, other = train(1), train(1), train(2)
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+    assert not torch.equal(one.W_enc, other.W_enc)
+    state = torch.get_rng_state()
+    CLTTrainingRunner(make_config(training_tokens=64), model=model, dataset=tokens).run()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_output_is_a_native_clt_with_a_record(model, tokens, make_config, tmp_path: Path) -> None:
+    cfg = make_config(output_path=str(tmp_path / "clt"), model_name="tiny", exclude_special_tokens=(3,))
+    clt = CLTTrainingRunner(cfg, model=model, dataset=tokens).run()
+    loaded = CrossLayerTranscoder.from_pretrained(tmp_path / "clt")
+    assert loaded.cfg == clt.cfg
+    assert (loaded.cfg.model_name, loaded.cfg.input_hook) == ("tiny", "hook_resid_mid")
+    assert len(loaded.cfg.input_scale) == len(loaded.cfg.output_scale) == 3
+    for name, value in clt.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    record = json.loads((tmp_path / "clt" / "training.json").read_text())
+    assert CLTTrainingRunnerConfig.from_dict(record["config"]) == cfg
+    assert record["tokens_seen"] == cfg.training_tokens
+    assert record["sae_lens_version"] == sae_lens.__version__
+    metrics = record["metrics"]
+    assert metrics["l0_sum_over_layers"] == pytest.approx(sum(metrics["l0_per_layer"]))
+    assert 0 <= metrics["dead_share"] <= 1 and metrics["n_tokens"] == 128
+    assert list(tmp_path.iterdir()) == [tmp_path / "clt"]
+
+
+def test_checkpoints_are_saelens_own_and_can_be_exported(model, tokens, make_config, tmp_path: Path) -> None:
+    cfg = make_config(activation="jumprelu", n_checkpoints=2, checkpoint_path=str(tmp_path / "checkpoints"))
+    CLTTrainingRunner(cfg, model=model, dataset=tokens).run()
+    folders = sorted((tmp_path / "checkpoints").iterdir())
+    assert len(folders) == 2
+    clt = export(TrainingCLT.load_from_disk(folders[-1]))
+    assert clt.cfg.input_scale is not None
+    x, _ = layer_io(model, tokens)
+    assert clt(x).isfinite().all()
+
+
+def test_float64_and_autocast_train(model, tokens, make_config) -> None:
+    exact = CLTTrainingRunner(make_config(dtype="float64"), model=model, dataset=tokens).run()
+    assert exact.W_enc.dtype == torch.float64
+    cfg = make_config(
+        activation="jumprelu", autocast=True, training_tokens=64 * 200, sparsity_coefficient=0.1
+    )
+    run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
+    assert run.run().W_enc.dtype == torch.float32
+    assert run.record.metrics.explained_variance > 0.5
+
+
+@pytest.mark.parametrize("which", ["output_path", "checkpoint_path"])
+def test_folder_with_something_in_it_is_refused_before_any_work(
+    tokens, make_config, tmp_path: Path, which: str, monkeypatch
+) -> None:
+    def no_work(*args: object, **kwargs: object) -> None:
+        pytest.fail("the model was loaded")
+
+    monkeypatch.setattr(runner, "load_model", no_work)
+    (tmp_path / "mine.txt").write_text("keep")
+    changes = {which: str(tmp_path), "model_name": "tiny", "n_checkpoints": int(which == "checkpoint_path")}
+    with pytest.raises(OutputNotEmpty, match="is not empty"):
+        CLTTrainingRunner(make_config(**changes), dataset=tokens).run()
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_nothing_is_written_when_training_breaks_off(
+    model, tokens, make_config, tmp_path: Path, error: type
+) -> None:
+    def stop(progress: TrainingProgress) -> None:
+        raise error
+
+    cfg = make_config(output_path=str(tmp_path / "clt"))
+    with pytest.raises(error):
+        CLTTrainingRunner(cfg, model=model, dataset=tokens, on_progress=stop).run()
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_written_when_saving_breaks_off(
+    model, tokens, make_config, tmp_path: Path, monkeypatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(runner.json, "dumps", full)
+    with pytest.raises(OSError, match="no space left"):
+        CLTTrainingRunner(make_config(output_path=str(tmp_path / "clt")), model=model, dataset=tokens).run()
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_runs_are_refused_before_anything_is_written(model, tokens, make_config, tmp_path: Path) -> None:
+    output = str(tmp_path / "clt")
+    with pytest.raises(HookNotFound, match="Nearest"):
+        cfg = make_config(input_hook="hook_resid_midd", output_path=output)
+        CLTTrainingRunner(cfg, model=model, dataset=tokens).run()
+    with pytest.raises(DatasetError, match="does not exist"):
+        cfg = make_config(dataset_path="/no/such/text.txt", output_path=output)
+        CLTTrainingRunner(cfg, model=model).run()
+    with pytest.raises(ConfigError, match="there is no model"):
+        CLTTrainingRunner(make_config(), dataset=tokens)
+    with pytest.raises(ConfigError, match="there is no dataset"):
+        CLTTrainingRunner(make_config(), model=model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_saelens_lambda_ramp_ends_at_the_coefficient(model, tokens, make_config, monkeypatch) -> None:
+    trainers = []
+
+    class Spy(sae_trainer.SAETrainer):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs)
+            trainers.append((self, self.get_coefficients()["sparsity"]))
+
+    monkeypatch.setattr(runner, "SAETrainer", Spy)
+    cfg = make_config(activation="relu", sparsity_coefficient=0.7)
+    CLTTrainingRunner(cfg, model=model, dataset=tokens).run()
+    trainer, at_start = trainers[0]
+    assert at_start == 0 and trainer.get_coefficients()["sparsity"] == pytest.approx(0.7)
+    assert trainer.cfg.total_training_steps == trainer.n_training_steps == 40

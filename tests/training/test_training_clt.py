@@ -1,0 +1,222 @@
+"""A CLT as SAELens sees it, and the CLT that it becomes."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from sae_lens import registry
+from sae_lens.saes.sae import SAE, TrainCoefficientConfig, TrainingSAE, TrainStepInput
+
+from tl_clt.errors import ConfigError
+from tl_clt.training import training_clt
+from tl_clt.training.export import export
+from tl_clt.training.init import init_encoder_biases, initial_firing_rate
+from tl_clt.training.layers import ARCHITECTURE
+from tl_clt.training.losses import dead_feature_loss, decoder_norms, mse_loss, sparsity_loss
+from tl_clt.training.scaling import ActivationScale, apply_scale, estimate_scale
+from tl_clt.training.training_clt import InferenceCLT, TrainingCLT, TrainingCLTConfig
+
+N_LAYERS, D, F, BATCH = 3, 8, 10, 7
+EVERY_KIND = list(product(["relu", "jumprelu", "topk"], [1, 2, 3]))
+COEFFICIENTS = {"sparsity": 0.7, "dead_feature": 0.2}
+
+
+def raw_batch(n: int = BATCH) -> torch.Tensor:
+    scale = torch.tensor([[0.1, 2.0, 30.0], [5.0, 0.7, 0.02]], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(n, 2, N_LAYERS, D, dtype=torch.float64, generator=generator) * scale[..., None]
+
+
+def build(
+    activation: str = "jumprelu", span: int = N_LAYERS, dtype: str = "float64", **changes
+) -> TrainingCLT:
+    torch.manual_seed(3)
+    scale = estimate_scale([raw_batch(50)])
+    values = {
+        "d_in": D,
+        "d_sae": N_LAYERS * F,
+        "n_layers": N_LAYERS,
+        "d_transcoder": F,
+        "activation": activation,
+        "span": span,
+        "k": 3 if activation == "topk" else None,
+        "dtype": dtype,
+        "input_scale": scale.inputs,
+        "output_scale": scale.outputs,
+    }
+    clt = TrainingCLT(TrainingCLTConfig(**(values | changes)))
+    with torch.no_grad():
+        for parameter in (*clt.b_enc, clt.b_dec, *(clt.log_threshold or ())):
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return clt
+
+
+def scale_of(clt: TrainingCLT) -> ActivationScale:
+    return ActivationScale(clt.cfg.input_scale, clt.cfg.output_scale)
+
+
+def step_input(clt: TrainingCLT, coefficients: dict[str, float] = COEFFICIENTS) -> TrainStepInput:
+    return TrainStepInput(apply_scale(raw_batch(), scale_of(clt)), coefficients, None, 0, True)
+
+
+@pytest.mark.parametrize(("activation", "span"), EVERY_KIND)
+def test_export_on_raw_activations_equals_training_on_scaled_ones(activation: str, span: int) -> None:
+    clt = build(activation, span)
+    step = clt.training_forward_pass(step_input(clt))
+    exported = export(clt)
+    s_out = torch.tensor(clt.cfg.output_scale, dtype=torch.float64)
+    want = step.sae_out.unflatten(1, (N_LAYERS, D)) / s_out[:, None]
+    x = raw_batch()[:, 0]
+    torch.testing.assert_close(exported(x), want, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(exported.encode(x).flatten(1), step.feature_acts, rtol=1e-10, atol=1e-12)
+    assert (step.feature_acts > 0).any() and (step.feature_acts == 0).any()
+
+
+@pytest.mark.parametrize(("activation", "span"), EVERY_KIND)
+def test_folding_is_exact_in_float64(activation: str, span: int) -> None:
+    clt = build(activation, span)
+    exported = export(clt)
+    for s in range(N_LAYERS):
+        torch.testing.assert_close(
+            exported.W_enc[s] / clt.cfg.input_scale[s], clt.W_enc[s], rtol=1e-12, atol=0
+        )
+        assert torch.equal(exported.b_enc[s], clt.b_enc[s])
+        for slot, t in enumerate(exported.cfg.targets(s)):
+            folded = exported.W_dec[s][:, slot] * clt.cfg.output_scale[t]
+            torch.testing.assert_close(folded, clt.W_dec[s][:, slot], rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            exported.b_dec[s] * clt.cfg.output_scale[s], clt.b_dec[s], rtol=1e-12, atol=0
+        )
+    assert (exported.threshold is not None) == (activation == "jumprelu")
+    assert exported.cfg.input_scale == clt.cfg.input_scale
+    assert exported.cfg.span == span
+
+
+def test_export_takes_another_dtype() -> None:
+    assert export(build(dtype="float32"), dtype="float64").W_enc.dtype == torch.float64
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "topk"])
+def test_loss_is_the_sum_of_its_terms(activation: str) -> None:
+    clt = build(activation)
+    coefficients = dict(COEFFICIENTS)
+    if activation == "topk":
+        del coefficients["sparsity"]
+    step = clt.training_forward_pass(step_input(clt, coefficients))
+    inputs, outputs = apply_scale(raw_batch(), scale_of(clt)).unbind(dim=1)
+    norms = decoder_norms(list(clt.W_dec))
+    thresholds = clt.thresholds()
+    hidden_pre = [inputs[:, s] @ clt.W_enc[s] + clt.b_enc[s] for s in range(N_LAYERS)]
+    acts = [clt.activate(h, t) for h, t in zip(hidden_pre, thresholds, strict=True)]
+    want = mse_loss(clt.decode_layers(acts), outputs)
+    want = want + 0.2 * dead_feature_loss(hidden_pre, thresholds, norms)
+    if activation != "topk":
+        want = want + 0.7 * sparsity_loss(acts, norms, 4.0)
+    torch.testing.assert_close(step.loss, want, rtol=1e-12, atol=0)
+    assert float(step.metrics["l0_mean_per_layer"]) * N_LAYERS == pytest.approx(
+        float((step.feature_acts > 0).sum(dim=1).double().mean())
+    )
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    clt = build("jumprelu")
+    clt.training_forward_pass(step_input(clt)).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in clt.parameters())
+
+
+def test_output_is_flat_as_saelens_expects() -> None:
+    step = (clt := build("jumprelu")).training_forward_pass(step_input(clt))
+    assert step.feature_acts.shape == step.hidden_pre.shape == (BATCH, clt.cfg.d_sae)
+    assert step.sae_in.shape == step.sae_out.shape == (BATCH, N_LAYERS * D)
+
+
+def test_saelens_own_calls_agree_with_the_step() -> None:
+    clt = build("jumprelu")
+    step = clt.training_forward_pass(step_input(clt))
+    feature_acts, hidden_pre = clt.encode_with_hidden_pre(step_input(clt).sae_in[:, 0])
+    assert torch.equal(feature_acts, step.feature_acts) and torch.equal(hidden_pre, step.hidden_pre)
+    torch.testing.assert_close(clt.decode(feature_acts).flatten(1), step.sae_out)
+    aux = clt.calculate_aux_loss(step_input(clt), feature_acts, hidden_pre, step.sae_out)
+    for name in ("sparsity_loss", "dead_feature_loss"):
+        torch.testing.assert_close(aux[name], step.losses[name])
+    assert clt.get_W_dec_norm().shape == (clt.cfg.d_sae,)
+    assert clt.log_histograms()["weights/W_dec_norms"].shape == (clt.cfg.d_sae,)
+    with pytest.raises(NotImplementedError, match="export a CrossLayerTranscoder"):
+        clt.fold_W_dec_norm()
+
+
+def test_coefficients_go_through_saelens_schedulers() -> None:
+    cfg = {"sparsity_coefficient": 0.5, "sparsity_warm_up_steps": 9, "dead_feature_coefficient": 1e-5}
+    assert build("relu", **cfg).get_coefficients() == {
+        "sparsity": TrainCoefficientConfig(0.5, 9),
+        "dead_feature": 1e-5,
+    }
+    assert "sparsity" not in build("topk", **cfg).get_coefficients()
+
+
+def test_registering_twice_changes_nothing() -> None:
+    training_clt.register()
+    assert registry.get_sae_training_class(ARCHITECTURE) == (TrainingCLT, TrainingCLTConfig)
+    assert registry.get_sae_class(ARCHITECTURE)[0] is InferenceCLT
+
+
+def test_saelens_saves_and_loads_it(tmp_path: Path) -> None:
+    clt = build("jumprelu")
+    clt.save_model(tmp_path / "training")
+    loaded = TrainingSAE.load_from_disk(tmp_path / "training")
+    assert isinstance(loaded, TrainingCLT)
+    x = raw_batch()[:, 0]
+    assert torch.equal(export(loaded)(x), export(clt)(x))
+    clt.save_inference_model(tmp_path / "inference")
+    inference = SAE.load_from_disk(tmp_path / "inference")
+    assert isinstance(inference, InferenceCLT)
+    scaled = step_input(clt).sae_in[:, 0]
+    step = clt.training_forward_pass(step_input(clt))
+    torch.testing.assert_close(inference(scaled).flatten(1), step.sae_out)
+
+
+def test_scale_brings_every_mean_norm_to_sqrt_d_model() -> None:
+    batches = [raw_batch(40), 2 * raw_batch(40)]
+    scale = estimate_scale(batches)
+    norms = torch.cat([apply_scale(b, scale) for b in batches]).norm(dim=-1).mean(dim=0)
+    torch.testing.assert_close(norms, torch.full_like(norms, D**0.5), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+def test_encoder_biases_set_the_firing_rate(activation: str) -> None:
+    clt, n_tokens = build(activation), 200
+    x = apply_scale(raw_batch(n_tokens), scale_of(clt))[:, 0]
+    init_encoder_biases(clt, x)
+    rates = (clt.encode(x) > 0).double().mean(dim=0)
+    # The quantile's own token sits on the threshold, up to rounding.
+    assert (rates - initial_firing_rate(clt.cfg.d_sae)).abs().max() <= 1 / n_tokens + 1e-12
+
+
+def test_firing_rate_falls_with_the_dictionary() -> None:
+    assert initial_firing_rate(30) == 0.5
+    assert initial_firing_rate(1_000_000) == 0.01
+
+
+def test_fresh_weights_are_within_the_bounds_of_the_paper() -> None:
+    clt = build("relu")
+    W_enc, W_dec = (torch.cat([w.detach().flatten() for w in group]) for group in (clt.W_enc, clt.W_dec))
+    for weights, bound in ((W_enc, F**-0.5), (W_dec, (N_LAYERS * D) ** -0.5)):
+        assert 0.9 * bound < float(weights.abs().max()) <= bound
+        assert abs(float(weights.mean())) < bound / 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"d_sae": 7}, "n_layers \\* d_transcoder = 30"),
+        ({"normalize_activations": "layer_norm"}, "normalize_activations='none'"),
+        ({"span": 4}, "span is 4"),
+        ({"activation": "topk", "k": None}, "k is None"),
+    ],
+)
+def test_bad_config_is_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(**changes)

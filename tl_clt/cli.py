@@ -1,0 +1,230 @@
+"""The command line: `tl-clt demo`, `tl-clt trace`, `tl-clt train`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tl_clt.errors import OutputNotEmpty, TlCltError
+
+if TYPE_CHECKING:
+    from tl_clt.attribution import AttributionGraph
+    from tl_clt.evaluation import FidelityReport
+    from tl_clt.lens import HookedModel
+    from tl_clt.transcoder import CrossLayerTranscoder
+
+app = typer.Typer(
+    name="tl-clt",
+    help="Cross-layer transcoders for TransformerLens: train one, and trace how a model arrives at its answer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+N_EVALUATION_SENTENCES = 100
+"""Held-out sentences that the demo measures the CLT on."""
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Show an error of ours as one message, without a traceback, and end with status 1."""
+    try:
+        yield
+    except TlCltError as error:
+        errors.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        errors.print(str(error), markup=False)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def demo(
+    prompt: Annotated[Optional[str], typer.Option(help="A prompt in atlas's own words.")] = None,
+    output: Annotated[Path, typer.Option(help="Graph file to write.")] = Path("atlas-graph.safetensors"),
+) -> None:
+    """Trace a prompt through the bundled model "atlas" and show how it arrives at its answer."""
+    with plain_errors():
+        with console.status("Loading the model and its CLT"):
+            from tl_clt.attribution import attribute
+            from tl_clt.organisms import default_prompt, load_organism
+
+            model, clt = load_organism("atlas")
+        with console.status("Tracing the prompt"):
+            graph = attribute(model, clt, prompt or default_prompt("atlas"))
+        show_graph(graph, graph.prune(), model, clt)
+        with console.status("Measuring how well the CLT stands in for the MLPs"):
+            report = _evaluate_on_atlas(model, clt)
+        show_fidelity(report)
+        _write(graph, output)
+
+
+@app.command()
+def trace(
+    model: Annotated[str, typer.Option(help="Bundled organism, model folder, .gguf file, or hub name.")],
+    clt: Annotated[str, typer.Option(help="CLT folder or hub repository.")],
+    prompt: Annotated[str, typer.Option(help="Text whose next token to explain.")],
+    output: Annotated[Path, typer.Option(help="Graph file to write.")] = Path("graph.safetensors"),
+    backend: Annotated[str, typer.Option(help="hooked (HookedTransformer) or bridge (TransformerBridge).")] = "hooked",
+    device: Annotated[str, typer.Option(help="Where to compute, for example cuda.")] = "cpu",
+    target: Annotated[
+        Optional[list[str]], typer.Option(help="Token to explain; may be given again. Default: the likeliest.")
+    ] = None,
+    max_n_logits: Annotated[int, typer.Option(help="At most so many output tokens.")] = 10,
+    desired_logit_prob: Annotated[float, typer.Option(help="Probability that the output tokens reach.")] = 0.95,
+    max_feature_nodes: Annotated[
+        Optional[int], typer.Option(help="Trace at most so many features. Default: all.")
+    ] = None,
+    max_unexplored: Annotated[
+        Optional[float], typer.Option(help="Stop when this share of influence is left. Default: trace all.")
+    ] = None,
+    bos: Annotated[str, typer.Option(help="Position 0: error, drop, or features.")] = "error",
+    bias_nodes: Annotated[bool, typer.Option(help="Position and bias nodes.")] = True,
+    node_threshold: Annotated[float, typer.Option(help="Share of influence that shown nodes keep.")] = 0.8,
+    edge_threshold: Annotated[float, typer.Option(help="Share of influence that shown edges keep.")] = 0.98,
+    lazy_decoder: Annotated[bool, typer.Option(help="Leave decoders on disk, reading only what is needed.")] = False,
+) -> None:
+    """Trace one prompt into an attribution graph, show it pruned, and write it whole to a file."""
+    with plain_errors():
+        if output.exists():
+            raise OutputNotEmpty(f"'{output}' exists. Give another --output, or remove it first.")
+        with console.status("Loading the model and the CLT"):
+            from tl_clt.attribution import attribute
+            from tl_clt.lens import load_model
+            from tl_clt.transcoder import CrossLayerTranscoder
+
+            transcoder = CrossLayerTranscoder.from_pretrained(clt, device=device, lazy_decoder=lazy_decoder)
+            hooked: Any = load_model(model, backend=backend, device=device)  # type: ignore[arg-type]
+        graph = attribute(
+            hooked,
+            transcoder,
+            prompt,
+            target,
+            max_n_logits=max_n_logits,
+            desired_logit_prob=desired_logit_prob,
+            max_feature_nodes=max_feature_nodes,
+            max_unexplored=max_unexplored,
+            bos=bos,  # type: ignore[arg-type]
+            bias_nodes=bias_nodes,
+        )
+        show_graph(graph, graph.prune(node_threshold, edge_threshold), hooked, transcoder)
+        _write(graph, output)
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Option(help="Bundled organism, model folder, .gguf file, or hub name.")],
+    dataset: Annotated[str, typer.Option(help="Text file, dataset folder, or Hugging Face dataset name.")],
+    output: Annotated[Path, typer.Option(help="New folder for the CLT.")],
+    d_transcoder: Annotated[int, typer.Option(help="Features per layer.")],
+    training_tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 1_000_000,
+    activation: Annotated[str, typer.Option(help="relu, jumprelu or topk.")] = "jumprelu",
+    k: Annotated[Optional[int], typer.Option(help="Features per layer and token, for topk.")] = None,
+    span: Annotated[Optional[int], typer.Option(help="Layers a feature writes to. Default: all later ones.")] = None,
+    sparsity: Annotated[Optional[float], typer.Option(help="Sparsity coefficient lambda.")] = None,
+    lr: Annotated[Optional[float], typer.Option(help="Learning rate.")] = None,
+    context_size: Annotated[Optional[int], typer.Option(help="Tokens of a training context.")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(help="Tokens of a training batch.")] = None,
+    input_hook: Annotated[Optional[str], typer.Option(help="Hook that features read.")] = None,
+    backend: Annotated[str, typer.Option(help="hooked (HookedTransformer) or bridge (TransformerBridge).")] = "hooked",
+    device: Annotated[str, typer.Option(help="Where to train, for example cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
+    wandb: Annotated[bool, typer.Option(help="Log to Weights & Biases.")] = False,
+) -> None:
+    """Train a CLT on a model's activations over a text, with SAELens's training loop."""
+    with plain_errors():
+        with console.status("Loading the training loop"):
+            from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig
+        optional = {
+            "k": k,
+            "span": span,
+            "sparsity_coefficient": sparsity,
+            "lr": lr,
+            "context_size": context_size,
+            "train_batch_size_tokens": batch_size,
+            "input_hook": input_hook,
+        }
+        cfg = CLTTrainingRunnerConfig.from_dict(
+            {
+                "model_name": model,
+                "dataset_path": dataset,
+                "output_path": str(output),
+                "d_transcoder": d_transcoder,
+                "training_tokens": training_tokens,
+                "activation": activation,
+                "backend": backend,
+                "device": device,
+                "seed": seed,
+                "log_to_wandb": wandb,
+                **{name: value for name, value in optional.items() if value is not None},
+            }
+        )
+        CLTTrainingRunner(cfg).run()
+        console.print(f"CLT written to {output}. Trace with it: tl-clt trace --model {model} --clt {output} --prompt ...")
+
+
+def show_graph(
+    graph: AttributionGraph, pruned: AttributionGraph, model: HookedModel, clt: CrossLayerTranscoder
+) -> None:
+    """Print a pruned graph as a tree, and the scores of the whole."""
+    import torch
+
+    from tl_clt.features import promoted_tokens
+    from tl_clt.viewer import graph_tree
+
+    def label(layer: int, feature: int) -> str:
+        words = promoted_tokens(model, clt, layer, torch.tensor([feature], device=clt.W_enc.device))[0]
+        return "promotes " + ", ".join(w.strip() for w in words)
+
+    console.print(
+        "Each line: the share of the input of the node above it, the node, and the tokens it promotes most directly.",
+        style="dim",
+    )
+    console.print(graph_tree(pruned, label=label))
+    scores, shares = graph.scores(), graph.shares()
+    table = Table(title="The graph", title_justify="left", show_header=False)
+    table.add_row("nodes and edges", f"{len(graph.nodes)} and {int(graph.adjacency.count_nonzero())}")
+    table.add_row("shown (pruned)", f"{len(pruned.nodes)} and {int(pruned.adjacency.count_nonzero())}")
+    table.add_row("replacement score", f"{scores.replacement:.3f} (tokens against errors)")
+    table.add_row("completeness score", f"{scores.completeness:.3f} (inputs that are not errors)")
+    table.add_row("influence from biases", f"{shares.bias:.3f}, positions {shares.position:.3f}")
+    if shares.unexplored > 0:
+        table.add_row("influence not traced", f"{shares.unexplored:.3f}")
+    console.print(table)
+
+
+def show_fidelity(report: FidelityReport) -> None:
+    """Print how well a CLT stands in for the MLPs."""
+    title = f"The CLT in place of the MLPs, on {report.n_prompts} held-out sentences ({report.n_tokens} tokens)"
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_row("explained variance", f"{report.explained_variance:.3f} (mean over layers)")
+    table.add_row(
+        "active features (L0)",
+        f"{report.l0_mean_per_layer:.1f} a layer, {report.l0_sum_over_layers:.1f} over all layers",
+    )
+    table.add_row("same top token", f"{report.top1_agreement:.1%} with all MLPs replaced")
+    table.add_row("KL divergence", f"{report.kl_divergence:.4f} nats")
+    console.print(table)
+
+
+def _evaluate_on_atlas(model: HookedModel, clt: CrossLayerTranscoder) -> FidelityReport:
+    """The CLT on two-hop questions that neither it nor the model has seen."""
+    from tl_clt.evaluation import evaluate
+    from tl_clt.organisms.atlas.text import held_out_questions, sentence_of
+
+    return evaluate(model, clt, [sentence_of(q) for q in held_out_questions()[:N_EVALUATION_SENTENCES]])
+
+
+def _write(graph: AttributionGraph, output: Path) -> None:
+    graph.save(output)
+    console.print(f"The whole graph is in {output}: tl_clt.AttributionGraph.load('{output}') reads it.")
+
+
+if __name__ == "__main__":
+    app()

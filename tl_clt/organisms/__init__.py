@@ -1,0 +1,55 @@
+"""Small models that come with the package, each with a CLT, whose circuits are known by how they were trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from tl_clt.errors import ModelNotFound, nearest
+from tl_clt.lens import Backend, HookedModel, bundled_organisms, load_model
+from tl_clt.transcoder import CrossLayerTranscoder
+
+DEFAULT_PROMPTS = {"atlas": "Fact: the capital of the state containing Dallas is"}
+
+
+class Organism(NamedTuple):
+    """A bundled model and its CLT."""
+
+    model: HookedModel
+    clt: CrossLayerTranscoder
+
+
+def load_organism(
+    name: str = "atlas",
+    *,
+    backend: Backend = "hooked",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Organism:
+    """Load a bundled model and its CLT.
+
+    Raises:
+        ModelNotFound: there is no organism of that name.
+    """
+    folder = organism_folder(name)
+    model = load_model(name, backend=backend, device=device, dtype=dtype)
+    return Organism(model, CrossLayerTranscoder.from_pretrained(folder / "clt", device=device, dtype=dtype))
+
+
+def default_prompt(name: str) -> str:
+    """A prompt that shows what the organism can do."""
+    organism_folder(name)
+    return DEFAULT_PROMPTS[name]
+
+
+def organism_folder(name: str) -> Path:
+    """Where an organism's model, CLT and card lie."""
+    known = bundled_organisms()
+    if name not in known:
+        raise ModelNotFound(f"'{name}' is no bundled organism ({', '.join(known)}).{nearest(name, known)}")
+    return Path(__file__).parent / name
+
+
+__all__ = ["Organism", "default_prompt", "load_organism", "organism_folder"]

@@ -1,0 +1,192 @@
+"""From what a user gives as a dataset to one that SAELens's activation store reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from torch import Tensor
+
+from tl_clt.errors import ConfigError, DatasetError
+from tl_clt.lens import HookedModel, model_name, require_tokenizer
+from tl_clt.training.config import CLTTrainingRunnerConfig
+
+AnyDataset: TypeAlias = Dataset | IterableDataset
+DatasetSource: TypeAlias = str | Path | Tensor | Dataset | IterableDataset | DatasetDict | IterableDatasetDict
+
+TOKEN_COLUMNS = ("tokens", "input_ids")
+TEXT_COLUMNS = ("text", "problem")
+TABLE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def open_dataset(source: DatasetSource, model: HookedModel, cfg: CLTTrainingRunnerConfig) -> AnyDataset:
+    """A dataset of one column, `tokens`, `input_ids`, `text` or `problem`, that is known to suit the run.
+
+    Args:
+        source: token ids [n, at least context_size]; a `datasets` object (of a DatasetDict, the split "train");
+            a text file (rows are its paragraphs, or its lines where it has no blank line), a .json, .jsonl, .csv
+            or .parquet file, a folder of such files or one saved with `save_to_disk`, or a hub dataset.
+        model: whose tokenizer and vocabulary the data must fit.
+        cfg: the run. The dataset must hold at least one batch; it is repeated as often as needed.
+
+    Raises:
+        DatasetError: it cannot be found or read, is empty or too small, has no column of text or tokens, or
+            token ids that do not fit; the message says which.
+        TokenizerMissing: it is text, and the model has no tokenizer.
+        ConfigError: it is text, and the tokenizer has no beginning-of-sequence token to prepend.
+    """
+    dataset, name = _as_dataset(source, cfg)
+    row = next(iter(dataset), None)
+    if row is None:
+        raise DatasetError(f"{name} is empty. Give a dataset with at least one row.")
+    column = next((c for c in TOKEN_COLUMNS + TEXT_COLUMNS if c in row), None)
+    if column is None:
+        raise DatasetError(
+            f"{name} has the columns {', '.join(map(repr, row))}, and none of tokens, input_ids (token ids) or text,"
+            " problem (text). Rename one of them."
+        )
+    if column in TEXT_COLUMNS:
+        require_tokenizer(model, f"read {name} with")
+        _check_bos(model, cfg)
+        dataset = dataset.select_columns([column])
+        _check_text_size(dataset, column, name, model, cfg)
+        return dataset
+    _check_token_row(row[column], column, name, model, cfg)
+    if isinstance(dataset, Dataset):
+        _check_size(len(dataset) * cfg.context_size, name, cfg)
+        return dataset.select_columns([column]).with_format("torch")
+    return dataset.select_columns([column])
+
+
+def _as_dataset(source: DatasetSource, cfg: CLTTrainingRunnerConfig) -> tuple[AnyDataset, str]:
+    """The dataset, and how messages call it."""
+    if isinstance(source, Tensor):
+        return _from_tensor(source), "The tensor of tokens"
+    if isinstance(source, str | Path):
+        return _from_path(source, cfg.streaming), f"Dataset '{source}'"
+    return _one_split(source, "The dataset"), "The dataset"
+
+
+def _from_tensor(tokens: Tensor) -> Dataset:
+    if tokens.ndim != 2 or tokens.is_floating_point():
+        raise DatasetError(
+            f"The tensor of tokens has shape {list(tokens.shape)} and dtype {tokens.dtype}: give whole numbers"
+            " [prompts, context_size]."
+        )
+    return Dataset.from_dict({"tokens": list(tokens.cpu().numpy())})
+
+
+def _from_path(source: str | Path, streaming: bool) -> AnyDataset:
+    path = Path(source).expanduser()
+    name = f"Dataset '{source}'"
+    if not path.exists() and (
+        isinstance(source, Path) or path.is_absolute() or str(source).startswith((".", "~")) or path.suffix
+    ):
+        raise DatasetError(f"{name} does not exist. Check the path of the file or folder.")
+    try:
+        if path.is_file():
+            builder = TABLE_FORMATS.get(path.suffix)
+            return _from_text(path) if builder is None else _load(builder, streaming, data_files=str(path))
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return _one_split(load_from_disk(str(path)), name)
+        return _one_split(_load(str(path) if path.is_dir() else str(source), streaming), name)
+    except UnicodeDecodeError as error:
+        raise DatasetError(
+            f"{name} is no UTF-8 text ({error.reason}). Give a text file, or a folder."
+        ) from error
+    except (DatasetNotFoundError, DatasetGenerationError, HFValidationError, HfHubHTTPError) as error:
+        raise _unreadable(name, error) from error
+    except (ValueError, OSError, RuntimeError) as error:
+        raise _unreadable(name, error) from error
+
+
+def _load(name: str, streaming: bool, **options: Any) -> AnyDataset:
+    return load_dataset(name, split="train", streaming=streaming, **options)
+
+
+def _unreadable(name: str, error: Exception) -> DatasetError:
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return DatasetError(
+        f"{name} could not be read ({first_line}). It must be a text file, a .json, .jsonl, .csv or .parquet file, a"
+        " folder of such files or one saved with save_to_disk, or a hub dataset that can be reached."
+    )
+
+
+def _from_text(path: Path) -> Dataset:
+    text = path.read_text(encoding="utf-8").replace("\r\n", "\n")
+    blocks = (text if "\n\n" in text.strip() else text.replace("\n", "\n\n")).split("\n\n")
+    rows = [block.strip() for block in blocks if block.strip()]
+    if not rows:
+        raise DatasetError(f"Dataset '{path}' is empty. Give a file with some text.")
+    return Dataset.from_dict({"text": rows})
+
+
+def _one_split(dataset: Any, name: str) -> AnyDataset:
+    if not isinstance(dataset, DatasetDict | IterableDatasetDict):
+        return dataset
+    if "train" not in dataset:
+        raise DatasetError(
+            f"{name} has the splits {', '.join(dataset)}, and no 'train'. Give one split: dataset[...]."
+        )
+    return dataset["train"]
+
+
+def _check_token_row(
+    row: Any, column: str, name: str, model: HookedModel, cfg: CLTTrainingRunnerConfig
+) -> None:
+    message = f"{name}: a row of '{column}' must be a list of token ids, but it is {str(row)[:60]!r}."
+    try:
+        tokens = torch.as_tensor(row)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DatasetError(message) from error
+    if tokens.ndim != 1 or tokens.is_floating_point():
+        raise DatasetError(message)
+    if len(tokens) < cfg.context_size:
+        raise DatasetError(
+            f"{name} has rows of {len(tokens)} tokens, but context_size is {cfg.context_size}."
+            f" Set context_size to {len(tokens)}, or tokenise into longer rows."
+        )
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= model.cfg.d_vocab:
+        raise DatasetError(
+            f"{name} has token id {low if low < 0 else high}, but {model_name(model)} has ids 0 to"
+            f" {model.cfg.d_vocab - 1}. Was it tokenised for another model?"
+        )
+
+
+def _check_bos(model: HookedModel, cfg: CLTTrainingRunnerConfig) -> None:
+    if cfg.prepend_bos and model.tokenizer.bos_token_id is None:
+        raise ConfigError(
+            f"prepend_bos is True, but the tokenizer of {model_name(model)} has no beginning-of-sequence token:"
+            " set prepend_bos=False."
+        )
+
+
+def _check_text_size(
+    dataset: AnyDataset, column: str, name: str, model: HookedModel, cfg: CLTTrainingRunnerConfig
+) -> None:
+    n_tokens = 0
+    for row in dataset:
+        n_tokens += len(model.tokenizer(row[column], add_special_tokens=False)["input_ids"])
+        if n_tokens >= cfg.train_batch_size_tokens + cfg.context_size:
+            return
+    _check_size(n_tokens // cfg.context_size * cfg.context_size, name, cfg)
+
+
+def _check_size(n_tokens: int, name: str, cfg: CLTTrainingRunnerConfig) -> None:
+    if n_tokens < cfg.train_batch_size_tokens:
+        raise DatasetError(
+            f"{name} has {n_tokens} tokens in prompts of {cfg.context_size}, fewer than one batch of"
+            f" {cfg.train_batch_size_tokens}. Give more data, or a smaller train_batch_size_tokens."
+        )

@@ -1,0 +1,93 @@
+"""What is written down about a run: how well the CLT reconstructs, and how sparse it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from sae_lens.saes.sae import TrainStepInput
+from torch import Tensor
+
+from tl_clt.training.scaling import Batch
+from tl_clt.training.training_clt import TrainingCLT
+
+
+class Metrics(NamedTuple):
+    """Measured on batches that training has not seen (repeats of the dataset aside), on scaled activations."""
+
+    explained_variance: float
+    """1 - squared error / variance about the mean, both summed over all layers."""
+
+    explained_variance_per_layer: list[float]
+    """The same of each layer."""
+
+    l0_sum_over_layers: float
+    """Features that fire at a token, of all layers together."""
+
+    l0_mean_per_layer: float
+    """l0_sum_over_layers / n_layers."""
+
+    l0_per_layer: list[float]
+    """Features that fire at a token, of each layer."""
+
+    dead_share: float
+    """Share of features that fired at none of the tokens of the last `dead_feature_window` training steps."""
+
+    n_tokens: int
+    """Tokens on which all but `dead_share` was measured."""
+
+
+@torch.no_grad()
+def measure(clt: TrainingCLT, batches: Iterable[Batch], dead: Tensor) -> Metrics:
+    """The final metrics.
+
+    Args:
+        clt: the trained CLT.
+        batches: scaled inputs and outputs.
+        dead: for each feature of all layers, whether it is dead.
+    """
+    outputs, errors, fired = [], [], []
+    for batch in batches:
+        step = clt.training_forward_pass(
+            TrainStepInput(batch, dict.fromkeys(clt.get_coefficients(), 0.0), None, 0, False)
+        )
+        layers = (clt.cfg.n_layers, -1)
+        outputs.append(step.sae_in.unflatten(1, layers).double())
+        errors.append((step.sae_out - step.sae_in).double().square().unflatten(1, layers).sum(dim=(0, 2)))
+        fired.append((step.feature_acts > 0).unflatten(1, layers).sum(dim=(0, 2)).double())
+    y = torch.cat(outputs)
+    variance = (y - y.mean(dim=0)).square().sum(dim=(0, 2))
+    error, l0 = torch.stack(errors).sum(dim=0), torch.stack(fired).sum(dim=0) / len(y)
+    return Metrics(
+        explained_variance=float(1 - error.sum() / variance.sum()),
+        explained_variance_per_layer=(1 - error / variance).tolist(),
+        l0_sum_over_layers=float(l0.sum()),
+        l0_mean_per_layer=float(l0.mean()),
+        l0_per_layer=l0.tolist(),
+        dead_share=float(dead.double().mean()),
+        n_tokens=len(y),
+    )
+
+
+class TrainingRecord(NamedTuple):
+    """What `training.json` holds."""
+
+    config: dict[str, Any]
+    """The run's config."""
+
+    tokens_seen: int
+    """Tokens trained on."""
+
+    seconds: float
+    """Wall time of the run, loading and measuring included."""
+
+    sae_lens_version: str
+    """Version of SAELens that trained it."""
+
+    metrics: Metrics
+    """After training."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return self._asdict() | {"metrics": self.metrics._asdict()}

@@ -1,0 +1,69 @@
+"""A graph as text: a tree from the answer down to the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.text import Text
+from rich.tree import Tree
+
+from tl_clt.attribution import AttributionGraph, NodeKind
+from tl_clt.attribution.influence import normalised
+
+FeatureLabel = Callable[[int, int], str]
+"""(layer, feature) -> a few words on what the feature does."""
+
+
+def node_name(graph: AttributionGraph, node: int, label: FeatureLabel | None = None) -> str:
+    """A node in words, for example `feature 1.214 at " Dallas"`."""
+    kind = NodeKind(int(graph.nodes.kind[node]))
+    layer, pos, index = (int(x[node]) for x in (graph.nodes.layer, graph.nodes.pos, graph.nodes.index))
+    at = f'"{graph.prompt_tokens[pos].strip()}"' if pos >= 0 else ""
+    if kind == NodeKind.FEATURE:
+        words = f" ({label(layer, index)})" if label else ""
+        return f"feature {layer}.{index} at {at}{words}"
+    if kind == NodeKind.ERROR:
+        return f"error of MLP {layer} at {at}"
+    if kind == NodeKind.TOKEN:
+        return f"token {at}"
+    if kind == NodeKind.POSITION:
+        return f"position {pos}"
+    if kind == NodeKind.BIAS:
+        return "biases of the output" if layer == graph.info.get("n_layers") else f"biases of block {layer}"
+    place = graph.nodes.where(NodeKind.LOGIT).tolist().index(node)
+    return f'output "{graph.logit_tokens[place].strip()}", probability {float(graph.logit_probs[place]):.3f}'
+
+
+def graph_tree(
+    graph: AttributionGraph, *, width: int = 3, depth: int = 4, label: FeatureLabel | None = None
+) -> Tree:
+    """The strongest inputs of each output, their strongest inputs, and so on.
+
+    Each branch gives the share of the node above's absolute input, with its sign. A node that is already shown
+    elsewhere is named again, but not opened again.
+
+    Args:
+        graph: a pruned graph, or any.
+        width: inputs shown of each node.
+        depth: steps from the output.
+        label: words for a feature.
+    """
+    A = normalised(graph.adjacency)
+    shown: set[int] = set()
+
+    def grow(branch: Tree, node: int, steps: int) -> None:
+        if steps == 0 or node in shown:
+            return
+        shown.add(node)
+        strongest = A[node].topk(min(width, len(graph.nodes)))
+        for share, source in zip(strongest.values.tolist(), strongest.indices.tolist(), strict=True):
+            if share > 0:
+                sign = "+" if graph.adjacency[node, source] > 0 else "-"
+                words = f"{sign}{share:.0%}  {node_name(graph, source, label)}"
+                again = " (see above)" if source in shown and steps > 1 else ""
+                grow(branch.add(Text(words + again)), source, steps - 1)
+
+    root = Tree(Text(str(graph.info.get("prompt", "".join(graph.prompt_tokens)))))
+    for logit in graph.nodes.where(NodeKind.LOGIT).tolist():
+        grow(root.add(Text(node_name(graph, logit))), logit, depth)
+    return root
