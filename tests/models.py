@@ -228,12 +228,14 @@ def tiny_clt(
         model_name="tiny",
         dtype=str(dtype).removeprefix("torch."),
     )
-    clt = CrossLayerTranscoder(cfg)
+    with torch.random.fork_rng():
+        clt = CrossLayerTranscoder(cfg)
     with torch.no_grad():
         W_enc = normal(n_layers, d_model, d_transcoder) / x.norm(dim=-1).mean()
         b_enc = 0.1 * normal(n_layers, d_transcoder)
         hidden_pre = torch.einsum("nld,ldf->nlf", x, W_enc) + b_enc
-        limit = torch.quantile(hidden_pre, 1 - l0 / d_transcoder, dim=0).clamp_min(1e-3)
+        # Off the samples themselves: a feature at its threshold would turn on rounding.
+        limit = torch.quantile(hidden_pre, 1 - l0 / d_transcoder, dim=0).clamp_min(1e-3) + 1e-4
         clt.W_enc.copy_(W_enc)
         clt.b_enc.copy_(b_enc - limit if activation == "relu" else b_enc)
         clt.b_dec.copy_(0.1 * normal(n_layers, d_model))

@@ -96,3 +96,13 @@ def test_torch_hooks_do_not_stand_aside():
     with user_hooks_aside(model):
         model(random_tokens(model))
     assert seen == [1]
+
+
+def test_mlp_out_is_what_the_residual_stream_gains(model: Model):
+    """Also with norms after each sublayer, and with attention and MLP side by side."""
+    with torch.no_grad():
+        _, cache = model.run_with_cache(random_tokens(model))
+    for t in range(3):
+        before = cache[f"blocks.{t}.hook_resid_pre"] + cache[f"blocks.{t}.hook_attn_out"]
+        gained = cache[f"blocks.{t}.hook_resid_post"] - before
+        torch.testing.assert_close(gained, cache[f"blocks.{t}.hook_mlp_out"], rtol=1e-10, atol=1e-10)

@@ -30,9 +30,7 @@ def raw_batch(n: int = BATCH) -> torch.Tensor:
     return torch.randn(n, 2, N_LAYERS, D, dtype=torch.float64, generator=generator) * scale[..., None]
 
 
-def build(
-    activation: str = "jumprelu", span: int = N_LAYERS, dtype: str = "float64", **changes
-) -> TrainingCLT:
+def build(activation: str = "jumprelu", span: int = N_LAYERS, dtype: str = "float64", **changes) -> TrainingCLT:
     torch.manual_seed(3)
     scale = estimate_scale([raw_batch(50)])
     values = {
@@ -80,16 +78,12 @@ def test_folding_is_exact_in_float64(activation: str, span: int) -> None:
     clt = build(activation, span)
     exported = export(clt)
     for s in range(N_LAYERS):
-        torch.testing.assert_close(
-            exported.W_enc[s] / clt.cfg.input_scale[s], clt.W_enc[s], rtol=1e-12, atol=0
-        )
+        torch.testing.assert_close(exported.W_enc[s] / clt.cfg.input_scale[s], clt.W_enc[s], rtol=1e-12, atol=0)
         assert torch.equal(exported.b_enc[s], clt.b_enc[s])
         for slot, t in enumerate(exported.cfg.targets(s)):
             folded = exported.W_dec[s][:, slot] * clt.cfg.output_scale[t]
             torch.testing.assert_close(folded, clt.W_dec[s][:, slot], rtol=1e-12, atol=0)
-        torch.testing.assert_close(
-            exported.b_dec[s] * clt.cfg.output_scale[s], clt.b_dec[s], rtol=1e-12, atol=0
-        )
+        torch.testing.assert_close(exported.b_dec[s] * clt.cfg.output_scale[s], clt.b_dec[s], rtol=1e-12, atol=0)
     assert (exported.threshold is not None) == (activation == "jumprelu")
     assert exported.cfg.input_scale == clt.cfg.input_scale
     assert exported.cfg.span == span

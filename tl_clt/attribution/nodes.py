@@ -66,5 +66,5 @@ class Nodes(NamedTuple):
     def build(cls, parts: list[tuple[NodeKind, Tensor, Tensor, Tensor, Tensor]]) -> Nodes:
         """Nodes of (kind, layer, pos, index, activation) parts, one after another."""
         kinds = torch.cat([torch.full_like(layer, int(kind)) for kind, layer, *_ in parts])
-        layer, pos, index, activation = (torch.cat([part[i] for part in parts]) for i in range(1, 5))
-        return cls(kinds, layer, pos, index, activation)
+        _, *values = zip(*parts, strict=True)
+        return cls(kinds, *(torch.cat(tensors) for tensors in values))

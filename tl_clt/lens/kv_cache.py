@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,8 @@ class CleanCaches:
     """
 
     def __init__(self) -> None:
-        self.clean: dict[int, tuple[Any, Any]] = {}
+        self.clean: dict[int, tuple[weakref.ref, Any]] = {}
+        """id of the user's cache -> (the user's cache, the clean one), for as long as the user's lives."""
 
     def swap_in(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a forward call with the clean cache in place of the user's."""
@@ -36,7 +38,8 @@ class CleanCaches:
     def pair(self, theirs: Any, clean: Any) -> None:
         """Remember the clean cache that belongs to one of the user's."""
         if theirs is not None and clean is not None:
-            self.clean[id(theirs)] = (theirs, clean)
+            key = id(theirs)
+            self.clean[key] = (weakref.ref(theirs, lambda _: self.clean.pop(key, None)), clean)
 
 
 def last_kv_cache(model: HookedModel) -> Any:

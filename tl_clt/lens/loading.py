@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import struct
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformer_lens import loading_from_pretrained as tl_loading
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from tl_clt.errors import ConfigError, ModelNotFound, ModelUnsupported, nearest
 from tl_clt.lens.types import HookedModel, HookedTransformer, TransformerBridge
@@ -64,9 +67,13 @@ def load_model(
         gguf = path is not None and path.is_file()
         hf_model, tokenizer = _read_gguf(path, dtype) if gguf and path else _read_folder(source, dtype)
         if backend == "bridge":
+            # Given no tokenizer, the bridge fails or makes one up that reads text as ids without meaning.
+            given = _empty_tokenizer() if tokenizer is None else tokenizer
             bridge = TransformerBridge.boot_transformers(
-                source, hf_model=hf_model, tokenizer=tokenizer, device=where, dtype=dtype
+                source, hf_model=hf_model, tokenizer=given, device=where, dtype=dtype
             )
+            if tokenizer is None:
+                bridge.tokenizer = None
             bridge.cfg.model_name = Path(source).stem if gguf else _plain_name(source)
             return bridge.eval()
         return _hooked_from_parts(source, hf_model, tokenizer, where, dtype)
@@ -113,13 +120,13 @@ def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except ImportError as error:
         raise ModelNotFound(f"Reading '{path}' needs the package gguf: pip install gguf.") from error
-    except (OSError, ValueError, KeyError, RuntimeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, IndexError, struct.error) as error:
         raise ModelNotFound(f"'{path}' is truncated or no .gguf file ({error}). Copy it again.") from error
     # The weights are plain by now, but their config still calls them quantised, which TransformerLens refuses.
     plain = {k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
     config = type(quantised.config).from_dict(plain)
     config._attn_implementation = "eager"
-    model = type(quantised)(config).to(dtype)
+    model = type(quantised)(config).to(dtype=dtype)  # type: ignore[call-arg]
     model.load_state_dict(quantised.state_dict())
     return model, tokenizer
 
@@ -130,7 +137,18 @@ def _read_tokenizer(source: str) -> Any:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     if folder.is_dir() and not any((folder / name).is_file() for name in names):
         return None
-    return AutoTokenizer.from_pretrained(source)
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, TypeError, HfHubHTTPError) as error:
+        raise ModelNotFound(
+            f"'{source}': the tokenizer cannot be read ({error}). Copy its files again, or remove them and give"
+            " token ids."
+        ) from error
+
+
+def _empty_tokenizer() -> PreTrainedTokenizerFast:
+    """Something to boot a bridge with that knows no word."""
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"": 0}, unk_token="")))
 
 
 def _hooked_from_hub(name: str, device: torch.device, dtype: torch.dtype) -> HookedTransformer:
@@ -155,9 +173,11 @@ def _hooked_from_parts(
     hf_config = hf_model.config
     key = (hf_config.model_type, hf_config.num_hidden_layers, hf_config.hidden_size)
     with tempfile.TemporaryDirectory() as neutral:
-        # TransformerLens guesses an architecture from words in a path, so it gets one without any; and it
-        # reads GPT-2's context from a key that configs no longer have.
+        # TransformerLens guesses an architecture from words in a path, so it gets one without any; it needs
+        # the architecture's name, which .gguf files lack; and it reads GPT-2's context from a key that
+        # configs no longer have.
         named = copy.deepcopy(hf_config)
+        named.architectures = [type(hf_model).__name__]
         if hf_config.model_type == "gpt2":
             named.n_ctx = hf_config.n_positions
         named.save_pretrained(neutral)

@@ -39,10 +39,15 @@ def to_tokens(model: HookedModel, prompt: Prompt) -> Tokens:
         if not prompt.strip():
             raise PromptError("The prompt is empty. Give some text, or at least two token ids.")
         require_tokenizer(model, "read text with")
-        tokens = model.to_tokens(prompt)[0]
+        # TransformerLens would cut a long prompt to the context by itself.
+        tokens = model.to_tokens(prompt, truncate=False)[0]
     else:
-        tokens = torch.as_tensor(prompt)
-        if tokens.is_floating_point():
+        try:
+            tokens = torch.as_tensor(prompt)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise PromptError(f"The prompt is neither text nor one list of token ids ({error}).") from error
+        whole = not tokens.is_floating_point() and not tokens.is_complex() and tokens.dtype != torch.bool
+        if not whole and tokens.numel() > 0:
             raise PromptError(f"Token ids must be whole numbers, but the prompt has dtype {tokens.dtype}.")
         if tokens.ndim == 2 and tokens.shape[0] == 1:
             tokens = tokens[0]
@@ -57,8 +62,9 @@ def _check(model: HookedModel, tokens: Tensor) -> None:
             f"The prompt has shape {list(tokens.shape)}: give one prompt, token ids [pos] or [1, pos]."
         )
     if len(tokens) < 2:
+        count = "1 token" if len(tokens) == 1 else "0 tokens"
         raise PromptError(
-            f"The prompt is {len(tokens)} token long: give at least 2. At the first position a model has seen"
+            f"The prompt is {count} long: give at least 2. At the first position a model has seen"
             " nothing, and there is nothing to trace."
         )
     if len(tokens) > model.cfg.n_ctx:

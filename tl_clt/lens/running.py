@@ -57,7 +57,7 @@ def run_with_cache(
     """`model.run_with_cache` without gradients, keeping the hooks that `names` lets through."""
     with torch.no_grad():
         logits, cache = model.run_with_cache(tokens, names_filter=names)
-    return logits, cache
+    return logits, cache  # type: ignore[return-value]
 
 
 def run_with_hooks(model: HookedModel, tokens: TokenBatch, hooks: Sequence[FwdHook]) -> Logits:

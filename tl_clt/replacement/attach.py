@@ -174,7 +174,7 @@ def _run_last(point: HookPoint, hook: Callable, undo: ExitStack) -> None:
     handle = point.register_forward_hook(hook)
 
     def move_to_end(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        module._forward_hooks.move_to_end(handle.id)
+        module._forward_hooks[handle.id] = module._forward_hooks.pop(handle.id)
 
     undo.callback(point.register_forward_pre_hook(move_to_end).remove)
     undo.callback(handle.remove)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from sae_lens.training.activations_store import ActivationsStore
@@ -50,24 +51,18 @@ def check_fits(model: HookedModel, cfg: CLTTrainingRunnerConfig) -> None:
     hook_names(model, cfg)
     name, n_ctx, n_layers = model_name(model), model.cfg.n_ctx, model.cfg.n_layers
     if cfg.context_size > n_ctx:
-        raise ConfigError(
-            f"context_size is {cfg.context_size}, but {name} takes {n_ctx} tokens: give at most {n_ctx}."
-        )
+        raise ConfigError(f"context_size is {cfg.context_size}, but {name} takes {n_ctx} tokens: give at most {n_ctx}.")
     if cfg.span is not None and cfg.span > n_layers:
-        raise ConfigError(
-            f"span is {cfg.span}, but {name} has {n_layers} layers: give 1 (PLT) to {n_layers} (CLT)."
-        )
+        raise ConfigError(f"span is {cfg.span}, but {name} has {n_layers} layers: give 1 (PLT) to {n_layers} (CLT).")
     if cfg.exclude_special_tokens is True:
         require_tokenizer(model, "name its special tokens, which exclude_special_tokens=True leaves out,")
 
 
-def activation_batches(
-    model: HookedModel, dataset: AnyDataset, cfg: CLTTrainingRunnerConfig
-) -> Iterator[Batch]:
+def activation_batches(model: HookedModel, dataset: AnyDataset, cfg: CLTTrainingRunnerConfig) -> Iterator[Batch]:
     """Endless, shuffled batches of raw inputs and outputs [batch, 2, n_layers, d_model] in the run's dtype."""
     names, d_model = hook_names(model, cfg), model.cfg.d_model
     store = ActivationsStore.from_config_multi_hook(
-        model,
+        cast(Any, model),
         dataset=dataset,
         hook_names=names,
         hook_d_ins=dict.fromkeys(names, d_model),
@@ -108,7 +103,7 @@ def _excluded(model: HookedModel, cfg: CLTTrainingRunnerConfig) -> Tensor | None
     if cfg.exclude_special_tokens is False:
         return None
     ids = cfg.exclude_special_tokens
-    ids = get_special_token_ids(model.tokenizer) if ids is True else list(ids)
+    ids = get_special_token_ids(cast(Any, model.tokenizer)) if ids is True else list(ids)
     return torch.tensor(ids, dtype=torch.long, device=cfg.device)
 
 

@@ -86,7 +86,8 @@ class CLTTrainingRunnerConfig:
     """c of the sparsity loss."""
 
     dead_feature_coefficient: float = 3e-6
-    """lambda_P."""
+    """lambda_P. Small dictionaries with lambda near 1 need far more, 0.01 to 0.1, to keep most features alive; more
+    of it raises L0."""
 
     jumprelu_init_threshold: float = 0.03
     """Threshold of every feature at the start, in units of hidden_pre."""
@@ -297,7 +298,8 @@ class CLTTrainingRunnerConfig:
         for key in values:
             _require(key in known, f"'{key}' is no key of CLTTrainingRunnerConfig.{nearest(key, known)}")
         _require("d_transcoder" in values, "'d_transcoder' is missing: give the features per layer.")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        as_tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**as_tuples)
 
 
 def _require(holds: bool, message: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from datasets import (
@@ -102,9 +103,7 @@ def _from_path(source: str | Path, streaming: bool) -> AnyDataset:
             return _one_split(load_from_disk(str(path)), name)
         return _one_split(_load(str(path) if path.is_dir() else str(source), streaming), name)
     except UnicodeDecodeError as error:
-        raise DatasetError(
-            f"{name} is no UTF-8 text ({error.reason}). Give a text file, or a folder."
-        ) from error
+        raise DatasetError(f"{name} is no UTF-8 text ({error.reason}). Give a text file, or a folder.") from error
     except (DatasetNotFoundError, DatasetGenerationError, HFValidationError, HfHubHTTPError) as error:
         raise _unreadable(name, error) from error
     except (ValueError, OSError, RuntimeError) as error:
@@ -137,14 +136,12 @@ def _one_split(dataset: Any, name: str) -> AnyDataset:
         return dataset
     if "train" not in dataset:
         raise DatasetError(
-            f"{name} has the splits {', '.join(dataset)}, and no 'train'. Give one split: dataset[...]."
+            f"{name} has the splits {', '.join(map(str, dataset))}, and no 'train'. Give one split: dataset[...]."
         )
     return dataset["train"]
 
 
-def _check_token_row(
-    row: Any, column: str, name: str, model: HookedModel, cfg: CLTTrainingRunnerConfig
-) -> None:
+def _check_token_row(row: Any, column: str, name: str, model: HookedModel, cfg: CLTTrainingRunnerConfig) -> None:
     message = f"{name}: a row of '{column}' must be a list of token ids, but it is {str(row)[:60]!r}."
     try:
         tokens = torch.as_tensor(row)
@@ -166,7 +163,8 @@ def _check_token_row(
 
 
 def _check_bos(model: HookedModel, cfg: CLTTrainingRunnerConfig) -> None:
-    if cfg.prepend_bos and model.tokenizer.bos_token_id is None:
+    tokenizer: Any = model.tokenizer
+    if cfg.prepend_bos and tokenizer.bos_token_id is None:
         raise ConfigError(
             f"prepend_bos is True, but the tokenizer of {model_name(model)} has no beginning-of-sequence token:"
             " set prepend_bos=False."
@@ -176,9 +174,9 @@ def _check_bos(model: HookedModel, cfg: CLTTrainingRunnerConfig) -> None:
 def _check_text_size(
     dataset: AnyDataset, column: str, name: str, model: HookedModel, cfg: CLTTrainingRunnerConfig
 ) -> None:
-    n_tokens = 0
-    for row in dataset:
-        n_tokens += len(model.tokenizer(row[column], add_special_tokens=False)["input_ids"])
+    n_tokens, tokenizer = 0, cast(Any, model.tokenizer)
+    for row in cast(Iterable[dict[str, Any]], dataset):
+        n_tokens += len(tokenizer(row[column], add_special_tokens=False)["input_ids"])
         if n_tokens >= cfg.train_batch_size_tokens + cfg.context_size:
             return
     _check_size(n_tokens // cfg.context_size * cfg.context_size, name, cfg)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
@@ -32,20 +33,27 @@ class Metrics(NamedTuple):
     """Features that fire at a token, of each layer."""
 
     dead_share: float
-    """Share of features that fired at none of the tokens of the last `dead_feature_window` training steps."""
+    """Share of features that fired at none of the tokens of the last `dead_window_steps` training steps."""
+
+    dead_window_steps: int
+    """`dead_feature_window`, or the last quarter of a run shorter than four times that: at the start every feature
+    fires, so a longer window would find none dead."""
 
     n_tokens: int
     """Tokens on which all but `dead_share` was measured."""
 
 
 @torch.no_grad()
-def measure(clt: TrainingCLT, batches: Iterable[Batch], dead: Tensor) -> Metrics:
+def measure(
+    clt: TrainingCLT, batches: Iterable[Batch], silent_steps: Float[Tensor, " d_sae"], dead_window_steps: int
+) -> Metrics:
     """The final metrics.
 
     Args:
         clt: the trained CLT.
         batches: scaled inputs and outputs.
-        dead: for each feature of all layers, whether it is dead.
+        silent_steps: for each feature of all layers, the training steps since it fired.
+        dead_window_steps: as many of them make a feature dead.
     """
     outputs, errors, fired = [], [], []
     for batch in batches:
@@ -65,7 +73,8 @@ def measure(clt: TrainingCLT, batches: Iterable[Batch], dead: Tensor) -> Metrics
         l0_sum_over_layers=float(l0.sum()),
         l0_mean_per_layer=float(l0.mean()),
         l0_per_layer=l0.tolist(),
-        dead_share=float(dead.double().mean()),
+        dead_share=float((silent_steps >= dead_window_steps).double().mean()),
+        dead_window_steps=dead_window_steps,
         n_tokens=len(y),
     )
 

@@ -32,6 +32,8 @@ from tl_clt.transcoder.formats import native
 from tl_clt.transcoder.formats.writing import new_folder, require_new
 
 RECORD = "training.json"
+OWN_PATHS = ("output_path", "checkpoint_path")
+"""Left out of the record: where a run was written says nothing of it, and folders move."""
 
 
 class TrainingProgress(NamedTuple):
@@ -75,9 +77,7 @@ class CLTTrainingRunner:
             ConfigError: there is no model or no dataset.
         """
         if model is None and cfg.model_name is None:
-            raise ConfigError(
-                "CLTTrainingRunner: there is no model. Set model_name in the config, or pass model=."
-            )
+            raise ConfigError("CLTTrainingRunner: there is no model. Set model_name in the config, or pass model=.")
         if dataset is None and cfg.dataset_path is None:
             raise ConfigError(
                 "CLTTrainingRunner: there is no dataset. Set dataset_path in the config, or pass dataset=."
@@ -128,11 +128,11 @@ class CLTTrainingRunner:
         init_encoder_biases(sae, torch.cat([apply_scale(batch, scale)[:, 0] for batch in first]))
         trainer = SAETrainer(cfg=self._trainer_config(), sae=sae, data_provider=self._reporting(scaled, sae))
         trainer.fit()
-        window = min(cfg.dead_feature_window, trainer.n_training_steps)
-        dead = trainer.n_forward_passes_since_fired >= window
-        metrics = measure(sae, islice(scaled, cfg.n_eval_batches), dead)
+        window = min(cfg.dead_feature_window, -(-trainer.n_training_steps // 4))
+        silent_steps = trainer.n_forward_passes_since_fired
+        metrics = measure(sae, islice(scaled, cfg.n_eval_batches), silent_steps, window)
         self.record = TrainingRecord(
-            config=cfg.to_dict(),
+            config={k: v for k, v in cfg.to_dict().items() if k not in OWN_PATHS},
             tokens_seen=trainer.n_training_samples,
             seconds=round(time.monotonic() - started, 1),
             sae_lens_version=sae_lens.__version__,
@@ -233,8 +233,6 @@ def _wandb(cfg: CLTTrainingRunnerConfig) -> Iterator[None]:
     if not cfg.log_to_wandb:
         yield
         return
-    run = wandb.init(
-        project=cfg.wandb_project, entity=cfg.wandb_entity, name=cfg.run_name, config=cfg.to_dict()
-    )
+    run = wandb.init(project=cfg.wandb_project, entity=cfg.wandb_entity, name=cfg.run_name, config=cfg.to_dict())
     with run:
         yield

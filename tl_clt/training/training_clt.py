@@ -110,9 +110,7 @@ class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
 
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
         """lambda (none for topk) and lambda_P, for SAELens's schedulers."""
-        coefficients: dict[str, float | TrainCoefficientConfig] = {
-            "dead_feature": self.cfg.dead_feature_coefficient
-        }
+        coefficients: dict[str, float | TrainCoefficientConfig] = {"dead_feature": self.cfg.dead_feature_coefficient}
         if self.cfg.activation != "topk":
             coefficients["sparsity"] = TrainCoefficientConfig(
                 self.cfg.sparsity_coefficient, self.cfg.sparsity_warm_up_steps
@@ -160,8 +158,8 @@ class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
     ) -> dict[str, Tensor]:
         """Sparsity and dead-feature terms of flattened activations, times their coefficients."""
         shape = (self.cfg.n_layers, self.cfg.d_transcoder)
-        per_layer = [flat.unflatten(-1, shape).unbind(dim=1) for flat in (feature_acts, hidden_pre)]
-        return self._aux_losses(*per_layer, self.thresholds(), step_input.coefficients)
+        acts, pre = (flat.unflatten(-1, shape).unbind(dim=1) for flat in (feature_acts, hidden_pre))
+        return self._aux_losses(acts, pre, self.thresholds(), step_input.coefficients)
 
     def _aux_losses(
         self,
@@ -196,9 +194,7 @@ class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
         Raises:
             NotImplementedError: always.
         """
-        raise NotImplementedError(
-            "A CLT's decoder norms are not folded: export a CrossLayerTranscoder instead."
-        )
+        raise NotImplementedError("A CLT's decoder norms are not folded: export a CrossLayerTranscoder instead.")
 
 
 def register() -> None:

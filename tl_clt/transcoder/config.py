@@ -146,7 +146,7 @@ class CrossLayerTranscoderConfig:
                 key in values,
                 f"'{key}' is missing from the CLT's config: it needs n_layers, d_model and d_transcoder.",
             )
-        as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        as_tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**as_tuples)
 
 

@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tl_clt.organisms.atlas.text import (
     RELATIONS,
@@ -36,7 +36,7 @@ from tl_clt.organisms.atlas.text import (
     sentences,
     with_prefix,
 )
-from tl_clt.organisms.atlas.tokenizer import build_tokenizer
+from tl_clt.organisms.atlas.tokenizer import BOS_TOKEN, PAD_TOKEN, build_tokenizer
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast, options: TrainOptions) -> GP
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        bos_token_id=tokenizer.bos_token_id,
+        bos_token_id=token_id(tokenizer, BOS_TOKEN),
         eos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=token_id(tokenizer, PAD_TOKEN),
         tie_word_embeddings=False,
         use_cache=False,
     )
@@ -82,11 +82,16 @@ def build_model(tokenizer: PreTrainedTokenizerFast, options: TrainOptions) -> GP
     return GPT2LMHeadModel(config).float()
 
 
-def training_batches(tokenizer: PreTrainedTokenizerFast, options: TrainOptions) -> Iterator[Tensor]:
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """Return the id of one token."""
+    return tokenizer.get_vocab()[token]
+
+
+def training_batches(tokenizer: PreTrainedTokenizerBase, options: TrainOptions) -> Iterator[Tensor]:
     """Yield batches of token ids, shape (batch_size, n_ctx)."""
     stream = sentences(options.seed)
     cache: dict[str, list[int]] = {}
-    bos = tokenizer.bos_token_id
+    bos = token_id(tokenizer, BOS_TOKEN)
 
     def sequence() -> list[int]:
         ids = [bos]

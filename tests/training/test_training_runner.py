@@ -93,9 +93,7 @@ def test_sparsity_coefficient_lowers_l0(model, tokens, make_config) -> None:
 def test_same_seed_gives_the_same_weights_and_leaves_random_numbers_alone(model, tokens, make_config) -> None:
     def train(seed: int) -> CrossLayerTranscoder:
         torch.rand(seed + 1)
-        return CLTTrainingRunner(
-            make_config(activation="jumprelu", seed=seed), model=model, dataset=tokens
-        ).run()
+        return CLTTrainingRunner(make_config(activation="jumprelu", seed=seed), model=model, dataset=tokens).run()
 
     one, again, other = train(1), train(1), train(2)
     for name, value in one.state_dict().items():
@@ -121,7 +119,7 @@ def test_output_is_a_native_clt_with_a_record(model, tokens, make_config, tmp_pa
     assert record["sae_lens_version"] == sae_lens.__version__
     metrics = record["metrics"]
     assert metrics["l0_sum_over_layers"] == pytest.approx(sum(metrics["l0_per_layer"]))
-    assert 0 <= metrics["dead_share"] <= 1 and metrics["n_tokens"] == 128
+    assert 0 <= metrics["dead_share"] <= 1 and metrics["dead_window_steps"] == 10 and metrics["n_tokens"] == 128
     assert list(tmp_path.iterdir()) == [tmp_path / "clt"]
 
 
@@ -139,9 +137,7 @@ def test_checkpoints_are_saelens_own_and_can_be_exported(model, tokens, make_con
 def test_float64_and_autocast_train(model, tokens, make_config) -> None:
     exact = CLTTrainingRunner(make_config(dtype="float64"), model=model, dataset=tokens).run()
     assert exact.W_enc.dtype == torch.float64
-    cfg = make_config(
-        activation="jumprelu", autocast=True, training_tokens=64 * 200, sparsity_coefficient=0.1
-    )
+    cfg = make_config(activation="jumprelu", autocast=True, training_tokens=64 * 200, sparsity_coefficient=0.1)
     run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
     assert run.run().W_enc.dtype == torch.float32
     assert run.record.metrics.explained_variance > 0.5
@@ -163,9 +159,7 @@ def test_folder_with_something_in_it_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_nothing_is_written_when_training_breaks_off(
-    model, tokens, make_config, tmp_path: Path, error: type
-) -> None:
+def test_nothing_is_written_when_training_breaks_off(model, tokens, make_config, tmp_path: Path, error: type) -> None:
     def stop(progress: TrainingProgress) -> None:
         raise error
 
@@ -175,9 +169,7 @@ def test_nothing_is_written_when_training_breaks_off(
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_written_when_saving_breaks_off(
-    model, tokens, make_config, tmp_path: Path, monkeypatch
-) -> None:
+def test_nothing_is_written_when_saving_breaks_off(model, tokens, make_config, tmp_path: Path, monkeypatch) -> None:
     def full(*args: object) -> None:
         raise OSError("no space left")
 
@@ -216,3 +208,14 @@ def test_saelens_lambda_ramp_ends_at_the_coefficient(model, tokens, make_config,
     trainer, at_start = trainers[0]
     assert at_start == 0 and trainer.get_coefficients()["sparsity"] == pytest.approx(0.7)
     assert trainer.cfg.total_training_steps == trainer.n_training_steps == 40
+
+
+def test_dead_share_counts_features_silent_for_the_window(model, tokens, make_config) -> None:
+    # k = 1 of 60 at a learning rate of almost nothing: what never wins stays silent.
+    cfg = make_config(k=1, lr=1e-9, d_transcoder=60)
+    run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
+    clt = run.run()
+    x, _ = layer_io(model, tokens)
+    never = (clt.encode(x) > 0).flatten(1).sum(dim=0) == 0
+    assert run.record.metrics.dead_share == pytest.approx(float(never.double().mean()), abs=0.02)
+    assert run.record.metrics.dead_share > 0

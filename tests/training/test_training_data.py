@@ -68,9 +68,7 @@ def test_the_users_dataset_keeps_its_format(model, make_config, sources) -> None
     assert dataset.format["type"] is None and "note" in dataset[0]
 
 
-def test_text_file_rows_are_paragraphs_or_else_lines(
-    model_with_tokenizer, make_config, tmp_path: Path
-) -> None:
+def test_text_file_rows_are_paragraphs_or_else_lines(model_with_tokenizer, make_config, tmp_path: Path) -> None:
     lines, paragraphs = tmp_path / "lines.txt", tmp_path / "paragraphs.txt"
     lines.write_text("\n".join(LINES))
     paragraphs.write_text("\n\n".join(f"{a}\n{b}" for a, b in zip(LINES[::2], LINES[1::2], strict=True)))
@@ -190,9 +188,7 @@ def test_text_needs_a_beginning_token_to_prepend(model_with_tokenizer, make_conf
         ({"span": 4}, ConfigError, "has 3 layers"),
     ],
 )
-def test_model_that_does_not_fit_is_told(
-    model, make_config, changes: dict, error: type, message: str
-) -> None:
+def test_model_that_does_not_fit_is_told(model, make_config, changes: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         check_fits(model, make_config(**changes))
 

@@ -74,6 +74,6 @@ def test_bad_value_names_field_and_mend(make_config, changes: dict, message: str
         ("backend", "bridg"),
     ],
 )
-def test_bad_choice_names_the_nearest(without_type_checks, field: str, value: str) -> None:
+def test_bad_choice_names_the_nearest(as_users_run_it, field: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"{field} is '{value}'.*Nearest"):
         CLTTrainingRunnerConfig(d_transcoder=4, **{field: value})

@@ -1,0 +1,107 @@
+"""The command line: what it writes, what it shows, and what it says of bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from tl_clt import AttributionGraph, CrossLayerTranscoder, load_organism
+from tl_clt.cli import app
+from tl_clt.organisms import organism_folder
+
+ATLAS_CLT = str(organism_folder("atlas") / "clt")
+PROMPT = "the capital of the state containing Dallas is"
+
+
+def run(*arguments: str, status: int = 0) -> str:
+    """Output of a command (both streams), whose exit status must be as given."""
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == status, (result.output, result.exception)
+    return result.output
+
+
+def test_demo_shows_the_answer_and_writes_the_graph(tmp_path):
+    output = run("demo", "--output", str(tmp_path / "graph.safetensors"))
+    assert 'output "Austin"' in output
+    for words in ("explained variance", "same top token", "replacement score", "completeness score", "token"):
+        assert words in output
+    graph = AttributionGraph.load(tmp_path / "graph.safetensors")
+    assert graph.logit_tokens[0].strip() == "Austin"
+
+
+def test_trace_writes_the_whole_graph(tmp_path):
+    path = tmp_path / "graph.safetensors"
+    run("trace", "--model", "atlas", "--clt", ATLAS_CLT, "--prompt", PROMPT, "--output", str(path), "--bos", "features")
+    graph = AttributionGraph.load(path)
+    assert graph.info["bos"] == "features"
+    assert bool(graph.expanded[: graph.logit_probs.shape[0]].all())
+
+
+def test_trace_with_a_named_target_on_a_bridge(tmp_path):
+    options = ("--target", "Houston", "--backend", "bridge", "--max-feature-nodes", "10")
+    path = str(tmp_path / "g.safetensors")
+    output = run("trace", "--model", "atlas", "--clt", ATLAS_CLT, "--prompt", PROMPT, "--output", path, *options)
+    assert 'output "Houston"' in output
+    assert "influence not traced" in output
+
+
+def test_train_then_trace(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(["the capital of Texas is Austin ."] * 200))
+    folder = tmp_path / "clt"
+    sizes = ("--d-transcoder", "16", "--training-tokens", "2048", "--batch-size", "256", "--context-size", "32")
+    run("train", "--model", "atlas", "--dataset", str(text), "--output", str(folder), *sizes)
+    assert CrossLayerTranscoder.from_pretrained(folder).cfg.d_transcoder == 16
+    assert json.loads((folder / "training.json").read_text())["tokens_seen"] == 2048
+    run("trace", "--model", "atlas", "--clt", str(folder), "--prompt", PROMPT, "--output", str(tmp_path / "g"))
+
+
+BAD = {
+    "model": ({"--model": "atlass"}, "ModelNotFound", "Nearest|bundled organism"),
+    "clt": ({"--clt": "no/such/clt"}, "FormatError", "neither a folder here nor a hub repository"),
+    "prompt": ({"--prompt": " "}, "PromptError", "empty"),
+    "max_n_logits": ({"--max-n-logits": "0"}, "TargetError", "max_n_logits is 0"),
+    "bos": ({"--bos": "keep"}, "ConfigError", "bos is 'keep'"),
+    "backend": ({"--backend": "hugging"}, "ConfigError", "'hooked' or 'bridge'"),
+    "threshold": ({"--node-threshold": "2"}, "ConfigError", "node_threshold"),
+    "target": ({"--target": "Dallas Austin"}, "TargetError", "2 tokens"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_message_and_no_file(case, tmp_path, as_users_run_it):
+    changed, error, words = BAD[case]
+    options = {"--model": "atlas", "--clt": ATLAS_CLT, "--prompt": PROMPT, "--output": str(tmp_path / "g"), **changed}
+    output = run("trace", *[part for pair in options.items() for part in pair], status=1)
+    assert error in output
+    assert any(word in output.replace("\n", " ") for word in words.split("|"))
+    assert "Traceback" not in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_file_is_not_overwritten(tmp_path):
+    (tmp_path / "g").write_text("mine")
+    output = run("trace", "--model", "atlas", "--clt", ATLAS_CLT, "--prompt", PROMPT, "--output", str(tmp_path / "g"), status=1)
+    assert "OutputNotEmpty" in output
+    assert (tmp_path / "g").read_text() == "mine"
+
+
+def test_a_clt_of_another_model_is_refused(tmp_path):
+    _, clt = load_organism("atlas")
+    from dataclasses import replace
+
+    other = CrossLayerTranscoder(replace(clt.cfg, n_layers=3, span=3, input_scale=None, output_scale=None))
+    other.save_pretrained(tmp_path / "other")
+    output = run(
+        "trace", "--model", "atlas", "--clt", str(tmp_path / "other"), "--prompt", PROMPT,
+        "--output", str(tmp_path / "g"), status=1,
+    )  # fmt: skip
+    assert "CLTMismatch" in output
+    assert "has 3 layers, but atlas has 4" in output.replace("\n", " ")
+
+
+@pytest.mark.parametrize("command", ["demo", "trace", "train"])
+def test_help_names_every_option(command):
+    assert "--" in run(command, "--help")

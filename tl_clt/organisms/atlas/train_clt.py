@@ -1,0 +1,89 @@
+"""Train atlas's CLT with this project's own runner: `python -m tl_clt.organisms.atlas.train_clt --output FOLDER`.
+
+The text is that of the model's training (`tl_clt.organisms.atlas.text`) from another seed, packed alike: `<bos>`
+and whole sentences. Position 0 is left out, where activations are huge and mean nothing. The folder written holds
+the CLT in the native layout, `training.json` (the run), and `metrics.json` (the CLT on held-out questions).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from jaxtyping import Int
+from rich.console import Console
+from torch import Tensor
+
+from tl_clt.evaluation import evaluate
+from tl_clt.lens import HookedModel, load_model
+from tl_clt.organisms.atlas.text import all_held_out_questions, sentence_of, with_prefix
+from tl_clt.organisms.atlas.train_model import TrainOptions, training_batches
+from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig
+
+TRAINING_TOKENS = 2_000_000
+TEXT_SEED_OFFSET = 1
+"""Added to the seed, so that the CLT is not trained on the text that the model was trained on."""
+
+
+def clt_config(model_name: str, output: Path, seed: int) -> CLTTrainingRunnerConfig:
+    """The recipe: JumpReLU, 256 features a layer, of which fewer than 10 are active on a token."""
+    n_steps = TRAINING_TOKENS // 1024
+    return CLTTrainingRunnerConfig(
+        model_name=model_name,
+        output_path=str(output),
+        d_transcoder=256,
+        activation="jumprelu",
+        sparsity_coefficient=0.3,
+        dead_feature_coefficient=1e-2,
+        training_tokens=TRAINING_TOKENS,
+        context_size=TrainOptions.n_ctx,
+        train_batch_size_tokens=1024,
+        store_batch_size_prompts=64,
+        n_batches_in_buffer=256,
+        seqpos_slice=(1, None),
+        lr=2e-3,
+        lr_warm_up_steps=50,
+        lr_decay_steps=n_steps // 4,
+        seed=seed,
+    )
+
+
+def training_tokens(model: HookedModel, seed: int) -> Int[Tensor, "n_prompts context"]:
+    """Prompts of packed sentences, as many as the run uses without a repeat."""
+    assert model.tokenizer is not None
+    options = TrainOptions(seed=seed + TEXT_SEED_OFFSET)
+    per_batch = options.batch_size * (options.n_ctx - 1)
+    # 512 prompts more than are trained on: the shuffling buffer is refilled beyond the last step.
+    n_batches = -(-TRAINING_TOKENS // per_batch) + -(-512 // options.batch_size) + 1
+    return torch.cat(list(islice(training_batches(model.tokenizer, options), n_batches)))
+
+
+def held_out_sentences() -> list[str]:
+    """Every two-hop question that the model has not seen in training, in all phrasings, with and without "Fact:"."""
+    questions = all_held_out_questions()
+    return [sentence_of(q) for q in [*questions, *map(with_prefix, questions)]]
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
+    model: Annotated[str, typer.Option(help="Folder of the model; the bundled one by default.")] = "atlas",
+    seed: Annotated[int, typer.Option(help="Seed of the weights and of the text.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads to use.")] = 2,
+) -> None:
+    """Train atlas's CLT and write it, with what it reaches on held-out questions, to a folder."""
+    torch.set_num_threads(threads)
+    atlas = load_model(model)
+    runner = CLTTrainingRunner(clt_config("atlas", output, seed), model=atlas, dataset=training_tokens(atlas, seed))
+    clt = runner.run()
+    report = evaluate(atlas, clt, held_out_sentences())
+    (output / "metrics.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+    Console().print_json(data=asdict(report))
+
+
+if __name__ == "__main__":
+    typer.run(main)
