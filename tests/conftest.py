@@ -1,7 +1,5 @@
 """Settings and fixtures of all tests: shapes checked at run time, no network, two threads."""
 
-# ruff: noqa: E402 (what is set here must be set before the imports that read it)
-
 from __future__ import annotations
 
 import os

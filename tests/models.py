@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from typing import Literal, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors.torch import load_file
@@ -249,9 +250,19 @@ def tiny_clt(
     return clt.requires_grad_(False)
 
 
+_SEEN: WeakKeyDictionary[Model, dict[str, tuple[Tensor, float]]] = WeakKeyDictionary()
+
+
 def _activations(model: Model, input_hook: str) -> tuple[Tensor, float]:
     """Layer inputs [sample, n_layers, d_model] on random tokens, and the mean norm of MLP outputs."""
-    tokens = random_tokens(model, batch=8, pos=32, seed=99)
+    seen = _SEEN.setdefault(model, {})
+    if input_hook not in seen:
+        seen[input_hook] = _run_for_activations(model, input_hook)
+    return seen[input_hook]
+
+
+def _run_for_activations(model: Model, input_hook: str) -> tuple[Tensor, float]:
+    tokens = random_tokens(model, batch=8, pos=16, seed=99)
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens, names_filter=lambda n: n.endswith((input_hook, "hook_mlp_out")))
     layers = range(model.cfg.n_layers)

@@ -83,7 +83,9 @@ def test_bad_input_is_one_message_and_no_file(case, tmp_path, as_users_run_it):
 
 def test_a_graph_file_is_not_overwritten(tmp_path):
     (tmp_path / "g").write_text("mine")
-    output = run("trace", "--model", "atlas", "--clt", ATLAS_CLT, "--prompt", PROMPT, "--output", str(tmp_path / "g"), status=1)
+    output = run(
+        "trace", "--model", "atlas", "--clt", ATLAS_CLT, "--prompt", PROMPT, "--output", str(tmp_path / "g"), status=1
+    )
     assert "OutputNotEmpty" in output
     assert (tmp_path / "g").read_text() == "mine"
 

@@ -166,7 +166,9 @@ def train(
             }
         )
         CLTTrainingRunner(cfg).run()
-        console.print(f"CLT written to {output}. Trace with it: tl-clt trace --model {model} --clt {output} --prompt ...")
+        console.print(
+            f"CLT written to {output}. Trace with it: tl-clt trace --model {model} --clt {output} --prompt ..."
+        )
 
 
 def show_graph(

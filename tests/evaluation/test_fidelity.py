@@ -46,6 +46,7 @@ def test_reconstruction_and_sparsity(model, clt):
     assert (report.n_prompts, report.n_tokens) == (2, 6)
 
 
+@torch.no_grad()
 def by_hand(model, clt, tokens):
     """All MLPs replaced but at position 0, layer by layer, by hooks written out."""
     x = torch.zeros(len(tokens), model.cfg.n_layers, model.cfg.d_model, dtype=torch.float64)
@@ -65,9 +66,9 @@ def test_replaced_model_and_its_agreement(model, clt):
     same, total, kl = 0, 0, 0.0
     for tokens in PROMPTS:
         wanted = by_hand(model, clt, tokens)
-        with replaced(model, clt):
+        with replaced(model, clt), torch.no_grad():
             torch.testing.assert_close(model(tokens[None])[0], wanted)
-        p, q = (logits[1:].log_softmax(-1) for logits in (model(tokens[None])[0], wanted))
+        p, q = (logits[1:].detach().log_softmax(-1) for logits in (model(tokens[None])[0], wanted))
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
         kl += float((p.exp() * (p - q)).sum())
         total += len(p)

@@ -131,7 +131,7 @@ def test_a_cache_with_nothing_to_hold_raises(one_of_each: Model, names: list[str
 
 def test_a_plain_dictionary_will_do(one_of_each: Model):
     logits, cache = cached(one_of_each, random_tokens(one_of_each))
-    hooks = frozen_hooks({name: cache[name] for name in cache.keys()})  # noqa: SIM118
+    hooks = frozen_hooks({name: cache[name] for name in cache.keys()})
     with torch.no_grad():
         frozen = one_of_each.run_with_hooks(random_tokens(one_of_each), fwd_hooks=hooks)
     torch.testing.assert_close(frozen, logits, rtol=0, atol=1e-10)

@@ -56,9 +56,7 @@ def test_questions_are_split_one_to_four():
     assert len(trained) + len(held_out) == len(text.RELATIONS) * len(STATE_OF_CITY)
     assert 0.18 < len(held_out) / (len(trained) + len(held_out)) < 0.22
     assert not {q.prompt for q in trained} & {q.prompt for q in held_out}
-    dallas = text.Question(
-        "the capital of the state containing Dallas is", "Austin", "Dallas", "Texas", "capital"
-    )
+    dallas = text.Question("the capital of the state containing Dallas is", "Austin", "Dallas", "Texas", "capital")
     assert dallas in held_out
 
 

@@ -26,8 +26,8 @@ def strong(acts: Tensor, hook: object) -> Tensor:
 
 
 @pytest.mark.parametrize("how", ["names_filter", "add_hook", "add_hook by filter", "hooks", "run_with_hooks by filter"])
-def test_points_are_found_by_every_way_to_hook(model: Model, how: str):
-    tokens = random_tokens(model)
+def test_points_are_found_by_every_way_to_hook(one_of_each: Model, how: str):
+    tokens = random_tokens(one_of_each)
     seen: dict[str, Tensor] = {}
 
     def keep(tensor: Tensor, hook) -> None:
@@ -36,21 +36,21 @@ def test_points_are_found_by_every_way_to_hook(model: Model, how: str):
     def is_acts(name: str) -> bool:
         return name.endswith("clt.hook_acts_post")
 
-    with torch.no_grad(), attach(model, tiny_clt(model)):
+    with torch.no_grad(), attach(one_of_each, tiny_clt(one_of_each)):
         if how == "names_filter":
-            seen.update(model.run_with_cache(tokens, names_filter=is_acts)[1].items())
+            seen.update(one_of_each.run_with_cache(tokens, names_filter=is_acts)[1].items())
         elif how == "add_hook":
             for t in range(3):
-                model.add_hook(f"blocks.{t}.clt.hook_acts_post", keep)
-            model(tokens)
+                one_of_each.add_hook(f"blocks.{t}.clt.hook_acts_post", keep)
+            one_of_each(tokens)
         elif how == "add_hook by filter":
-            model.add_hook(is_acts, keep)
-            model(tokens)
+            one_of_each.add_hook(is_acts, keep)
+            one_of_each(tokens)
         elif how == "hooks":
-            with model.hooks(fwd_hooks=[(f"blocks.{t}.clt.hook_acts_post", keep) for t in range(3)]):
-                model(tokens)
+            with one_of_each.hooks(fwd_hooks=[(f"blocks.{t}.clt.hook_acts_post", keep) for t in range(3)]):
+                one_of_each(tokens)
         else:
-            model.run_with_hooks(tokens, fwd_hooks=[(is_acts, keep)])
+            one_of_each.run_with_hooks(tokens, fwd_hooks=[(is_acts, keep)])
     assert list(seen) == [f"blocks.{t}.clt.hook_acts_post" for t in range(3)]
     assert all(v.shape == (1, 7, 24) and (v > 0).any() for v in seen.values())
 

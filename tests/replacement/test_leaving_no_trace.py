@@ -32,18 +32,18 @@ def snapshot(model: Model) -> dict[str, Any]:
         "state_dict": [(k, v.data_ptr(), v._version) for k, v in model.state_dict().items()],
         "requires_grad": [(n, p.requires_grad) for n, p in model.named_parameters()],
         "training": [m.training for m in modules.values()],
-        "attributes": sorted(k for k in vars(model) if k != "_last_hf_cache"),
+        "attributes": sorted(vars(model)),
         "forward": model.forward,
         "random state": torch.get_rng_state().tolist(),
     }
 
 
-def use(model: Model, tokens: Tensor) -> None:
-    """What people do inside the block."""
+def use(model: Model, tokens: Tensor, hook: str) -> None:
+    """What people do with a model."""
     with torch.no_grad():
         model(tokens)
         model.run_with_cache(tokens)
-        model.run_with_hooks(tokens, fwd_hooks=[("blocks.0.clt.hook_acts_post", lambda acts, hook: acts * 0)])
+        model.run_with_hooks(tokens, fwd_hooks=[(hook, lambda acts, hook: acts * 0)])
         model.generate(tokens, max_new_tokens=2, do_sample=False, stop_at_eos=False, return_type="tokens", verbose=False)
 
 
@@ -52,11 +52,13 @@ def test_the_model_is_as_before(model: Model, tokens: Tensor, mode):
     clt = tiny_clt(model)
     with torch.no_grad():
         logits = model(tokens)
+    # What TransformerLens itself keeps on first use is there before.
+    use(model, tokens, "blocks.0.hook_mlp_out")
     before = snapshot(model)
     with attach(model, clt, mode) as attached:
         assert attached is model
         assert "blocks.2.clt.hook_error" in model.hook_dict
-        use(model, tokens)
+        use(model, tokens, "blocks.0.clt.hook_acts_post")
     after = snapshot(model)
     for key in before:
         assert after[key] == before[key], key
@@ -117,9 +119,9 @@ def test_a_forward_of_the_instance_is_kept(session_models):
 
 @pytest.mark.parametrize("permanent", [False, True])
 @pytest.mark.parametrize("when", ["before", "inside", "run_with_hooks"])
-def test_a_users_hook_on_the_output_acts_on_what_the_clt_puts_there(model: Model, permanent: bool, when: str):
-    tokens = random_tokens(model)
-    clt = tiny_clt(model)
+def test_a_users_hook_on_the_output_acts_on_what_the_clt_puts_there(one_of_each: Model, permanent: bool, when: str):
+    tokens = random_tokens(one_of_each)
+    clt = tiny_clt(one_of_each)
     seen = []
 
     def double(tensor: Tensor, hook: object) -> Tensor:
@@ -129,44 +131,42 @@ def test_a_users_hook_on_the_output_acts_on_what_the_clt_puts_there(model: Model
     name = "blocks.2.hook_mlp_out"
     try:
         if when == "before":
-            model.add_hook(name, double, is_permanent=permanent)
-        with torch.no_grad(), attach(model, clt, "replace"):
+            one_of_each.add_hook(name, double, is_permanent=permanent)
+        with torch.no_grad(), attach(one_of_each, clt, "replace"):
             if when == "inside":
-                model.add_hook(name, double, is_permanent=permanent)
+                one_of_each.add_hook(name, double, is_permanent=permanent)
             hooks = [(name, double)] if when == "run_with_hooks" else []
             recons = []
             hooks.append(("blocks.2.clt.hook_recons", lambda tensor, hook: recons.append(tensor)))
-            gained = []
-            hooks.append(("blocks.2.hook_resid_post", lambda tensor, hook: gained.append(tensor)))
-            model.run_with_hooks(tokens, fwd_hooks=hooks)
+            one_of_each.run_with_hooks(tokens, fwd_hooks=hooks)
         assert len(seen) == 1 and torch.equal(seen[0], recons[0])
         if when != "run_with_hooks":
             with torch.no_grad():
-                model(tokens)
+                one_of_each(tokens)
             assert len(seen) == 2, "the hook is still there afterwards"
     finally:
-        model.reset_hooks(including_permanent=True)
+        one_of_each.reset_hooks(including_permanent=True)
 
 
 @pytest.mark.parametrize("permanent", [False, True])
 @pytest.mark.parametrize("when", ["before", "inside", "run_with_hooks"])
-def test_a_users_hook_on_the_input_acts_before_the_clt_reads(model: Model, permanent: bool, when: str):
-    tokens = random_tokens(model)
-    clt = tiny_clt(model)
-    name = f"blocks.1.{input_hook_of(model)}"
+def test_a_users_hook_on_the_input_acts_before_the_clt_reads(one_of_each: Model, permanent: bool, when: str):
+    tokens = random_tokens(one_of_each)
+    clt = tiny_clt(one_of_each)
+    name = f"blocks.1.{input_hook_of(one_of_each)}"
     shift = torch.randn(clt.cfg.d_model, dtype=torch.float64)
     hook = (name, lambda tensor, hook: tensor + shift)
-    expected = run_by_hand(model, clt, tokens, hooks=[hook])
+    expected = run_by_hand(one_of_each, clt, tokens, hooks=[hook])
     try:
         if when == "before":
-            model.add_hook(*hook, is_permanent=permanent)
-        with torch.no_grad(), attach(model, clt, "replace"):
+            one_of_each.add_hook(*hook, is_permanent=permanent)
+        with torch.no_grad(), attach(one_of_each, clt, "replace"):
             if when == "inside":
-                model.add_hook(*hook, is_permanent=permanent)
+                one_of_each.add_hook(*hook, is_permanent=permanent)
             hooks = [hook] if when == "run_with_hooks" else []
-            actual = model.run_with_hooks(tokens, fwd_hooks=hooks)
+            actual = one_of_each.run_with_hooks(tokens, fwd_hooks=hooks)
     finally:
-        model.reset_hooks(including_permanent=True)
+        one_of_each.reset_hooks(including_permanent=True)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 

@@ -85,9 +85,7 @@ def attribute(
     local = build_local_model(model, clt, tokens, bos)
     logits = logit_targets(local, targets, max_n_logits, desired_logit_prob)
     sources = build_sources(local, logits.tokens, logits.heights, bias_nodes)
-    rows = expand(
-        AutogradEngine(local, sources, logits), max_feature_nodes, max_unexplored, batch_size, progress
-    )
+    rows = expand(AutogradEngine(local, sources, logits), max_feature_nodes, max_unexplored, batch_size, progress)
     with torch.no_grad():
         return AttributionGraph(
             nodes=sources.nodes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -20,7 +21,7 @@ VERSION = 1
 def save_graph(graph: AttributionGraph, path: Path) -> Path:
     """Write a graph, all or nothing."""
     tensors = {
-        **graph.nodes._asdict(),
+        **graph.nodes.tensors(),
         "adjacency": graph.adjacency,
         "expanded": graph.expanded,
         "tokens": graph.tokens,
@@ -56,7 +57,7 @@ def load_graph(path: Path) -> AttributionGraph:
             f"'{path}' is of graph version {about['version']}, this tl_clt reads up to {VERSION}: update tl_clt."
         )
     return AttributionGraph(
-        nodes=Nodes(*(tensors[name] for name in Nodes._fields)),
+        nodes=Nodes(**{f.name: tensors[f.name] for f in fields(Nodes)}),
         adjacency=tensors["adjacency"],
         expanded=tensors["expanded"],
         tokens=tensors["tokens"],

@@ -81,9 +81,7 @@ def influence_shares(adjacency: Adjacency, nodes: Nodes, weights: NodeValues) ->
     return InfluenceShares(*(s / whole for s in sums))
 
 
-def graph_scores(
-    adjacency: Adjacency, nodes: Nodes, weights: NodeValues, definition: Definition
-) -> GraphScores:
+def graph_scores(adjacency: Adjacency, nodes: Nodes, weights: NodeValues, definition: Definition) -> GraphScores:
     """Replacement and completeness.
 
     replacement = token influence / (token + error influence).

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,7 +27,8 @@ class NodeKind(IntEnum):
     """A token's logit above the mean logit, at the last position."""
 
 
-class Nodes(NamedTuple):
+@dataclass(frozen=True)
+class Nodes:
     """One entry a node in each tensor [n_nodes]."""
 
     kind: Int[Tensor, " n_nodes"]
@@ -56,11 +57,14 @@ class Nodes(NamedTuple):
 
     def take(self, kept: Int[Tensor, " n_kept"] | Bool[Tensor, " n_nodes"]) -> Nodes:
         """The nodes of a mask or list of numbers."""
-        return Nodes(*(values[kept] for values in self))
+        return Nodes(**{name: values[kept] for name, values in self.tensors().items()})
 
     def __len__(self) -> int:
-        # A NamedTuple's own length would be 5, the number of its fields.
         return len(self.kind)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
     def build(cls, parts: list[tuple[NodeKind, Tensor, Tensor, Tensor, Tensor]]) -> Nodes:

@@ -59,9 +59,7 @@ class _Sums:
 
 
 @torch.no_grad()
-def evaluate(
-    model: HookedModel, clt: CrossLayerTranscoder, prompts: Sequence[Prompt]
-) -> FidelityReport:
+def evaluate(model: HookedModel, clt: CrossLayerTranscoder, prompts: Sequence[Prompt]) -> FidelityReport:
     """Measure reconstruction, sparsity and next-token agreement of a CLT.
 
     Args:

@@ -191,9 +191,7 @@ def _hooked_from_parts(
                 " from a local file. Load it with backend='bridge'."
             ) from error
         cfg.model_name = _plain_name(source)
-        state_dict = tl_loading.get_pretrained_state_dict(
-            GEMMA_NAMES.get(key, neutral), cfg, hf_model, dtype=dtype
-        )
+        state_dict = tl_loading.get_pretrained_state_dict(GEMMA_NAMES.get(key, neutral), cfg, hf_model, dtype=dtype)
     if tokenizer is None:
         cfg.tokenizer_name = None
     model = HookedTransformer(cfg, tokenizer, move_to_device=False)

@@ -58,9 +58,7 @@ def to_tokens(model: HookedModel, prompt: Prompt) -> Tokens:
 
 def _check(model: HookedModel, tokens: Tensor) -> None:
     if tokens.ndim != 1:
-        raise PromptError(
-            f"The prompt has shape {list(tokens.shape)}: give one prompt, token ids [pos] or [1, pos]."
-        )
+        raise PromptError(f"The prompt has shape {list(tokens.shape)}: give one prompt, token ids [pos] or [1, pos].")
     if len(tokens) < 2:
         count = "1 token" if len(tokens) == 1 else "0 tokens"
         raise PromptError(

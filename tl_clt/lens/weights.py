@@ -9,9 +9,7 @@ from torch import Tensor
 from tl_clt.lens.types import HookedModel
 
 
-def unembedding_directions(
-    model: HookedModel, token_ids: Int[Tensor, " n"]
-) -> Float[Tensor, "n d_model"]:
+def unembedding_directions(model: HookedModel, token_ids: Int[Tensor, " n"]) -> Float[Tensor, "n d_model"]:
     """`W_U[:, k]` minus its mean over the vocabulary: what pushes logit k above the rest."""
     W_U = model.W_U.detach()
     return W_U[:, token_ids].T - W_U.mean(dim=1)

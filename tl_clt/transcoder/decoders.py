@@ -41,9 +41,7 @@ class DenseDecoders(nn.Module):
     def __getitem__(self, source: int) -> Float[Tensor, "d_transcoder n_writes d_model"]:
         return self.per_source[source]
 
-    def rows(
-        self, source: int, features: Int[Tensor, " n"]
-    ) -> Float[Tensor, "n n_writes d_model"]:
+    def rows(self, source: int, features: Int[Tensor, " n"]) -> Float[Tensor, "n n_writes d_model"]:
         """Decoder vectors of the features named, one for each layer they write to."""
         return self.per_source[source][features]
 
@@ -69,9 +67,7 @@ class LazyDecoders(nn.Module):
             whole = opened.get_tensor(file.key)
         return self._window(whole, source)
 
-    def rows(
-        self, source: int, features: Int[Tensor, " n"]
-    ) -> Float[Tensor, "n n_writes d_model"]:
+    def rows(self, source: int, features: Int[Tensor, " n"]) -> Float[Tensor, "n n_writes d_model"]:
         """Decoder vectors of the features named, read from disk in runs of neighbouring rows."""
         file = self.files[source]
         wanted, back = torch.unique(features.cpu(), return_inverse=True)

@@ -100,9 +100,7 @@ class CrossLayerTranscoder(nn.Module):
         recons = self.b_dec.expand(*feature_acts.shape[:-2], -1, -1).clone()
         for source in self.layers:
             targets = self.cfg.targets(source)
-            recons[..., targets.start : targets.stop, :] += self.decode_source(
-                feature_acts[..., source, :], source
-            )
+            recons[..., targets.start : targets.stop, :] += self.decode_source(feature_acts[..., source, :], source)
         if self.W_skip is not None and x is not None:
             recons = recons + torch.stack([self.skip(x[..., t, :], t) for t in self.layers], dim=-2)
         return recons
@@ -129,9 +127,7 @@ class CrossLayerTranscoder(nn.Module):
         """`decode(encode(x), x)`."""
         return self.decode(self.encode(x), x)
 
-    def decoder_rows(
-        self, source: int, features: Int[Tensor, " n"]
-    ) -> Float[Tensor, "n n_writes d_model"]:
+    def decoder_rows(self, source: int, features: Int[Tensor, " n"]) -> Float[Tensor, "n n_writes d_model"]:
         """Decoder vectors of some features of a layer, one for each layer they write to."""
         return self.W_dec.rows(source, features)
 
@@ -178,9 +174,7 @@ class CrossLayerTranscoder(nn.Module):
 
         return load(folder_or_hub_repo, device=torch.device(device), dtype=dtype, lazy_decoder=lazy_decoder)
 
-    def save_pretrained(
-        self, folder: str | Path, layout: Literal["native", "circuit-tracer"] = "native"
-    ) -> Path:
+    def save_pretrained(self, folder: str | Path, layout: Literal["native", "circuit-tracer"] = "native") -> Path:
         """Write the CLT to a new or empty folder, all or nothing.
 
         Raises:

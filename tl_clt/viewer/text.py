@@ -34,9 +34,7 @@ def node_name(graph: AttributionGraph, node: int, label: FeatureLabel | None = N
     return f'output "{graph.logit_tokens[place].strip()}", probability {float(graph.logit_probs[place]):.3f}'
 
 
-def graph_tree(
-    graph: AttributionGraph, *, width: int = 3, depth: int = 4, label: FeatureLabel | None = None
-) -> Tree:
+def graph_tree(graph: AttributionGraph, *, width: int = 3, depth: int = 4, label: FeatureLabel | None = None) -> Tree:
     """The strongest inputs of each output, their strongest inputs, and so on.
 
     Each branch gives the share of the node above's absolute input, with its sign. A node that is already shown

@@ -35,9 +35,7 @@ class AutogradEngine:
             )
             self.reads = local.run(self.sites)
 
-    def feature_rows(
-        self, features: Int[Tensor, " n_targets"]
-    ) -> Float[Tensor, "n_targets n_nodes"]:
+    def feature_rows(self, features: Int[Tensor, " n_targets"]) -> Float[Tensor, "n_targets n_nodes"]:
         """In-edges of feature nodes, which must all read the same layer: `W_enc[l][:, f]` at their positions."""
         active = self.local.features
         layers = active.layer[features].unique().tolist()

@@ -138,9 +138,7 @@ def state_questions(phrasing: int = 0) -> list[Question]:
     """Return one question per state and relation, in one of `STATE_PHRASINGS`."""
     template = STATE_PHRASINGS[phrasing]
     return [
-        Question(template.format(state=s, relation=r), state_value(s, r), None, s, r)
-        for s in STATES
-        for r in RELATIONS
+        Question(template.format(state=s, relation=r), state_value(s, r), None, s, r) for s in STATES for r in RELATIONS
     ]
 
 

@@ -73,7 +73,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
     model: Annotated[str, typer.Option(help="Folder of the model; the bundled one by default.")] = "atlas",
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the text.")] = 0,
-    threads: Annotated[int, typer.Option(help="CPU threads to use.")] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads to use.")] = 1,
 ) -> None:
     """Train atlas's CLT and write it, with what it reaches on held-out questions, to a folder."""
     torch.set_num_threads(threads)

@@ -151,9 +151,7 @@ def train(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, options: T
 
 
 @torch.no_grad()
-def answers_right(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, questions: list[Question]
-) -> list[bool]:
+def answers_right(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, questions: list[Question]) -> list[bool]:
     """Return, for each question, whether the likeliest token after `<bos>` and the prompt is the answer."""
     encoded = [tokenizer.encode(question.prompt) for question in questions]
     lengths = torch.tensor([len(ids) for ids in encoded])
@@ -161,11 +159,7 @@ def answers_right(
     # The padding lies to the right of the position that is read, where causal attention cannot see it.
     tokens = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids in encoded])
     seen = (torch.arange(width) < lengths[:, None]).long()
-    best = (
-        model(input_ids=tokens, attention_mask=seen)
-        .logits[torch.arange(len(encoded)), lengths - 1]
-        .argmax(-1)
-    )
+    best = model(input_ids=tokens, attention_mask=seen).logits[torch.arange(len(encoded)), lengths - 1].argmax(-1)
     wanted = torch.tensor(tokenizer.convert_tokens_to_ids([question.answer for question in questions]))
     return (best == wanted).tolist()
 

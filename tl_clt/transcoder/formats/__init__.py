@@ -59,9 +59,7 @@ def _local_folder(folder_or_hub_repo: str | Path) -> Path:
     if folder.is_file():
         raise FormatError(f"'{folder}' is a file: give the folder that holds the CLT's files.")
     try:
-        return Path(
-            snapshot_download(str(folder_or_hub_repo), allow_patterns=["*.safetensors", "*.json", "*.yaml"])
-        )
+        return Path(snapshot_download(str(folder_or_hub_repo), allow_patterns=["*.safetensors", "*.json", "*.yaml"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FormatError(
             f"'{folder_or_hub_repo}' is neither a folder here nor a hub repository that can be reached"

@@ -27,9 +27,7 @@ def recognises(folder: Path) -> bool:
     return any(folder.glob("W_enc_*.safetensors"))
 
 
-def load(
-    folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder: bool
-) -> CrossLayerTranscoder:
+def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder: bool) -> CrossLayerTranscoder:
     """Read a CLT from this layout."""
     encoders = numbered_files(folder, "W_enc_")
     with open_tensors(encoders[0]) as tensors:

@@ -26,9 +26,7 @@ def recognises(folder: Path) -> bool:
     return any(folder.glob("layer_*.safetensors"))
 
 
-def load(
-    folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder: bool
-) -> CrossLayerTranscoder:
+def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder: bool) -> CrossLayerTranscoder:
     """Read a set of per-layer transcoders from this layout."""
     files = numbered_files(folder, "layer_")
     with open_tensors(files[0]) as tensors:

@@ -25,9 +25,7 @@ def recognises(folder: Path) -> bool:
     return any(folder.glob("params_layer_*.safetensors"))
 
 
-def load(
-    folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder: bool
-) -> CrossLayerTranscoder:
+def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder: bool) -> CrossLayerTranscoder:
     """Read a CLT from this layout."""
     files = numbered_files(folder, "params_layer_")
     with open_tensors(files[0]) as tensors:

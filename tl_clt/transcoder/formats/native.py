@@ -28,9 +28,7 @@ def recognises(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
 
-def load(
-    folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder: bool
-) -> CrossLayerTranscoder:
+def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder: bool) -> CrossLayerTranscoder:
     """Read a CLT from this layout."""
     values = read_config(folder / CONFIG)
     cfg = CrossLayerTranscoderConfig.from_dict(values)

@@ -103,9 +103,7 @@ def numbered_files(folder: Path, prefix: str) -> list[Path]:
     )
     if found != list(range(len(found))):
         missing = sorted(set(range(found[-1])) - set(found))
-        raise FormatError(
-            f"'{folder}' lacks {prefix}{missing[0]}.safetensors. Copy or download the CLT again, whole."
-        )
+        raise FormatError(f"'{folder}' lacks {prefix}{missing[0]}.safetensors. Copy or download the CLT again, whole.")
     return [folder / f"{prefix}{i}.safetensors" for i in found]
 
 
