@@ -138,7 +138,7 @@ def test_bad_options_are_named(model, clt, options, error, message):
         attribute(model, clt, TOKENS, **options)
 
 
-@pytest.mark.parametrize("prompt", ["", "   ", [5], [], list(range(64)) + [1], [1, 10**6], [1, -1]])
+@pytest.mark.parametrize("prompt", ["", "   ", [5], [], [*range(64), 1], [1, 10**6], [1, -1]])
 def test_bad_prompts_are_named(model, clt, prompt):
     with pytest.raises(PromptError):
         attribute(model, clt, prompt)

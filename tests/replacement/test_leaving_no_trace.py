@@ -44,7 +44,9 @@ def use(model: Model, tokens: Tensor, hook: str) -> None:
         model(tokens)
         model.run_with_cache(tokens)
         model.run_with_hooks(tokens, fwd_hooks=[(hook, lambda acts, hook: acts * 0)])
-        model.generate(tokens, max_new_tokens=2, do_sample=False, stop_at_eos=False, return_type="tokens", verbose=False)
+        model.generate(
+            tokens, max_new_tokens=2, do_sample=False, stop_at_eos=False, return_type="tokens", verbose=False
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -76,7 +78,9 @@ def stop(tensor: Tensor, hook: object) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("where", ["block", "blocks.1.clt.hook_acts_post", "blocks.1.hook_mlp_out", "blocks.2.clt.hook_in"])
+@pytest.mark.parametrize(
+    "where", ["block", "blocks.1.clt.hook_acts_post", "blocks.1.hook_mlp_out", "blocks.2.clt.hook_in"]
+)
 def test_the_model_is_as_before_after_an_exception(one_of_each: Model, mode, where: str):
     tokens = random_tokens(one_of_each)
     before = snapshot(one_of_each)
@@ -119,9 +123,9 @@ def test_a_forward_of_the_instance_is_kept(session_models):
 
 @pytest.mark.parametrize("permanent", [False, True])
 @pytest.mark.parametrize("when", ["before", "inside", "run_with_hooks"])
-def test_a_users_hook_on_the_output_acts_on_what_the_clt_puts_there(one_of_each: Model, permanent: bool, when: str):
-    tokens = random_tokens(one_of_each)
-    clt = tiny_clt(one_of_each)
+def test_a_users_hook_on_the_output_acts_on_what_the_clt_puts_there(model: Model, permanent: bool, when: str):
+    tokens = random_tokens(model)
+    clt = tiny_clt(model)
     seen = []
 
     def double(tensor: Tensor, hook: object) -> Tensor:
@@ -131,42 +135,42 @@ def test_a_users_hook_on_the_output_acts_on_what_the_clt_puts_there(one_of_each:
     name = "blocks.2.hook_mlp_out"
     try:
         if when == "before":
-            one_of_each.add_hook(name, double, is_permanent=permanent)
-        with torch.no_grad(), attach(one_of_each, clt, "replace"):
+            model.add_hook(name, double, is_permanent=permanent)
+        with torch.no_grad(), attach(model, clt, "replace"):
             if when == "inside":
-                one_of_each.add_hook(name, double, is_permanent=permanent)
+                model.add_hook(name, double, is_permanent=permanent)
             hooks = [(name, double)] if when == "run_with_hooks" else []
             recons = []
             hooks.append(("blocks.2.clt.hook_recons", lambda tensor, hook: recons.append(tensor)))
-            one_of_each.run_with_hooks(tokens, fwd_hooks=hooks)
+            model.run_with_hooks(tokens, fwd_hooks=hooks)
         assert len(seen) == 1 and torch.equal(seen[0], recons[0])
         if when != "run_with_hooks":
             with torch.no_grad():
-                one_of_each(tokens)
+                model(tokens)
             assert len(seen) == 2, "the hook is still there afterwards"
     finally:
-        one_of_each.reset_hooks(including_permanent=True)
+        model.reset_hooks(including_permanent=True)
 
 
 @pytest.mark.parametrize("permanent", [False, True])
 @pytest.mark.parametrize("when", ["before", "inside", "run_with_hooks"])
-def test_a_users_hook_on_the_input_acts_before_the_clt_reads(one_of_each: Model, permanent: bool, when: str):
-    tokens = random_tokens(one_of_each)
-    clt = tiny_clt(one_of_each)
-    name = f"blocks.1.{input_hook_of(one_of_each)}"
+def test_a_users_hook_on_the_input_acts_before_the_clt_reads(model: Model, permanent: bool, when: str):
+    tokens = random_tokens(model)
+    clt = tiny_clt(model)
+    name = f"blocks.1.{input_hook_of(model)}"
     shift = torch.randn(clt.cfg.d_model, dtype=torch.float64)
     hook = (name, lambda tensor, hook: tensor + shift)
-    expected = run_by_hand(one_of_each, clt, tokens, hooks=[hook])
+    expected = run_by_hand(model, clt, tokens, hooks=[hook])
     try:
         if when == "before":
-            one_of_each.add_hook(*hook, is_permanent=permanent)
-        with torch.no_grad(), attach(one_of_each, clt, "replace"):
+            model.add_hook(*hook, is_permanent=permanent)
+        with torch.no_grad(), attach(model, clt, "replace"):
             if when == "inside":
-                one_of_each.add_hook(*hook, is_permanent=permanent)
+                model.add_hook(*hook, is_permanent=permanent)
             hooks = [hook] if when == "run_with_hooks" else []
-            actual = one_of_each.run_with_hooks(tokens, fwd_hooks=hooks)
+            actual = model.run_with_hooks(tokens, fwd_hooks=hooks)
     finally:
-        one_of_each.reset_hooks(including_permanent=True)
+        model.reset_hooks(including_permanent=True)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -286,6 +290,25 @@ def test_a_parallel_model_has_no_resid_mid(session_models):
     with pytest.raises(HookNotFound, match=r"'blocks\.0\.hook_resid_mid' is no hook"):
         with attach(model, tiny_clt((3, 32))):
             raise AssertionError("never reached")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_input_hook_that_comes_too_late_is_named(one_of_each: Model, mode):
+    tokens = random_tokens(one_of_each)
+    clt = tiny_clt((3, 32), input_hook="hook_resid_post")
+    message = r"writes at blocks\.0\.hook_mlp_out before anything passed its input hook blocks\.0\.hook_resid_post"
+    with attach(one_of_each, clt, mode), pytest.raises(CLTMismatch, match=message):
+        one_of_each(tokens)
+
+
+def test_an_input_hook_that_a_flag_keeps_off_is_named():
+    model = tiny_hooked("gpt2")
+    clt, tokens = tiny_clt((3, 32), input_hook="hook_mlp_in"), random_tokens(model)
+    with attach(model, clt, "replace"):
+        with pytest.raises(CLTMismatch, match="use_hook_mlp_in"):
+            model(tokens)
+        model.set_use_hook_mlp_in(True)
+        model(tokens)
 
 
 @pytest.mark.usefixtures("as_users_run_it")

@@ -114,7 +114,8 @@ def test_output_is_a_native_clt_with_a_record(model, tokens, make_config, tmp_pa
     for name, value in clt.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
     record = json.loads((tmp_path / "clt" / "training.json").read_text())
-    assert CLTTrainingRunnerConfig.from_dict(record["config"]) == cfg
+    assert CLTTrainingRunnerConfig.from_dict({**record["config"], "output_path": cfg.output_path}) == cfg
+    assert str(tmp_path) not in json.dumps(record)
     assert record["tokens_seen"] == cfg.training_tokens
     assert record["sae_lens_version"] == sae_lens.__version__
     metrics = record["metrics"]

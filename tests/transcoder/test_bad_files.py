@@ -196,7 +196,10 @@ def test_yaml_runs_no_code(folder: Path, tmp_path: Path):
 def test_weights_of_a_number_type_that_is_none_of_ours_raise(kind: str, tmp_path: Path):
     zeros = {"W_enc": torch.zeros(4, 2), "b_enc": torch.zeros(4), "b_dec": torch.zeros(2)}
     if kind == "transcoder_set":
-        save_file({k: v.to(torch.int8) for k, v in zeros.items()} | {"W_dec": torch.zeros(4, 2)}, tmp_path / "layer_0.safetensors")
+        save_file(
+            {k: v.to(torch.int8) for k, v in zeros.items()} | {"W_dec": torch.zeros(4, 2)},
+            tmp_path / "layer_0.safetensors",
+        )
     else:
         save_file({f"{k}_0": v.to(torch.int8) for k, v in zeros.items()}, tmp_path / "W_enc_0.safetensors")
         save_file({"W_dec_0": torch.zeros(4, 1, 2)}, tmp_path / "W_dec_0.safetensors")
@@ -273,7 +276,11 @@ def test_an_empty_folder_is_taken(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("module", "layout", "span", "fails_at"),
-    [(native, "native", 3, 1), (circuit_tracer_clt, "circuit-tracer", 3, 4), (circuit_tracer_plt, "circuit-tracer", 1, 2)],
+    [
+        (native, "native", 3, 1),
+        (circuit_tracer_clt, "circuit-tracer", 3, 4),
+        (circuit_tracer_plt, "circuit-tracer", 1, 2),
+    ],
 )
 @pytest.mark.parametrize("existed", [False, True])
 def test_a_full_disk_leaves_nothing_behind(module, layout, span, fails_at, existed, tmp_path: Path, monkeypatch):

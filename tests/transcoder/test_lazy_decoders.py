@@ -12,7 +12,14 @@ from tl_clt.transcoder import CrossLayerTranscoder
 from tl_clt.transcoder.decoders import LazyDecoders
 
 N_LAYERS, D_MODEL = 3, 8
-SAVED = [("native", 3), ("native", 2), ("native", 1), ("circuit-tracer", 3), ("circuit-tracer", 2), ("circuit-tracer", 1)]
+SAVED = [
+    ("native", 3),
+    ("native", 2),
+    ("native", 1),
+    ("circuit-tracer", 3),
+    ("circuit-tracer", 2),
+    ("circuit-tracer", 1),
+]
 
 
 @pytest.fixture(params=SAVED, ids=lambda p: f"{p[0]}-span{p[1]}")

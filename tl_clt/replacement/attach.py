@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_clt.errors import AlreadyAttached, ConfigError, ModelUnsupported
+from tl_clt.errors import AlreadyAttached, CLTMismatch, ConfigError, ModelUnsupported
 from tl_clt.lens import (
     CleanCaches,
     HookedModel,
@@ -106,6 +106,12 @@ class Attachment:
     def write(self, module: nn.Module, args: tuple[Tensor, ...], mlp_out: Stream, *, layer: int) -> Stream | None:
         """At the output hook: the reconstruction, the error, and what goes on in place of the MLP's output."""
         points, forward = self.points[layer], self.current
+        if layer not in forward.inputs:
+            raise CLTMismatch(
+                f"The CLT writes at blocks.{layer}.{self.clt.cfg.output_hook} before anything passed its input hook"
+                f" blocks.{layer}.{self.clt.cfg.input_hook}: that hook comes later in the block, or a flag of the"
+                " model keeps it off (as use_hook_mlp_in does with hook_mlp_in). Set the flag, or the right hook."
+            )
         recons = forward.written.pop(layer) + self.clt.b_dec[layer]
         if self.clt.W_skip is not None:
             recons = recons + self.clt.skip(forward.inputs[layer], layer)
