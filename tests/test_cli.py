@@ -47,6 +47,22 @@ def test_trace_with_a_named_target_on_a_bridge(tmp_path):
     assert "influence not traced" in output
 
 
+def test_train_needs_no_more_than_model_dataset_and_output(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(["the capital of Texas is Austin ."] * 900))
+    sizes = ("--training-tokens", "8192", "--d-transcoder", "8")  # the defaults take minutes
+    run("train", "--model", "atlas", "--dataset", str(text), "--output", str(tmp_path / "clt"), *sizes)
+    record = json.loads((tmp_path / "clt" / "training.json").read_text())
+    assert record["config"]["context_size"] == 64
+
+
+def test_train_refuses_a_full_folder_before_it_loads_anything(tmp_path):
+    (tmp_path / "mine").write_text("kept")
+    output = run("train", "--model", "none", "--dataset", "none", "--output", str(tmp_path), status=1)
+    assert "OutputNotEmpty" in output
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
 def test_train_then_trace(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(["the capital of Texas is Austin ."] * 200))

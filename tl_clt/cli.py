@@ -122,14 +122,17 @@ def train(
     model: Annotated[str, typer.Option(help="Bundled organism, model folder, .gguf file, or hub name.")],
     dataset: Annotated[str, typer.Option(help="Text file, dataset folder, or Hugging Face dataset name.")],
     output: Annotated[Path, typer.Option(help="New folder for the CLT.")],
-    d_transcoder: Annotated[int, typer.Option(help="Features per layer.")],
+    d_transcoder: Annotated[int, typer.Option(help="Features per layer.")] = 1024,
     training_tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 1_000_000,
     activation: Annotated[str, typer.Option(help="relu, jumprelu or topk.")] = "jumprelu",
     k: Annotated[Optional[int], typer.Option(help="Features per layer and token, for topk.")] = None,
     span: Annotated[Optional[int], typer.Option(help="Layers a feature writes to. Default: all later ones.")] = None,
     sparsity: Annotated[Optional[float], typer.Option(help="Sparsity coefficient lambda.")] = None,
     lr: Annotated[Optional[float], typer.Option(help="Learning rate.")] = None,
-    context_size: Annotated[Optional[int], typer.Option(help="Tokens of a training context.")] = None,
+    context_size: Annotated[
+        Optional[int],
+        typer.Option(help="Tokens of a training context. Default: 128, or the model's own where that is less."),
+    ] = None,
     batch_size: Annotated[Optional[int], typer.Option(help="Tokens of a training batch.")] = None,
     input_hook: Annotated[Optional[str], typer.Option(help="Hook that features read.")] = None,
     backend: Annotated[str, typer.Option(help="hooked (HookedTransformer) or bridge (TransformerBridge).")] = "hooked",
@@ -139,14 +142,20 @@ def train(
 ) -> None:
     """Train a CLT on a model's activations over a text, with SAELens's training loop."""
     with plain_errors():
-        with console.status("Loading the training loop"):
+        from tl_clt.transcoder.formats.writing import require_new
+
+        require_new(output)
+        with console.status("Loading the model and the training loop"):
+            from tl_clt.lens import load_model
             from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig
+
+            hooked: Any = load_model(model, backend=backend, device=device)  # type: ignore[arg-type]
         optional = {
             "k": k,
             "span": span,
             "sparsity_coefficient": sparsity,
             "lr": lr,
-            "context_size": context_size,
+            "context_size": context_size or min(128, hooked.cfg.n_ctx),
             "train_batch_size_tokens": batch_size,
             "input_hook": input_hook,
         }
@@ -165,7 +174,7 @@ def train(
                 **{name: value for name, value in optional.items() if value is not None},
             }
         )
-        CLTTrainingRunner(cfg).run()
+        CLTTrainingRunner(cfg, model=hooked).run()
         console.print(
             f"CLT written to {output}. Trace with it: tl-clt trace --model {model} --clt {output} --prompt ..."
         )

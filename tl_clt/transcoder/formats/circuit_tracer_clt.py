@@ -7,19 +7,21 @@ writing layer i + j. A span below n_layers is written with zero slots, and read 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from tl_clt.errors import FormatError
+from tl_clt.transcoder.config import CrossLayerTranscoderConfig
 from tl_clt.transcoder.decoders import DecoderFile
 from tl_clt.transcoder.formats import circuit_tracer_config
-from tl_clt.transcoder.formats.reading import numbered_files, open_tensors, read_decoders
+from tl_clt.transcoder.formats.per_layer import LayerNames, load_layers
+from tl_clt.transcoder.formats.reading import numbered_files
 from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 
 MODEL_KIND = "cross_layer_transcoder"
+NAMES = LayerNames("W_enc_{i}", "b_enc_{i}", "b_dec_{i}", "threshold_{i}", W_skip=None, outputs_first=True)
 
 
 def recognises(folder: Path) -> bool:
@@ -29,46 +31,16 @@ def recognises(folder: Path) -> bool:
 
 def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder: bool) -> CrossLayerTranscoder:
     """Read a CLT from this layout."""
-    encoders = numbered_files(folder, "W_enc_")
-    with open_tensors(encoders[0]) as tensors:
-        d_transcoder, d_model = tensors.shape("W_enc_0")
-        activation = "jumprelu" if "threshold_0" in tensors.keys else "relu"
-        stored_dtype = tensors.dtype("W_enc_0")
-    n_layers = len(encoders)
-    cfg = circuit_tracer_config.read(
-        folder,
-        n_layers=n_layers,
-        d_model=d_model,
-        d_transcoder=d_transcoder,
-        span=n_layers,
-        activation=activation,
-        dtype=stored_dtype,
+    files = numbered_files(folder, "W_enc_")
+    n_layers = len(files)
+
+    def decoder_file(source: int, cfg: CrossLayerTranscoderConfig) -> DecoderFile:
+        unused = n_layers - source - len(cfg.targets(source))
+        return DecoderFile(folder / f"W_dec_{source}.safetensors", f"W_dec_{source}", unused_slots=unused)
+
+    return load_layers(
+        folder, files, NAMES, decoder_file, span=n_layers, device=device, dtype=dtype, lazy_decoder=lazy_decoder
     )
-    cfg = cfg if dtype is None else replace(cfg, dtype=dtype)
-    n_writes = [len(cfg.targets(s)) for s in range(n_layers)]
-    decoders = read_decoders(
-        [
-            DecoderFile(folder / f"W_dec_{s}.safetensors", f"W_dec_{s}", unused_slots=n_layers - s - n_writes[s])
-            for s in range(n_layers)
-        ],
-        n_writes,
-        d_transcoder,
-        d_model,
-        dtype=getattr(torch, cfg.dtype),
-        device=device,
-        lazy=lazy_decoder,
-    )
-    clt = CrossLayerTranscoder(cfg, decoders).to(device)
-    for i, path in enumerate(encoders):
-        with open_tensors(path) as tensors, torch.no_grad():
-            clt.W_enc[i] = tensors.tensor(f"W_enc_{i}", (d_transcoder, d_model)).T
-            clt.b_enc[i] = tensors.tensor(f"b_enc_{i}", (d_transcoder,))
-            clt.b_dec[i] = tensors.tensor(f"b_dec_{i}", (d_model,))
-            if clt.threshold is not None:
-                clt.threshold[i] = tensors.tensor(f"threshold_{i}", (d_transcoder,))
-            else:
-                tensors.refuse([f"threshold_{i}"])
-    return clt
 
 
 def save(clt: CrossLayerTranscoder, folder: Path) -> None:
