@@ -52,9 +52,13 @@ def demo(
     """Trace a prompt through the bundled model "atlas" and show how it arrives at its answer."""
     with plain_errors():
         with console.status("Loading the model and its CLT"):
+            import torch
+
             from tl_clt.attribution import attribute
             from tl_clt.organisms import default_prompt, load_organism
 
+            # Handing parts of so small a model to a second thread costs more than it saves.
+            torch.set_num_threads(1)
             model, clt = load_organism("atlas")
         with console.status("Tracing the prompt"):
             graph = attribute(model, clt, prompt or default_prompt("atlas"))

@@ -28,7 +28,6 @@ def attribute(
     clt: CrossLayerTranscoder,
     prompt_or_tokens: Prompt,
     targets: Sequence[int | str] | None = None,
-    *,
     max_n_logits: int = 10,
     desired_logit_prob: float = 0.95,
     max_feature_nodes: int | None = None,
@@ -72,13 +71,8 @@ def attribute(
         PromptError, TokenizerMissing, TargetError, ConfigError: an argument out of range.
         ModelUnsupported, LocalModelMismatch: the architecture cannot be traced exactly.
     """
-    if engine not in get_args(Engine):
-        raise ConfigError(f"engine is {engine!r}: give one of {', '.join(get_args(Engine))}.")
-    if bos not in get_args(Bos):
-        raise ConfigError(f"bos is {bos!r}: give one of {', '.join(get_args(Bos))}.")
     batch_size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}: give at least 1.")
+    _check_choices(engine, bos, batch_size)
     check_fit(model, clt)
     require_free(model)
     tokens = to_tokens(model, prompt_or_tokens)
@@ -106,6 +100,14 @@ def attribute(
                 "engine": AutogradEngine.name,
             },
         )
+
+
+def _check_choices(engine: str, bos: str, batch_size: int) -> None:
+    for name, value, choices in (("engine", engine, get_args(Engine)), ("bos", bos, get_args(Bos))):
+        if value not in choices:
+            raise ConfigError(f"{name} is {value!r}: give one of {', '.join(choices)}.")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}: give at least 1.")
 
 
 def _prompt_text(model: HookedModel, tokens: Tokens) -> str:
