@@ -131,3 +131,8 @@ def test_the_model_is_left_as_it_was(model):
 
 def doubled(tensor, hook):
     return tensor * 2
+
+
+def test_tracing_a_bridge_gives_no_warnings(model, recwarn):
+    attribute(model, clt_for(model), TOKENS)
+    assert [str(w.message) for w in recwarn if "hook" in str(w.message)] == []
