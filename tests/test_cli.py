@@ -31,6 +31,11 @@ def test_demo_shows_the_answer_and_writes_the_graph(tmp_path):
     assert graph.logit_tokens[0].strip() == "Austin"
 
 
+def test_demo_says_which_words_it_does_not_know(tmp_path):
+    prompt = "the capital of France is"
+    assert "became <unk>" in run("demo", "--prompt", prompt, "--output", str(tmp_path / "graph.safetensors"))
+
+
 def test_trace_writes_the_whole_graph(tmp_path):
     path = tmp_path / "graph.safetensors"
     run("trace", "--model", "atlas", "--clt", ATLAS_CLT, "--prompt", PROMPT, "--output", str(path), "--bos", "features")

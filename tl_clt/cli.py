@@ -62,6 +62,8 @@ def demo(
             model, clt = load_organism("atlas")
         with console.status("Tracing the prompt"):
             graph = attribute(model, clt, prompt or default_prompt("atlas"))
+        if "<unk>" in graph.prompt_tokens:
+            errors.print("Words that atlas does not know became <unk>: it has read of US states and cities only.")
         show_graph(graph, graph.prune(), model, clt)
         with console.status("Measuring how well the CLT stands in for the MLPs"):
             report = _evaluate_on_atlas(model, clt)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.models import tiny_clt, tiny_hooked
+from tests.attribution.conftest import TOKENS
+from tests.models import tiny_clt
 from tl_clt import attach, attribute
 from tl_clt.attribution import NodeKind
 from tl_clt.errors import (
@@ -18,28 +19,11 @@ from tl_clt.errors import (
     TokenizerMissing,
 )
 
-TOKENS = torch.tensor([0, 7, 19, 4, 33, 50, 21])
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_hooked("gpt2", dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def clt(model):
-    return tiny_clt(model)
-
-
-@pytest.fixture(scope="module")
-def graph(model, clt):
-    return attribute(model, clt, TOKENS)
-
 
 def test_nodes_come_in_order_and_are_numbered(graph):
     kinds = graph.nodes.kind
     assert torch.equal(kinds, kinds.sort().values)
-    n_pos, n_layers = len(TOKENS), 4 if int(graph.nodes.layer.max()) == 4 else 3
+    n_pos, n_layers = len(TOKENS), graph.info["n_layers"]
     assert len(graph.nodes.where(NodeKind.ERROR)) == n_layers * n_pos
     assert torch.equal(graph.nodes.index[graph.nodes.where(NodeKind.TOKEN)], TOKENS)
     assert len(graph.nodes.where(NodeKind.POSITION)) == n_pos

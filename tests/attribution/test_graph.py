@@ -6,28 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.models import tiny_clt, tiny_hooked
-from tl_clt import AttributionGraph, attribute
+from tests.attribution.conftest import TOKENS
+from tl_clt import AttributionGraph
 from tl_clt.attribution.influence import normalised
 from tl_clt.attribution.nodes import NodeKind
 from tl_clt.errors import ConfigError, FormatError
-
-TOKENS = torch.tensor([0, 7, 19, 4, 33, 50, 21])
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_hooked("gpt2", dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def clt(model):
-    return tiny_clt(model)
-
-
-@pytest.fixture(scope="module")
-def graph(model, clt):
-    return attribute(model, clt, TOKENS)
 
 
 def test_influence_is_the_matrix_inverse(graph):

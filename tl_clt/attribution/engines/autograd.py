@@ -61,19 +61,26 @@ class AutogradEngine:
     ) -> Float[Tensor, "n_targets n_nodes"]:
         seeds = directions.new_zeros(len(pos), *read.shape)
         seeds[torch.arange(len(pos)), pos] = directions
-        leaves = [self.sites.embed, *self.sites.attn, *self.sites.mlp]
-        if self.sites.pos_embed is not None:
-            leaves.append(self.sites.pos_embed)
+        at, vectors = self.sites, self.sources.sites
+        written = [
+            (at.embed, vectors.embed),
+            *zip(at.attn, vectors.attn, strict=True),
+            *zip(at.mlp, vectors.mlp, strict=True),
+        ]
+        if at.pos_embed is not None:
+            written.append((at.pos_embed, vectors.pos_embed))
         adjoints = torch.autograd.grad(
-            read, leaves, seeds.to(read.dtype), retain_graph=True, allow_unused=True, is_grads_batched=True
+            read,
+            [leaf for leaf, _ in written],
+            seeds.to(read.dtype),
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=True,
         )
-        vectors, n_layers = self.sources.sites, self.local.n_layers
-        segments = [vectors.embed, *vectors.attn, *vectors.mlp, vectors.pos_embed]
         rows = directions.new_zeros(len(pos), len(self.sources.nodes))
-        assert len(segments) >= len(adjoints) == len(leaves) > 2 * n_layers
-        for adjoint, written in zip(adjoints, segments, strict=False):
+        for adjoint, (_, segments) in zip(adjoints, written, strict=True):
             if adjoint is not None:
-                contract(adjoint, written, rows)
+                contract(adjoint, segments, rows)
         return rows
 
     def _add_read_bias(

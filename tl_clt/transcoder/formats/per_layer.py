@@ -30,9 +30,13 @@ class LayerNames(NamedTuple):
 
     def of(self, layer: int) -> LayerNames:
         """The names of one layer."""
-        names = (self.W_enc, self.b_enc, self.b_dec, self.threshold)
-        W_skip = None if self.W_skip is None else self.W_skip.format(i=layer)
-        return LayerNames(*(name.format(i=layer) for name in names), W_skip, self.outputs_first)
+        return self._replace(
+            W_enc=self.W_enc.format(i=layer),
+            b_enc=self.b_enc.format(i=layer),
+            b_dec=self.b_dec.format(i=layer),
+            threshold=self.threshold.format(i=layer),
+            W_skip=None if self.W_skip is None else self.W_skip.format(i=layer),
+        )
 
 
 def load_layers(
