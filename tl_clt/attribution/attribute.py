@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_args, overload
+from typing import Any, cast, get_args, overload
 
-import torch
 from torch import Tensor
 
-from tl_clt.attribution.contrast import contrast as contrast_prompts
-from tl_clt.attribution.engines import EngineChoice, EngineMaker
-from tl_clt.attribution.expansion import Limits, expand
+from tl_clt.attribution.engines import EngineChoice
+from tl_clt.attribution.expansion import Limits
 from tl_clt.attribution.graph import AttributionGraph
-from tl_clt.attribution.local import build_local_model
-from tl_clt.attribution.memory import plan_memory
-from tl_clt.attribution.row_store import DenseRows, SparseRows
-from tl_clt.attribution.sources import build_sources
 from tl_clt.attribution.streams import Bos
-from tl_clt.attribution.targets import Target, find_targets, residual_hooks
+from tl_clt.attribution.targets import Target
+from tl_clt.attribution.tracing import Tracer, TracingOptions
 from tl_clt.errors import ConfigError, PromptError
-from tl_clt.lens import HookedModel, Prompt, model_name, to_tokens, token_strings
+from tl_clt.lens import HookedModel, Prompt, to_tokens
 from tl_clt.replacement import check_fit, require_free
 from tl_clt.shapes import Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
@@ -100,60 +95,23 @@ def attribute(
     check_fit(model, clt)
     require_free(model)
     several = _is_several(prompt_or_tokens)
-    prompts = [to_tokens(model, p) for p in (prompt_or_tokens if several else [prompt_or_tokens])]  # type: ignore
+    prompts = _as_list(model, prompt_or_tokens)
     others = _contrasts(model, contrast, len(prompts))
-    hooks = residual_hooks(model, targets)
-    maker: EngineMaker | None = None
-    graphs = []
-    for tokens, other in zip(prompts, others, strict=True):
-        local = build_local_model(model, clt, tokens, bos, hooks)
-        found = find_targets(local, targets, max_n_logits, desired_logit_prob)
-        maker = maker or EngineMaker(engine, local)
-        checked, there = found.readouts, None
-        if other is None:
-            writes = local.writes(bias_nodes)
-        else:
-            against = build_local_model(model, clt, other, bos, hooks)
-            writes, found, there = contrast_prompts(local, against, found, bias_nodes)
-        sources = build_sources(local, writes, found)
-        tracer = maker.make(local, sources, checked)
-        nodes = sources.nodes
-        n_rows = limits.n_rows(len(writes.strengths)) + len(found.labels)
-        plan = plan_memory(tracer, n_rows, keep_edges, batch_size, memory_limit)
-        store = DenseRows(nodes, local.dtype) if keep_edges is None else SparseRows(nodes, local.dtype, keep_edges)
-        expanded = expand(tracer, found, store, limits, plan, progress)
-        graphs.append(
-            AttributionGraph(
-                nodes=nodes,
-                adjacency=store.adjacency(),
-                expanded=expanded,
-                tokens=tokens,
-                prompt_tokens=token_strings(model, tokens),
-                logit_probs=found.weights,
-                logit_tokens=found.labels,
-                dropped=None if keep_edges is None else store.dropped,
-                contrast_activation=None if there is None else _on_features(there, len(nodes)),
-                info={
-                    "prompt": _prompt_text(model, tokens),
-                    "model_name": model_name(model),
-                    "clt_model_name": clt.cfg.model_name,
-                    "n_layers": clt.cfg.n_layers,
-                    "d_transcoder": clt.cfg.d_transcoder,
-                    "bos": bos,
-                    "bias_nodes": bias_nodes,
-                    "engine": tracer.name,
-                    "planned_gib": round(plan.total / 2**30, 3),
-                    **({} if keep_edges is None else {"keep_edges": keep_edges}),
-                    **({} if other is None else {"contrast": _prompt_text(model, other)}),
-                },
-            )
-        )
+    options = TracingOptions(
+        targets=targets,
+        max_n_logits=max_n_logits,
+        desired_logit_prob=desired_logit_prob,
+        limits=limits,
+        bos=bos,
+        bias_nodes=bias_nodes,
+        batch_size=batch_size,
+        keep_edges=keep_edges,
+        memory_limit=memory_limit,
+        progress=progress,
+    )
+    tracer = Tracer(model, clt, engine, options)
+    graphs = [tracer.trace(tokens, other) for tokens, other in zip(prompts, others, strict=True)]
     return graphs if several else graphs[0]
-
-
-def _on_features(values: Tensor, n_nodes: int) -> Tensor:
-    """Values of the features, which are the first nodes, and 0 for the rest."""
-    return torch.cat([values, values.new_zeros(n_nodes - len(values))])
 
 
 def _is_several(prompts: Prompt | Prompts) -> bool:
@@ -169,14 +127,21 @@ def _is_number(value: object) -> bool:
     return not isinstance(value, (str, list, tuple)) and getattr(value, "ndim", 0) == 0
 
 
-def _contrasts(model: HookedModel, contrast: Prompt | Prompts | None, n_prompts: int) -> list[Tokens | None]:
+def _as_list(model: HookedModel, prompts: Prompt | Prompts) -> list[Tokens]:
+    if _is_several(prompts):
+        return [to_tokens(model, cast(Prompt, prompt)) for prompt in prompts]
+    return [to_tokens(model, cast(Prompt, prompts))]
+
+
+def _contrasts(model: HookedModel, contrast: Prompt | Prompts | None, n_prompts: int) -> Sequence[Tokens | None]:
     if contrast is None:
         return [None] * n_prompts
+    others = _as_list(model, contrast)
     if not _is_several(contrast):
-        return [to_tokens(model, contrast)] * n_prompts  # type: ignore[arg-type]
-    if len(contrast) != n_prompts:
-        raise PromptError(f"{len(contrast)} contrast prompts for {n_prompts} prompts: give one, or one for each.")
-    return [to_tokens(model, prompt) for prompt in contrast]
+        return others * n_prompts
+    if len(others) != n_prompts:
+        raise PromptError(f"{len(others)} contrast prompts for {n_prompts} prompts: give one, or one for each.")
+    return others
 
 
 def _check_choices(engine: str, bos: str, keep_edges: float | None) -> None:
@@ -185,10 +150,3 @@ def _check_choices(engine: str, bos: str, keep_edges: float | None) -> None:
             raise ConfigError(f"{name} is {value!r}: give one of {', '.join(choices)}.")
     if keep_edges is not None and not 0 < keep_edges <= 1:
         raise ConfigError(f"keep_edges is {keep_edges}: give a share, more than 0 and at most 1, or None for all.")
-
-
-def _prompt_text(model: HookedModel, tokens: Tokens) -> str:
-    """The prompt as one text, spaced as the tokenizer spaces it."""
-    if getattr(model, "tokenizer", None) is None:
-        return " ".join(token_strings(model, tokens))
-    return str(model.to_string(tokens))

@@ -74,7 +74,7 @@ class Expansion:
         return (self.visits * ~self.expanded)[self.features]
 
     def _reached(self, targets: Int[Tensor, " n"]) -> None:
-        """Walks that ended at these go on: hand their visits on, from the top layer down, through rows that there are."""
+        """Walks that ended at these go on: hand their visits on, top-down, through all rows that there are."""
         self.expanded[targets] = True
         new = torch.zeros_like(self.visits)
         new[targets] = self.visits[targets]

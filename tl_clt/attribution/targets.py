@@ -15,7 +15,6 @@ from tl_clt.attribution.streams import Readouts
 from tl_clt.errors import HookNotFound, TargetError
 from tl_clt.lens import (
     HookedModel,
-    block_hook,
     find_hook,
     require_tokenizer,
     token_strings,
@@ -65,7 +64,8 @@ class DirectionTarget:
     name: str = "direction"
 
 
-Target: TypeAlias = int | str | TokenTarget | DifferenceTarget | FeatureTarget | DirectionTarget
+NamedTarget: TypeAlias = TokenTarget | DifferenceTarget | FeatureTarget | DirectionTarget
+Target: TypeAlias = int | str | NamedTarget
 
 
 class Targets(NamedTuple):
@@ -137,7 +137,7 @@ def find_targets(
         targets = top.indices[: int(below.sum()) + 1].tolist()
     if len(targets) == 0:
         raise TargetError("targets is empty: name at least one token, or leave it out for the top logits.")
-    named = [TokenTarget(target) if isinstance(target, (int, str)) else target for target in targets]
+    named = [TokenTarget(t) if isinstance(t, (int, str)) else t for t in targets]
     logits = _logit_reads(local, named)
     found = [_resolve(local, target, logits) for target in named]
     names = [(t.point, t.pos, t.index, t.label) for t in found]
@@ -186,7 +186,7 @@ class _LogitRead(NamedTuple):
     text: str
 
 
-def _logit_reads(local: LocalReplacementModel, targets: Sequence[Target]) -> dict[int, _LogitRead]:
+def _logit_reads(local: LocalReplacementModel, targets: Sequence[NamedTarget]) -> dict[int, _LogitRead]:
     """By token id, of all tokens that the targets name: the mean over the vocabulary is taken once."""
     ids: list[int] = []
     for target in targets:
@@ -200,11 +200,11 @@ def _logit_reads(local: LocalReplacementModel, targets: Sequence[Target]) -> dic
     directions = unembedding_directions(local.model, tokens).to(local.dtype)
     biases = unembedding_biases(local.model, tokens).tolist()
     texts = token_strings(local.model, tokens)
-    return {i: _LogitRead(*read) for i, *read in zip(ids, directions, biases, texts, strict=True)}
+    reads = zip(directions, biases, texts, strict=True)
+    return {token: _LogitRead(*read) for token, read in zip(ids, reads, strict=True)}
 
 
-def _resolve(local: LocalReplacementModel, target: Target, logits: dict[int, _LogitRead]) -> _Target:
-    assert not isinstance(target, (int, str))
+def _resolve(local: LocalReplacementModel, target: NamedTarget, logits: dict[int, _LogitRead]) -> _Target:
     pos = _position(local, target.pos)
     if isinstance(target, FeatureTarget):
         return _feature(local, target, pos)
@@ -254,15 +254,6 @@ def feature_readouts(local: LocalReplacementModel, layer: Tensor, pos: Tensor, f
     """What features read: `W_enc[l][:, f]` at their positions."""
     directions = local.clt.W_enc.detach()[layer, :, feature].to(local.dtype)
     return Readouts(layer, pos, directions, torch.zeros_like(directions[:, 0]))
-
-
-def point_hook(local: LocalReplacementModel, point: int) -> str | None:
-    """The hook of a read point; None for ln_final's output."""
-    if point == local.n_layers:
-        return None
-    if point < local.n_layers:
-        return block_hook(point, local.clt.cfg.input_hook)
-    return local.extra_points[point - local.n_layers - 1]
 
 
 def _position(local: LocalReplacementModel, pos: int) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.components import LayerNorm, LayerNormPre, RMSNorm, RMSNormPre
+from transformer_lens.components.layer_norm import LayerNorm
+from transformer_lens.components.layer_norm_pre import LayerNormPre
+from transformer_lens.components.rms_norm import RMSNorm
+from transformer_lens.components.rms_norm_pre import RMSNormPre
 from transformer_lens.model_bridge.generalized_components import NormalizationBridge
 
 from tl_clt.errors import ModelUnsupported
@@ -70,7 +73,7 @@ def ov_weights(model: HookedModel, layer: int) -> OVWeights:
     Raises:
         ModelUnsupported: the attention has no such weights (latent or linear attention, for example).
     """
-    attn = _part(model, f"blocks.{layer}.attn")
+    attn: Any = _part(model, f"blocks.{layer}.attn")
     cfg = model.cfg
     try:
         # HookedTransformer repeats grouped heads in W_V and keeps them as they are in _W_V.
@@ -96,10 +99,10 @@ def is_parallel(model: HookedModel) -> bool:
     return "blocks.0.hook_resid_mid" not in model.hook_dict
 
 
-def _part(model: HookedModel, name: str) -> nn.Module | None:
-    part: nn.Module | None = model
+def _part(model: HookedModel, name: str) -> Any:
+    part: Any = model
     for step in name.split("."):
-        part = part[int(step)] if step.isdigit() else getattr(part, step, None)  # type: ignore[index]
+        part = part[int(step)] if step.isdigit() else getattr(part, step, None)
         if part is None:
             return None
     return part

@@ -17,7 +17,8 @@ from tl_clt.attribution.sources import Segment, SiteVectors, Sources
 from tl_clt.attribution.streams import Readouts
 from tl_clt.attribution.targets import feature_readouts, read_values
 from tl_clt.errors import LocalModelMismatch, ModelUnsupported
-from tl_clt.lens import dtype_of, model_name
+from tl_clt.lens import HookedModel, dtype_of, model_name
+from tl_clt.transcoder import CrossLayerTranscoder
 
 EngineChoice = Literal["auto", "sweep", "autograd"]
 
@@ -29,13 +30,13 @@ class EngineMaker:
         ModelUnsupported: "sweep" was asked for, and does not know the model.
     """
 
-    def __init__(self, choice: EngineChoice, local: LocalReplacementModel) -> None:
+    def __init__(self, choice: EngineChoice, model: HookedModel, clt: CrossLayerTranscoder) -> None:
         self.choice = choice
         self.folded: FoldedModel | None = None
         if choice == "autograd":
             return
         try:
-            self.folded = fold_model(local.model, local.clt)
+            self.folded = fold_model(model, clt)
         except ModelUnsupported as error:
             if choice == "sweep":
                 raise
