@@ -149,20 +149,26 @@ def peers(
         if case is None:
             write_case(gpt2(24, 3072, 29.7), folder)
         files = {name: Path(temp) / f"{name}.safetensors" for name in ("sweep", "lazy", "bound", "autograd", "peer")}
-        rows = [("sweep", ours(folder, files["sweep"], threads=threads, count=True), "")]
-        rows.append(("sweep, lazy decoders", ours(folder, files["lazy"], threads=threads, lazy=True), "lazy"))
-        bound = ours(folder, files["bound"], threads=threads, max_unexplored=0.05)
-        rows.append(("sweep, max_unexplored=0.05", bound, ""))
-        if autograd:
-            rows.append(("autograd", ours(folder, files["autograd"], threads=threads, engine="autograd"), "autograd"))
+        rows: list[tuple[str, dict, str]] = []
+
+        def add(name: str, found: dict, file: str = "") -> None:
+            rows.append((name, found, file))
+            console.print(f"{name}: {found['seconds']:.1f} s")
+
         if circuit_tracer is not None:
             script = [str(circuit_tracer), str(HERE / "run_circuit_tracer.py"), str(folder)]
             command = [*script, str(files["peer"]), str(threads), str(batch_size), "dense"]
-            rows.append((f"circuit-tracer, batch {batch_size}", run(command), "peer"))
+            add(f"circuit-tracer, batch {batch_size}", run(command), "peer")
+        add("sweep", ours(folder, files["sweep"], threads=threads, count=True))
+        add("sweep, lazy decoders", ours(folder, files["lazy"], threads=threads, lazy=True), "lazy")
+        bound = ours(folder, files["bound"], threads=threads, max_unexplored=0.05)
+        add("sweep, max_unexplored=0.05", bound)
+        if autograd:
+            add("autograd", ours(folder, files["autograd"], threads=threads, engine="autograd"), "autograd")
         table = Table(
             "", "seconds", "times sweep", "peak GiB", "features", "traced", "share of rate", "largest difference"
         )
-        base = rows[0][1]["seconds"]
+        base = next(found["seconds"] for name, found, _ in rows if name == "sweep")
         for name, found, file in rows:
             table.add_row(
                 name,

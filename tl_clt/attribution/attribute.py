@@ -133,7 +133,7 @@ def _as_list(model: HookedModel, prompts: Prompt | Prompts) -> list[Tokens]:
     return [to_tokens(model, cast(Prompt, prompts))]
 
 
-def _contrasts(model: HookedModel, contrast: Prompt | Prompts | None, n_prompts: int) -> Sequence[Tokens | None]:
+def _contrasts(model: HookedModel, contrast: Prompt | Prompts | None, n_prompts: int) -> Sequence[Tokens] | list[None]:
     if contrast is None:
         return [None] * n_prompts
     others = _as_list(model, contrast)

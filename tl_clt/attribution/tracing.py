@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from tl_clt.attribution.contrast import contrast
 from tl_clt.attribution.engines import Engine, EngineChoice, EngineMaker
@@ -51,7 +53,7 @@ class Tracer:
         self.hooks = residual_hooks(model, options.targets)
         self.engines = EngineMaker(engine, model, clt)
 
-    def trace(self, tokens: Tokens, other: Tokens | None) -> AttributionGraph:
+    def trace(self, tokens: Tokens, other: Int[Tensor, " other_pos"] | None) -> AttributionGraph:
         """The graph of one prompt, or of what it has beyond another."""
         options = self.options
         local = self._local(tokens)
@@ -89,7 +91,7 @@ class Tracer:
     def _local(self, tokens: Tokens) -> LocalReplacementModel:
         return build_local_model(self.model, self.clt, tokens, self.options.bos, self.hooks)
 
-    def _info(self, tokens: Tokens, other: Tokens | None, engine: Engine, plan: MemoryPlan) -> dict[str, Any]:
+    def _info(self, tokens: Tokens, other: Tensor | None, engine: Engine, plan: MemoryPlan) -> dict[str, Any]:
         info = {
             "prompt": self._text(tokens),
             "model_name": model_name(self.model),
