@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_clt.errors import AlreadyAttached, CLTMismatch, ConfigError, ModelUnsupported
+from tl_clt.errors import AlreadyAttached, ConfigError, ModelUnsupported
 from tl_clt.lens import (
     CleanCaches,
     HookedModel,
@@ -26,7 +26,7 @@ from tl_clt.lens import (
     remove_hook_points,
     user_hooks_aside,
 )
-from tl_clt.replacement.fit import check_fit
+from tl_clt.replacement.fit import check_fit, not_read
 from tl_clt.transcoder import CrossLayerTranscoder
 
 Mode = Literal["observe", "replace", "replace_with_error"]
@@ -77,17 +77,19 @@ class Attachment:
                 "start_at_layer leaves out features that write to later layers. Run the whole model, or attach"
                 " with mode='observe'."
             )
+        # A hook may run the model again in the middle of a pass.
+        outer = self.current
         clean, clean_cache = None, None
-        if self.mode == "replace_with_error":
-            clean = self.current = Forward()
-            with user_hooks_aside(self.model), torch.no_grad():
-                inner(*args, **self.clean_caches.swap_in(kwargs))
-            clean_cache = last_kv_cache(self.model)
-        self.current = Forward(clean)
         try:
+            if self.mode == "replace_with_error":
+                clean = self.current = Forward()
+                with user_hooks_aside(self.model), torch.no_grad():
+                    inner(*args, **self.clean_caches.swap_in(kwargs))
+                clean_cache = last_kv_cache(self.model)
+            self.current = Forward(clean)
             output = inner(*args, **kwargs)
         finally:
-            self.current = Forward()
+            self.current = outer
         self.clean_caches.pair(last_kv_cache(self.model), clean_cache)
         return output
 
@@ -107,11 +109,7 @@ class Attachment:
         """At the output hook: the reconstruction, the error, and what goes on in place of the MLP's output."""
         points, forward = self.points[layer], self.current
         if layer not in forward.inputs:
-            raise CLTMismatch(
-                f"The CLT writes at blocks.{layer}.{self.clt.cfg.output_hook} before anything passed its input hook"
-                f" blocks.{layer}.{self.clt.cfg.input_hook}: that hook comes later in the block, or a flag of the"
-                " model keeps it off (as use_hook_mlp_in does with hook_mlp_in). Set the flag, or the right hook."
-            )
+            raise not_read(self.clt.cfg, layer)
         recons = forward.written.pop(layer) + self.clt.b_dec[layer]
         if self.clt.W_skip is not None:
             recons = recons + self.clt.skip(forward.inputs[layer], layer)
