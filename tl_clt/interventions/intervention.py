@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -45,7 +46,7 @@ class _Change:
     """Add a normal random number of this standard deviation, drawn anew for each prompt and position."""
 
     seed: int = 0
-    """Of the noise. The same seed gives the same noise at a position however the text is split into passes."""
+    """Of the noise, which is the same at a position however the text is split into passes."""
 
     def __post_init__(self) -> None:
         given = [name for name in SETTERS if getattr(self, name) is not None]
@@ -68,7 +69,9 @@ class _Change:
         return before.new_tensor(self.value) - before
 
     def _draw(self, like: Float[Tensor, "batch pos n"], position: int) -> Float[Tensor, "batch n"]:
-        generator = torch.Generator().manual_seed((self.seed << 32) + position)
+        # torch's generator on the CPU takes 32 bits of a seed.
+        key = f"{self.seed} {self.layer} {getattr(self, 'features', '')} {position}"
+        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
         drawn = torch.randn(like.shape[0], like.shape[2], generator=generator, dtype=torch.float64)
         return drawn.to(like)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tl_clt.errors import ModelUnsupported, PromptError
-from tl_clt.lens.freezing import FROZEN_HOOKS, is_frozen_hook
-from tl_clt.lens.hooks import FwdHook, block_hook, model_name, require_hooks, user_hooks_aside
+from tl_clt.lens.freezing import FROZEN_HOOKS, hold, is_frozen_hook
+from tl_clt.lens.hooks import FwdHook, block_hook, find_hook, model_name, require_hooks, user_hooks_aside
 from tl_clt.lens.running import run_with_cache, run_with_hooks
 from tl_clt.lens.types import HookedModel, HookPoint
 
@@ -91,15 +92,13 @@ class CleanRun:
     @torch.no_grad()
     def _run(self, text: Tensor) -> None:
         tokens = torch.full(text.shape[:2], _plain_token(self.model), device=text.device)
-        put = (START, partial(_put, value=text))
-        with user_hooks_aside(self.model):
-            with self.model.hooks(fwd_hooks=[put]):
-                self.logits, cache = run_with_cache(self.model, tokens, lambda name: name in self.wanted)
+        with user_hooks_aside(self.model), _reading(self.model, text):
+            self.logits, cache = run_with_cache(self.model, tokens, lambda name: name in self.wanted)
             self._kept = {name: cache[name] for name in cache.keys()}
             if self.norm_outs:
-                held = [(name, partial(_put, value=self._kept[name])) for name in (*self.patterns, *self.scales)]
+                held = [(name, hold(self._kept[name])) for name in (*self.patterns, *self.scales)]
                 note = [(name, partial(self._note_rounding, name=name)) for name in self.norm_outs]
-                run_with_hooks(self.model, tokens, [put, *held, *note])
+                run_with_hooks(self.model, tokens, [*held, *note])
 
     def _check_cache(self, pattern: Tensor, hook: HookPoint) -> None:
         """Compare what the attention sees with the text that these hooks have seen."""
@@ -138,5 +137,14 @@ def _plain_token(model: HookedModel) -> int:
     return plain
 
 
-def _put(tensor: Tensor, hook: HookPoint, value: Tensor) -> Tensor:
-    return value.clone()
+@contextmanager
+def _reading(model: HookedModel, text: Tensor) -> Iterator[None]:
+    """Within, every pass has this residual stream before block 0, whatever tokens it is given.
+
+    By a hook of torch's own, which stays where users' hooks are set aside (as an attached CLT does by itself).
+    """
+    handle = find_hook(model, START).register_forward_hook(lambda *_: text.clone(), prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
