@@ -376,6 +376,18 @@ def test_the_users_hooks_act_once_and_stay(model: Model, tokens: Tensor):
     torch.testing.assert_close(steered, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("mode", ["replace", "replace_with_error"])
+def test_within_attach_hooks_by_hand_act_beside_these(one_of_each: Model, mode):
+    """On features, and on an MLP's output after these."""
+    tokens, clt = random_tokens(one_of_each, batch=2), tiny_clt(one_of_each)
+    theirs = [*by_hand(0, set_all), ("blocks.1.hook_mlp_out", lambda out, hook: 2 * out)]
+    hooks = intervention_hooks(one_of_each, clt, tokens, [CASES["values on a list"][2]], freeze="none")
+    with torch.no_grad(), attach(one_of_each, clt, mode):
+        expected = one_of_each.run_with_hooks(tokens, fwd_hooks=[*theirs, *by_hand(1, set_list)])
+        steered = one_of_each.run_with_hooks(tokens, fwd_hooks=[*hooks, *theirs])
+    torch.testing.assert_close(steered, expected, **CLOSE)
+
+
 def test_a_hook_on_an_mlps_output_after_these_acts_on_what_they_put_there(one_of_each: Model):
     tokens = random_tokens(one_of_each)
     hooks = intervention_hooks(one_of_each, tiny_clt(one_of_each), tokens, [CASES["scale a supernode"][2]])

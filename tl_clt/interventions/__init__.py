@@ -3,7 +3,7 @@
 from tl_clt.interventions.effect import InactiveFeature, InterventionEffect
 from tl_clt.interventions.hooks import AnyIntervention, intervention_hooks
 from tl_clt.interventions.intervene import intervene
-from tl_clt.interventions.intervention import DirectionIntervention, Intervention
+from tl_clt.interventions.intervention import DirectionIntervention, Intervention, parse_intervention
 from tl_clt.interventions.swap import swap_interventions
 from tl_clt.lens import Freeze
 
@@ -16,5 +16,6 @@ __all__ = [
     "InterventionEffect",
     "intervene",
     "intervention_hooks",
+    "parse_intervention",
     "swap_interventions",
 ]

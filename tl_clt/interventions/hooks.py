@@ -20,7 +20,7 @@ from tl_clt.interventions.intervention import (
     within,
 )
 from tl_clt.lens import CleanRun, Freeze, FwdHook, HookedModel, HookPoint, PromptBatch, block_hook, to_token_batch
-from tl_clt.replacement import check_fit, not_read
+from tl_clt.replacement import check_fit, is_replaced, not_read
 from tl_clt.shapes import TokenBatch
 from tl_clt.transcoder import CrossLayerTranscoder
 
@@ -52,8 +52,9 @@ def intervention_hooks(
     position 0, whose whole MLP output counts as error, as in graphs with `bos="error"`).
 
     The clean run is the model as it stands (an attached CLT included) without users' hooks. It runs beside every
-    pass, over the whole text so far, so a pass takes twice as long. Hooks of the user's stay and act; one
-    on an MLP's output must come after these in the list, since these put the output there. Gradients flow.
+    pass, over the whole text so far, so a pass takes twice as long. Hooks of the user's stay and act; one on an
+    MLP's output must come after these in the list, since these put the output there (the iterative kind within
+    `attach`, where the same CLT stands in for the MLPs, adds to what is there). Gradients flow.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
@@ -109,7 +110,7 @@ class Steering:
         n_pos = tokens.shape[1]
         for what in given:
             check(what, clt.cfg, through_layer)
-        self.clt = clt
+        self.model, self.clt = model, clt
         self.constrained = through_layer is not None
         self.steered = range(clt.cfg.n_layers if through_layer is None else through_layer + 1)
         """Layers whose MLP outputs are written here."""
@@ -165,18 +166,28 @@ class Steering:
         if layer not in self.inputs:
             raise not_read(self.clt.cfg, layer)
         dtype = self.clt.W_enc.dtype
-        x, clean_x = self.inputs[layer].to(dtype), self.clean.at(self._in(layer)).to(dtype)
-        out = self.clean.at(self._out(layer)).to(dtype)
-        self._add_written(self._changed_acts(x, clean_x, layer), layer)
+        x = self.inputs[layer].to(dtype)
+        if not self.constrained and is_replaced(self.model, self.clt):
+            # The attached CLT computes later features anew and keeps the error; users' hooks on its points act.
+            out = mlp_out.to(dtype)
+            self._add_written(self.delta(self.clt.encode_layer(x, layer).feature_acts, layer), layer)
+        else:
+            clean_x = self.clean.at(self._in(layer)).to(dtype)
+            out = self.clean.at(self._out(layer)).to(dtype) + self._skipped(x - clean_x, layer)
+            self._add_written(self._changed_acts(x, clean_x, layer), layer)
         if layer in self.written:
             out = out + self.written.pop(layer)
-        if self.clt.W_skip is not None:
-            skipped = self.clt.skip(x - clean_x, layer)
-            if self.constrained and self.clean.first == 0:
-                skipped = torch.cat([torch.zeros_like(skipped[:, :1]), skipped[:, 1:]], dim=1)
-            out = out + skipped
         # A copy: a bridge takes the same object, returned, for a hook that changed nothing.
         return out.to(mlp_out.dtype, copy=True)
+
+    def _skipped(self, change: Stream, layer: int) -> Stream:
+        """What a skip connection writes of a changed input."""
+        if self.clt.W_skip is None:
+            return torch.zeros_like(change)
+        written = self.clt.skip(change, layer)
+        if self.constrained and self.clean.first == 0:
+            return torch.cat([torch.zeros_like(written[:, :1]), written[:, 1:]], dim=1)
+        return written
 
     def _changed_acts(self, x: Stream, clean_x: Stream, layer: int) -> Acts | None:
         """Activations of a layer less those of the clean run, or None where none changes."""

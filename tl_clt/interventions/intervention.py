@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import zlib
 from collections.abc import Sequence
@@ -105,6 +106,35 @@ class Intervention(_Change):
     def features(self) -> list[int]:
         """The features, also where there is one."""
         return list(self.feature) if isinstance(self.feature, Sequence) else [self.feature]
+
+
+def parse_intervention(text: str, setter: str) -> Intervention:
+    """An intervention as a command line has it: `layer:pos:feature=number`.
+
+    Args:
+        text: pos is a number or `all`; feature one number, or several with commas between.
+        setter: value, scale or add.
+
+    Raises:
+        InterventionError: the text is not of that form.
+    """
+    parts = re.fullmatch(r"(\d+):(-?\d+|all):(\d+(?:,\d+)*)=(.+)", text.strip())
+    try:
+        if parts is None:
+            raise ValueError
+        layer, pos, features, amount = parts.groups()
+        number = float(amount)
+    except ValueError:
+        raise InterventionError(
+            f"'{text}' is no intervention: write layer:pos:feature=number, for example 2:-1:17=0. The position may"
+            " be 'all', and there may be several features (17,30)."
+        ) from None
+    return Intervention(
+        layer=int(layer),
+        pos=None if pos == "all" else int(pos),
+        feature=[int(feature) for feature in features.split(",")],
+        **{setter: number},
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

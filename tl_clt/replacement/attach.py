@@ -37,8 +37,9 @@ CHILD = "clt"
 class CLTHookPoints(nn.Module):
     """The hook points that a block has while a CLT is attached."""
 
-    def __init__(self) -> None:
+    def __init__(self, attachment: Attachment) -> None:
         super().__init__()
+        self.of = (attachment.clt, attachment.mode)
         self.hook_in = HookPoint()  # [batch, pos, d_model]
         self.hook_acts_pre = HookPoint()  # [batch, pos, d_transcoder]
         self.hook_acts_post = HookPoint()  # [batch, pos, d_transcoder]
@@ -66,7 +67,7 @@ class Attachment:
         self.model = model
         self.clt = clt
         self.mode = mode
-        self.points = [CLTHookPoints() for _ in clt.layers]
+        self.points = [CLTHookPoints(self) for _ in clt.layers]
         self.current = Forward()
         self.clean_caches = CleanCaches()
 
@@ -162,6 +163,12 @@ def attach(model: HookedModel, clt: CrossLayerTranscoder, mode: Mode = "observe"
             undo.callback(handle.remove)
         undo.enter_context(_forward_through(model, attachment))
         yield model
+
+
+def is_replaced(model: HookedModel, clt: CrossLayerTranscoder) -> bool:
+    """Whether this very CLT stands in for the model's MLPs, in mode replace or replace_with_error."""
+    points = getattr(model.get_submodule("blocks.0"), CHILD, None)
+    return isinstance(points, CLTHookPoints) and points.of[0] is clt and points.of[1] != "observe"
 
 
 def require_free(model: HookedModel) -> None:
