@@ -261,8 +261,8 @@ def show_effect(effect: InterventionEffect, top: int) -> None:
     for inactive in effect.inactive:
         errors.print(f"Note: {inactive}. Scaling it does nothing.", markup=False)
     table = Table("token", "before", "after", "change", title="Probability of the next token", title_justify="left")
-    for row in effect.top_changes(top).itertuples():
-        table.add_row(str(row.token), f"{row.before:.4f}", f"{row.after:.4f}", f"{row.change:+.4f}")
+    for row in effect.top_changes(top).to_dict("records"):
+        table.add_row(row["token"], f"{row['before']:.4f}", f"{row['after']:.4f}", f"{row['change']:+.4f}")
     console.print(table)
 
 

@@ -64,6 +64,20 @@ def test_measured_features_are_those_at_the_hook_points_of_attach(one_of_each: M
     torch.testing.assert_close(effect.feature_acts, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("mode", ["observe", "replace_with_error"])
+@pytest.mark.parametrize("through_layer", [None, 1])
+def test_pre_activations_can_be_read_within_attach(model: Model, tokens: Tensor, mode, through_layer):
+    clt = tiny_clt(model)
+    effect = intervene(model, clt, tokens, [SET], through_layer, freeze="all")
+    with torch.no_grad(), attach(model, clt, mode):
+        hooks = intervention_hooks(model, clt, tokens, [SET], through_layer, freeze="all")
+        with model.hooks(fwd_hooks=hooks):
+            _, cache = model.run_with_cache(tokens)
+    layers = range(3 if mode == "observe" or through_layer is None else through_layer + 1)
+    for t in layers:
+        torch.testing.assert_close(cache[f"blocks.{t}.clt.hook_acts_pre"], effect.hidden_pre[..., t, :], **CLOSE)
+
+
 def test_prompts_of_a_batch_do_not_touch_each_other(model: Model):
     tokens, clt = random_tokens(model, batch=3), tiny_clt(model)
     together = intervene(model, clt, tokens, [SET])

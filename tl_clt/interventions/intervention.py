@@ -8,7 +8,7 @@ import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -129,12 +129,9 @@ def parse_intervention(text: str, setter: str) -> Intervention:
             f"'{text}' is no intervention: write layer:pos:feature=number, for example 2:-1:17=0. The position may"
             " be 'all', and there may be several features (17,30)."
         ) from None
-    return Intervention(
-        layer=int(layer),
-        pos=None if pos == "all" else int(pos),
-        feature=[int(feature) for feature in features.split(",")],
-        **{setter: number},
-    )
+    where = {"layer": int(layer), "pos": None if pos == "all" else int(pos)}
+    given: dict[str, Any] = {**where, "feature": [int(f) for f in features.split(",")], setter: number}
+    return Intervention(**given)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -157,7 +154,9 @@ class DirectionIntervention(_Change):
         if not bool(torch.isfinite(self.vector).all()) or not bool(self.vector.any()):
             raise InterventionError("The vector of a DirectionIntervention is zero or not finite.")
 
-    def change(self, x: Float[Tensor, "batch pos d_model"], positions: Sequence[int]) -> Float[Tensor, "batch pos d"]:
+    def change(
+        self, x: Float[Tensor, "batch pos d_model"], positions: Sequence[int]
+    ) -> Float[Tensor, "batch pos d_model"]:
         """What to add to the residual stream at some positions."""
         v = self.vector.to(x)
         coefficient = (x @ v / v.square().sum())[..., None]
