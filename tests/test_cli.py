@@ -7,7 +7,15 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from tl_clt import AttributionGraph, CrossLayerTranscoder, load_organism
+from tl_clt import (
+    AttributionGraph,
+    CrossLayerTranscoder,
+    Intervention,
+    NodeKind,
+    attribute,
+    intervene,
+    load_organism,
+)
 from tl_clt.cli import app
 from tl_clt.organisms import organism_folder
 
@@ -125,6 +133,42 @@ def test_a_clt_of_another_model_is_refused(tmp_path):
     assert "has 3 layers, but atlas has 4" in output.replace("\n", " ")
 
 
-@pytest.mark.parametrize("command", ["demo", "trace", "train"])
+def test_intervene_shows_what_changes_and_says_what_is_inactive():
+    model, clt = load_organism("atlas")
+    graph = attribute(model, clt, PROMPT)
+    first = graph.nodes.where(NodeKind.FEATURE)[-1]
+    layer, pos, feature = (int(x[first]) for x in (graph.nodes.layer, graph.nodes.pos, graph.nodes.index))
+    silent = next(f for f in range(256) if f not in graph.nodes.index[graph.nodes.layer == layer])
+    basic = ("intervene", "--model", "atlas", "--clt", ATLAS_CLT, "--prompt", PROMPT)
+    output = run(*basic, "--scale", f"{layer}:{pos}:{feature}=-20", "--top", "3", "--freeze", "none")
+    assert "Austin" in output and "Probability of the next token" in output
+    assert "is not active" not in output
+    output = run(*basic, "--value", f"{layer}:all:{feature},{silent}=30", "--through-layer", "3", "--backend", "bridge")
+    assert f"feature {layer}.{silent} is not active there in prompt 0" in output
+    what = Intervention(layer=layer, pos=pos, feature=feature, scale=-20)
+    first_row = intervene(model, clt, PROMPT, [what], freeze="none").top_changes(1).iloc[0]
+    output = run(*basic, "--scale", f"{layer}:{pos}:{feature}=-20", "--freeze", "none")
+    assert f"{first_row['before']:.4f}" in output and f"{first_row['change']:+.4f}" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ((), "InterventionError: Nothing is changed"),
+        (("--add", "1:2=3"), "InterventionError: '1:2=3' is no intervention: write layer:pos:feature=number"),
+        (("--add", "1:2:3=x"), "is no intervention"),
+        (("--add", "1:2:3=nan"), "add is nan"),
+        (("--scale", "9:2:3=0"), "there is no layer 9. The CLT has layers 0 to 3"),
+        (("--value", "1:99:3=1"), "there is no position 99"),
+        (("--value", "1:2:3=1", "--freeze", "norms"), "ConfigError: freeze is 'norms'"),
+        (("--value", "1:2:3=1", "--top", "0"), "k is 0"),
+    ],
+)
+def test_intervene_refuses_what_is_not_there(options, error, as_users_run_it):
+    output = run("intervene", "--model", "atlas", "--clt", ATLAS_CLT, "--prompt", PROMPT, *options, status=1)
+    assert error in output.replace("\n", " ") and "Traceback" not in output
+
+
+@pytest.mark.parametrize("command", ["demo", "trace", "intervene", "train"])
 def test_help_names_every_option(command):
     assert "--" in run(command, "--help")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tl_clt.attribution import AttributionGraph, NodeKind, attribute
     from tl_clt.evaluation import evaluate
+    from tl_clt.interventions import Intervention, intervene, intervention_hooks
     from tl_clt.lens import frozen_hooks, load_model
     from tl_clt.organisms import load_organism
     from tl_clt.replacement import attach
@@ -26,11 +27,14 @@ _ROOMS = {
     "CLTTrainingRunnerConfig": "training",
     "CrossLayerTranscoder": "transcoder",
     "CrossLayerTranscoderConfig": "transcoder",
+    "Intervention": "interventions",
     "NodeKind": "attribution",
     "attach": "replacement",
     "attribute": "attribution",
     "evaluate": "evaluation",
     "frozen_hooks": "lens",
+    "intervene": "interventions",
+    "intervention_hooks": "interventions",
     "load_model": "lens",
     "load_organism": "organisms",
 }
@@ -41,11 +45,14 @@ __all__ = [
     "CLTTrainingRunnerConfig",
     "CrossLayerTranscoder",
     "CrossLayerTranscoderConfig",
+    "Intervention",
     "NodeKind",
     "attach",
     "attribute",
     "evaluate",
     "frozen_hooks",
+    "intervene",
+    "intervention_hooks",
     "load_model",
     "load_organism",
 ]

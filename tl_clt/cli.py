@@ -1,4 +1,4 @@
-"""The command line: `tl-clt demo`, `tl-clt trace`, `tl-clt train`."""
+"""The command line: `tl-clt demo`, `tl-clt trace`, `tl-clt intervene`, `tl-clt train`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tl_clt.errors import OutputNotEmpty, TlCltError
+from tl_clt.errors import InterventionError, OutputNotEmpty, TlCltError
 
 if TYPE_CHECKING:
     from tl_clt.attribution import AttributionGraph
     from tl_clt.evaluation import FidelityReport
+    from tl_clt.interventions import InterventionEffect
     from tl_clt.lens import HookedModel
     from tl_clt.transcoder import CrossLayerTranscoder
 
@@ -138,6 +139,45 @@ def trace(
 
 
 @app.command()
+def intervene(
+    model: Annotated[str, typer.Option(help="Bundled organism, model folder, .gguf file, or hub name.")],
+    clt: Annotated[str, typer.Option(help="CLT folder or hub repository.")],
+    prompt: Annotated[str, typer.Option(help="Text whose next token to change.")],
+    value: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Set features: layer:pos:feature=number. pos may be all; feature may be 17,30. Repeatable."),
+    ] = None,
+    scale: Annotated[Optional[list[str]], typer.Option(help="Multiply features, in the same form. Repeatable.")] = None,
+    add: Annotated[Optional[list[str]], typer.Option(help="Add to features, in the same form. Repeatable.")] = None,
+    through_layer: Annotated[
+        Optional[int],
+        typer.Option(help="Hold MLP outputs up to this layer (constrained). Default: recompute features (iterative)."),
+    ] = None,
+    freeze: Annotated[str, typer.Option(help="Hold attention, all (and norms' scales), or none.")] = "attention",
+    top: Annotated[int, typer.Option(help="Tokens to show.")] = 10,
+    backend: Annotated[str, typer.Option(help="hooked (HookedTransformer) or bridge (TransformerBridge).")] = "hooked",
+    device: Annotated[str, typer.Option(help="Where to compute, for example cuda.")] = "cpu",
+    lazy_decoder: Annotated[bool, typer.Option(help="Leave decoders on disk, reading only what is needed.")] = False,
+) -> None:
+    """Change features on a prompt and show which next tokens become likelier or less likely."""
+    with plain_errors():
+        with console.status("Loading the model and the CLT"):
+            from tl_clt.interventions import intervene as change
+            from tl_clt.interventions import parse_intervention
+            from tl_clt.lens import load_model
+            from tl_clt.transcoder import CrossLayerTranscoder
+
+            given = {"value": value, "scale": scale, "add": add}
+            changes = [parse_intervention(text, setter) for setter, texts in given.items() for text in texts or ()]
+            if not changes:
+                raise InterventionError("Nothing is changed: give --value, --scale or --add, for example 2:-1:17=0.")
+            transcoder = CrossLayerTranscoder.from_pretrained(clt, device=device, lazy_decoder=lazy_decoder)
+            hooked: Any = load_model(model, backend=backend, device=device)  # type: ignore[arg-type]
+        effect = change(hooked, transcoder, prompt, changes, through_layer, freeze)  # type: ignore[arg-type]
+        show_effect(effect, top)
+
+
+@app.command()
 def train(
     model: Annotated[str, typer.Option(help="Bundled organism, model folder, .gguf file, or hub name.")],
     dataset: Annotated[str, typer.Option(help="Text file, dataset folder, or Hugging Face dataset name.")],
@@ -227,6 +267,16 @@ def show_graph(
     table.add_row("influence from biases", f"{shares.bias:.3f}, positions {shares.position:.3f}")
     if shares.unexplored > 0:
         table.add_row("influence not traced", f"{shares.unexplored:.3f}")
+    console.print(table)
+
+
+def show_effect(effect: InterventionEffect, top: int) -> None:
+    """Print the tokens whose probability changed most."""
+    for inactive in effect.inactive:
+        errors.print(f"Note: {inactive}. Scaling it does nothing.", markup=False)
+    table = Table("token", "before", "after", "change", title="Probability of the next token", title_justify="left")
+    for row in effect.top_changes(top).to_dict("records"):
+        table.add_row(row["token"], f"{row['before']:.4f}", f"{row['after']:.4f}", f"{row['change']:+.4f}")
     console.print(table)
 
 

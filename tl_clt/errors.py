@@ -58,6 +58,10 @@ class TargetError(TlCltError, ValueError):
     """Attribution targets that do not exist: a logit count or a token out of range."""
 
 
+class InterventionError(TlCltError, ValueError):
+    """An intervention on a layer, feature or position that is not there, or by an amount that is no number."""
+
+
 class OutputNotEmpty(TlCltError, FileExistsError):
     """An output path that already holds something."""
 

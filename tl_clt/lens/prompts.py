@@ -11,9 +11,11 @@ from torch import Tensor
 from tl_clt.errors import PromptError, TokenizerMissing
 from tl_clt.lens.hooks import model_name
 from tl_clt.lens.types import HookedModel
-from tl_clt.shapes import Tokens
+from tl_clt.shapes import TokenBatch, Tokens
 
 Prompt: TypeAlias = str | Sequence[int] | Tensor
+PromptBatch: TypeAlias = Prompt | Sequence[str] | Sequence[Sequence[int]]
+"""One prompt, or several: texts, lists of ids, or ids [batch, pos]."""
 
 
 def require_tokenizer(model: HookedModel, purpose: str) -> None:
@@ -54,6 +56,26 @@ def to_tokens(model: HookedModel, prompt: Prompt) -> Tokens:
     tokens = tokens.to(device=model.cfg.device, dtype=torch.long)
     _check(model, tokens)
     return tokens
+
+
+def to_token_batch(model: HookedModel, prompts: PromptBatch) -> TokenBatch:
+    """Token ids [batch, pos] of one prompt or of several that are equally long.
+
+    Raises:
+        TokenizerMissing, PromptError: as `to_tokens`; or the lengths differ.
+    """
+    several = isinstance(prompts, Tensor) and prompts.ndim == 2
+    several = several or (isinstance(prompts, Sequence) and len(prompts) > 0 and not isinstance(prompts[0], int))
+    if isinstance(prompts, str) or not several:
+        return to_tokens(model, prompts)[None]  # type: ignore[arg-type]
+    rows = [to_tokens(model, prompt) for prompt in prompts]  # type: ignore[arg-type]
+    lengths = [len(row) for row in rows]
+    if len(set(lengths)) != 1:
+        raise PromptError(
+            f"The prompts have {', '.join(map(str, lengths)) or 'no'} tokens: give prompts of one length, or one at a"
+            " time. Nothing is padded, since positions would then mean different tokens."
+        )
+    return torch.stack(rows)
 
 
 def _check(model: HookedModel, tokens: Tensor) -> None:

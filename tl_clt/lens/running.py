@@ -62,10 +62,22 @@ def run_with_cache(
 
 
 def run_with_hooks(model: HookedModel, tokens: TokenBatch, hooks: Sequence[FwdHook]) -> Logits:
-    """`model.run_with_hooks`, with gradients where the caller has them on.
+    """As `model.run_with_hooks`, with gradients where the caller has them on.
 
-    A bridge warns that norms with held scales round otherwise than its own; that is known to callers here.
+    A bridge's own builds its dictionary of hooks anew for each hook in the list, which takes longer than the pass;
+    here it is built once. A bridge warns that norms with held scales round otherwise than its own; that is known
+    to callers here.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
-        return model.run_with_hooks(tokens, fwd_hooks=list(hooks))
+    known = model.hook_dict
+    points = [known[name] for name, _ in hooks]
+    model.context_level += 1
+    try:
+        for point, (_, function) in zip(points, hooks, strict=True):
+            point.add_hook(function, level=model.context_level)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
+            return model(tokens)
+    finally:
+        for point in dict.fromkeys(points):
+            point.remove_hooks("fwd", level=model.context_level)
+        model.context_level -= 1

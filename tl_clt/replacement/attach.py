@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_clt.errors import AlreadyAttached, CLTMismatch, ConfigError, ModelUnsupported
+from tl_clt.errors import AlreadyAttached, ConfigError, ModelUnsupported
 from tl_clt.lens import (
     CleanCaches,
     HookedModel,
@@ -26,7 +26,7 @@ from tl_clt.lens import (
     remove_hook_points,
     user_hooks_aside,
 )
-from tl_clt.replacement.fit import check_fit
+from tl_clt.replacement.fit import check_fit, not_read
 from tl_clt.transcoder import CrossLayerTranscoder
 
 Mode = Literal["observe", "replace", "replace_with_error"]
@@ -37,8 +37,9 @@ CHILD = "clt"
 class CLTHookPoints(nn.Module):
     """The hook points that a block has while a CLT is attached."""
 
-    def __init__(self) -> None:
+    def __init__(self, attachment: Attachment) -> None:
         super().__init__()
+        self.of = (attachment.clt, attachment.mode)
         self.hook_in = HookPoint()  # [batch, pos, d_model]
         self.hook_acts_pre = HookPoint()  # [batch, pos, d_transcoder]
         self.hook_acts_post = HookPoint()  # [batch, pos, d_transcoder]
@@ -66,7 +67,7 @@ class Attachment:
         self.model = model
         self.clt = clt
         self.mode = mode
-        self.points = [CLTHookPoints() for _ in clt.layers]
+        self.points = [CLTHookPoints(self) for _ in clt.layers]
         self.current = Forward()
         self.clean_caches = CleanCaches()
 
@@ -77,17 +78,19 @@ class Attachment:
                 "start_at_layer leaves out features that write to later layers. Run the whole model, or attach"
                 " with mode='observe'."
             )
+        # A hook may run the model again in the middle of a pass.
+        outer = self.current
         clean, clean_cache = None, None
-        if self.mode == "replace_with_error":
-            clean = self.current = Forward()
-            with user_hooks_aside(self.model), torch.no_grad():
-                inner(*args, **self.clean_caches.swap_in(kwargs))
-            clean_cache = last_kv_cache(self.model)
-        self.current = Forward(clean)
         try:
+            if self.mode == "replace_with_error":
+                clean = self.current = Forward()
+                with user_hooks_aside(self.model), torch.no_grad():
+                    inner(*args, **self.clean_caches.swap_in(kwargs))
+                clean_cache = last_kv_cache(self.model)
+            self.current = Forward(clean)
             output = inner(*args, **kwargs)
         finally:
-            self.current = Forward()
+            self.current = outer
         self.clean_caches.pair(last_kv_cache(self.model), clean_cache)
         return output
 
@@ -107,11 +110,7 @@ class Attachment:
         """At the output hook: the reconstruction, the error, and what goes on in place of the MLP's output."""
         points, forward = self.points[layer], self.current
         if layer not in forward.inputs:
-            raise CLTMismatch(
-                f"The CLT writes at blocks.{layer}.{self.clt.cfg.output_hook} before anything passed its input hook"
-                f" blocks.{layer}.{self.clt.cfg.input_hook}: that hook comes later in the block, or a flag of the"
-                " model keeps it off (as use_hook_mlp_in does with hook_mlp_in). Set the flag, or the right hook."
-            )
+            raise not_read(self.clt.cfg, layer)
         recons = forward.written.pop(layer) + self.clt.b_dec[layer]
         if self.clt.W_skip is not None:
             recons = recons + self.clt.skip(forward.inputs[layer], layer)
@@ -164,6 +163,12 @@ def attach(model: HookedModel, clt: CrossLayerTranscoder, mode: Mode = "observe"
             undo.callback(handle.remove)
         undo.enter_context(_forward_through(model, attachment))
         yield model
+
+
+def is_replaced(model: HookedModel, clt: CrossLayerTranscoder) -> bool:
+    """Whether this very CLT stands in for the model's MLPs, in mode replace or replace_with_error."""
+    points = getattr(model.get_submodule("blocks.0"), CHILD, None)
+    return isinstance(points, CLTHookPoints) and points.of[0] is clt and points.of[1] != "observe"
 
 
 def require_free(model: HookedModel) -> None:

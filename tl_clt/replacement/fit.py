@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tl_clt.errors import CLTMismatch
 from tl_clt.lens import HookedModel, block_hook, model_name, require_hooks
-from tl_clt.transcoder import CrossLayerTranscoder
+from tl_clt.transcoder import CrossLayerTranscoder, CrossLayerTranscoderConfig
 
 
 def check_fit(model: HookedModel, clt: CrossLayerTranscoder) -> None:
@@ -31,3 +31,12 @@ def check_fit(model: HookedModel, clt: CrossLayerTranscoder) -> None:
             f" Move it: clt.to('{model.W_E.device}')."
         )
     require_hooks(model, [block_hook(t, h) for t in clt.layers for h in (cfg.input_hook, cfg.output_hook)])
+
+
+def not_read(cfg: CrossLayerTranscoderConfig, layer: int) -> CLTMismatch:
+    """The error of an output hook that comes before its input hook."""
+    return CLTMismatch(
+        f"The CLT writes at blocks.{layer}.{cfg.output_hook} before anything passed its input hook"
+        f" blocks.{layer}.{cfg.input_hook}: that hook comes later in the block, or a flag of the"
+        " model keeps it off (as use_hook_mlp_in does with hook_mlp_in). Set the flag, or the right hook."
+    )

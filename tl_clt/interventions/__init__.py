@@ -1,0 +1,21 @@
+"""Graphs put to the test: features changed by plain hooks, and what follows from it."""
+
+from tl_clt.interventions.effect import InactiveFeature, InterventionEffect
+from tl_clt.interventions.hooks import AnyIntervention, intervention_hooks
+from tl_clt.interventions.intervene import intervene
+from tl_clt.interventions.intervention import DirectionIntervention, Intervention, parse_intervention
+from tl_clt.interventions.swap import swap_interventions
+from tl_clt.lens import Freeze
+
+__all__ = [
+    "AnyIntervention",
+    "DirectionIntervention",
+    "Freeze",
+    "InactiveFeature",
+    "Intervention",
+    "InterventionEffect",
+    "intervene",
+    "intervention_hooks",
+    "parse_intervention",
+    "swap_interventions",
+]

@@ -1,0 +1,234 @@
+"""Interventions as plain hooks (Methods, "Constrained patching" and "Iterative patching")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import NamedTuple, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_clt.errors import ConfigError, InterventionError, ModelUnsupported
+from tl_clt.interventions.intervention import (
+    DirectionIntervention,
+    Intervention,
+    Positions,
+    check,
+    positions_of,
+    within,
+)
+from tl_clt.lens import CleanRun, Freeze, FwdHook, HookedModel, HookPoint, PromptBatch, block_hook, to_token_batch
+from tl_clt.replacement import check_fit, is_replaced, not_read
+from tl_clt.shapes import TokenBatch
+from tl_clt.transcoder import CrossLayerTranscoder
+
+Acts = Float[Tensor, "batch pos d_transcoder"]
+Stream = Float[Tensor, "batch pos d_model"]
+AnyIntervention = Intervention | DirectionIntervention
+
+
+def intervention_hooks(
+    model: HookedModel,
+    clt: CrossLayerTranscoder,
+    tokens: PromptBatch,
+    interventions: Iterable[AnyIntervention],
+    through_layer: int | None = None,
+    freeze: Freeze = "attention",
+) -> list[FwdHook]:
+    """Hooks that change features, for `run_with_hooks`, `model.hooks` and `generate`, also within `attach`.
+
+    Two kinds (Methods). Constrained, with `through_layer`: the MLP outputs of layers up to it are the clean run's
+    plus `(new activation - clean activation) W_dec` of the changed features alone; above it the model itself
+    runs. Iterative, without: features of later layers are computed anew from what has changed before them, the
+    error of each MLP stays the clean run's,
+
+        mlp_out[t] = clean mlp_out[t] + sum_s (feature_acts[s] - clean feature_acts[s]) W_dec[s -> t],
+
+    which is what a hook on `blocks.{l}.clt.hook_acts_post` within `attach(mode="replace_with_error")` does. In the
+    constrained kind `scale` and `add` refer to clean activations, in the iterative kind to those of the changed
+    run. A linear skip connection belongs to what is linear: it reads the changed run (in the constrained kind not at
+    position 0, whose whole MLP output counts as error, as in graphs with `bos="error"`).
+
+    The clean run is the model as it stands (an attached CLT included) without users' hooks. It runs beside every
+    pass, over the whole text so far, so a pass takes twice as long. Hooks of the user's stay and act; one on an
+    MLP's output must come after these in the list, since these put the output there (the iterative kind within
+    `attach`, where the same CLT stands in for the MLPs, adds to what is there). Gradients flow.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        clt: a CLT of this model.
+        tokens: the prompt or prompts of one length that positions refer to, as text or token ids.
+        interventions: what to change.
+        through_layer: last layer whose MLP output is held (-1 for none: the model itself runs everywhere, for
+            directions); None for the iterative kind.
+        freeze: hold at the clean run's values, in every layer: "attention" patterns, "all" (patterns and the
+            scales of norms), or "none".
+
+    Returns:
+        Plain (name, function) pairs.
+
+    Raises:
+        InterventionError: a layer, feature, position or width that is not there.
+        CLTMismatch, HookNotFound: the CLT is of another model.
+        PromptError, TokenizerMissing, ConfigError: an argument out of range.
+    """
+    return Steering(model, clt, to_token_batch(model, tokens), interventions, through_layer, freeze).hooks
+
+
+class Chosen(NamedTuple):
+    """What an intervention changes in the activations of one pass."""
+
+    what: Intervention
+    positions: list[int]
+    """In the whole text."""
+    index: tuple[slice, Tensor, Tensor]
+    """Into feature_acts [batch, pos, d_transcoder] of the pass."""
+
+
+class Steering:
+    """The state that the hooks of one list share: the clean run, and what has been read and written in this pass."""
+
+    def __init__(
+        self,
+        model: HookedModel,
+        clt: CrossLayerTranscoder,
+        tokens: TokenBatch,
+        interventions: Iterable[AnyIntervention],
+        through_layer: int | None,
+        freeze: Freeze,
+    ) -> None:
+        check_fit(model, clt)
+        if freeze not in get_args(Freeze):
+            raise ConfigError(f"freeze is {freeze!r}: give one of {', '.join(get_args(Freeze))}.")
+        if through_layer is not None and not -1 <= through_layer < clt.cfg.n_layers:
+            raise InterventionError(
+                f"through_layer is {through_layer}: give -1 to {clt.cfg.n_layers - 1}, or None for the iterative kind."
+            )
+        given = list(interventions)
+        n_pos = tokens.shape[1]
+        for what in given:
+            check(what, clt.cfg, through_layer)
+        self.model, self.clt = model, clt
+        self.constrained = through_layer is not None
+        self.steered = range(clt.cfg.n_layers if through_layer is None else through_layer + 1)
+        """Layers whose MLP outputs are written here."""
+        self.features = [(what, positions_of(what, n_pos)) for what in given if isinstance(what, Intervention)]
+        self.directions = [(what, positions_of(what, n_pos)) for what in given if not isinstance(what, Intervention)]
+        self.clean = CleanRun(model, [hook(t) for t in clt.layers for hook in (self._in, self._out)], freeze)
+        self.inputs: dict[int, Tensor] = {}
+        self.written: dict[int, Tensor] = {}
+        """Sum of what changed features of the layers so far write to each later one."""
+
+    @property
+    def hooks(self) -> list[FwdHook]:
+        """All hooks, in the order in which they must be added."""
+        hooks = [*self.clean.begin, *(self._direction_hook(*d) for d in self.directions), *self.clean.frozen]
+        for t in self.steered:
+            hooks.append((self._in(t), partial(self._read, layer=t)))
+            hooks.append((self._out(t), partial(self._write, layer=t)))
+        return hooks
+
+    def delta(self, feature_acts: Acts, layer: int) -> Acts:
+        """What the interventions at a layer add to its activations, one after another."""
+        total = torch.zeros_like(feature_acts)
+        for what, positions, index in self._chosen(feature_acts, layer):
+            total[index] += what.delta((feature_acts + total)[index], positions)
+        return total
+
+    def changed(self, feature_acts: Acts, layer: int) -> Bool[Tensor, "batch pos d_transcoder"]:
+        """Which activations of a layer the interventions name."""
+        mask = torch.zeros_like(feature_acts, dtype=torch.bool)
+        for _, _, index in self._chosen(feature_acts, layer):
+            mask[index] = True
+        return mask
+
+    def _chosen(self, feature_acts: Acts, layer: int) -> Iterator[Chosen]:
+        first, n_pos = self.clean.first, feature_acts.shape[1]
+        for what, held in self.features:
+            if what.layer == layer and (positions := within(held, first, n_pos)):
+                at = torch.tensor(positions, device=feature_acts.device)[:, None] - first
+                features = torch.tensor(what.features, device=feature_acts.device)
+                yield Chosen(what, positions, (slice(None), at, features))
+
+    def _read(self, x: Stream, hook: HookPoint, layer: int) -> None:
+        if layer == 0:
+            self.inputs, self.written = {}, {}
+        elif layer - 1 not in self.inputs or layer in self.inputs:
+            raise ModelUnsupported(
+                f"The pass came to block {layer} without block {layer - 1}: interventions need a whole pass, without"
+                " start_at_layer."
+            )
+        self.inputs[layer] = x
+
+    def _write(self, mlp_out: Stream, hook: HookPoint, layer: int) -> Stream:
+        if layer not in self.inputs:
+            raise not_read(self.clt.cfg, layer)
+        dtype = self.clt.W_enc.dtype
+        x = self.inputs[layer].to(dtype)
+        if not self.constrained and is_replaced(self.model, self.clt):
+            # The attached CLT computes later features anew and keeps the error; users' hooks on its points act.
+            out = mlp_out.to(dtype)
+            self._add_written(self.delta(self.clt.encode_layer(x, layer).feature_acts, layer), layer)
+        else:
+            clean_x = self.clean.at(self._in(layer)).to(dtype)
+            out = self.clean.at(self._out(layer)).to(dtype) + self._skipped(x - clean_x, layer)
+            self._add_written(self._changed_acts(x, clean_x, layer), layer)
+        if layer in self.written:
+            out = out + self.written.pop(layer)
+        # A copy: a bridge takes the same object, returned, for a hook that changed nothing.
+        return out.to(mlp_out.dtype, copy=True)
+
+    def _skipped(self, change: Stream, layer: int) -> Stream:
+        """What a skip connection writes of a changed input."""
+        if self.clt.W_skip is None:
+            return torch.zeros_like(change)
+        written = self.clt.skip(change, layer)
+        if self.constrained and self.clean.first == 0:
+            return torch.cat([torch.zeros_like(written[:, :1]), written[:, 1:]], dim=1)
+        return written
+
+    def _changed_acts(self, x: Stream, clean_x: Stream, layer: int) -> Acts | None:
+        """Activations of a layer less those of the clean run, or None where none changes."""
+        if self.constrained:
+            if not any(what.layer == layer for what, _ in self.features):
+                return None
+            return self.delta(self.clt.encode_layer(clean_x, layer).feature_acts, layer)
+        acts = self.clt.encode_layer(x, layer).feature_acts
+        return acts - self.clt.encode_layer(clean_x, layer).feature_acts + self.delta(acts, layer)
+
+    def _add_written(self, change: Acts | None, layer: int) -> None:
+        """Add what changed activations write to their target layers, as far as these are written here."""
+        if change is None:
+            return
+        features = torch.nonzero(change.detach().flatten(0, 1).any(dim=0)).flatten()
+        if len(features) == 0:
+            return
+        targets = [t for t in self.clt.cfg.targets(layer) if t in self.steered]
+        rows = self.clt.decoder_rows(layer, features)[:, : len(targets)]
+        written = (change[..., features] @ rows.flatten(start_dim=1)).unflatten(-1, (len(targets), -1))
+        for slot, target in enumerate(targets):
+            before = self.written.get(target)
+            self.written[target] = written[..., slot, :] if before is None else before + written[..., slot, :]
+
+    def _direction_hook(self, what: DirectionIntervention, held: Positions) -> FwdHook:
+        name = block_hook(0, "hook_resid_pre") if what.layer == -1 else block_hook(what.layer, "hook_resid_post")
+        return name, partial(self._write_direction, what=what, held=held)
+
+    def _write_direction(
+        self, x: Stream, hook: HookPoint, what: DirectionIntervention, held: Positions
+    ) -> Stream | None:
+        positions = within(held, self.clean.first, x.shape[1])
+        if not positions:
+            return None
+        at = [p - self.clean.first for p in positions]
+        x = x.clone()
+        x[:, at] += what.change(x[:, at], positions)
+        return x
+
+    def _in(self, layer: int) -> str:
+        return block_hook(layer, self.clt.cfg.input_hook)
+
+    def _out(self, layer: int) -> str:
+        return block_hook(layer, self.clt.cfg.output_hook)

@@ -1,0 +1,243 @@
+"""What is changed: features, supernodes, whole directions; at which layer and positions, and how."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_clt.errors import InterventionError
+from tl_clt.transcoder import CrossLayerTranscoderConfig
+
+Position: TypeAlias = int | slice | Sequence[int] | None
+Number: TypeAlias = int | float
+Amount: TypeAlias = Number | Sequence[Number]
+SETTERS = ("value", "scale", "add", "noise")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Change:
+    """How an amount is changed: exactly one of `value`, `scale`, `add` and `noise`."""
+
+    layer: int
+    """Layer that the feature reads, or after which the direction is written."""
+
+    pos: Position = None
+    """Position, slice or list of positions, negative ones counted from the prompt's end; None for every position.
+    None and slices without an end go on over new tokens."""
+
+    value: Amount | None = None
+    """Set to this."""
+
+    scale: Amount | None = None
+    """Multiply by this: 0 ablates, -1 turns against itself, 2 doubles."""
+
+    add: Amount | None = None
+    """Add this."""
+
+    noise: Number | None = None
+    """Add a normal random number of this standard deviation, drawn anew for each prompt and position."""
+
+    seed: int = 0
+    """Of the noise, which is the same at a position however the text is split into passes."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in SETTERS if getattr(self, name) is not None]
+        if len(given) != 1:
+            said = " and ".join(given) or "nothing"
+            raise InterventionError(f"{self} sets {said}: give exactly one of value, scale, add or noise.")
+        amount = getattr(self, given[0])
+        for number in amount if isinstance(amount, Sequence) else [amount]:
+            if not math.isfinite(number):
+                raise InterventionError(f"{self}: {given[0]} is {number}. Give a finite number.")
+
+    def delta(self, before: Float[Tensor, "batch pos n"], positions: Sequence[int]) -> Float[Tensor, "batch pos n"]:
+        """What to add to the amounts at some positions."""
+        if self.noise is not None:
+            return self.noise * torch.stack([self._draw(before, p) for p in positions], dim=1)
+        if self.add is not None:
+            return before.new_tensor(self.add).expand_as(before)
+        if self.scale is not None:
+            return (before.new_tensor(self.scale) - 1) * before
+        return before.new_tensor(self.value) - before
+
+    def _draw(self, like: Float[Tensor, "batch pos n"], position: int) -> Float[Tensor, "batch n"]:
+        # torch's generator on the CPU takes 32 bits of a seed.
+        key = f"{self.seed} {self.layer} {getattr(self, 'features', '')} {position}"
+        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+        drawn = torch.randn(like.shape[0], like.shape[2], generator=generator, dtype=torch.float64)
+        return drawn.to(like)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intervention(_Change):
+    """A change of one feature's activation, or of a supernode's: several features of one layer.
+
+    Exactly one of `value`, `scale`, `add` and `noise`; one number for all features, or a list with one for each.
+    Several interventions on one feature act one after another.
+
+    Raises:
+        InterventionError: none or several of these; a number that is not finite; no feature.
+    """
+
+    feature: int | Sequence[int]
+    """Feature number, or several."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        features = self.features
+        if not features or len(set(features)) < len(features):
+            raise InterventionError(f"{self}: name at least one feature, and each once.")
+        amount = next(getattr(self, name) for name in SETTERS if getattr(self, name) is not None)
+        if isinstance(amount, Sequence) and len(amount) != len(features):
+            raise InterventionError(
+                f"{self} has {len(amount)} numbers for {len(features)} features: give one for all, or one for each."
+            )
+
+    @property
+    def features(self) -> list[int]:
+        """The features, also where there is one."""
+        return list(self.feature) if isinstance(self.feature, Sequence) else [self.feature]
+
+
+def parse_intervention(text: str, setter: str) -> Intervention:
+    """An intervention as a command line has it: `layer:pos:feature=number`.
+
+    Args:
+        text: pos is a number or `all`; feature one number, or several with commas between.
+        setter: value, scale or add.
+
+    Raises:
+        InterventionError: the text is not of that form.
+    """
+    parts = re.fullmatch(r"(\d+):(-?\d+|all):(\d+(?:,\d+)*)=(.+)", text.strip())
+    try:
+        if parts is None:
+            raise ValueError
+        layer, pos, features, amount = parts.groups()
+        number = float(amount)
+    except ValueError:
+        raise InterventionError(
+            f"'{text}' is no intervention: write layer:pos:feature=number, for example 2:-1:17=0. The position may"
+            " be 'all', and there may be several features (17,30)."
+        ) from None
+    where = {"layer": int(layer), "pos": None if pos == "all" else int(pos)}
+    given: dict[str, Any] = {**where, "feature": [int(f) for f in features.split(",")], setter: number}
+    return Intervention(**given)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DirectionIntervention(_Change):
+    """A change of the residual stream along a direction, after block `layer`; -1 is before block 0.
+
+    What is changed is the coefficient c of the vector v in the stream x, `c = x . v / |v|^2`: `add=1` adds v
+    itself, `scale=0` projects it out.
+
+    Raises:
+        InterventionError: none or several of value, scale, add and noise; a number that is not finite; a zero
+            vector.
+    """
+
+    vector: Float[Tensor, " d_model"]
+    """The direction; its length counts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not bool(torch.isfinite(self.vector).all()) or not bool(self.vector.any()):
+            raise InterventionError("The vector of a DirectionIntervention is zero or not finite.")
+
+    def change(
+        self, x: Float[Tensor, "batch pos d_model"], positions: Sequence[int]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What to add to the residual stream at some positions."""
+        v = self.vector.to(x)
+        coefficient = (x @ v / v.square().sum())[..., None]
+        return self.delta(coefficient, positions) * v
+
+
+Positions: TypeAlias = range | frozenset[int]
+"""Positions in a text; a range without an end is one up to sys.maxsize."""
+
+
+def within(positions: Positions, first: int, n_pos: int) -> list[int]:
+    """Those of some positions that a pass over `n_pos` tokens from position `first` holds."""
+    return [p for p in range(first, first + n_pos) if p in positions]
+
+
+def check(
+    what: Intervention | DirectionIntervention, cfg: CrossLayerTranscoderConfig, through_layer: int | None
+) -> None:
+    """Check an intervention against a CLT.
+
+    Raises:
+        InterventionError: a layer, feature or width that is not there, or a feature above `through_layer`.
+    """
+    if isinstance(what, Intervention):
+        _check_feature(what, cfg, through_layer)
+    else:
+        _check_direction(what, cfg)
+
+
+def _check_feature(what: Intervention, cfg: CrossLayerTranscoderConfig, through_layer: int | None) -> None:
+    if not 0 <= what.layer < cfg.n_layers:
+        raise InterventionError(f"{what}: there is no layer {what.layer}. The CLT has layers 0 to {cfg.n_layers - 1}.")
+    for feature in what.features:
+        if not 0 <= feature < cfg.d_transcoder:
+            raise InterventionError(
+                f"{what}: there is no feature {feature}. A layer has features 0 to {cfg.d_transcoder - 1}."
+            )
+    if through_layer is not None and what.layer > through_layer:
+        raise InterventionError(
+            f"{what} lies above through_layer={through_layer}, where the model itself runs, so that it would change"
+            f" nothing. Give through_layer={what.layer} or more, or None."
+        )
+
+
+def _check_direction(what: DirectionIntervention, cfg: CrossLayerTranscoderConfig) -> None:
+    if not -1 <= what.layer < cfg.n_layers:
+        raise InterventionError(
+            f"There is no layer {what.layer} to write a direction after: give 0 to {cfg.n_layers - 1}, or -1 for"
+            " before block 0."
+        )
+    if len(what.vector) != cfg.d_model:
+        raise InterventionError(f"The vector has {len(what.vector)} entries, but d_model is {cfg.d_model}.")
+
+
+def positions_of(what: Intervention | DirectionIntervention, n_pos: int) -> Positions:
+    """The positions that an intervention means on prompts of one length.
+
+    Raises:
+        InterventionError: a position that is not there, or none at all.
+    """
+    pos = what.pos
+    if pos is None:
+        return range(sys.maxsize)
+    if isinstance(pos, slice):
+        if pos.step is not None and pos.step < 1:
+            raise InterventionError(f"{what}: positions go backwards. Give a slice with a step of 1 or more.")
+        start, stop, step = pos.indices(n_pos)
+        if pos.stop is None:
+            # A start behind the prompt means new tokens only.
+            start = max(start, pos.start or 0)
+            return range(start, sys.maxsize, step)
+        if start >= stop:
+            raise InterventionError(f"{what}: the slice holds none of the prompt's {n_pos} positions.")
+        return range(start, stop, step)
+    wanted = list(pos) if isinstance(pos, Sequence) else [pos]
+    for p in wanted:
+        if not -n_pos <= p < n_pos:
+            raise InterventionError(
+                f"{what}: there is no position {p}. The prompt has {n_pos} tokens, positions 0 to {n_pos - 1}."
+                " For new tokens give None or a slice without an end."
+            )
+    if not wanted:
+        raise InterventionError(f"{what}: the list of positions is empty.")
+    return frozenset(p % n_pos for p in wanted)

@@ -1,0 +1,150 @@
+"""The clean run that goes beside a hooked one, started by a hook, so that plain hooks can compare with it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tl_clt.errors import ModelUnsupported, PromptError
+from tl_clt.lens.freezing import FROZEN_HOOKS, hold, is_frozen_hook
+from tl_clt.lens.hooks import FwdHook, block_hook, find_hook, model_name, require_hooks, user_hooks_aside
+from tl_clt.lens.running import run_with_cache, run_with_hooks
+from tl_clt.lens.types import HookedModel, HookPoint
+
+Freeze = Literal["attention", "all", "none"]
+START = block_hook(0, "hook_resid_pre")
+FIRST_PATTERN = block_hook(0, "attn.hook_pattern")
+
+
+class CleanRun:
+    """What the model does by itself with the tokens of the forward pass that its hooks are part of.
+
+    `begin` goes first in a list of hooks. As the pass enters block 0, it runs the model once more from the same
+    residual stream with all users' hooks aside, and keeps what later hooks of the list ask for. A pass over one
+    new token (generation with a key-value cache) goes on with the text of the pass before it; the clean run then
+    reads the whole text again, so that no second cache has to be kept in step.
+
+    Args:
+        model: what runs; a CLT that is attached to it stays in place.
+        names: hooks to keep, beside those that are held.
+        freeze: what `frozen` will hold: "attention" the patterns, "all" also the scales of norms, "none".
+
+    Raises:
+        HookNotFound: the model lacks one of the hooks.
+    """
+
+    def __init__(self, model: HookedModel, names: Collection[str], freeze: Freeze) -> None:
+        require_hooks(model, [START, FIRST_PATTERN, *names])
+        known = model.hook_dict
+        patterns = [n for n in known if n.endswith(FROZEN_HOOKS[0])]
+        # Norms of queries and keys act on patterns only, which are held themselves.
+        scales = [n for n in known if is_frozen_hook(n) and n not in patterns and ".attn." not in n]
+        self.model = model
+        self.patterns = patterns if freeze != "none" else []
+        self.scales = scales if freeze == "all" else []
+        # A bridge computes norms by Hugging Face's own code, which rounds otherwise than norms with held scales.
+        outs = [n.removesuffix("hook_scale") + "hook_out" for n in self.scales]
+        self.norm_outs = [n for n in outs if n in known]
+        self.wanted = {*names, *self.patterns, *self.scales, *self.norm_outs}
+        self.logits = torch.empty(0)
+        """Of the whole text so far, [batch, pos, d_vocab]."""
+        self.first = 0
+        """Position of the first token of the present pass."""
+        self._text: Tensor | None = None
+        self._kept: dict[str, Tensor] = {}
+        self._rounding: dict[str, Tensor] = {}
+
+    @property
+    def begin(self) -> list[FwdHook]:
+        """Hooks that start the clean run; they go before all others that use it."""
+        return [(START, self._begin), (FIRST_PATTERN, self._check_cache)]
+
+    @property
+    def frozen(self) -> list[FwdHook]:
+        """Hooks that hold attention patterns, or also norms' scales, at the clean run's values."""
+        held = [(name, partial(self._hold, name=name)) for name in (*self.patterns, *self.scales)]
+        return [*held, *((name, partial(self._pin, name=name)) for name in self.norm_outs)]
+
+    def at(self, name: str) -> Tensor:
+        """What passed a hook in the clean run, at the positions of the present pass."""
+        return self._kept[name][:, self.first :]
+
+    def _begin(self, residual: Tensor, hook: HookPoint) -> None:
+        text = residual.detach()
+        self.first = 0
+        if residual.shape[1] == 1:
+            before = self._text
+            if before is None or before.shape[0] != text.shape[0]:
+                raise PromptError(
+                    "One token came by itself, but these hooks have not seen the text before it. Let them see the"
+                    " prompt first: generate within model.hooks(fwd_hooks=...)."
+                )
+            self.first = before.shape[1]
+            text = torch.cat([before, text], dim=1)
+        self._text = text
+        self._run(text)
+
+    @torch.no_grad()
+    def _run(self, text: Tensor) -> None:
+        tokens = torch.full(text.shape[:2], _plain_token(self.model), device=text.device)
+        with user_hooks_aside(self.model), _reading(self.model, text):
+            self.logits, cache = run_with_cache(self.model, tokens, lambda name: name in self.wanted)
+            self._kept = {name: cache[name] for name in cache.keys()}
+            if self.norm_outs:
+                held = [(name, hold(self._kept[name])) for name in (*self.patterns, *self.scales)]
+                note = [(name, partial(self._note_rounding, name=name)) for name in self.norm_outs]
+                run_with_hooks(self.model, tokens, [*held, *note])
+
+    def _check_cache(self, pattern: Tensor, hook: HookPoint) -> None:
+        """Compare what the attention sees with the text that these hooks have seen."""
+        new, seen = pattern.shape[-2:]
+        # A sliding window sees less than the whole text.
+        if (seen > new) != (self.first > 0) or seen > self.first + new:
+            raise ModelUnsupported(
+                f"The pass attends to {seen} tokens of which {new} are new, but these hooks have seen {self.first}"
+                " before. Give a whole prompt, of at least 2 tokens, and then one new token at a time."
+            )
+
+    def _hold(self, tensor: Tensor, hook: HookPoint, name: str) -> Tensor:
+        whole = self._kept[name]
+        pattern = name in self.patterns
+        value = whole[:, :, self.first :, -tensor.shape[-1] :] if pattern else whole[:, self.first :]
+        if tensor.shape != value.shape:
+            raise PromptError(f"{name} has shape {list(tensor.shape)}, but in the clean run {list(value.shape)}.")
+        # A copy: a bridge takes the same object, returned, for a hook that changed nothing.
+        return value.to(tensor.dtype).clone()
+
+    def _note_rounding(self, out: Tensor, hook: HookPoint, name: str) -> Tensor:
+        clean = self._kept[name]
+        self._rounding[name] = clean - out
+        return clean.clone()
+
+    def _pin(self, out: Tensor, hook: HookPoint, name: str) -> Tensor:
+        return out + self._rounding[name][:, self.first :]
+
+
+def _plain_token(model: HookedModel) -> int:
+    """A token that no mask treats apart; its embedding is not used."""
+    special = set(getattr(getattr(model, "tokenizer", None), "all_special_ids", None) or [])
+    plain = next((i for i in range(model.cfg.d_vocab) if i not in special), None)
+    if plain is None:
+        raise ModelUnsupported(f"Every token of {model_name(model)} is a special one.")
+    return plain
+
+
+@contextmanager
+def _reading(model: HookedModel, text: Tensor) -> Iterator[None]:
+    """Within, every pass has this residual stream before block 0, whatever tokens it is given.
+
+    By a hook of torch's own, which stays where users' hooks are set aside (as an attached CLT does by itself).
+    """
+    handle = find_hook(model, START).register_forward_hook(lambda *_: text.clone(), prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
