@@ -5,6 +5,8 @@ from tl_clt.interventions.hooks import AnyIntervention, intervention_hooks
 from tl_clt.interventions.intervene import intervene
 from tl_clt.interventions.intervention import DirectionIntervention, Intervention, parse_intervention
 from tl_clt.interventions.swap import swap_interventions
+from tl_clt.interventions.validation import validate
+from tl_clt.interventions.validation_report import ValidationReport
 from tl_clt.lens import Freeze
 
 __all__ = [
@@ -14,8 +16,10 @@ __all__ = [
     "InactiveFeature",
     "Intervention",
     "InterventionEffect",
+    "ValidationReport",
     "intervene",
     "intervention_hooks",
     "parse_intervention",
     "swap_interventions",
+    "validate",
 ]
