@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, get_args
 
 import torch
@@ -126,8 +125,8 @@ class Steering:
         """All hooks, in the order in which they must be added."""
         hooks = [*self.clean.begin, *(self._direction_hook(*d) for d in self.directions), *self.clean.frozen]
         for t in self.steered:
-            hooks.append((self._in(t), partial(self._read, layer=t)))
-            hooks.append((self._out(t), partial(self._write, layer=t)))
+            hooks.append((self._in(t), at_layer(self._read, t)))
+            hooks.append((self._out(t), at_layer(self._write, t)))
         return hooks
 
     def delta(self, feature_acts: Acts, layer: int) -> Acts:
@@ -152,7 +151,7 @@ class Steering:
                 features = torch.tensor(what.features, device=feature_acts.device)
                 yield Chosen(what, positions, (what.rows, at, features))
 
-    def _read(self, x: Stream, hook: HookPoint, layer: int) -> None:
+    def _read(self, x: Stream, layer: int) -> None:
         if layer == 0:
             self.inputs, self.written = {}, {}
         elif layer - 1 not in self.inputs or layer in self.inputs:
@@ -162,7 +161,7 @@ class Steering:
             )
         self.inputs[layer] = x
 
-    def _write(self, mlp_out: Stream, hook: HookPoint, layer: int) -> Stream:
+    def _write(self, mlp_out: Stream, layer: int) -> Stream:
         if layer not in self.inputs:
             raise not_read(self.clt.cfg, layer)
         dtype = self.clt.W_enc.dtype
@@ -214,21 +213,33 @@ class Steering:
 
     def _direction_hook(self, what: DirectionIntervention, held: Positions) -> FwdHook:
         name = block_hook(0, "hook_resid_pre") if what.layer == -1 else block_hook(what.layer, "hook_resid_post")
-        return name, partial(self._write_direction, what=what, held=held)
 
-    def _write_direction(
-        self, x: Stream, hook: HookPoint, what: DirectionIntervention, held: Positions
-    ) -> Stream | None:
-        positions = within(held, self.clean.first, x.shape[1])
-        if not positions:
-            return None
-        at = [p - self.clean.first for p in positions]
-        x = x.clone()
-        x[what.rows, at] += what.change(x[what.rows, at], positions)
-        return x
+        def write_direction(x: Stream, hook: HookPoint) -> Stream | None:
+            positions = within(held, self.clean.first, x.shape[1])
+            if not positions:
+                return None
+            at = [p - self.clean.first for p in positions]
+            x = x.clone()
+            x[what.rows, at] += what.change(x[what.rows, at], positions)
+            return x
+
+        return name, write_direction
 
     def _in(self, layer: int) -> str:
         return block_hook(layer, self.clt.cfg.input_hook)
 
     def _out(self, layer: int) -> str:
         return block_hook(layer, self.clt.cfg.output_hook)
+
+
+def at_layer(act: Callable[[Stream, int], Stream | None], layer: int) -> Callable:
+    """A hook that acts on what passes at a layer.
+
+    A plain function, here as for directions: TransformerLens prints each hook that it adds, and a printed partial
+    prints its tensors.
+    """
+
+    def act_at_layer(x: Stream, hook: HookPoint) -> Stream | None:
+        return act(x, layer)
+
+    return act_at_layer

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -49,11 +48,14 @@ def intervene(
     steering = Steering(model, clt, tokens, interventions, through_layer, freeze)
     seen: dict[int, Tensor] = {}
 
-    def keep(x: Tensor, hook: object, layer: int) -> None:
-        seen[layer] = x
+    def keep(layer: int) -> Callable:
+        def keep_input(x: Tensor, hook: object) -> None:
+            seen[layer] = x
+
+        return keep_input
 
     names = [block_hook(t, clt.cfg.input_hook) for t in clt.layers]
-    record: list[FwdHook] = [(name, partial(keep, layer=t)) for t, name in enumerate(names)]
+    record: list[FwdHook] = [(name, keep(t)) for t, name in enumerate(names)]
     with user_hooks_aside(model):
         logits = run_with_hooks(model, tokens, [*steering.hooks, *record])
     dtype = clt.W_enc.dtype

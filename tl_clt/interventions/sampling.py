@@ -13,6 +13,9 @@ from tl_clt.attribution import AttributionGraph, NodeKind
 STRATA = (0.5, 0.8, 0.95, 1.0)
 """Strata end where the most influential features together carry these shares of all features' influence."""
 
+ALIKE = 3
+"""Controls are drawn from this many features of the most similar activation."""
+
 
 class Sample(NamedTuple):
     """Feature nodes to test, controls after the rest."""
@@ -27,8 +30,8 @@ class Sample(NamedTuple):
 def sample_features(graph: AttributionGraph, n_features: int | None, seed: int) -> Sample:
     """Draw features of a graph, as many of each stratum as there are to be had, and controls.
 
-    Each feature drawn from the first stratum has a control: a random feature of the less influential half (by rank) at
-    its layer and position, or, where there is none, at its layer.
+    Each feature drawn from the first stratum has a control: a random one of the three features outside that stratum
+    with the most similar activation at its layer and position, or, where there is none, at its layer.
 
     Args:
         graph: of which nodes with some influence count.
@@ -44,7 +47,8 @@ def sample_features(graph: AttributionGraph, n_features: int | None, seed: int) 
     chosen = _draw(stratum, len(features) if n_features is None else n_features, generator)
     tested = features[chosen]
     top = tested[stratum[chosen] == 0]
-    pairs = [(c, int(n)) for n in top if (c := _control(graph, features, int(n), generator)) is not None]
+    others = features[stratum > 0]
+    pairs = [(c, int(n)) for n in top if (c := _control(graph, others, int(n), generator)) is not None]
     stratum_of = dict(zip(features.tolist(), stratum.tolist(), strict=True))
     nodes = [*tested.tolist(), *(c for c, _ in pairs)]
     return Sample(
@@ -73,13 +77,13 @@ def _draw(stratum: Tensor, n_features: int, generator: torch.Generator) -> Int[T
     return torch.cat(drawn).sort().values
 
 
-def _control(graph: AttributionGraph, ranked: Tensor, node: int, generator: torch.Generator) -> int | None:
-    """A random one of the less influential half, as like as can be had."""
-    layer, pos = graph.nodes.layer.cpu(), graph.nodes.pos.cpu()
-    weak = ranked[(len(ranked) + 1) // 2 :]
-    weak = weak[(layer[weak] == layer[node]) & (weak != node)]
-    here = weak[pos[weak] == pos[node]]
-    candidates = here if len(here) else weak
+def _control(graph: AttributionGraph, others: Tensor, node: int, generator: torch.Generator) -> int | None:
+    """A random one of the `ALIKE` most like a node."""
+    layer, pos, activation = (x.cpu() for x in (graph.nodes.layer, graph.nodes.pos, graph.nodes.activation))
+    others = others[layer[others] == layer[node]]
+    here = others[pos[others] == pos[node]]
+    candidates = here if len(here) else others
     if len(candidates) == 0:
         return None
-    return int(candidates[torch.randint(len(candidates), (1,), generator=generator)])
+    alike = candidates[(activation[candidates] - activation[node]).abs().argsort()[:ALIKE]]
+    return int(alike[torch.randint(len(alike), (1,), generator=generator)])

@@ -18,7 +18,8 @@ from tl_clt.interventions.intervention import Intervention
 from tl_clt.interventions.predictions import predict
 from tl_clt.interventions.sampling import Sample, sample_features
 from tl_clt.interventions.validation_report import ValidationReport
-from tl_clt.lens import Freeze, HookedModel
+from tl_clt.lens import Freeze, HookedModel, model_name
+from tl_clt.shapes import Logits
 from tl_clt.transcoder import CrossLayerTranscoder
 
 Kind = Literal["constrained", "iterative"]
@@ -45,7 +46,7 @@ def validate(
     n_features: int | None = 64,
     scale: float = 0.0,
     freeze: Freeze = "attention",
-    threshold: float = 0.1,
+    threshold: float = 0.01,
     batch_size: int | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -110,9 +111,17 @@ def validate(
     for kind, parts in found.items():
         change, act_change = (torch.cat(values) for values in zip(*parts, strict=True))
         tables.append(_table(graph, sample, targets, Measured(change, act_change), kind, scale))
-    names = ("model", "clt", "prompt")
-    info = {name: graph.info[name] for name in names if name in graph.info}
-    info |= {"scale": scale, "freeze": freeze, "seed": seed, "n_features": int((sample.control_of < 0).sum())}
+    controls = sample.control_of >= 0
+    info = {
+        "model_name": model_name(model),
+        "clt_model_name": clt.cfg.model_name,
+        "prompts": [graph.info.get("prompt", " ".join(graph.prompt_tokens))],
+        "scale": scale,
+        "freeze": freeze,
+        "seed": seed,
+        "n_features": int((~controls).sum()),
+        "n_controls": int(controls.sum()),
+    }
     return ValidationReport(measurements=concat(tables, ignore_index=True), threshold=threshold, info=info)
 
 
@@ -178,10 +187,13 @@ class _Measurement:
         places = (slice(None), features.pos, features.layer, features.index)
         pre = (effect.hidden_pre - effect.baseline_hidden_pre)[places]
         acts = (effect.feature_acts - effect.baseline_feature_acts)[places]
-        logits = (effect.logits[:, self.logits.pos] - effect.baseline_logits[:, self.logits.pos]).double()
-        heights = logits - logits.mean(dim=-1, keepdim=True)
-        heights = heights[:, torch.arange(len(self.logits)), self.logits.index]
+        heights = self._heights(effect.logits) - self._heights(effect.baseline_logits)
         return Measured(*(torch.cat([x.double(), heights], dim=1).cpu() for x in (pre, acts)))
+
+    def _heights(self, logits: Logits) -> Float[Tensor, "batch n_logits"]:
+        """The targets' logits less the mean logit."""
+        mean = logits.mean(dim=-1, dtype=torch.float64)
+        return logits[:, self.logits.pos, self.logits.index].double() - mean[:, self.logits.pos]
 
     def _check_graph(self, feature_acts: Float[Tensor, "pos n_layers d_transcoder"]) -> None:
         at, cfg = self.features, self.clt.cfg

@@ -6,11 +6,16 @@ from typing import get_args
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pandas import DataFrame
 
 from tl_clt.errors import ConfigError
 from tl_clt.interventions.validation_report import PREDICTIONS, Compared, FigureName, ValidationReport
 
 QUADRANTS = ("predicted_seen", "predicted_only", "seen_only", "neither")
+LINEAR_BELOW = 1e-4
+"""Shares from here up have a logarithmic axis."""
+BESIDE = (-0.2, 0.2)
+"""Places of two bars of one group."""
 
 
 def draw(report: ValidationReport, name: FigureName) -> Figure:
@@ -21,75 +26,86 @@ def draw(report: ValidationReport, name: FigureName) -> Figure:
     """
     if name not in get_args(FigureName):
         raise ConfigError(f"There is no figure {name!r}: give one of {', '.join(get_args(FigureName))}.")
+    figure = Figure(figsize=(10, 8.4 if name in ("logits", "features") else 4.4), layout="constrained")
     if name in ("logits", "features"):
-        return _scatters(report, name.removesuffix("s"))
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, 2, sharey=True), PREDICTIONS, strict=True):
-        axes.set_title(kind)
-        {"signs": _signs, "quadrants": _quadrants, "errors": _errors}[name](report, axes, kind)
+        _scatters(report, figure, name.removesuffix("s"))
+    else:
+        for axes, kind in zip(figure.subplots(1, 2, sharey=True), PREDICTIONS, strict=True):
+            axes.set_title(kind)
+            {"signs": _signs, "quadrants": _quadrants, "errors": _errors}[name](report, axes, kind)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return figure
 
 
-def _scatters(report: ValidationReport, at: str) -> Figure:
+def _scatters(report: ValidationReport, figure: Figure, at: str) -> None:
     """Above, the signed prediction of this kind against the change; below, influence against the relative effect."""
-    figure = Figure(figsize=(10, 8), layout="constrained")
     axes = figure.subplots(2, 2)
     for kind, where, prediction, compared in report.comparisons():
         if where == at and prediction in (PREDICTIONS[kind][0], "influence"):
-            column = list(PREDICTIONS).index(kind)
-            _scatter(axes[int(prediction == "influence"), column], compared, kind, prediction, report.threshold)
-    return figure
+            here = axes[int(prediction == "influence"), list(PREDICTIONS).index(kind)]
+            row = _rows(report, kind, prediction).set_index("measured_at").loc[at]
+            here.set_title(f"{kind}: Spearman {row['spearman']:.2f}, Pearson {row['pearson']:.2f}")
+            _scatter(here, compared, f"on a {at}" if at == "feature" else "on logits", prediction, report.threshold)
 
 
-def _scatter(axes: Axes, compared: Compared, kind: str, prediction: str, threshold: float) -> None:
-    high = compared.error_share > compared.error_share.median()
-    for part, label in ((~high, "errors carry less"), (high, "errors carry more")):
-        axes.scatter(compared.predicted[part], compared.measured[part], s=8, alpha=0.5, label=label)
-    axes.set_title(kind)
+def _scatter(axes: Axes, compared: Compared, where: str, prediction: str, threshold: float) -> None:
+    for split in ("low", "high"):
+        part = compared.part(split)
+        if len(part.predicted):
+            label = f"error nodes carry {part.error_share.mean():.0%} of the target's input, on average"
+            axes.scatter(part.predicted, part.measured, s=8, alpha=0.4, linewidths=0, label=label)
     if prediction == "influence":
-        axes.set(xlabel="influence", ylabel="relative effect")
-        axes.set_xscale("symlog", linthresh=threshold / 100)
-        axes.set_yscale("symlog", linthresh=threshold / 100)
+        axes.set(xlabel=f"influence {where}", ylabel=f"relative effect {where}")
+        axes.set_xscale("symlog", linthresh=LINEAR_BELOW)
+        axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
         axes.axvline(threshold, color="grey", linewidth=0.5)
         axes.axhline(threshold, color="grey", linewidth=0.5)
     else:
         axes.axline((0, 0), slope=1, color="grey", linewidth=0.5)
-        axes.set(xlabel=f"predicted change ({prediction})", ylabel="measured change")
-    axes.legend()
+        axes.set(xlabel=f"predicted change {where} ({prediction})", ylabel=f"measured change {where}")
 
 
 def _signs(report: ValidationReport, axes: Axes, kind: str) -> None:
-    rows = _whole(report, kind, PREDICTIONS[kind][0])
-    for offset, column in ((-0.2, "sign_agreement"), (0.2, "sign_agreement_predicted")):
-        axes.bar([i + offset for i in range(len(rows))], rows[column], width=0.4, label=column)
-    axes.set_xticks(range(len(rows)), rows["measured_at"])
-    axes.set(ylim=(0, 1), ylabel="share of equal signs")
-    axes.legend()
+    rows = _rows(report, kind, PREDICTIONS[kind][0])
+    columns = {"sign_agreement": "all effects", "sign_agreement_predicted": f"predicted >= {report.threshold:g}"}
+    _bars(axes, {label: rows[column] for column, label in columns.items()}, list(rows["measured_at"]), "{:.2f}")
+    axes.set(ylim=(0, 1.08), ylabel="share of equal signs")
 
 
 def _quadrants(report: ValidationReport, axes: Axes, kind: str) -> None:
-    rows = _whole(report, kind, PREDICTIONS[kind][0])
-    for offset, (_, row) in zip((-0.2, 0.2), rows.iterrows(), strict=True):
-        counts = [row[quadrant] for quadrant in QUADRANTS]
-        places = [i + offset for i in range(len(QUADRANTS))]
-        axes.bar_label(axes.bar(places, counts, width=0.4, label=row["measured_at"]))
-    axes.set_xticks(range(len(QUADRANTS)), [quadrant.replace("_", "\n") for quadrant in QUADRANTS])
-    axes.set(yscale="symlog", ylabel=f"pairs (threshold {report.threshold:g})")
-    axes.legend()
+    rows = _rows(report, kind, PREDICTIONS[kind][0]).set_index("measured_at")
+    counts = {f"on a {at}": [row[quadrant] for quadrant in QUADRANTS] for at, row in rows.iterrows()}
+    _bars(axes, counts, [quadrant.replace("_", "\n") for quadrant in QUADRANTS], "{:.0f}")
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set(ylabel=f"pairs (threshold {report.threshold:g} of the target)")
+    axes.margins(y=0.1)
 
 
 def _errors(report: ValidationReport, axes: Axes, kind: str) -> None:
-    rows = report.summary[(report.summary["kind"] == kind) & (report.summary["errors"] != "all")]
-    rows = rows[rows["prediction"].isin((PREDICTIONS[kind][0], "influence"))]
-    groups = list(rows.groupby(["measured_at", "prediction"], sort=False))
-    for offset, part in ((-0.2, "low"), (0.2, "high")):
-        values = [float(group.loc[group["errors"] == part, "spearman"].iloc[0]) for _, group in groups]
-        axes.bar([i + offset for i in range(len(groups))], values, width=0.4, label=f"errors carry a {part} share")
-    axes.set_xticks(range(len(groups)), [f"{at}\n{prediction}" for (at, prediction), _ in groups])
+    groups = [(at, prediction) for at in ("logit", "feature") for prediction in (PREDICTIONS[kind][0], "influence")]
+    found = {
+        f"error nodes carry a {split} share": [
+            next(iter(_rows(report, kind, prediction, split).query("measured_at == @at")["spearman"]), float("nan"))
+            for at, prediction in groups
+        ]
+        for split in ("low", "high")
+    }
+    _bars(axes, found, [f"{at}\n{prediction}" for at, prediction in groups], "{:.2f}")
+    axes.axhline(0, color="grey", linewidth=0.5)
     axes.set(ylabel="Spearman")
-    axes.legend()
+    axes.margins(y=0.1)
 
 
-def _whole(report: ValidationReport, kind: str, prediction: str):
+def _bars(axes: Axes, heights: dict, groups: list[str], form: str) -> None:
+    """Two bars a group, with their numbers above; none where there is no number."""
+    for offset, (label, values) in zip(BESIDE, heights.items(), strict=True):
+        drawn = [(i + offset, float(value)) for i, value in enumerate(values) if value == value]
+        bars = axes.bar([x for x, _ in drawn], [y for _, y in drawn], width=0.4, label=label)
+        axes.bar_label(bars, labels=[form.format(y) for _, y in drawn])
+    axes.set_xticks(range(len(groups)), groups)
+
+
+def _rows(report: ValidationReport, kind: str, prediction: str, split: str = "all") -> DataFrame:
     table = report.summary
-    return table[(table["kind"] == kind) & (table["errors"] == "all") & (table["prediction"] == prediction)]
+    return table[(table["kind"] == kind) & (table["prediction"] == prediction) & (table["errors"] == split)]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from pandas import DataFrame, Series, concat
 from scipy.stats import pearsonr, spearmanr
 
 from tl_clt.errors import ConfigError
+from tl_clt.transcoder.formats.writing import new_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +25,8 @@ PREDICTIONS = {"constrained": ("edge", "influence"), "iterative": ("total", "edg
 ROUNDING = 1e-5
 """Effects below this share of the target's activation have no sign."""
 SPLITS = ("all", "low", "high")
+SHARED = ("model_name", "clt_model_name", "scale", "freeze")
+"""What reports that are joined must have in common."""
 
 
 class Compared(NamedTuple):
@@ -36,6 +40,13 @@ class Compared(NamedTuple):
     """|measured| as a share of the target's activation."""
     error_share: Series
 
+    def part(self, split: str) -> Compared:
+        """Entries whose targets get a low or high share of their input from error nodes; split at the median."""
+        if split == "all":
+            return self
+        high = self.error_share > self.error_share.median()
+        return Compared(*(values[high if split == "high" else ~high] for values in self))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ValidationReport:
@@ -47,42 +58,55 @@ class ValidationReport:
     threshold: float
     """Share of a target's activation from which an effect counts as predicted, or as seen; also of influence."""
 
-    info: dict[str, Any] = field(default_factory=dict)
-    """Model, CLT, prompt and options."""
+    info: dict[str, Any]
+    """Model, CLT, options, how many features and controls; `prompts`, of which the column `prompt` has the numbers."""
 
     @classmethod
-    def pool(cls, reports: Sequence[ValidationReport]) -> ValidationReport:
-        """One report of several prompts, which are numbered in the column `prompt`.
+    def concat(cls, reports: Sequence[ValidationReport]) -> ValidationReport:
+        """One report of all prompts of several.
 
         Raises:
-            ConfigError: none, or thresholds, scales or freezing that differ.
+            ConfigError: there is none, or they are of different models or options.
         """
-        options = {(r.threshold, r.info.get("scale"), r.info.get("freeze")) for r in reports}
-        if len(options) != 1:
-            raise ConfigError(f"{len(reports)} reports of {len(options)} thresholds, scales and freezings: give one.")
-        tables = [r.measurements.assign(prompt=number) for number, r in enumerate(reports)]
-        info = {**reports[0].info, "prompt": [r.info.get("prompt") for r in reports]}
-        info["n_features"] = sum(r.info.get("n_features", 0) for r in reports)
-        return cls(measurements=concat(tables, ignore_index=True), threshold=reports[0].threshold, info=info)
+        if not reports:
+            raise ConfigError("There is no report to join. Give at least one.")
+        for name in ("threshold", *SHARED):
+            found = {r.threshold if name == "threshold" else r.info[name] for r in reports}
+            if len(found) > 1:
+                raise ConfigError(f"{name} differs ({', '.join(map(str, found))}): join reports that share it.")
+        prompts: list[str] = []
+        tables = []
+        for report in reports:
+            tables.append(report.measurements.assign(prompt=report.measurements["prompt"] + len(prompts)))
+            prompts += report.info["prompts"]
+        sums = {name: sum(r.info[name] for r in reports) for name in ("n_features", "n_controls")}
+        return cls(
+            measurements=concat(tables, ignore_index=True),
+            threshold=reports[0].threshold,
+            info={**reports[0].info, "prompts": prompts, **sums},
+        )
 
     @cached_property
     def summary(self) -> DataFrame:
         """One row for each kind, `measured_at` (logit or feature), `errors` and prediction; controls left out.
 
-        `errors` splits at the median over the rows: targets of which error nodes carry a low or high share of the
-        absolute input. Columns n; spearman and pearson of prediction and measurement (of their signed values, or of
+        `errors` splits at the median: targets of which error nodes carry a low share of the absolute input (`low`, the
+        median included), or a high one (`high`, left out where it is empty: one prompt with one logit); error_share is
+        the mean share. Columns n; spearman and pearson of prediction and measurement (of their signed values, or of
         influence and relative effect), nan where one of them is constant; sign_agreement among effects that both are
         above rounding, and sign_agreement_predicted among those predicted from the threshold on; the counts of the
         four quadrants predicted_seen, predicted_only, seen_only and neither; threshold.
         """
         rows = [
             {
-                **{"kind": kind, "measured_at": at, "errors": split, "prediction": prediction},
-                **_agreement(_part(compared, split), self.threshold, signed=prediction != "influence"),
+                **{"kind": kind, "measured_at": at, "prediction": prediction, "errors": split},
+                "error_share": float(part.error_share.mean()),
+                **_agreement(part, self.threshold, signed=prediction != "influence"),
                 "threshold": self.threshold,
             }
             for kind, at, prediction, compared in self.comparisons()
             for split in SPLITS
+            if len((part := compared.part(split)).predicted)
         ]
         return DataFrame(rows)
 
@@ -122,18 +146,32 @@ class ValidationReport:
 
         return draw(self, name)
 
-    def to_json(self) -> str:
-        """Everything as JSON: info, threshold, summary, controls, and measurements by column."""
+    def save(self, folder: str | Path) -> Path:
+        """Write everything to a new or empty folder, all or nothing.
+
+        `measurements.csv` (one row a measurement), `report.json` (info, threshold, summary and controls) and each figure
+        as a PNG.
+
+        Raises:
+            OutputNotEmpty: the folder holds something already.
+        """
+        folder = Path(folder)
         tables = {name: json.loads(getattr(self, name).to_json(orient="records")) for name in ("summary", "controls")}
-        measurements = json.loads(self.measurements.to_json(orient="split", index=False, double_precision=15))
-        return json.dumps({"info": self.info, "threshold": self.threshold, **tables, "measurements": measurements})
+        with new_folder(folder) as unfinished:
+            self.measurements.to_csv(unfinished / "measurements.csv", index=False)
+            text = json.dumps({"info": self.info, "threshold": self.threshold, **tables}, indent=2)
+            (unfinished / "report.json").write_text(text, encoding="utf-8")
+            for name in get_args(FigureName):
+                self.figure(name).savefig(unfinished / f"{name}.png", dpi=120)
+        return folder
 
     def __repr__(self) -> str:
-        return f"ValidationReport({len(self.measurements)} measurements of {self.info.get('n_features')} features)"
+        return f"ValidationReport({len(self.measurements)} measurements of {self.info['n_features']} features)"
 
     def __str__(self) -> str:
-        said = ", ".join(f"{name} {value}" for name, value in self.info.items() if name != "prompt")
-        tables = (self.summary, self.controls)
+        said = ", ".join(f"{name} {value}" for name, value in self.info.items() if name != "prompts")
+        said = f"{len(self.info['prompts'])} prompts, {said}, threshold {self.threshold:g}"
+        tables = (self.summary.drop(columns="threshold"), self.controls)
         parts = [table.to_string(index=False, float_format=lambda x: f"{x:.3g}") for table in tables]
         return f"{said}\n{parts[0]}\n\nthe most influential features beside their controls\n{parts[1]}"
 
@@ -166,13 +204,6 @@ def _logit_effects(rows: DataFrame) -> DataFrame:
     )
     sums = weighed.groupby(keys, as_index=False)[["effect", "error_share", "weight"]].sum()
     return sums.assign(effect=sums["effect"] / sums["weight"], error_share=sums["error_share"] / sums["weight"])
-
-
-def _part(compared: Compared, split: str) -> Compared:
-    if split == "all":
-        return compared
-    high = compared.error_share > compared.error_share.median()
-    return Compared(*(values[high if split == "high" else ~high] for values in compared))
 
 
 def _agreement(compared: Compared, threshold: float, *, signed: bool) -> dict[str, int | float]:
