@@ -34,7 +34,12 @@ def draw(report: ValidationReport, name: FigureName) -> Figure:
             axes.set_title(kind)
             {"signs": _signs, "quadrants": _quadrants, "errors": _errors}[name](report, axes, kind)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    legend = figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, markerscale=3
+    )
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_alpha(1)
     return figure
 
 
@@ -46,7 +51,7 @@ def _scatters(report: ValidationReport, figure: Figure, at: str) -> None:
             here = axes[int(prediction == "influence"), list(PREDICTIONS).index(kind)]
             row = _rows(report, kind, prediction).set_index("measured_at").loc[at]
             here.set_title(f"{kind}: Spearman {row['spearman']:.2f}, Pearson {row['pearson']:.2f}")
-            _scatter(here, compared, f"on a {at}" if at == "feature" else "on logits", prediction, report.threshold)
+            _scatter(here, compared, f"{at}s", prediction, report.threshold)
 
 
 def _scatter(axes: Axes, compared: Compared, where: str, prediction: str, threshold: float) -> None:
@@ -56,14 +61,14 @@ def _scatter(axes: Axes, compared: Compared, where: str, prediction: str, thresh
             label = f"error nodes carry {part.error_share.mean():.0%} of the target's input, on average"
             axes.scatter(part.predicted, part.measured, s=8, alpha=0.4, linewidths=0, label=label)
     if prediction == "influence":
-        axes.set(xlabel=f"influence {where}", ylabel=f"relative effect {where}")
+        axes.set(xlabel=f"influence on {where}", ylabel=f"relative effect on {where}")
         axes.set_xscale("symlog", linthresh=LINEAR_BELOW)
         axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
         axes.axvline(threshold, color="grey", linewidth=0.5)
         axes.axhline(threshold, color="grey", linewidth=0.5)
     else:
         axes.axline((0, 0), slope=1, color="grey", linewidth=0.5)
-        axes.set(xlabel=f"predicted change {where} ({prediction})", ylabel=f"measured change {where}")
+        axes.set(xlabel=f"predicted change of {where} ({prediction})", ylabel=f"measured change of {where}")
 
 
 def _signs(report: ValidationReport, axes: Axes, kind: str) -> None:
