@@ -78,6 +78,10 @@ def assert_edges_are_effects_in_float32(
 
 
 def _sample(graph: AttributionGraph, vectors: Vectors, every: int) -> list[int]:
-    sources = torch.nonzero(graph.nodes.is_kind(NodeKind.FEATURE, *vectors)).flatten()[::every].tolist()
-    assert len(sources) >= 10
-    return sources
+    """Every so many features, errors, tokens and positions, at least three of each kind."""
+    sample = []
+    for kind in (NodeKind.FEATURE, *vectors):
+        nodes = graph.nodes.where(kind).tolist()
+        sample += nodes[:: min(every, max(1, len(nodes) // 3))]
+    assert len(sample) >= 10
+    return sample

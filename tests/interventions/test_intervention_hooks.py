@@ -160,6 +160,16 @@ def test_a_direction_is_written_into_the_residual_stream(model: Model, tokens: T
     assert torch.allclose(run(None, add=1.5), added) == same
 
 
+def test_hooks_print_without_their_tensors(one_of_each: Model):
+    """TransformerLens prints every hook that it adds: one that prints a large tensor takes longer than the model."""
+    what = [
+        DirectionIntervention(layer=1, vector=torch.ones(one_of_each.cfg.d_model, dtype=torch.float64), add=1),
+        Intervention(layer=0, feature=range(24), value=[1.0] * 24),
+    ]
+    hooks = intervention_hooks(one_of_each, tiny_clt(one_of_each), random_tokens(one_of_each), what, freeze="all")
+    assert max(len(repr(hook)) for _, hook in hooks) < 300
+
+
 # -- noise -------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from tests.test_package import modules_after
 from tl_clt import AttributionGraph, NodeKind, attribute, load_organism, validate
 from tl_clt.attribution import DifferenceTarget, FeatureTarget
 from tl_clt.attribution.influence import normalised
-from tl_clt.errors import CLTMismatch, ConfigError
+from tl_clt.errors import CLTMismatch, ConfigError, OutputNotEmpty
 from tl_clt.interventions import ValidationReport
 from tl_clt.interventions.predictions import predict
 from tl_clt.interventions.sampling import STRATA, sample_features
@@ -38,7 +38,7 @@ def one_summary(report: ValidationReport, kind: str, at: str, prediction: str, e
 
 
 def test_constrained_and_all_frozen_edges_are_exact(model: Model):
-    report = validate(*traced(model), n_features=None, freeze="all")
+    report = validate(*traced(model), n_features=None, freeze="all", threshold=0.003)
     rows = report.measurements[report.measurements["kind"] == "constrained"]
     assert (rows["change"] - rows["edge"]).abs().max() <= 1e-8 * rows["edge"].abs().max()
     assert len(rows) > 500
@@ -122,13 +122,22 @@ def test_the_sample_has_some_of_every_stratum_and_controls_beside_the_first(one_
         assert set(sample.stratum.tolist()) == set(range(len(STRATA)))
     order = influence[tested].argsort(descending=True)
     assert (sample.stratum[sample.control_of < 0][order].diff() >= 0).all()
-    middle = influence[features].median()
-    for node, of in zip(sample.node.tolist(), sample.control_of.tolist(), strict=True):
+    weakest = influence[sample.node[(sample.stratum == 0) & (sample.control_of < 0)]].min() if n_features is None else 2
+    for node, of, stratum in zip(*(x.tolist() for x in (sample.node, sample.control_of, sample.stratum)), strict=True):
         if of >= 0:
-            assert nodes.layer[node] == nodes.layer[of] and influence[node] <= middle and node != of
-            at = features[(nodes.layer[features] == nodes.layer[of]) & (nodes.pos[features] == nodes.pos[of])]
-            if (influence[at] < middle).any():
-                assert nodes.pos[node] == nodes.pos[of]
+            assert stratum > 0 and nodes.layer[node] == nodes.layer[of] and 0 < influence[node] < weakest
+            if n_features is None:
+                _assert_most_alike(graph, features[(influence[features] > 0) & (influence[features] < weakest)], node, of)
+
+
+def _assert_most_alike(graph: AttributionGraph, others: Tensor, node: int, of: int) -> None:
+    """A control lies at the feature's position if any does, and only two others there have an activation more like."""
+    nodes = graph.nodes
+    others = others[nodes.layer[others] == nodes.layer[of]]
+    here = others[nodes.pos[others] == nodes.pos[of]]
+    assert node in (here if len(here) else others)
+    away = (nodes.activation - nodes.activation[of]).abs()
+    assert (away[here if len(here) else others] < away[node]).sum() <= 2
 
 
 def test_the_first_stratum_carries_half_of_the_influence(one_of_each: Model):
@@ -150,7 +159,8 @@ def report_of(rows: list[tuple], threshold: float = 0.1) -> ValidationReport:
     names = ["kind", "role", "control_of", "source", "measured_at", "error_share", "edge", "total", "influence", "change"]
     table = pd.DataFrame(rows, columns=names)
     table = table.assign(prompt=0, act_change=table["change"], target_activation=2.0, weight=0.5)
-    return ValidationReport(measurements=table.assign(source_influence=table["influence"]), threshold=threshold)
+    table = table.assign(source_influence=table["influence"])
+    return ValidationReport(measurements=table, threshold=threshold, info={})
 
 
 def test_the_summary_counts_what_it_says():
@@ -177,6 +187,9 @@ def test_the_summary_counts_what_it_says():
     assert total["n"] == 1 and total["sign_agreement"] == 0 and math.isnan(total["spearman"])
     assert report.summary["threshold"].eq(0.1).all()
     assert set(report.summary.loc[report.summary["kind"] == "constrained", "prediction"]) == {"edge", "influence"}
+    low, high = (one_summary(report, "constrained", "feature", "edge", split)["error_share"] for split in ("low", "high"))
+    assert low == pytest.approx(0.2) and high == pytest.approx(0.45)
+    assert set(report.summary.loc[report.summary["kind"] == "iterative", "errors"]) == {"all", "low"}
 
 
 def test_effects_on_several_logits_are_weighed_and_set_beside_the_controls():
@@ -199,27 +212,50 @@ def test_influential_features_of_atlas_matter_more_than_their_controls():
     model, clt = load_organism("atlas")
     prompts = [f"Fact: the capital of the state containing {city} is" for city in ("Dallas", "Oakland")]
     reports = [validate(attribute(model, clt, p, progress=False), model, clt, n_features=40) for p in prompts]
-    pooled = ValidationReport.pool(reports)
-    assert pooled.info["prompt"] == [r.info["prompt"] for r in reports] and pooled.info["n_features"] == 80
-    assert set(pooled.measurements["prompt"]) == {0, 1}
-    assert len(pooled.measurements) == sum(len(r.measurements) for r in reports)
-    assert (pooled.controls["larger"] > 0.9).all()
-    assert one_summary(pooled, "iterative", "logit", "influence")["spearman"] > 0.5
-    assert one_summary(pooled, "constrained", "feature", "edge")["pearson"] > 0.9
+    joined = ValidationReport.concat([ValidationReport.concat(reports[:1]), reports[1]])
+    assert joined.info["prompts"] == [f"<bos> {p}" for p in prompts] and joined.info["n_features"] == 80
+    assert joined.info["n_controls"] == sum(r.info["n_controls"] for r in reports)
+    for number, report in enumerate(reports):
+        part = joined.measurements[joined.measurements["prompt"] == number].drop(columns="prompt")
+        pd.testing.assert_frame_equal(part.reset_index(drop=True), report.measurements.drop(columns="prompt"))
+    assert (joined.controls["larger"] > 0.7).all()
+    assert (joined.controls["tested_mean"] > 2 * joined.controls["control_mean"]).all()
+    assert one_summary(joined, "iterative", "logit", "influence")["spearman"] > 0.72
+    assert one_summary(joined, "constrained", "feature", "edge")["pearson"] > 0.9
 
 
-def test_it_can_be_printed_saved_and_drawn(one_of_each: Model, tmp_path):
+def test_reports_that_cannot_be_joined(one_of_each: Model):
+    given = traced(one_of_each)
+    first, *others = (
+        validate(*given, n_features=2, **options) for options in ({}, {"threshold": 0.2}, {"scale": -1.0}, {"freeze": "all"})
+    )
+    for other, name in zip(others, ("threshold", "scale", "freeze"), strict=True):
+        with pytest.raises(ConfigError, match=f"{name} differs"):
+            ValidationReport.concat([first, other])
+    with pytest.raises(ConfigError, match="no report"):
+        ValidationReport.concat([])
+
+
+def test_it_can_be_printed_and_saved(one_of_each: Model, tmp_path):
     report = validate(*traced(one_of_each), n_features=20)
     text = str(report)
-    assert "constrained" in text and "spearman" in text and "controls" in text
-    read = json.loads(report.to_json())
-    assert read["threshold"] == 0.1 and len(read["summary"]) == len(report.summary)
-    table = pd.DataFrame(read["measurements"]["data"], columns=read["measurements"]["columns"])
+    assert "1 prompts" in text and "constrained" in text and "spearman" in text and "controls" in text
+    folder = report.save(tmp_path / "report")
+    assert {p.name for p in folder.iterdir()} == {"measurements.csv", "report.json", *(f"{n}.png" for n in FIGURES)}
+    read = json.loads((folder / "report.json").read_text())
+    assert read["info"] == report.info and read["threshold"] == report.threshold
+    assert len(read["summary"]) == len(report.summary) and len(read["controls"]) == 2
+    table = pd.read_csv(folder / "measurements.csv")
     pd.testing.assert_frame_equal(table, report.measurements, check_dtype=False)
+    with pytest.raises(OutputNotEmpty, match="not empty"):
+        report.save(folder)
+
+
+def test_figures_have_constrained_on_the_left_and_iterative_on_the_right(one_of_each: Model, as_users_run_it):
+    report = validate(*traced(one_of_each), n_features=20)
     for name in FIGURES:
-        figure = report.figure(name)
-        assert [axes.get_title() for axes in figure.axes][:2] == ["constrained", "iterative"]
-        figure.savefig(tmp_path / f"{name}.png")
+        left, right = (axes.get_title() for axes in report.figure(name).axes[:2])
+        assert left.startswith("constrained") and right.startswith("iterative")
     with pytest.raises(ConfigError, match="no figure 'pie'"):
         report.figure("pie")  # type: ignore[arg-type]
 
@@ -260,6 +296,3 @@ def test_graphs_that_cannot_be_tested(one_of_each: Model, as_users_run_it):
     nothing: Tensor = torch.zeros_like(graph.adjacency)
     with pytest.raises(ConfigError, match="no feature with any influence"):
         validate(AttributionGraph(**{**vars(graph), "adjacency": nothing}), model, tiny_clt(model))
-    with pytest.raises(ConfigError, match="2 thresholds"):
-        reports = [validate(graph, model, tiny_clt(model), n_features=2, threshold=t) for t in (0.1, 0.2)]
-        ValidationReport.pool(reports)

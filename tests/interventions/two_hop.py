@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -42,9 +43,9 @@ class Outcome(NamedTuple):
     ablated_lost: int
     """Set to 0: the answer is lost."""
     negated_lost: int
-    """Turned against themselves (scale -1): the answer is lost."""
+    """Turned against themselves, set to minus their activation: the answer is lost."""
     control_other: int
-    """Matched random features changed as much as in the swap: the answer is the other state's capital."""
+    """Matched random features, each changed by as much as one in the swap: the answer is the other state's capital."""
     control_swap_lost: int
     control_ablated_lost: int
     """Matched random active features set to 0: the answer is lost."""
@@ -99,35 +100,44 @@ class TwoHop:
             through_layer: as for `intervene`.
             seed: of the random features.
         """
-        both = sorted(here | there)
-        swap = self._answer(i, self._swap(i, other, both), through_layer)
-        ablated, negated = (
-            self._answer(i, [_at(p, scale=scale) for p in sorted(here)], through_layer) for scale in (0, -1)
+        acts = self.acts[i]
+        both, mine = sorted(here | there), sorted(here)
+        beside_both = self._matched(i, both, seed, active=False)
+        beside_mine = self._matched(i, mine, seed, active=True)
+        change = self.acts[other] - acts
+        swap, same_state, ablated, negated, control, control_ablated, control_negated = self._answers(
+            i,
+            [
+                self._swap(i, other, both),
+                self._swap(i, same, both),
+                _set({p: 0.0 for p in mine}),
+                _set({p: -_of(acts, p) for p in mine}),
+                _set({q: _of(acts, q) + _of(change, p) for p, q in zip(both, beside_both, strict=True)}),
+                _set({p: 0.0 for p in beside_mine}),
+                _set({p: -_of(acts, p) for p in beside_mine}),
+            ],
+            through_layer,
         )
-        change = self.acts[other] - self.acts[i]
-        beside = zip(both, self._matched(i, both, seed, active=False), strict=True)
-        control_swap = [_at(q, add=float(change[p.pos, p.layer, p.feature])) for p, q in beside]
-        control = self._answer(i, control_swap, through_layer)
-        control_ablated, control_negated = (
-            self._answer(i, [_at(p, scale=scale) for p in self._matched(i, sorted(here), seed, active=True)], through_layer)
-            for scale in (0, -1)
-        )
+        right = self.answers[i]
         return Outcome(
-            len(both),
-            int(swap == self.answers[other]),
-            int(swap != self.answers[i]),
-            int(self._answer(i, self._swap(i, same, both), through_layer) == self.answers[i]),
-            int(ablated != self.answers[i]),
-            int(negated != self.answers[i]),
-            int(control == self.answers[other]),
-            int(control != self.answers[i]),
-            int(control_ablated != self.answers[i]),
-            int(control_negated != self.answers[i]),
+            n_features=len(both),
+            swap_other=int(swap == self.answers[other]),
+            swap_lost=int(swap != right),
+            same_state_kept=int(same_state == right),
+            ablated_lost=int(ablated != right),
+            negated_lost=int(negated != right),
+            control_other=int(control == self.answers[other]),
+            control_swap_lost=int(control != right),
+            control_ablated_lost=int(control_ablated != right),
+            control_negated_lost=int(control_negated != right),
         )
 
-    def _answer(self, i: int, what: list[Intervention], through_layer: int | None) -> int:
-        effect = intervene(self.model, self.clt, self.questions[i].prompt, what, through_layer)
-        return int(effect.logits[0, -1].argmax())
+    def _answers(self, i: int, runs: Sequence[Sequence[Intervention]], through_layer: int | None) -> list[int]:
+        """The likeliest next token of a prompt under each list of interventions, in one pass."""
+        prompts = [self.questions[i].prompt] * len(runs)
+        what = [replace(one, prompt=row) for row, run in enumerate(runs) for one in run]
+        effect = intervene(self.model, self.clt, prompts, what, through_layer)
+        return effect.logits[:, -1].argmax(dim=-1).tolist()
 
     def _swap(self, i: int, other: int, places: Sequence[Place]) -> list[Intervention]:
         prompts = self.questions[i].prompt, self.questions[other].prompt
@@ -172,5 +182,16 @@ class TwoHop:
         return torch.where(whole > 1e-4, between / whole.clamp_min(1e-4), 0)
 
 
-def _at(place: Place, **amount: float) -> Intervention:
-    return Intervention(layer=place.layer, pos=place.pos, feature=place.feature, **amount)
+def _of(acts: Tensor, place: Place) -> float:
+    return float(acts[place.pos, place.layer, place.feature])
+
+
+def _set(values: dict[Place, float]) -> list[Intervention]:
+    """Features set to values; one intervention for each layer and position."""
+    groups: dict[tuple[int, int], list[Place]] = {}
+    for place in values:
+        groups.setdefault((place.layer, place.pos), []).append(place)
+    return [
+        Intervention(layer=layer, pos=pos, feature=[p.feature for p in places], value=[values[p] for p in places])
+        for (layer, pos), places in groups.items()
+    ]

@@ -169,6 +169,9 @@ class _Measurement:
         self.graph, self.model, self.clt = graph, model, clt
         self.scale, self.freeze = scale, freeze
         nodes = graph.nodes
+        everywhere = nodes.take(nodes.where(NodeKind.FEATURE))
+        if not bool(((everywhere.layer < clt.cfg.n_layers) & (everywhere.index < clt.cfg.d_transcoder)).all()):
+            raise _mismatch("features that this CLT does not have")
         self.features = nodes.take(targets[nodes.kind[targets] == int(NodeKind.FEATURE)])
         self.logits = nodes.take(targets[nodes.kind[targets] == int(NodeKind.LOGIT)])
 
@@ -196,16 +199,16 @@ class _Measurement:
         return logits[:, self.logits.pos, self.logits.index].double() - mean[:, self.logits.pos]
 
     def _check_graph(self, feature_acts: Float[Tensor, "pos n_layers d_transcoder"]) -> None:
-        at, cfg = self.features, self.clt.cfg
-        fits = bool(((at.layer < cfg.n_layers) & (at.index < cfg.d_transcoder)).all())
-        if fits:
-            here = feature_acts[at.pos, at.layer, at.index].to(at.activation.dtype)
-            fits = torch.allclose(here, at.activation, rtol=1e-2, atol=1e-3)
-        if not fits:
-            raise CLTMismatch(
-                "Features of the graph have other activations on its prompt: it was made with another model or CLT."
-                " Trace the prompt again with these."
-            )
+        at = self.features
+        here = feature_acts[at.pos, at.layer, at.index].to(at.activation.dtype)
+        if not torch.allclose(here, at.activation, rtol=1e-2, atol=1e-3):
+            raise _mismatch("features with other activations on its prompt")
+
+
+def _mismatch(found: str) -> CLTMismatch:
+    return CLTMismatch(
+        f"The graph has {found}: it was made with another model or CLT. Trace the prompt again with these."
+    )
 
 
 def _table(

@@ -1,0 +1,49 @@
+"""Atlas composes two facts: the features that carry the state, found in graphs, decide the capital that it names."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.interventions.two_hop import CITY, LAST, Outcome, TwoHop
+from tl_clt import load_organism
+
+
+@pytest.fixture(scope="module")
+def two_hop() -> TwoHop:
+    return TwoHop(*load_organism("atlas"))
+
+
+@pytest.fixture(scope="module")
+def carriers(two_hop: TwoHop) -> dict:
+    return {i: two_hop.carriers(i) for one in two_hop.sample(5) for i in one[:2]}
+
+
+def outcomes(two_hop: TwoHop, carriers: dict, keep, through_layer: int | None = None) -> Outcome:
+    """Counts over five trained and five held-out prompts."""
+    found = [
+        two_hop.outcome(i, other, same, *(set(filter(keep, carriers[k])) for k in (i, other)), through_layer, seed=i)
+        for i, other, same in two_hop.sample(5)
+    ]
+    return Outcome(*(sum(column) for column in zip(*found, strict=True)))
+
+
+def test_state_features_decide_the_answer_and_matched_random_ones_do_not(two_hop: TwoHop, carriers: dict):
+    assert all(answer == clean for answer, clean in zip(two_hop.answers, two_hop.clean, strict=True))
+    found = outcomes(two_hop, carriers, lambda p: True)
+    assert found.swap_other >= 9 and found.swap_lost == 10
+    assert found.same_state_kept == 10
+    assert found.ablated_lost >= 8 and found.negated_lost == 10
+    assert found.control_other == 0
+    assert max(found.control_swap_lost, found.control_ablated_lost, found.control_negated_lost) <= 1
+
+
+def test_the_state_is_carried_at_the_city_and_after_it_at_once(two_hop: TwoHop, carriers: dict):
+    """Attention of layer 0 takes the city to "is" as well: at neither place alone do features turn the answer over."""
+    for place in (CITY, LAST):
+        assert outcomes(two_hop, carriers, lambda p, at=place: p.pos == at).swap_other <= 7
+
+
+def test_layer_0_finds_the_state_and_later_layers_react_to_it(two_hop: TwoHop, carriers: dict):
+    assert outcomes(two_hop, carriers, lambda p: p.layer == 0).swap_other >= 5
+    assert outcomes(two_hop, carriers, lambda p: p.layer == 0, through_layer=3).swap_other <= 1
+    assert outcomes(two_hop, carriers, lambda p: p.layer > 0).swap_other == 0
