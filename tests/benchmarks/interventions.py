@@ -1,7 +1,8 @@
 """How far graphs can be believed: `python -m tests.benchmarks.interventions swaps` and `... validate` print tables.
 
-Not collected by pytest. `swaps` finds the features that carry the state on atlas's two-hop prompts, swaps and suppresses
-them; `validate` holds graphs of atlas, and of Gemma 3 270M where it is given, against interventions on their features.
+Not collected by pytest. `swaps` finds the features that carry the state on atlas's two-hop prompts, swaps and
+suppresses them; `validate` holds graphs of atlas, and of Gemma 3 270M where it is given, against interventions on
+their features.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tl_clt.interventions import Freeze, ValidationReport
 from tl_clt.lens import HookedModel
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console(width=170)
+console = Console(width=200)
 
 CIRCUITS: dict[str, tuple[Callable[[Place], bool], bool]] = {
     "all of them, iterative": (lambda p: True, False),
@@ -79,7 +80,7 @@ def swaps(
 
 @app.command("validate")
 def validate_graphs(
-    n_prompts: Annotated[int, typer.Option(help="Of atlas: half trained, half held out.")] = 20,
+    n_prompts: Annotated[int, typer.Option(help="Of atlas: half trained, half held out; 0 for none.")] = 20,
     n_features: Annotated[int, typer.Option(help="Features of each graph, controls not counted.")] = 64,
     gemma: Annotated[Optional[Path], typer.Option(help="Hugging Face folder of Gemma 3 270M.")] = None,
     gemma_clt: Annotated[Optional[Path], typer.Option(help="A CLT of it.")] = None,
@@ -89,10 +90,11 @@ def validate_graphs(
 ) -> None:
     """Influence and edges against measured effects."""
     about(threads)
-    model, clt = load_organism("atlas")
-    two_hop = TwoHop(model, clt)
-    prompts = [two_hop.questions[i].prompt for i, *_ in two_hop.sample(n_prompts // 2)]
-    report_on("atlas", model, clt, prompts, n_features, freeze, output)
+    if n_prompts:
+        model, clt = load_organism("atlas")
+        two_hop = TwoHop(model, clt)
+        prompts = [two_hop.questions[i].prompt for i, *_ in two_hop.sample(n_prompts // 2)]
+        report_on("atlas", model, clt, prompts, n_features, freeze, output)
     if gemma is not None and gemma_clt is not None:
         model, clt = load_model(gemma), CrossLayerTranscoder.from_pretrained(gemma_clt)
         report_on("gemma", model, clt, GEMMA_PROMPTS, n_features, freeze, output)
@@ -121,7 +123,9 @@ def report_on(
     keys = ["kind", "measured_at", "prediction", "errors"]
     each = DataFrame([row for r in reports for row in r.summary.to_dict("records")]).groupby(keys)["spearman"].mean()
     summary = report.summary.drop(columns="threshold")
-    summary.insert(6, "spearman, mean of prompts", [each.get(tuple(key)) for key in summary[keys].to_numpy()])
+    # The median that splits a single prompt is its own, so that only whole prompts are compared.
+    means = [each[tuple(key)] if key[-1] == "all" else float("nan") for key in summary[keys].to_numpy()]
+    summary.insert(6, "spearman, mean of prompts", means)
     show(summary, f"threshold {report.threshold:g}")
     show(report.controls, "the most influential features beside matched random ones: relative effect on the logits")
     if output is not None:
@@ -131,7 +135,7 @@ def report_on(
 def show(frame: DataFrame, title: str) -> None:
     table = Table(*(str(name).replace("_", " ") for name in frame.columns), title=title)
     for row in frame.itertuples(index=False):
-        table.add_row(*(f"{x:.3f}" if isinstance(x, float) else str(x) for x in row))
+        table.add_row(*("" if x != x else f"{x:.3f}" if isinstance(x, float) else str(x) for x in row))
     console.print(table)
 
 

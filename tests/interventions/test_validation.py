@@ -127,7 +127,9 @@ def test_the_sample_has_some_of_every_stratum_and_controls_beside_the_first(one_
         if of >= 0:
             assert stratum > 0 and nodes.layer[node] == nodes.layer[of] and 0 < influence[node] < weakest
             if n_features is None:
-                _assert_most_alike(graph, features[(influence[features] > 0) & (influence[features] < weakest)], node, of)
+                _assert_most_alike(
+                    graph, features[(influence[features] > 0) & (influence[features] < weakest)], node, of
+                )
 
 
 def _assert_most_alike(graph: AttributionGraph, others: Tensor, node: int, of: int) -> None:
@@ -156,7 +158,18 @@ def test_the_first_stratum_carries_half_of_the_influence(one_of_each: Model):
 
 def report_of(rows: list[tuple], threshold: float = 0.1) -> ValidationReport:
     """A report of rows (kind, role, control_of, source, measured_at, error_share, edge, total, influence, change)."""
-    names = ["kind", "role", "control_of", "source", "measured_at", "error_share", "edge", "total", "influence", "change"]
+    names = [
+        "kind",
+        "role",
+        "control_of",
+        "source",
+        "measured_at",
+        "error_share",
+        "edge",
+        "total",
+        "influence",
+        "change",
+    ]
     table = pd.DataFrame(rows, columns=names)
     table = table.assign(prompt=0, act_change=table["change"], target_activation=2.0, weight=0.5)
     table = table.assign(source_influence=table["influence"])
@@ -187,7 +200,9 @@ def test_the_summary_counts_what_it_says():
     assert total["n"] == 1 and total["sign_agreement"] == 0 and math.isnan(total["spearman"])
     assert report.summary["threshold"].eq(0.1).all()
     assert set(report.summary.loc[report.summary["kind"] == "constrained", "prediction"]) == {"edge", "influence"}
-    low, high = (one_summary(report, "constrained", "feature", "edge", split)["error_share"] for split in ("low", "high"))
+    low, high = (
+        one_summary(report, "constrained", "feature", "edge", split)["error_share"] for split in ("low", "high")
+    )
     assert low == pytest.approx(0.2) and high == pytest.approx(0.45)
     assert set(report.summary.loc[report.summary["kind"] == "iterative", "errors"]) == {"all", "low"}
 
@@ -227,7 +242,8 @@ def test_influential_features_of_atlas_matter_more_than_their_controls():
 def test_reports_that_cannot_be_joined(one_of_each: Model):
     given = traced(one_of_each)
     first, *others = (
-        validate(*given, n_features=2, **options) for options in ({}, {"threshold": 0.2}, {"scale": -1.0}, {"freeze": "all"})
+        validate(*given, n_features=2, **options)
+        for options in ({}, {"threshold": 0.2}, {"scale": -1.0}, {"freeze": "all"})
     )
     for other, name in zip(others, ("threshold", "scale", "freeze"), strict=True):
         with pytest.raises(ConfigError, match=f"{name} differs"):

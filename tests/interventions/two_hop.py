@@ -1,4 +1,4 @@
-"""Atlas's two-hop prompts: which features of their graphs carry the state, and what swapping or suppressing them does."""
+"""Atlas's two-hop prompts: which features of their graphs carry the state, and what follows if they are changed."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ class TwoHop:
         """Features of a prompt's pruned graph, at the city and after it, that carry the state."""
         graph = attribute(self.model, self.clt, self.questions[i].prompt, progress=False).prune(node_threshold)
         nodes = graph.nodes.take(graph.nodes.where(NodeKind.FEATURE))
-        found = [Place(*place) for place in zip(*(x.tolist() for x in (nodes.layer, nodes.pos, nodes.index)), strict=True)]
+        found = [
+            Place(*place) for place in zip(*(x.tolist() for x in (nodes.layer, nodes.pos, nodes.index)), strict=True)
+        ]
         return {p for p in found if p.pos >= CITY and self.state_share[p.pos, p.layer, p.feature] >= SELECTIVE}
 
     def outcome(

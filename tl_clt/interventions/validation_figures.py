@@ -34,9 +34,7 @@ def draw(report: ValidationReport, name: FigureName) -> Figure:
             axes.set_title(kind)
             {"signs": _signs, "quadrants": _quadrants, "errors": _errors}[name](report, axes, kind)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    legend = figure.legend(
-        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, markerscale=3
-    )
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, markerscale=3)
     for handle in legend.legend_handles:
         if handle is not None:
             handle.set_alpha(1)

@@ -149,8 +149,8 @@ class ValidationReport:
     def save(self, folder: str | Path) -> Path:
         """Write everything to a new or empty folder, all or nothing.
 
-        `measurements.csv` (one row a measurement), `report.json` (info, threshold, summary and controls) and each figure
-        as a PNG.
+        `measurements.csv` (one row a measurement), `report.json` (info, threshold, summary and controls) and each
+        figure as a PNG.
 
         Raises:
             OutputNotEmpty: the folder holds something already.
