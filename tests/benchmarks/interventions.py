@@ -128,6 +128,7 @@ def report_on(
     summary.insert(6, "spearman, mean of prompts", means)
     show(summary, f"threshold {report.threshold:g}")
     show(report.controls, "the most influential features beside matched random ones: relative effect on the logits")
+    show(report.switched_on, "features switched on by a change, which no graph has; mean")
     if output is not None:
         console.print(f"saved: {report.save(output / name)}")
 

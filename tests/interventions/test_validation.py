@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.models import Model, random_tokens, tiny_clt
 from tests.test_package import modules_after
-from tl_clt import AttributionGraph, NodeKind, attribute, load_organism, validate
+from tl_clt import AttributionGraph, Intervention, NodeKind, attribute, intervene, load_organism, validate
 from tl_clt.attribution import DifferenceTarget, FeatureTarget
 from tl_clt.attribution.influence import normalised
 from tl_clt.errors import CLTMismatch, ConfigError, OutputNotEmpty
@@ -90,6 +90,18 @@ def test_targets_are_what_lies_downstream_and_was_traced(one_of_each: Model):
     assert set(rows.loc[rows["measured_at"] == "logit", "target"]) == set(logits)
     assert set(rows["source"]) > set(torch.nonzero(graph.expanded).flatten().tolist()) & set(rows["source"])
     assert not graph.expanded[torch.tensor(rows["source"].to_numpy())].all()
+
+
+def test_features_that_only_a_change_makes_active_are_counted(one_of_each: Model):
+    graph, model, clt = traced(one_of_each)
+    rows = validate(graph, model, clt, n_features=12, scale=-3.0).measurements
+    rows = rows[rows["kind"] == "iterative"].drop_duplicates("source")
+    assert rows["switched_on"].max() > 0
+    for row in rows.iloc[::5].itertuples():
+        what = Intervention(layer=row.source_layer, pos=row.source_pos, feature=row.source_feature, scale=-3)
+        effect = intervene(model, clt, graph.tokens, [what])
+        on = (effect.feature_acts != 0) & (effect.baseline_feature_acts == 0)
+        assert row.switched_on == int(on.sum())
 
 
 def test_differences_and_features_as_targets_are_left_out(one_of_each: Model):
@@ -171,7 +183,7 @@ def report_of(rows: list[tuple], threshold: float = 0.1) -> ValidationReport:
         "change",
     ]
     table = pd.DataFrame(rows, columns=names)
-    table = table.assign(prompt=0, act_change=table["change"], target_activation=2.0, weight=0.5)
+    table = table.assign(prompt=0, act_change=table["change"], target_activation=2.0, weight=0.5, switched_on=3.0)
     table = table.assign(source_influence=table["influence"])
     return ValidationReport(measurements=table, threshold=threshold, info={})
 
@@ -221,6 +233,7 @@ def test_effects_on_several_logits_are_weighed_and_set_beside_the_controls():
     assert beside["n"] == 1 and beside["larger"] == 1
     assert beside["tested_mean"] == pytest.approx(0.75) and beside["control_median"] == pytest.approx(0.05)
     assert report.controls.set_index("kind").loc["constrained", "n"] == 0
+    assert report.switched_on.to_dict("records") == [{"kind": "iterative", "switched_on": 3.0}]
 
 
 def test_influential_features_of_atlas_matter_more_than_their_controls():

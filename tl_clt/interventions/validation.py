@@ -36,6 +36,8 @@ class Measured(NamedTuple):
     """Of a feature's pre-activation, or of a logit less the mean logit."""
     act_change: Effects
     """Of a feature's activation; for logits the same as `change`."""
+    switched_on: Float[Tensor, " n_sources"]
+    """How many features, at all positions, are active only with the source changed."""
 
 
 @torch.no_grad()
@@ -68,7 +70,8 @@ def validate(
     `change` is the measured change of t: for features of the pre-activation, for logits of the logit less the mean
     logit, as the model gives them (after a soft-cap, if it has one, which graphs leave out). `act_change` is that of
     the feature's activation, which differs where it switches off. Relative effects are |change| (or |act_change|)
-    over the target's own activation, or logit above the mean, in the clean run.
+    over the target's own activation, or logit above the mean, in the clean run. Features that are active only in the
+    changed run are in no graph; `switched_on` is how many there are.
 
     `influence` is the unsigned one that pruning goes by: `graph.influence()` of s for logits, and B[t, s] for
     features. It is compared with the relative effect: for logits their mean, weighted by their probability, for
@@ -109,8 +112,8 @@ def validate(
                 bar.update(len(batch))
     tables = []
     for kind, parts in found.items():
-        change, act_change = (torch.cat(values) for values in zip(*parts, strict=True))
-        tables.append(_table(graph, sample, targets, Measured(change, act_change), kind, scale))
+        measured = Measured(*(torch.cat(values) for values in zip(*parts, strict=True)))
+        tables.append(_table(graph, sample, targets, measured, kind, scale))
     controls = sample.control_of >= 0
     info = {
         "model_name": model_name(model),
@@ -191,7 +194,8 @@ class _Measurement:
         pre = (effect.hidden_pre - effect.baseline_hidden_pre)[places]
         acts = (effect.feature_acts - effect.baseline_feature_acts)[places]
         heights = self._heights(effect.logits) - self._heights(effect.baseline_logits)
-        return Measured(*(torch.cat([x.double(), heights], dim=1).cpu() for x in (pre, acts)))
+        on = ((effect.baseline_feature_acts == 0) & (effect.feature_acts != 0)).flatten(1).sum(dim=1)
+        return Measured(*(torch.cat([x.double(), heights], dim=1).cpu() for x in (pre, acts)), on.double().cpu())
 
     def _heights(self, logits: Logits) -> Float[Tensor, "batch n_logits"]:
         """The targets' logits less the mean logit."""
@@ -255,5 +259,6 @@ def _table(
         "influence": predicted.influence.cpu()[target, s].double(),
         "change": measured.change[s, t],
         "act_change": measured.act_change[s, t],
+        "switched_on": measured.switched_on[s],
     }
     return DataFrame({name: x.numpy() if isinstance(x, Tensor) else x for name, x in columns.items()})

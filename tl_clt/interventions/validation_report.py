@@ -127,6 +127,16 @@ class ValidationReport:
             rows.append({"kind": kind, "n": len(other), **_beside(beside, other)})
         return DataFrame(rows)
 
+    @cached_property
+    def switched_on(self) -> DataFrame:
+        """Columns kind and switched_on: how many features a change of one switches on, on average without controls.
+
+        They are not active on the prompt, so no graph of it has them: effects that are seen and not predicted.
+        """
+        tested = self.measurements[self.measurements["role"] == "tested"]
+        each = tested.drop_duplicates(["kind", "prompt", "source"])
+        return each.groupby("kind", as_index=False)["switched_on"].mean()
+
     def comparisons(self) -> Iterator[tuple[str, str, str, Compared]]:
         """(kind, measured_at, prediction, what is compared), without controls."""
         for kind, predictions in PREDICTIONS.items():
@@ -149,14 +159,15 @@ class ValidationReport:
     def save(self, folder: str | Path) -> Path:
         """Write everything to a new or empty folder, all or nothing.
 
-        `measurements.csv` (one row a measurement), `report.json` (info, threshold, summary and controls) and each
-        figure as a PNG.
+        `measurements.csv` (one row a measurement), `report.json` (info, threshold, summary, controls and switched_on)
+        and each figure as a PNG.
 
         Raises:
             OutputNotEmpty: the folder holds something already.
         """
         folder = Path(folder)
-        tables = {name: json.loads(getattr(self, name).to_json(orient="records")) for name in ("summary", "controls")}
+        names = ("summary", "controls", "switched_on")
+        tables = {name: json.loads(getattr(self, name).to_json(orient="records")) for name in names}
         with new_folder(folder) as unfinished:
             self.measurements.to_csv(unfinished / "measurements.csv", index=False)
             text = json.dumps({"info": self.info, "threshold": self.threshold, **tables}, indent=2)
@@ -171,9 +182,10 @@ class ValidationReport:
     def __str__(self) -> str:
         said = ", ".join(f"{name} {value}" for name, value in self.info.items() if name != "prompts")
         said = f"{len(self.info['prompts'])} prompts, {said}, threshold {self.threshold:g}"
-        tables = (self.summary.drop(columns="threshold"), self.controls)
+        tables = (self.summary.drop(columns="threshold"), self.controls, self.switched_on)
         parts = [table.to_string(index=False, float_format=lambda x: f"{x:.3g}") for table in tables]
-        return f"{said}\n{parts[0]}\n\nthe most influential features beside their controls\n{parts[1]}"
+        titles = (said, "the most influential features beside their controls", "features switched on by a change, mean")
+        return "\n\n".join(f"{title}\n{part}" for title, part in zip(titles, parts, strict=True))
 
     def _rows(self, kind: str, at: str, role: str | None) -> DataFrame:
         table = self.measurements
