@@ -11,7 +11,8 @@ import platform
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Optional
+from statistics import fmean
+from typing import Annotated, Any, Optional
 
 import torch
 import typer
@@ -22,6 +23,7 @@ from rich.table import Table
 from tests.interventions.two_hop import CITY, LAST, Outcome, Place, TwoHop
 from tl_clt import CrossLayerTranscoder, attribute, load_model, load_organism, validate
 from tl_clt.interventions import Freeze, ValidationReport
+from tl_clt.interventions.validation_report import select
 from tl_clt.lens import HookedModel
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -68,10 +70,8 @@ def swaps(
     table = Table("which", "features", *(name.replace("_", " ") for name in Outcome._fields[1:]))
     for which, (chosen, constrained) in CIRCUITS.items():
         through = two_hop.clt.cfg.n_layers - 1 if constrained else None
-        found = [
-            two_hop.outcome(i, other, same, *(set(filter(chosen, carriers[k])) for k in (i, other)), through, seed=i)
-            for i, other, same in sample
-        ]
+        kept = {i: set(filter(chosen, places)) for i, places in carriers.items()}
+        found = [two_hop.outcome(i, o, same, kept[i], kept[o], through, seed=i) for i, o, same in sample]
         columns = list(zip(*found, strict=True))
         counts = [f"{sum(column[:n_each])} + {sum(column[n_each:])}" for column in columns[1:]]
         table.add_row(which, f"{sum(columns[0]) / len(sample):.1f}", *counts)
@@ -115,22 +115,26 @@ def report_on(
     report = ValidationReport.concat(reports)
     n = report.info["n_features"], report.info["n_controls"]
     scores = [g.scores() for g in graphs]
-    mean = [sum(s[k] for s in scores) / len(scores) for k in (0, 1)]
+    replacement, completeness = (fmean(score[k] for score in scores) for k in (0, 1))
     console.print(
         f"[bold]{name}[/bold], {len(prompts)} prompts, {n[0]} features and {n[1]} controls, freeze={freeze},"
-        f" ablated; replacement {mean[0]:.2f}, completeness {mean[1]:.2f} (means)"
+        f" ablated; replacement {replacement:.2f}, completeness {completeness:.2f} (means)"
     )
-    keys = ["kind", "measured_at", "prediction", "errors"]
-    each = DataFrame([row for r in reports for row in r.summary.to_dict("records")]).groupby(keys)["spearman"].mean()
     summary = report.summary.drop(columns="threshold")
-    # The median that splits a single prompt is its own, so that only whole prompts are compared.
-    means = [each[tuple(key)] if key[-1] == "all" else float("nan") for key in summary[keys].to_numpy()]
-    summary.insert(6, "spearman, mean of prompts", means)
+    summary.insert(6, "spearman, mean of prompts", [mean_spearman(reports, row) for row in summary.itertuples()])
     show(summary, f"threshold {report.threshold:g}")
     show(report.controls, "the most influential features beside matched random ones: relative effect on the logits")
     show(report.switched_on, "features switched on by a change, which no graph has; mean")
     if output is not None:
         console.print(f"saved: {report.save(output / name)}")
+
+
+def mean_spearman(reports: list[ValidationReport], row: Any) -> float:
+    """Mean over prompts; none of splits, since the median that splits a single prompt is its own."""
+    if row.errors != "all":
+        return float("nan")
+    same = {"kind": row.kind, "measured_at": row.measured_at, "prediction": row.prediction, "errors": "all"}
+    return fmean(select(r.summary, **same)["spearman"].iloc[0] for r in reports)
 
 
 def show(frame: DataFrame, title: str) -> None:

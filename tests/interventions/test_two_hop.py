@@ -20,8 +20,9 @@ def carriers(two_hop: TwoHop) -> dict:
 
 def outcomes(two_hop: TwoHop, carriers: dict, keep, through_layer: int | None = None) -> Outcome:
     """Counts over five trained and five held-out prompts."""
+    kept = {i: set(filter(keep, places)) for i, places in carriers.items()}
     found = [
-        two_hop.outcome(i, other, same, *(set(filter(keep, carriers[k])) for k in (i, other)), through_layer, seed=i)
+        two_hop.outcome(i, other, same, kept[i], kept[other], through_layer, seed=i)
         for i, other, same in two_hop.sample(5)
     ]
     return Outcome(*(sum(column) for column in zip(*found, strict=True)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -12,26 +13,34 @@ from torch import Tensor
 
 from tests.models import Model, random_tokens, tiny_clt
 from tests.test_package import modules_after
-from tl_clt import AttributionGraph, Intervention, NodeKind, attribute, intervene, load_organism, validate
+from tl_clt import (
+    AttributionGraph,
+    CrossLayerTranscoder,
+    Intervention,
+    NodeKind,
+    attribute,
+    intervene,
+    load_organism,
+    validate,
+)
 from tl_clt.attribution import DifferenceTarget, FeatureTarget
 from tl_clt.attribution.influence import normalised
 from tl_clt.errors import CLTMismatch, ConfigError, OutputNotEmpty
 from tl_clt.interventions import ValidationReport
 from tl_clt.interventions.predictions import predict
 from tl_clt.interventions.sampling import STRATA, sample_features
+from tl_clt.interventions.validation_report import select
 
 FIGURES = ("logits", "features", "signs", "quadrants", "errors")
 
 
-def traced(model: Model, **options) -> tuple[AttributionGraph, Model, object]:
+def traced(model: Model, **options) -> tuple[AttributionGraph, Model, CrossLayerTranscoder]:
     clt = tiny_clt(model)
     return attribute(model, clt, random_tokens(model, pos=7, seed=5)[0], progress=False, **options), model, clt
 
 
-def one_summary(report: ValidationReport, kind: str, at: str, prediction: str, errors: str = "all") -> pd.Series:
-    table = report.summary
-    rows = table[(table["kind"] == kind) & (table["measured_at"] == at) & (table["errors"] == errors)]
-    return rows[rows["prediction"] == prediction].iloc[0]
+def one_summary(report: ValidationReport, kind: str, at: str, prediction: str, errors: str = "all") -> Any:
+    return select(report.summary, kind=kind, measured_at=at, errors=errors, prediction=prediction).iloc[0]
 
 
 # -- predictions -------------------------------------------------------------------------------------------
@@ -39,7 +48,7 @@ def one_summary(report: ValidationReport, kind: str, at: str, prediction: str, e
 
 def test_constrained_and_all_frozen_edges_are_exact(model: Model):
     report = validate(*traced(model), n_features=None, freeze="all", threshold=0.003)
-    rows = report.measurements[report.measurements["kind"] == "constrained"]
+    rows = select(report.measurements, kind="constrained")
     assert (rows["change"] - rows["edge"]).abs().max() <= 1e-8 * rows["edge"].abs().max()
     assert len(rows) > 500
     for at in ("logit", "feature"):
@@ -54,7 +63,7 @@ def test_constrained_and_all_frozen_edges_are_exact(model: Model):
 def test_iterative_and_all_frozen_small_changes_are_exact(model: Model):
     """Of a change too small to switch a feature on or off, all paths together tell the effect."""
     report = validate(*traced(model), n_features=None, freeze="all", scale=1 + 1e-5)
-    rows = report.measurements[report.measurements["kind"] == "iterative"]
+    rows = select(report.measurements, kind="iterative")
     assert (rows["change"] - rows["total"]).abs().max() <= 1e-6 * rows["total"].abs().max()
     assert (rows["total"] - rows["edge"]).abs().max() > 1e-2 * rows["total"].abs().max()
     found = one_summary(report, "iterative", "logit", "total")
@@ -95,7 +104,7 @@ def test_targets_are_what_lies_downstream_and_was_traced(one_of_each: Model):
 def test_features_that_only_a_change_makes_active_are_counted(one_of_each: Model):
     graph, model, clt = traced(one_of_each)
     rows = validate(graph, model, clt, n_features=12, scale=-3.0).measurements
-    rows = rows[rows["kind"] == "iterative"].drop_duplicates("source")
+    rows = select(rows, kind="iterative").drop_duplicates(["source"])
     assert rows["switched_on"].max() > 0
     for row in rows.iloc[::5].itertuples():
         what = Intervention(layer=row.source_layer, pos=row.source_pos, feature=row.source_feature, scale=-3)
@@ -207,9 +216,11 @@ def test_the_summary_counts_what_it_says():
     assert one_summary(report, "constrained", "feature", "edge", "low")["n"] == 3
     assert one_summary(report, "constrained", "feature", "edge", "high")[quadrants].tolist() == [0, 0, 1, 1]
     influence = one_summary(report, "constrained", "feature", "influence")
-    assert influence["spearman"] == pytest.approx(0.9) and math.isnan(influence["sign_agreement"])
+    assert influence["spearman"] == pytest.approx(0.9)
+    assert math.isnan(float(influence["sign_agreement"]))
     total = one_summary(report, "iterative", "feature", "total")
-    assert total["n"] == 1 and total["sign_agreement"] == 0 and math.isnan(total["spearman"])
+    assert total["n"] == 1 and total["sign_agreement"] == 0
+    assert math.isnan(float(total["spearman"]))
     assert report.summary["threshold"].eq(0.1).all()
     assert set(report.summary.loc[report.summary["kind"] == "constrained", "prediction"]) == {"edge", "influence"}
     low, high = (
@@ -244,7 +255,7 @@ def test_influential_features_of_atlas_matter_more_than_their_controls():
     assert joined.info["prompts"] == [f"<bos> {p}" for p in prompts] and joined.info["n_features"] == 80
     assert joined.info["n_controls"] == sum(r.info["n_controls"] for r in reports)
     for number, report in enumerate(reports):
-        part = joined.measurements[joined.measurements["prompt"] == number].drop(columns="prompt")
+        part = select(joined.measurements, prompt=number).drop(columns="prompt")
         pd.testing.assert_frame_equal(part.reset_index(drop=True), report.measurements.drop(columns="prompt"))
     assert (joined.controls["larger"] > 0.7).all()
     assert (joined.controls["tested_mean"] > 2 * joined.controls["control_mean"]).all()
@@ -254,11 +265,13 @@ def test_influential_features_of_atlas_matter_more_than_their_controls():
 
 def test_reports_that_cannot_be_joined(one_of_each: Model):
     given = traced(one_of_each)
-    first, *others = (
-        validate(*given, n_features=2, **options)
-        for options in ({}, {"threshold": 0.2}, {"scale": -1.0}, {"freeze": "all"})
-    )
-    for other, name in zip(others, ("threshold", "scale", "freeze"), strict=True):
+    first = validate(*given, n_features=2)
+    others = {
+        "threshold": validate(*given, n_features=2, threshold=0.2),
+        "scale": validate(*given, n_features=2, scale=-1.0),
+        "freeze": validate(*given, n_features=2, freeze="all"),
+    }
+    for name, other in others.items():
         with pytest.raises(ConfigError, match=f"{name} differs"):
             ValidationReport.concat([first, other])
     with pytest.raises(ConfigError, match="no report"):

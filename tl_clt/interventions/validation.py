@@ -170,7 +170,8 @@ class _Measurement:
         freeze: Freeze,
     ) -> None:
         self.graph, self.model, self.clt = graph, model, clt
-        self.scale, self.freeze = scale, freeze
+        self.scale = scale
+        self.freeze: Freeze = freeze
         nodes = graph.nodes
         everywhere = nodes.take(nodes.where(NodeKind.FEATURE))
         if not bool(((everywhere.layer < clt.cfg.n_layers) & (everywhere.index < clt.cfg.d_transcoder)).all()):
@@ -195,7 +196,8 @@ class _Measurement:
         acts = (effect.feature_acts - effect.baseline_feature_acts)[places]
         heights = self._heights(effect.logits) - self._heights(effect.baseline_logits)
         on = ((effect.baseline_feature_acts == 0) & (effect.feature_acts != 0)).flatten(1).sum(dim=1)
-        return Measured(*(torch.cat([x.double(), heights], dim=1).cpu() for x in (pre, acts)), on.double().cpu())
+        change, act_change = (torch.cat([x.double(), heights], dim=1).cpu() for x in (pre, acts))
+        return Measured(change, act_change, on.double().cpu())
 
     def _heights(self, logits: Logits) -> Float[Tensor, "batch n_logits"]:
         """The targets' logits less the mean logit."""

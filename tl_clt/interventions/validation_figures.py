@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from tl_clt.errors import ConfigError
-from tl_clt.interventions.validation_report import PREDICTIONS, Compared, FigureName, ValidationReport
+from tl_clt.interventions.validation_report import PREDICTIONS, Compared, FigureName, ValidationReport, select
 
 QUADRANTS = ("predicted_seen", "predicted_only", "seen_only", "neither")
 LINEAR_BELOW = 1e-4
@@ -89,7 +89,7 @@ def _errors(report: ValidationReport, axes: Axes, kind: str) -> None:
     groups = [(at, prediction) for at in ("logit", "feature") for prediction in (PREDICTIONS[kind][0], "influence")]
     found = {
         f"error nodes carry a {split} share": [
-            next(iter(_rows(report, kind, prediction, split).query("measured_at == @at")["spearman"]), float("nan"))
+            next(iter(select(_rows(report, kind, prediction, split), measured_at=at)["spearman"]), float("nan"))
             for at, prediction in groups
         ]
         for split in ("low", "high")
@@ -110,5 +110,4 @@ def _bars(axes: Axes, heights: dict, groups: list[str], form: str) -> None:
 
 
 def _rows(report: ValidationReport, kind: str, prediction: str, split: str = "all") -> DataFrame:
-    table = report.summary
-    return table[(table["kind"] == kind) & (table["prediction"] == prediction) & (table["errors"] == split)]
+    return select(report.summary, kind=kind, prediction=prediction, errors=split)

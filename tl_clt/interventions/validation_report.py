@@ -44,8 +44,8 @@ class Compared(NamedTuple):
         """Entries whose targets get a low or high share of their input from error nodes; split at the median."""
         if split == "all":
             return self
-        high = self.error_share > self.error_share.median()
-        return Compared(*(values[high if split == "high" else ~high] for values in self))
+        high = (self.error_share > self.error_share.median()).to_numpy()
+        return Compared(*(values.iloc[np.flatnonzero(high if split == "high" else ~high)] for values in self))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -119,12 +119,12 @@ class ValidationReport:
         """
         rows = []
         for kind in PREDICTIONS:
-            effects = _logit_effects(self._rows(kind, "logit", None))
-            control = effects[effects["role"] == "control"]
-            tested = effects[effects["role"] == "tested"].set_index(["prompt", "source"])["effect"]
-            beside = tested.reindex(list(zip(control["prompt"], control["control_of"], strict=True))).to_numpy()
-            other = control["effect"].to_numpy()
-            rows.append({"kind": kind, "n": len(other), **_beside(beside, other)})
+            effects = _logit_effects(select(self.measurements, kind=kind, measured_at="logit"))
+            control = select(effects, role="control")
+            tested = select(effects, role="tested")
+            tested = DataFrame({"prompt": tested["prompt"], "control_of": tested["source"], "tested": tested["effect"]})
+            pairs = control.merge(tested, on=["prompt", "control_of"])
+            rows.append({"kind": kind, "n": len(pairs), **_beside(pairs["tested"], pairs["effect"])})
         return DataFrame(rows)
 
     @cached_property
@@ -133,15 +133,14 @@ class ValidationReport:
 
         They are not active on the prompt, so no graph of it has them: effects that are seen and not predicted.
         """
-        tested = self.measurements[self.measurements["role"] == "tested"]
-        each = tested.drop_duplicates(["kind", "prompt", "source"])
-        return each.groupby("kind", as_index=False)["switched_on"].mean()
+        each = select(self.measurements, role="tested").drop_duplicates(["kind", "prompt", "source"])
+        return each.groupby("kind", as_index=False).agg(switched_on=("switched_on", "mean"))
 
     def comparisons(self) -> Iterator[tuple[str, str, str, Compared]]:
         """(kind, measured_at, prediction, what is compared), without controls."""
         for kind, predictions in PREDICTIONS.items():
             for at in ("logit", "feature"):
-                rows = self._rows(kind, at, "tested")
+                rows = select(self.measurements, kind=kind, measured_at=at, role="tested")
                 for prediction in predictions:
                     yield kind, at, prediction, _compared(rows, at, prediction)
 
@@ -187,10 +186,12 @@ class ValidationReport:
         titles = (said, "the most influential features beside their controls", "features switched on by a change, mean")
         return "\n\n".join(f"{title}\n{part}" for title, part in zip(titles, parts, strict=True))
 
-    def _rows(self, kind: str, at: str, role: str | None) -> DataFrame:
-        table = self.measurements
-        mask = (table["kind"] == kind) & (table["measured_at"] == at)
-        return table[mask if role is None else mask & (table["role"] == role)]
+
+def select(table: DataFrame, **equal: str | int) -> DataFrame:
+    """The rows that have these values in these columns."""
+    for name, value in equal.items():
+        table = table.iloc[np.flatnonzero(table[name] == value)]
+    return table
 
 
 def _compared(rows: DataFrame, at: str, prediction: str) -> Compared:
@@ -214,7 +215,9 @@ def _logit_effects(rows: DataFrame) -> DataFrame:
         effect=rows["weight"] * rows["change"].abs() / rows["target_activation"].abs(),
         error_share=rows["weight"] * rows["error_share"],
     )
-    sums = weighed.groupby(keys, as_index=False)[["effect", "error_share", "weight"]].sum()
+    sums = weighed.groupby(keys, as_index=False).agg(
+        effect=("effect", "sum"), error_share=("error_share", "sum"), weight=("weight", "sum")
+    )
     return sums.assign(effect=sums["effect"] / sums["weight"], error_share=sums["error_share"] / sums["weight"])
 
 
