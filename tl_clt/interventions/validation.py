@@ -1,8 +1,30 @@
-"""`validate`: a graph's predictions against interventions."""
+"""`validate`: a graph's predictions against interventions.
+
+Feature nodes s are changed one at a time, multiplied by `scale` at their position, in two kinds of intervention, whose
+numbers stand side by side and are never mixed:
+
+- constrained: all MLP outputs are held but for what s itself writes (`through_layer` the last layer). What the graph
+  predicts of a target t is `(scale - 1) E[t, s]`, column `edge`. With `freeze="all"` this is exact.
+- iterative: features in between react. What the graph predicts is `(scale - 1) T[t, s]`, column `total`, where T sums
+  over all paths of traced features, each feature passing on in proportion to its activation. With `freeze="all"` this
+  is exact as long as no feature switches on or off.
+
+Targets are all token logits of the graph, and its traced features in later layers at the same position or later.
+`change` is the measured change of t: for features of the pre-activation, for logits of the logit less the mean logit,
+as the model gives them (after a soft-cap, if it has one, which graphs leave out). `act_change` is that of the feature's
+activation, which differs where it switches off. Relative effects are |change| (or |act_change|) over the target's own
+activation, or logit above the mean, in the clean run. Features that are active only in the changed run are in no graph;
+`switched_on` is how many there are.
+
+`influence` is the unsigned one that pruning goes by: `graph.influence()` of s for logits, and B[t, s] for features. It
+is compared with the relative effect: for logits their mean, weighted by their probability, for features
+|act_change| / activation, as in the paper's figure of 0.72 (Spearman).
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,7 +37,7 @@ from tl_clt.attribution import AttributionGraph, NodeKind
 from tl_clt.errors import CLTMismatch, ConfigError
 from tl_clt.interventions.intervene import intervene
 from tl_clt.interventions.intervention import Intervention
-from tl_clt.interventions.predictions import predict
+from tl_clt.interventions.predictions import Predictions, predict
 from tl_clt.interventions.sampling import Sample, sample_features
 from tl_clt.interventions.validation_report import ValidationReport
 from tl_clt.lens import Freeze, HookedModel, model_name
@@ -55,27 +77,10 @@ def validate(
 ) -> ValidationReport:
     """Change features of a graph one at a time, and compare what follows with what the graph predicts.
 
-    Tested are feature nodes s, drawn evenly from four strata of influence (`STRATA`: the features that carry the
-    first half of all features' influence, up to 80%, up to 95%, the rest), and controls: for each of the first
-    stratum a random feature of the less influential half, of the same layer and position where there is one. Each is
-    multiplied by `scale` at its position, in two kinds of intervention, whose numbers stand side by side:
-
-    - constrained: all MLP outputs are held but for what s itself writes (`through_layer` the last layer). What the
-      graph predicts of a target t is `(scale - 1) E[t, s]`, column `edge`. With `freeze="all"` this is exact.
-    - iterative: features in between react. What the graph predicts is `(scale - 1) T[t, s]`, column `total`, where T
-      sums over all paths of traced features, each feature passing on in proportion to its activation. With
-      `freeze="all"` this is exact as long as no feature switches on or off.
-
-    Targets are all token logits of the graph, and its traced features in later layers at the same position or later.
-    `change` is the measured change of t: for features of the pre-activation, for logits of the logit less the mean
-    logit, as the model gives them (after a soft-cap, if it has one, which graphs leave out). `act_change` is that of
-    the feature's activation, which differs where it switches off. Relative effects are |change| (or |act_change|)
-    over the target's own activation, or logit above the mean, in the clean run. Features that are active only in the
-    changed run are in no graph; `switched_on` is how many there are.
-
-    `influence` is the unsigned one that pruning goes by: `graph.influence()` of s for logits, and B[t, s] for
-    features. It is compared with the relative effect: for logits their mean, weighted by their probability, for
-    features |act_change| / activation, as in the paper's figure of 0.72 (Spearman).
+    Tested are features drawn evenly from four strata of influence (`STRATA`: those that carry the first half of all
+    features' influence, up to 80%, up to 95%, the rest), and controls: for each of the first stratum a random feature
+    outside of it, of the same layer, position and a similar activation where there is one. What is measured and what it
+    is compared with stands at the head of this module.
 
     Hooks of the user's are set aside.
 
@@ -102,19 +107,10 @@ def validate(
     targets = _targets(graph)
     measure = _Measurement(graph, model, clt, targets, scale, freeze)
     rows = batch_size or max(1, min(64, LOGITS_AT_ONCE // (len(graph.tokens) * model.cfg.d_vocab)))
-    batches = sample.node.split(rows)
-    found: dict[Kind, list[Measured]] = {kind: [] for kind in KINDS}
-    total = len(KINDS) * len(sample.node)
-    with tqdm(total=total, desc="Testing features", unit=" runs", delay=2.0, disable=not progress) as bar:
-        for batch in batches:
-            for kind in KINDS:
-                found[kind].append(measure(batch, kind))
-                bar.update(len(batch))
-    tables = []
-    for kind, parts in found.items():
-        measured = Measured(*(torch.cat(values) for values in zip(*parts, strict=True)))
-        tables.append(_table(graph, sample, targets, measured, kind, scale))
-    controls = sample.control_of >= 0
+    found = _measure_all(measure, sample.node.split(rows), progress)
+    predicted = predict(graph, sample.node.to(targets.device))
+    tables = [_table(graph, sample, targets, predicted, found[kind], kind, scale) for kind in KINDS]
+    controls = int((sample.control_of >= 0).sum())
     info = {
         "model_name": model_name(model),
         "clt_model_name": clt.cfg.model_name,
@@ -122,8 +118,8 @@ def validate(
         "scale": scale,
         "freeze": freeze,
         "seed": seed,
-        "n_features": int((~controls).sum()),
-        "n_controls": int(controls.sum()),
+        "n_features": len(sample.node) - controls,
+        "n_controls": controls,
     }
     return ValidationReport(measurements=concat(tables, ignore_index=True), threshold=threshold, info=info)
 
@@ -211,6 +207,17 @@ class _Measurement:
             raise _mismatch("features with other activations on its prompt")
 
 
+def _measure_all(measure: _Measurement, batches: Sequence[Tensor], progress: bool) -> dict[Kind, Measured]:
+    found: dict[Kind, list[Measured]] = {kind: [] for kind in KINDS}
+    total = len(KINDS) * sum(map(len, batches))
+    with tqdm(total=total, desc="Testing features", unit=" runs", delay=2.0, disable=not progress) as bar:
+        for batch in batches:
+            for kind in KINDS:
+                found[kind].append(measure(batch, kind))
+                bar.update(len(batch))
+    return {kind: Measured(*(torch.cat(x) for x in zip(*parts, strict=True))) for kind, parts in found.items()}
+
+
 def _mismatch(found: str) -> CLTMismatch:
     return CLTMismatch(
         f"The graph has {found}: it was made with another model or CLT. Trace the prompt again with these."
@@ -221,13 +228,13 @@ def _table(
     graph: AttributionGraph,
     sample: Sample,
     targets: Int[Tensor, " n_targets"],
+    predicted: Predictions,
     measured: Measured,
     kind: Kind,
     scale: float,
 ) -> DataFrame:
     """One row for each source and each target downstream of it."""
     nodes = graph.nodes
-    predicted = predict(graph, sample.node.to(targets.device))
     influence = graph.influence()
     errors = nodes.is_kind(NodeKind.ERROR)
     error_share = torch.tensor([float(graph.input_shares(t)[errors].sum()) for t in targets.tolist()])

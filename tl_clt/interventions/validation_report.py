@@ -53,7 +53,7 @@ class ValidationReport:
     """What `validate` gives. Constrained and iterative interventions are never put together."""
 
     measurements: DataFrame
-    """One row for each kind of intervention, source and target; columns as `validate` explains them."""
+    """One row for each kind of intervention, source and target; columns as the head of validation.py has them."""
 
     threshold: float
     """Share of a target's activation from which an effect counts as predicted, or as seen; also of influence."""
