@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
@@ -71,12 +72,10 @@ class FaithfulnessReport:
     def by_distance(self) -> DataFrame:
         """Means over perturbations, by transcoder, kind, frozen_norms and distance; n is how many, *_std their
         standard deviations."""
+        means = {measure: (measure, "mean") for measure in MEASURES}
+        spread = {f"{measure}_std": (measure, "std") for measure in MEASURES[:2]}
         groups = self.table.groupby(GROUPS, sort=False)
-        means = groups[list(MEASURES)].mean()
-        means.insert(0, "n", groups.size())
-        for measure in ("cosine", "normalised_error"):
-            means[f"{measure}_std"] = groups[measure].std()
-        return means.reset_index()
+        return groups.agg(n=("cosine", "size"), **means, **spread).reset_index()
 
     def plot(self) -> Figure:
         """Cosine and normalised error against distance, one row of panels a transcoder. Needs matplotlib."""
@@ -89,11 +88,14 @@ class FaithfulnessReport:
         for name, row in zip(names, panels, strict=True):
             for axes, measure, carried in zip(row, MEASURES[:2], MEASURES[2:], strict=True):
                 label = measure.replace("_", " ")
-                for (kind, frozen), line in means[means["transcoder"] == name].groupby(["kind", "frozen_norms"]):
-                    held = "norms held" if frozen else "norms free"
-                    style = {"color": colours[kind], "linestyle": "--" if frozen else "-", "marker": "o"}
-                    axes.plot(line["distance"], line[measure], label=f"{kind}, {held}", **style)
-                alone = means[means["transcoder"] == name].groupby("distance")[carried].mean()
+                ours = means[means["transcoder"] == name]
+                for (kind, colour), frozen in product(colours.items(), (False, True)):
+                    line = ours[(ours["kind"] == kind) & (ours["frozen_norms"] == frozen)]
+                    if len(line) > 0:
+                        style = {"color": colour, "linestyle": "--" if frozen else "-", "marker": "o"}
+                        held = "norms held" if frozen else "norms free"
+                        axes.plot(line["distance"], line[measure], label=f"{kind}, {held}", **style)
+                alone = ours.groupby("distance")[carried].mean()
                 axes.plot(alone.index, alone, color="grey", linestyle=":", label="perturbation alone")
                 axes.set(title=f"{name}: {label}", xlabel="distance (layers)", ylabel=f"{label} (mean)")
                 axes.set_xticks(alone.index)

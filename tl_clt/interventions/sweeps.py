@@ -52,8 +52,8 @@ class StrengthSweep:
         axes = figure.subplots()
         for token, rows in self.table.groupby("token", sort=False):
             axes.plot(rows["strength"], rows["probability"], marker=".", label=repr(token))
-        for i, flip in enumerate(self.flips.itertuples()):
-            axes.axvline(flip.strength, color="grey", linestyle="--", label="answer changes" if i == 0 else None)
+        for i, strength in enumerate(self.flips["strength"]):
+            axes.axvline(strength, color="grey", linestyle="--", label="answer changes" if i == 0 else None)
         axes.set(title="Steering", xlabel="strength (times the given amounts)", ylabel="probability of the next token")
         axes.set_ylim(-0.02, 1.02)
         axes.legend(title="token")
@@ -86,11 +86,11 @@ class EndLayerSweep:
         """Change of each token's probability against the end layer, with the mean over layers. Needs matplotlib."""
         figure = _figure(7, 4.5)
         axes = figure.subplots()
-        means = self.summary.set_index("token")["mean_change"]
         for token, rows in self.table.groupby("token", sort=False):
             [line] = axes.plot(rows["through_layer"], rows["change"], marker="o", label=repr(token))
-            mean = float(means[token])
-            axes.axhline(mean, color=line.get_color(), linestyle=":", label=f"{token!r}, mean over layers")
+            axes.axhline(
+                rows["change"].mean(), color=line.get_color(), linestyle=":", label=f"{token!r}, mean over layers"
+            )
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.set_xticks(sorted(self.table["through_layer"].unique()))
         axes.set(title="Constrained intervention by end layer", xlabel="last layer held (through_layer)")
@@ -294,7 +294,8 @@ class _Outcomes:
         pos: int,
         freeze: Freeze,
     ) -> None:
-        self.model, self.clt, self.freeze = model, clt, freeze
+        self.model, self.clt = model, clt
+        self.freeze: Freeze = freeze
         self.prompt: Tokens = to_tokens(model, prompt)
         n_pos = len(self.prompt)
         if not -n_pos <= pos < n_pos:
