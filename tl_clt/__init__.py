@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tl_clt.attribution import AttributionGraph, NodeKind, attribute
     from tl_clt.evaluation import evaluate
-    from tl_clt.interventions import Intervention, intervene, intervention_hooks
+    from tl_clt.interventions import Intervention, intervene, intervention_hooks, validate
     from tl_clt.lens import frozen_hooks, load_model
     from tl_clt.organisms import load_organism
     from tl_clt.replacement import attach
@@ -37,6 +37,7 @@ _ROOMS = {
     "intervention_hooks": "interventions",
     "load_model": "lens",
     "load_organism": "organisms",
+    "validate": "interventions",
 }
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "intervention_hooks",
     "load_model",
     "load_organism",
+    "validate",
 ]
 
 

@@ -339,3 +339,32 @@ def test_bad_arguments(session_models, given: dict, error, message: str):
     for call in (intervene, intervention_hooks):
         with pytest.raises(error, match=message):
             call(model, **arguments)
+
+
+def test_an_intervention_may_mean_one_prompt_of_a_batch(model: Model):
+    """Rows of one batch are so many runs of their own."""
+    tokens, clt = random_tokens(model, batch=3), tiny_clt(model)
+    direction = torch.randn(model.cfg.d_model, dtype=torch.float64)
+
+    def changes(prompt: int | None) -> list:
+        return [
+            Intervention(layer=0, pos=[2, 3], feature=[3, 5], value=20, prompt=prompt),
+            Intervention(layer=1, feature=0, add=2, prompt=prompt),
+            DirectionIntervention(layer=0, pos=-1, vector=direction, add=1, prompt=prompt),
+        ]
+
+    for through_layer in (None, 2):
+        effect = intervene(model, clt, tokens, [*changes(0), *changes(2)], through_layer)
+        torch.testing.assert_close(effect.logits[1], effect.baseline_logits[1], **CLOSE)
+        for row in (0, 2):
+            alone = intervene(model, clt, tokens[row : row + 1], changes(None), through_layer)
+            torch.testing.assert_close(effect.logits[row], alone.logits[0], **CLOSE)
+            torch.testing.assert_close(effect.feature_acts[row], alone.feature_acts[0], **CLOSE)
+            assert [i._replace(prompt=0) for i in effect.inactive if i.prompt == row] == alone.inactive
+
+
+@pytest.mark.parametrize("prompt", [-1, 2])
+def test_a_prompt_that_is_not_there(one_of_each: Model, prompt: int):
+    tokens = random_tokens(one_of_each, batch=2)
+    with pytest.raises(InterventionError, match="numbered from 0" if prompt < 0 else "batch has prompts 0 to 1"):
+        intervene(one_of_each, tiny_clt(one_of_each), tokens, [Intervention(layer=0, feature=0, add=1, prompt=prompt)])

@@ -13,6 +13,8 @@ from tl_clt.interventions.sweeps import (
     sweep_end_layer,
     sweep_strength,
 )
+from tl_clt.interventions.validation import validate
+from tl_clt.interventions.validation_report import ValidationReport
 from tl_clt.lens import Freeze
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "Intervention",
     "InterventionEffect",
     "StrengthSweep",
+    "ValidationReport",
     "intervene",
     "intervention_hooks",
     "measure_interaction",
@@ -32,4 +35,5 @@ __all__ = [
     "swap_interventions",
     "sweep_end_layer",
     "sweep_strength",
+    "validate",
 ]

@@ -70,7 +70,7 @@ def intervention_hooks(
         Plain (name, function) pairs.
 
     Raises:
-        InterventionError: a layer, feature, position or width that is not there.
+        InterventionError: a layer, feature, position, prompt or width that is not there.
         CLTMismatch, HookNotFound: the CLT is of another model.
         PromptError, TokenizerMissing, ConfigError: an argument out of range.
     """
@@ -107,9 +107,9 @@ class Steering:
                 f"through_layer is {through_layer}: give -1 to {clt.cfg.n_layers - 1}, or None for the iterative kind."
             )
         given = list(interventions)
-        n_pos = tokens.shape[1]
+        n_prompts, n_pos = tokens.shape
         for what in given:
-            check(what, clt.cfg, through_layer)
+            check(what, clt.cfg, n_prompts, through_layer)
         self.model, self.clt = model, clt
         self.constrained = through_layer is not None
         self.steered = range(clt.cfg.n_layers if through_layer is None else through_layer + 1)
@@ -134,7 +134,7 @@ class Steering:
         """What the interventions at a layer add to its activations, one after another."""
         total = torch.zeros_like(feature_acts)
         for what, positions, index in self._chosen(feature_acts, layer):
-            total[index] += what.delta((feature_acts + total)[index], positions)
+            total[index] += what.delta(feature_acts[index] + total[index], positions)
         return total
 
     def changed(self, feature_acts: Acts, layer: int) -> Bool[Tensor, "batch pos d_transcoder"]:
@@ -150,7 +150,7 @@ class Steering:
             if what.layer == layer and (positions := within(held, first, n_pos)):
                 at = torch.tensor(positions, device=feature_acts.device)[:, None] - first
                 features = torch.tensor(what.features, device=feature_acts.device)
-                yield Chosen(what, positions, (slice(None), at, features))
+                yield Chosen(what, positions, (what.rows, at, features))
 
     def _read(self, x: Stream, hook: HookPoint, layer: int) -> None:
         if layer == 0:
@@ -224,7 +224,7 @@ class Steering:
             return None
         at = [p - self.clean.first for p in positions]
         x = x.clone()
-        x[:, at] += what.change(x[:, at], positions)
+        x[what.rows, at] += what.change(x[what.rows, at], positions)
         return x
 
     def _in(self, layer: int) -> str:

@@ -91,6 +91,8 @@ def _inactive(steering: Steering, baseline: Tensor) -> list[InactiveFeature]:
     found = []
     for what, held in steering.features:
         active = (baseline[:, within(held, 0, n_pos), what.layer][..., what.features] != 0).any(dim=1)
+        if what.prompt is not None:
+            active[torch.arange(len(active), device=active.device) != what.prompt] = True
         for prompt, place in torch.nonzero(~active).tolist():
             found.append(InactiveFeature(prompt, what.layer, what.features[place]))
     return list(dict.fromkeys(found))

@@ -34,6 +34,9 @@ class _Change:
     """Position, slice or list of positions, negative ones counted from the prompt's end; None for every position.
     None and slices without an end go on over new tokens."""
 
+    prompt: int | None = None
+    """Which prompt of the batch; None for all."""
+
     value: Amount | None = None
     """Set to this."""
 
@@ -54,10 +57,17 @@ class _Change:
         if len(given) != 1:
             said = " and ".join(given) or "nothing"
             raise InterventionError(f"{self} sets {said}: give exactly one of value, scale, add or noise.")
+        if self.prompt is not None and self.prompt < 0:
+            raise InterventionError(f"{self}: prompts of a batch are numbered from 0.")
         amount = getattr(self, given[0])
         for number in amount if isinstance(amount, Sequence) else [amount]:
             if not math.isfinite(number):
                 raise InterventionError(f"{self}: {given[0]} is {number}. Give a finite number.")
+
+    @property
+    def rows(self) -> slice:
+        """The rows of the batch that are changed."""
+        return slice(None) if self.prompt is None else slice(self.prompt, self.prompt + 1)
 
     def delta(self, before: Float[Tensor, "batch pos n"], positions: Sequence[int]) -> Float[Tensor, "batch pos n"]:
         """What to add to the amounts at some positions."""
@@ -173,13 +183,18 @@ def within(positions: Positions, first: int, n_pos: int) -> list[int]:
 
 
 def check(
-    what: Intervention | DirectionIntervention, cfg: CrossLayerTranscoderConfig, through_layer: int | None
+    what: Intervention | DirectionIntervention,
+    cfg: CrossLayerTranscoderConfig,
+    n_prompts: int,
+    through_layer: int | None,
 ) -> None:
-    """Check an intervention against a CLT.
+    """Check an intervention against a CLT and a batch of prompts.
 
     Raises:
-        InterventionError: a layer, feature or width that is not there, or a feature above `through_layer`.
+        InterventionError: a layer, feature, width or prompt that is not there, or a feature above `through_layer`.
     """
+    if what.prompt is not None and what.prompt >= n_prompts:
+        raise InterventionError(f"There is no prompt {what.prompt}: the batch has prompts 0 to {n_prompts - 1}.")
     if isinstance(what, Intervention):
         _check_feature(what, cfg, through_layer)
     else:
