@@ -59,10 +59,10 @@ class Expansion:
 
     def trace(self, features: Int[Tensor, " n"], batch_size: int, bar: tqdm, ranked: bool) -> None:
         """Trace the in-edges of some features; where `ranked`, bring `visits` up to date."""
-        at = self.nodes.take(features)
-        readouts = feature_readouts(self.engine.local, at.layer, at.pos, at.index)
-        for batch in self.engine.batches(readouts, batch_size):
-            self.store.put(features[batch], self.engine.rows(readouts.take(batch)))
+        for batch in self.engine.batches(self.nodes.layer[features], self.nodes.pos[features], batch_size):
+            at = self.nodes.take(features[batch])
+            readouts = feature_readouts(self.engine.local, at.layer, at.pos, at.index)
+            self.store.put(features[batch], self.engine.rows(readouts))
             bar.update(len(batch))
         if ranked:
             self._reached(features)

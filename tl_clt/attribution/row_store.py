@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -10,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_clt.attribution.edges import CSR, from_csr, spread
-from tl_clt.attribution.nodes import Nodes
+from tl_clt.attribution.nodes import NodeKind, Nodes
 from tl_clt.shapes import Adjacency, NodeValues
 
 BISECTIONS = 24
@@ -47,15 +49,26 @@ class RowStore(ABC):
 
 
 class DenseRows(RowStore):
-    """One tensor [n_nodes, n_nodes]. Rows that are never traced take no memory on a CPU."""
+    """One tensor [n_nodes, n_nodes]. On a CPU, what is never written takes no memory: rows that are not traced, and
+    the columns of features at a target's own layer or above, which cannot reach it."""
 
     def __init__(self, nodes: Nodes, dtype: torch.dtype) -> None:
         super().__init__(nodes, dtype)
-        self.edges = torch.zeros(len(nodes), len(nodes), dtype=dtype, device=nodes.kind.device)
+        self.edges = _zeros(len(nodes), dtype, nodes.kind.device)
+        features = nodes.where(NodeKind.FEATURE)
+        self.n_features = len(features)
+        n_layers = max(int(nodes.layer.max()), 0) + 1
+        layers = torch.arange(n_layers + 1, device=features.device)
+        self.below = torch.searchsorted(nodes.layer[features], layers).tolist()
+        """How many features lie below each layer: they come first."""
         self.n_traced = 0
 
     def put(self, targets: Int[Tensor, " n"], rows: Float[Tensor, "n n_nodes"]) -> None:
-        self.edges[targets] = rows
+        layers = self.nodes.layer[targets]
+        for layer in layers.unique().tolist():
+            at = torch.nonzero(layers == layer).flatten()
+            self.edges[targets[at], : self.below[layer]] = rows[at, : self.below[layer]]
+        self.edges[targets, self.n_features :] = rows[:, self.n_features :]
         self.sums[targets] = rows.abs().sum(dim=1)
         self.n_traced += len(targets)
 
@@ -68,6 +81,17 @@ class DenseRows(RowStore):
     @property
     def nbytes(self) -> int:
         return self.n_traced * self.edges.shape[1] * self.edges.element_size()
+
+
+def _zeros(n_nodes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros [n_nodes, n_nodes]; on a CPU, small pages of memory that are taken when they are first written."""
+    if device.type != "cpu":
+        return torch.zeros(n_nodes, n_nodes, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, max(n_nodes * n_nodes * torch.finfo(dtype).bits // 8, 1))
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with suppress(OSError):  # A kernel without huge pages knows no such advice.
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype, count=n_nodes * n_nodes).view(n_nodes, n_nodes)
 
 
 class _Held(NamedTuple):

@@ -33,16 +33,18 @@ class AutogradEngine(Engine):
             )
             self.reads = local.run(self.sites)
 
-    def batches(self, readouts: Readouts, size: int) -> list[Int[Tensor, " n"]]:
+    def batches(
+        self, point: Int[Tensor, " n_targets"], pos: Int[Tensor, " n_targets"], size: int
+    ) -> list[Int[Tensor, " n"]]:
         """Targets of one read point together: one backward pass starts at one place."""
         found = []
-        for point in readouts.point.unique().tolist():
-            found += torch.nonzero(readouts.point == point).flatten().split(size)
+        for one in point.unique().tolist():
+            found += torch.nonzero(point == one).flatten().split(size)
         return found
 
     def _written(self, readouts: Readouts) -> EdgeRows:
         rows = readouts.directions.new_zeros(len(readouts.pos), len(self.sources.nodes))
-        for at in self.batches(readouts, len(readouts.pos) or 1):
+        for at in self.batches(readouts.point, readouts.pos, len(readouts.pos) or 1):
             rows[at] = self._from_one_point(readouts.take(at))
         return rows
 

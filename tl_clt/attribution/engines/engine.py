@@ -33,8 +33,10 @@ class Engine(ABC):
         return rows
 
     @abstractmethod
-    def batches(self, readouts: Readouts, size: int) -> list[Int[Tensor, " n"]]:
-        """The targets (numbers into `readouts`) in batches of at most `size` that this engine does well together."""
+    def batches(
+        self, point: Int[Tensor, " n_targets"], pos: Int[Tensor, " n_targets"], size: int
+    ) -> list[Int[Tensor, " n"]]:
+        """Targets, by read point and position, in batches of at most `size` that this engine does well together."""
 
     @abstractmethod
     def _written(self, readouts: Readouts) -> EdgeRows:

@@ -79,11 +79,12 @@ def _fold_attention(model: HookedModel, layer: int, dtype: torch.dtype) -> Folde
     before, behind = norm_map(model, f"blocks.{layer}.ln1"), norm_map(model, f"blocks.{layer}.ln1_post")
     to_in = rearrange(W_V.to(dtype), "head d_model d_head -> (head d_head) d_model")
     to_in = transposed_norm(before, to_in)
-    from_out = rearrange(W_O.to(dtype), "head d_head d_model -> d_model (head d_head)")
+    # A view: without a norm behind attention, the model's own weights serve.
+    from_out = rearrange(W_O.to(dtype), "head d_head d_model -> (head d_head) d_model").T
     if behind is not None:
         from_out = from_out - from_out.mean(dim=0) if behind.centred else from_out
         from_out = from_out if behind.gain is None else behind.gain.to(dtype)[:, None] * from_out
-    return FoldedOV(from_out.contiguous(), to_in.contiguous(), len(W_O), len(W_V))
+    return FoldedOV(from_out, to_in.contiguous(), len(W_O), len(W_V))
 
 
 def transposed_norm(norm: NormMap | None, directions: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:

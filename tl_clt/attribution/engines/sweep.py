@@ -131,12 +131,14 @@ class SweepEngine(Engine):
         self.embed = [self._placed(at.embed), self._placed(at.pos_embed)]
         self.carried = [self._carried(at.embed), self._carried(at.pos_embed)] if self.carries else []
 
-    def batches(self, readouts: Readouts, size: int) -> list[Int[Tensor, " n"]]:
+    def batches(
+        self, point: Int[Tensor, " n_targets"], pos: Int[Tensor, " n_targets"], size: int
+    ) -> list[Int[Tensor, " n"]]:
         """Targets of one position together, or of neighbouring ones where they are few."""
-        order = torch.argsort(readouts.pos, stable=True)
+        order = torch.argsort(pos, stable=True)
         found: list[Tensor] = []
         waiting: list[Tensor] = []
-        for group in order.split(torch.unique_consecutive(readouts.pos[order], return_counts=True)[1].tolist()):
+        for group in order.split(torch.unique_consecutive(pos[order], return_counts=True)[1].tolist()):
             waiting.append(group)
             if sum(map(len, waiting)) >= min(size, FEW_TARGETS):
                 found += torch.cat(waiting).split(size)
