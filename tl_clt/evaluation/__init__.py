@@ -1,6 +1,7 @@
 """How good a CLT is."""
 
-from tl_clt.evaluation.faithfulness import FaithfulnessReport, measure_faithfulness, residual_changes
+from tl_clt.evaluation.faithfulness import measure_faithfulness
+from tl_clt.evaluation.faithfulness_report import FaithfulnessReport
 from tl_clt.evaluation.fidelity import FidelityReport, evaluate, replaced
 
 __all__ = [
@@ -9,5 +10,4 @@ __all__ = [
     "evaluate",
     "measure_faithfulness",
     "replaced",
-    "residual_changes",
 ]

@@ -1,0 +1,88 @@
+"""What `measure_faithfulness` found: a tidy table, its means, a figure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING
+
+from pandas import DataFrame
+
+from tl_clt.evaluation.perturbations import KINDS
+from tl_clt.lens import Freeze
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+GROUPS = ["transcoder", "kind", "frozen_norms", "distance"]
+MEASURES = ["cosine", "normalised_error", "carried_cosine", "carried_error"]
+COLUMNS = [
+    *("transcoder", "prompt", "kind", "layer", "position", "source_layer", "feature", "size"),
+    *("frozen_norms", "distance", *MEASURES),
+]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FaithfulnessReport:
+    """How the changes that follow a perturbation compare in the model and in its local replacement model."""
+
+    table: DataFrame
+    """One row for each perturbation, way of holding norms and later layer: transcoder (its name), prompt (number),
+    kind, layer (after whose block the stream is moved), position, source_layer and feature (whose direction; -1
+    for random ones), size (norm, as a share of the stream's there), frozen_norms, distance (blocks between),
+    cosine, normalised_error, carried_cosine, carried_error."""
+
+    real_freeze: Freeze
+    """What was held in the model's own run."""
+
+    @property
+    def by_distance(self) -> DataFrame:
+        """Means over perturbations for each transcoder, kind, frozen_norms and distance. n is their number; the
+        median stands beside the mean of the normalised error, which few large values can carry."""
+        means = {measure: (measure, "mean") for measure in MEASURES}
+        groups = self.table.groupby(GROUPS, sort=False)
+        median = ("normalised_error", "median")
+        return groups.agg(n=("cosine", "size"), **means, median_error=median).reset_index()
+
+    def plot(self) -> Figure:
+        """Cosine and normalised error against distance, a row of panels for each transcoder, beside what the
+        perturbation alone would score. Needs matplotlib."""
+        from matplotlib.figure import Figure
+
+        means = self.by_distance
+        names = list(dict.fromkeys(means["transcoder"]))
+        figure = Figure(figsize=(11, 3.4 * len(names)), layout="constrained")
+        panels = figure.subplots(len(names), 2, squeeze=False, sharex=True, sharey="col")
+        for name, row in zip(names, panels, strict=True):
+            ours = means[means["transcoder"] == name]
+            _lines(row[0], ours, "cosine", "carried_cosine")
+            _lines(row[1], ours, "normalised_error", "carried_error")
+            row[0].set(title=f"{name}: direction", ylabel="cosine (mean)", ylim=(None, 1.02))
+            row[1].set(title=f"{name}: size and direction", ylabel="normalised error (mean)")
+        # Errors of 0.1 and of 10 are to be told apart, and an error of 0 drawn.
+        panels[0][1].set_yscale("symlog", linthresh=0.1)
+        panels[0][1].set_ylim(bottom=0)
+        for axes in panels[-1]:
+            axes.set_xlabel("distance (layers)")
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center")
+        return figure
+
+
+def _lines(axes: Axes, means: DataFrame, measure: str, carried: str) -> None:
+    """One line for each kind and way of holding norms; dotted, the perturbation alone."""
+    distances = sorted(means["distance"].unique())
+    for (i, kind), frozen in product(enumerate(KINDS), (False, True)):
+        line = means[(means["kind"] == kind) & (means["frozen_norms"] == frozen)]
+        if len(line) > 0:
+            style = {"color": f"C{i}", "linestyle": "--" if frozen else "-", "marker": "s" if frozen else "o"}
+            label = f"{kind}, norms {'held' if frozen else 'free'}"
+            axes.plot(line["distance"], line[measure], label=label, markersize=4, **style)
+    for i, kind in enumerate(KINDS):
+        alone = means[means["kind"] == kind].drop_duplicates("distance")
+        if len(alone) > 0:
+            axes.plot(alone["distance"], alone[carried], f"C{i}:", linewidth=1, label=f"{kind}, carried alone")
+    step = -(-len(distances) // 12)
+    axes.set_xticks(distances[::step])
+    axes.grid(axis="y", linewidth=0.3)
