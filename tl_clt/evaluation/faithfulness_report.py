@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
 from typing import TYPE_CHECKING
 
 from pandas import DataFrame
@@ -52,7 +51,7 @@ class FaithfulnessReport:
 
         means = self.by_distance
         names = list(dict.fromkeys(means["transcoder"]))
-        figure = Figure(figsize=(11, 3.4 * len(names)), layout="constrained")
+        figure = Figure(figsize=(10, 3.4 * len(names) + 0.8), layout="constrained")
         panels = figure.subplots(len(names), 2, squeeze=False, sharex=True, sharey="col")
         for name, row in zip(names, panels, strict=True):
             ours = means[means["transcoder"] == name]
@@ -66,22 +65,21 @@ class FaithfulnessReport:
         for axes in panels[-1]:
             axes.set_xlabel("distance (layers)")
         handles, labels = panels[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right center")
+        figure.legend(handles, labels, loc="outside lower center", ncols=means["kind"].nunique())
         return figure
 
 
 def _lines(axes: Axes, means: DataFrame, measure: str, carried: str) -> None:
     """One line for each kind and way of holding norms; dotted, the perturbation alone."""
     distances = sorted(means["distance"].unique())
-    for (i, kind), frozen in product(enumerate(KINDS), (False, True)):
-        line = means[(means["kind"] == kind) & (means["frozen_norms"] == frozen)]
-        if len(line) > 0:
-            style = {"color": f"C{i}", "linestyle": "--" if frozen else "-", "marker": "s" if frozen else "o"}
-            label = f"{kind}, norms {'held' if frozen else 'free'}"
-            axes.plot(line["distance"], line[measure], label=label, markersize=4, **style)
     for i, kind in enumerate(KINDS):
-        alone = means[means["kind"] == kind].drop_duplicates("distance")
-        if len(alone) > 0:
+        ours = means[means["kind"] == kind]
+        for frozen, held in ours.groupby("frozen_norms"):
+            style = {"linestyle": "--", "marker": "s"} if frozen else {"linestyle": "-", "marker": "o"}
+            label = f"{kind}, norms {'held' if frozen else 'free'}"
+            axes.plot(held["distance"], held[measure], color=f"C{i}", label=label, markersize=4, **style)
+        if len(ours) > 0:
+            alone = ours.drop_duplicates("distance")
             axes.plot(alone["distance"], alone[carried], f"C{i}:", linewidth=1, label=f"{kind}, carried alone")
     step = -(-len(distances) // 12)
     axes.set_xticks(distances[::step])

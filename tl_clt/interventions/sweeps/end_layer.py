@@ -46,7 +46,7 @@ class EndLayerSweep:
         """Change of each token's probability against the end layer, its mean dotted. Needs matplotlib."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+        figure = Figure(figsize=(7.5, 5), layout="constrained")
         axes = figure.subplots()
         for _, rows in self.table.groupby("token_id", sort=False):
             token = rows["token"].iloc[0]
@@ -59,7 +59,7 @@ class EndLayerSweep:
         axes.set(xlabel="last layer whose MLP output is held (through_layer)", ylabel="change of probability")
         axes.set_title("Constrained intervention by end layer")
         axes.grid(linewidth=0.3)
-        figure.legend(loc="outside right upper")
+        figure.legend(loc="outside lower center", ncols=2)
         return figure
 
 

@@ -34,7 +34,7 @@ class Interaction:
         """Bars of each change, one panel a measure. Needs matplotlib."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(10, 4), layout="constrained")
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
         width = 1 / (len(CHANGES) + 1)
         for axes, measure in zip(figure.subplots(1, len(MEASURES)), MEASURES, strict=True):
             rows = self.table[self.table["measure"] == measure]
@@ -44,8 +44,10 @@ class Interaction:
             axes.axhline(0, color="black", linewidth=0.8)
             axes.set_xticks(range(len(rows)), [repr(token) for token in rows["token"]])
             axes.set_ylabel(f"change of {measure}")
+            axes.set_axisbelow(True)
             axes.grid(axis="y", linewidth=0.3)
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(CHANGES))
         return figure
 
 

@@ -41,7 +41,7 @@ class StrengthSweep:
         """Probability of each named token against strength, flips as dashed lines. Needs matplotlib."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+        figure = Figure(figsize=(7.5, 5), layout="constrained")
         axes = figure.subplots()
         for _, rows in self.table.groupby("token_id", sort=False):
             token = rows["token"].iloc[0]
@@ -52,7 +52,7 @@ class StrengthSweep:
         axes.set(xlabel="strength (times the given amounts)", ylabel="probability of the next token")
         axes.set(title="Steering", ylim=(-0.02, 1.02))
         axes.grid(linewidth=0.3)
-        figure.legend(loc="outside right upper")
+        figure.legend(loc="outside lower center", ncols=2)
         return figure
 
 
