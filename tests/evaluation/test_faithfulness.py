@@ -1,4 +1,4 @@
-"""`measure_faithfulness`: a CLT that is the MLPs scores 1 and 0; any other what the same runs written out by hand give."""
+"""`measure_faithfulness`: a CLT that is the MLPs scores 1 and 0; any other what the same runs by hand give."""
 
 from __future__ import annotations
 
@@ -175,7 +175,8 @@ def test_the_table_has_a_row_for_each_perturbation_layer_and_way_of_holding_norm
     assert table["size"][table["kind"] != "feature"].to_numpy() == pytest.approx(0.1)
     per_layer = table[(table["transcoder"] == "per layer") & (table["kind"] == "feature")]
     assert (per_layer["source_layer"] == per_layer["layer"]).all()
-    assert not table.duplicated(table.columns[:7].tolist() + ["frozen_norms", "distance"])[table["feature"] >= 0].any()
+    features = table[table["feature"] >= 0]
+    assert not features.duplicated([*COLUMNS[:7], "frozen_norms", "distance"]).any()
 
 
 def test_random_perturbations_are_the_same_for_all_transcoders(model, clts):

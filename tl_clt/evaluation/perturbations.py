@@ -54,8 +54,8 @@ def draw_perturbations(
 ) -> list[Perturbation]:
     """Draw perturbations of one kind after one block, at positions after 0.
 
-    Features are drawn from those that are active, without repeats, so there may be fewer than n; one that writes
-    nothing to that layer, or no more than rounding, is left out. Random ones do not depend on the CLT.
+    Features are drawn from those that are active, without repeats, so there may be fewer than n; those that write
+    nothing to that layer, or no more than rounding, are passed over. Random ones do not depend on the CLT.
 
     Args:
         clt, clean: a CLT and one prompt.
@@ -77,9 +77,10 @@ def draw_perturbations(
         return [Perturbation(kind, p, -1, -1, _of_size(v, stream[p], size)) for p, v in pairs]
     sources = [layer + 1] if kind == "encoder" else list(clt.cfg.sources(layer))
     active = torch.nonzero(clean.feature_acts[1:, sources]).cpu()
-    chosen = active[torch.randperm(len(active), generator=generator)[:n]]
-    drawn = []
-    for before, place, feature in chosen.tolist():
+    drawn: list[Perturbation] = []
+    for before, place, feature in active[torch.randperm(len(active), generator=generator)].tolist():
+        if len(drawn) == n:
+            break
         position, source = before + 1, sources[place]
         if kind == "encoder":
             vector = _of_size(clt.W_enc[source, :, feature].to(stream), stream[position], size)

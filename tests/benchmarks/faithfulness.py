@@ -1,0 +1,118 @@
+"""Faithfulness of replacement models: `python -m tests.benchmarks.faithfulness` prints tables. Not collected by pytest.
+
+atlas with its bundled CLT, beside per-layer transcoders (PLTs) of the same recipe, which the project's runner trains
+first unless --plt names some; with --gemma and --gemma-clt also Gemma 3 270M. Published (Methods, "Evaluating
+mechanistic faithfulness", an 18-layer model): cosine about 0.8 and normalised error about 0.4, one layer after a
+perturbation.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Optional
+
+import pandas as pd
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tl_clt import CLTTrainingRunner, CrossLayerTranscoder, load_model, load_organism, measure_faithfulness
+from tl_clt.evaluation import FaithfulnessReport
+from tl_clt.evaluation.perturbations import KINDS
+from tl_clt.lens import Freeze, HookedModel
+from tl_clt.organisms.atlas.train_clt import clt_config, held_out_sentences, training_tokens
+
+console = Console(width=150)
+HELD: tuple[Freeze, ...] = ("none", "attention")
+DISTANCES = (1, 2, 3, 5, 8, 12, 17)
+GEMMA_PROMPTS = [
+    "Fact: Michael Jordan plays the sport of",
+    "Fact: the capital of the state containing Dallas is",
+    "The opposite of small is",
+    "The company was founded in 1998 and is based in",
+    "Water boils at one hundred degrees",
+]
+
+
+def trained_plt(folder: Path, seed: int) -> CrossLayerTranscoder:
+    """PLTs of atlas: the recipe of its CLT, with span 1."""
+    model = load_model("atlas")
+    cfg = replace(clt_config("atlas", folder, seed), span=1)
+    return CLTTrainingRunner(cfg, model=model, dataset=training_tokens(model, seed)).run()
+
+
+def show(name: str, reports: dict[Freeze, FaithfulnessReport]) -> None:
+    """One layer after each kind of perturbation; then cosines (means) and errors (medians) by distance."""
+    near = Table("attention", "transcoder", "norms", "perturbation", "n", "cosine", "normalised error", "its median")
+    near.add_column("perturbation alone: cosine, error")
+    far = Table("attention", "transcoder", "norms", "distance", *(f"{kind}: cosine, median error" for kind in KINDS))
+    for held, report in reports.items():
+        for (transcoder, frozen), means in report.by_distance.groupby(["transcoder", "frozen_norms"], sort=False):
+            where = ("free" if held == "none" else "held", transcoder, "held" if frozen else "free")
+            for row in means[means["distance"] == 1].itertuples():
+                numbers = f"{row.cosine:.2f}", f"{row.normalised_error:.2f}", f"{row.median_error:.2f}"
+                near.add_row(
+                    *where, row.kind, str(row.n), *numbers, f"{row.carried_cosine:.2f}, {row.carried_error:.2f}"
+                )
+            for distance, at in means.groupby("distance"):
+                if distance in DISTANCES:
+                    kinds = at.set_index("kind").loc[list(KINDS)].itertuples()
+                    far.add_row(*where, str(distance), *(f"{row.cosine:.2f}, {row.median_error:.2f}" for row in kinds))
+    console.print(f"{name}, one layer after a perturbation", near)
+    console.print(f"{name}, by distance", far)
+
+
+def measure(
+    name: str,
+    model: HookedModel,
+    clts: dict[str, CrossLayerTranscoder],
+    prompts: list[str],
+    n_perturbations: int,
+    output: Path | None,
+) -> None:
+    """Measure with the model's attention free and held, print tables, and write them with figures."""
+    reports = {
+        held: measure_faithfulness(model, clts, prompts, n_perturbations=n_perturbations, real_freeze=held)
+        for held in HELD
+    }
+    show(f"{name}, {len(prompts)} prompts", reports)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        each = [report.table.assign(attention=held) for held, report in reports.items()]
+        pd.concat(each).to_csv(output / f"{name}.csv", index=False)
+        for held, report in reports.items():
+            report.plot().savefig(output / f"{name}_{held}.png")
+
+
+def main(
+    plt: Annotated[Optional[Path], typer.Option(help="PLTs of atlas, instead of training some.")] = None,
+    gemma: Annotated[Optional[Path], typer.Option(help="Folder or .gguf file of Gemma 3 270M.")] = None,
+    gemma_clt: Annotated[Optional[Path], typer.Option(help="A CLT of it.")] = None,
+    gemma_plt: Annotated[Optional[Path], typer.Option(help="PLTs of it, to stand beside.")] = None,
+    n_prompts: Annotated[int, typer.Option(help="Held-out questions of atlas.")] = 40,
+    n_perturbations: Annotated[int, typer.Option(help="Of each kind, for each prompt and layer.")] = 4,
+    output: Annotated[Optional[Path], typer.Option(help="Folder for tables and figures.")] = None,
+    threads: int = 2,
+    seed: int = 0,
+) -> None:
+    """Cosine and normalised error of what follows a perturbation, for atlas and perhaps Gemma."""
+    torch.set_num_threads(threads)
+    if (gemma is None) != (gemma_clt is None):
+        raise typer.BadParameter("Give --gemma and --gemma-clt together.")
+    atlas, clt = load_organism("atlas")
+    with tempfile.TemporaryDirectory() as temp:
+        per_layer = trained_plt(Path(temp) / "plt", seed) if plt is None else CrossLayerTranscoder.from_pretrained(plt)
+    prompts = random.Random(seed).sample(held_out_sentences(), n_prompts)
+    measure("atlas", atlas, {"CLT": clt, "PLT": per_layer}, prompts, n_perturbations, output)
+    if gemma is not None and gemma_clt is not None:
+        folders = {"CLT": gemma_clt} if gemma_plt is None else {"CLT": gemma_clt, "PLT": gemma_plt}
+        clts = {name: CrossLayerTranscoder.from_pretrained(folder) for name, folder in folders.items()}
+        measure("gemma", load_model(gemma), clts, GEMMA_PROMPTS, n_perturbations, output)
+
+
+if __name__ == "__main__":
+    typer.run(main)
