@@ -38,11 +38,14 @@ GEMMA_PROMPTS = [
 ]
 
 
-def trained_plt(folder: Path, seed: int) -> CrossLayerTranscoder:
-    """PLTs of atlas: the recipe of its CLT, with span 1."""
+def atlas_plt(folder: Path | None, seed: int) -> CrossLayerTranscoder:
+    """PLTs of atlas from a folder, or trained now: the recipe of its CLT, with span 1."""
+    if folder is not None:
+        return CrossLayerTranscoder.from_pretrained(folder)
     model = load_model("atlas")
-    cfg = replace(clt_config("atlas", folder, seed), span=1)
-    return CLTTrainingRunner(cfg, model=model, dataset=training_tokens(model, seed)).run()
+    with tempfile.TemporaryDirectory() as temp:
+        cfg = replace(clt_config("atlas", Path(temp) / "plt", seed), span=1)
+        return CLTTrainingRunner(cfg, model=model, dataset=training_tokens(model, seed)).run()
 
 
 def show(name: str, reports: dict[Freeze, FaithfulnessReport]) -> None:
@@ -89,11 +92,12 @@ def measure(
 
 
 def main(
+    atlas: Annotated[bool, typer.Option(help="Measure atlas.")] = True,
     plt: Annotated[Optional[Path], typer.Option(help="PLTs of atlas, instead of training some.")] = None,
     gemma: Annotated[Optional[Path], typer.Option(help="Folder or .gguf file of Gemma 3 270M.")] = None,
     gemma_clt: Annotated[Optional[Path], typer.Option(help="A CLT of it.")] = None,
     gemma_plt: Annotated[Optional[Path], typer.Option(help="PLTs of it, to stand beside.")] = None,
-    n_prompts: Annotated[int, typer.Option(help="Held-out questions of atlas.")] = 40,
+    n_prompts: Annotated[int, typer.Option(help="Held-out questions of atlas; of Gemma's prompts 5 at most.")] = 40,
     n_perturbations: Annotated[int, typer.Option(help="Of each kind, for each prompt and layer.")] = 4,
     output: Annotated[Optional[Path], typer.Option(help="Folder for tables and figures.")] = None,
     threads: int = 2,
@@ -103,15 +107,14 @@ def main(
     torch.set_num_threads(threads)
     if (gemma is None) != (gemma_clt is None):
         raise typer.BadParameter("Give --gemma and --gemma-clt together.")
-    atlas, clt = load_organism("atlas")
-    with tempfile.TemporaryDirectory() as temp:
-        per_layer = trained_plt(Path(temp) / "plt", seed) if plt is None else CrossLayerTranscoder.from_pretrained(plt)
-    prompts = random.Random(seed).sample(held_out_sentences(), n_prompts)
-    measure("atlas", atlas, {"CLT": clt, "PLT": per_layer}, prompts, n_perturbations, output)
+    if atlas:
+        clts = {"CLT": load_organism("atlas").clt, "PLT": atlas_plt(plt, seed)}
+        prompts = random.Random(seed).sample(held_out_sentences(), n_prompts)
+        measure("atlas", load_model("atlas"), clts, prompts, n_perturbations, output)
     if gemma is not None and gemma_clt is not None:
         folders = {"CLT": gemma_clt} if gemma_plt is None else {"CLT": gemma_clt, "PLT": gemma_plt}
         clts = {name: CrossLayerTranscoder.from_pretrained(folder) for name, folder in folders.items()}
-        measure("gemma", load_model(gemma), clts, GEMMA_PROMPTS, n_perturbations, output)
+        measure("gemma", load_model(gemma), clts, GEMMA_PROMPTS[:n_prompts], n_perturbations, output)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from tl_clt.transcoder import CrossLayerTranscoder
 Changes = Float[Tensor, "n_later n_perturbations pos d_model"]
 
 
+@torch.no_grad()
 def measure_faithfulness(
     model: HookedModel,
     clts: CrossLayerTranscoder | Mapping[str, CrossLayerTranscoder],
@@ -138,7 +139,6 @@ def _check(model: HookedModel, clts: dict[str, CrossLayerTranscoder], prompts: S
         raise ModelUnsupported("The model has one layer: no later layer could follow a perturbation.")
 
 
-@torch.no_grad()
 def _measure(
     model: HookedModel, clt: CrossLayerTranscoder, tokens: Tokens, plan: _Plan, number: int
 ) -> Iterator[list[tuple]]:
