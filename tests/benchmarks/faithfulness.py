@@ -12,9 +12,8 @@ import random
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
-import pandas as pd
 import torch
 import typer
 from rich.console import Console
@@ -23,11 +22,10 @@ from rich.table import Table
 from tl_clt import CLTTrainingRunner, CrossLayerTranscoder, load_model, load_organism, measure_faithfulness
 from tl_clt.evaluation import FaithfulnessReport
 from tl_clt.evaluation.perturbations import KINDS
-from tl_clt.lens import Freeze, HookedModel
+from tl_clt.lens import HookedModel
 from tl_clt.organisms.atlas.train_clt import clt_config, held_out_sentences, training_tokens
 
 console = Console(width=150)
-HELD: tuple[Freeze, ...] = ("none", "attention")
 DISTANCES = (1, 2, 3, 5, 8, 12, 17)
 GEMMA_PROMPTS = [
     "Fact: Michael Jordan plays the sport of",
@@ -48,23 +46,21 @@ def atlas_plt(folder: Path | None, seed: int) -> CrossLayerTranscoder:
         return CLTTrainingRunner(cfg, model=model, dataset=training_tokens(model, seed)).run()
 
 
-def show(name: str, reports: dict[Freeze, FaithfulnessReport]) -> None:
+def show(name: str, report: FaithfulnessReport) -> None:
     """One layer after each kind of perturbation; then cosines (means) and errors (medians) by distance."""
     near = Table("attention", "transcoder", "norms", "perturbation", "n", "cosine", "normalised error", "its median")
     near.add_column("perturbation alone: cosine, error")
     far = Table("attention", "transcoder", "norms", "distance", *(f"{kind}: cosine, median error" for kind in KINDS))
-    for held, report in reports.items():
-        for (transcoder, frozen), means in report.by_distance.groupby(["transcoder", "frozen_norms"], sort=False):
-            where = ("free" if held == "none" else "held", transcoder, "held" if frozen else "free")
-            for row in means[means["distance"] == 1].itertuples():
-                numbers = f"{row.cosine:.2f}", f"{row.normalised_error:.2f}", f"{row.median_error:.2f}"
-                near.add_row(
-                    *where, row.kind, str(row.n), *numbers, f"{row.carried_cosine:.2f}, {row.carried_error:.2f}"
-                )
-            for distance, at in means.groupby("distance"):
-                if distance in DISTANCES:
-                    kinds = at.set_index("kind").loc[list(KINDS)].itertuples()
-                    far.add_row(*where, str(distance), *(f"{row.cosine:.2f}, {row.median_error:.2f}" for row in kinds))
+    groups = report.by_distance.groupby(["real_freeze", "transcoder", "frozen_norms"], sort=False)
+    for (freeze, transcoder, frozen), means in groups:
+        where = ("free" if freeze == "none" else "held", transcoder, "held" if frozen else "free")
+        for row in means[means["distance"] == 1].itertuples():
+            numbers = f"{row.cosine:.2f}", f"{row.normalised_error:.2f}", f"{row.median_error:.2f}"
+            alone = f"{row.carried_cosine:.2f}, {row.carried_error:.2f}"
+            near.add_row(*where, row.kind, str(row.n), *numbers, alone)
+        for distance, at in means[means["distance"].isin(DISTANCES)].groupby("distance"):
+            kinds = at.set_index("kind").loc[list(KINDS)].itertuples()
+            far.add_row(*where, str(distance), *(f"{row.cosine:.2f}, {row.median_error:.2f}" for row in kinds))
     console.print(f"{name}, one layer after a perturbation", near)
     console.print(f"{name}, by distance", far)
 
@@ -74,21 +70,16 @@ def measure(
     model: HookedModel,
     clts: dict[str, CrossLayerTranscoder],
     prompts: list[str],
-    n_perturbations: int,
+    options: dict[str, Any],
     output: Path | None,
 ) -> None:
-    """Measure with the model's attention free and held, print tables, and write them with figures."""
-    reports = {
-        held: measure_faithfulness(model, clts, prompts, n_perturbations=n_perturbations, real_freeze=held)
-        for held in HELD
-    }
-    show(f"{name}, {len(prompts)} prompts", reports)
+    """Measure with the model's attention free and held, print tables, and write table and figure."""
+    report = measure_faithfulness(model, clts, prompts, real_freeze=("none", "attention"), **options)
+    show(f"{name}, {len(prompts)} prompts, {options}", report)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        each = [report.table.assign(attention=held) for held, report in reports.items()]
-        pd.concat(each).to_csv(output / f"{name}.csv", index=False)
-        for held, report in reports.items():
-            report.plot().savefig(output / f"{name}_{held}.png")
+        report.table.to_csv(output / f"{name}.csv", index=False)
+        report.plot().savefig(output / f"{name}.png")
 
 
 def main(
@@ -99,22 +90,24 @@ def main(
     gemma_plt: Annotated[Optional[Path], typer.Option(help="PLTs of it, to stand beside.")] = None,
     n_prompts: Annotated[int, typer.Option(help="Held-out questions of atlas; of Gemma's prompts 5 at most.")] = 40,
     n_perturbations: Annotated[int, typer.Option(help="Of each kind, for each prompt and layer.")] = 4,
+    size: Annotated[float, typer.Option(help="Of encoder and random perturbations, over the stream's norm.")] = 0.1,
     output: Annotated[Optional[Path], typer.Option(help="Folder for tables and figures.")] = None,
     threads: int = 2,
     seed: int = 0,
 ) -> None:
     """Cosine and normalised error of what follows a perturbation, for atlas and perhaps Gemma."""
     torch.set_num_threads(threads)
+    options = {"n_perturbations": n_perturbations, "size": size, "seed": seed}
     if (gemma is None) != (gemma_clt is None):
         raise typer.BadParameter("Give --gemma and --gemma-clt together.")
     if atlas:
         clts = {"CLT": load_organism("atlas").clt, "PLT": atlas_plt(plt, seed)}
         prompts = random.Random(seed).sample(held_out_sentences(), n_prompts)
-        measure("atlas", load_model("atlas"), clts, prompts, n_perturbations, output)
+        measure("atlas", load_model("atlas"), clts, prompts, options, output)
     if gemma is not None and gemma_clt is not None:
         folders = {"CLT": gemma_clt} if gemma_plt is None else {"CLT": gemma_clt, "PLT": gemma_plt}
         clts = {name: CrossLayerTranscoder.from_pretrained(folder) for name, folder in folders.items()}
-        measure("gemma", load_model(gemma), clts, GEMMA_PROMPTS[:n_prompts], n_perturbations, output)
+        measure("gemma", load_model(gemma), clts, GEMMA_PROMPTS[:n_prompts], options, output)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from tests.replacement.by_hand import clean_run, run_by_hand
 from tl_clt import attach, frozen_hooks
 from tl_clt.errors import AlreadyAttached, CLTMismatch, ConfigError, DatasetError, ModelUnsupported
 from tl_clt.evaluation import measure_faithfulness
-from tl_clt.evaluation.faithfulness_report import COLUMNS
+from tl_clt.evaluation.faithfulness_report import COLUMNS, GROUPS
 from tl_clt.transcoder import CrossLayerTranscoder, CrossLayerTranscoderConfig
 
 PROMPTS = [torch.tensor([0, 5, 9, 40, 2]), torch.tensor([0, 33, 12, 7])]
@@ -56,7 +56,7 @@ def neurons(relu_model):
 @pytest.mark.parametrize(("real_freeze", "frozen_norms"), [("attention", False), ("all", True)])
 def test_the_models_own_neurons_are_faithful(relu_model, neurons, real_freeze, frozen_norms):
     report = measure_faithfulness(
-        relu_model, neurons, PROMPTS, real_freeze=real_freeze, frozen_norms=[frozen_norms], progress=False
+        relu_model, neurons, PROMPTS, real_freeze=[real_freeze], frozen_norms=[frozen_norms], progress=False
     )
     assert set(report.table["distance"]) == {1, 2}
     assert set(report.table["kind"]) == {"feature", "encoder", "random"}
@@ -67,7 +67,7 @@ def test_the_models_own_neurons_are_faithful(relu_model, neurons, real_freeze, f
 
 def test_held_norms_and_free_attention_are_seen(relu_model, neurons):
     """What the paper suspects: with all else exact, what is held in one model and not in the other shows."""
-    norms = measure_faithfulness(relu_model, neurons, PROMPTS, real_freeze="attention", progress=False).table
+    norms = measure_faithfulness(relu_model, neurons, PROMPTS, real_freeze=["attention"], progress=False).table
     assert norms[norms["frozen_norms"]]["normalised_error"].min() > 1e-6
     free = measure_faithfulness(relu_model, neurons, PROMPTS, frozen_norms=[False], progress=False).table
     assert free["normalised_error"].max() > 1e-6
@@ -117,9 +117,8 @@ def vector_by_hand(model, clt, tokens, row):
     return SIZE * cache[f"blocks.{layer}.hook_resid_post"][0, row["position"]].norm() * direction / direction.norm()
 
 
-@pytest.mark.parametrize("real", ["none", "attention"])
 @pytest.mark.parametrize("span", [1, 3])
-def test_every_measure_equals_runs_by_hand(one_of_each, span, real):
+def test_every_measure_equals_runs_by_hand(one_of_each, span):
     model = one_of_each
     clt = tiny_clt(model, span=span)
     report = measure_faithfulness(
@@ -128,19 +127,19 @@ def test_every_measure_equals_runs_by_hand(one_of_each, span, real):
         PROMPTS,
         kinds=["feature", "encoder"],
         size=SIZE,
-        real_freeze=real,
-        n_perturbations=2,
+        real_freeze=["none", "attention"],
+        n_perturbations=1,
         progress=False,
     )
     rows = report.table.sort_values("distance")
     assert set(rows["transcoder"]) == {"PLT" if span == 1 else "CLT"}
-    places = ["prompt", "kind", "layer", "position", "source_layer", "feature", "frozen_norms"]
+    places = ["prompt", "kind", "layer", "position", "source_layer", "feature", "real_freeze", "frozen_norms"]
     for _, group in rows.groupby(places):
         row = group.iloc[0]
         tokens = PROMPTS[row["prompt"]][None]
         vector = vector_by_hand(model, clt, tokens, row)
         where = (model, clt, tokens, vector, int(row["position"]), int(row["layer"]))
-        d = changes_by_hand(*where, real=real).flatten(1)
+        d = changes_by_hand(*where, real=row["real_freeze"]).flatten(1)
         replaced = changes_by_hand(*where, frozen=bool(row["frozen_norms"])).flatten(1)
         carried = torch.zeros(tokens.shape[1], len(vector), dtype=torch.float64)
         carried[row["position"]] = vector
@@ -188,7 +187,7 @@ def test_random_perturbations_are_the_same_for_all_transcoders(model, clts):
 
 def test_a_seed_fixes_what_is_drawn_and_passes_do_not_matter(model, clts):
     first, again = measured(model, clts).table, measured(model, clts, batch_size=3).table
-    one, other = (table.sort_values(COLUMNS[:10], kind="stable").reset_index(drop=True) for table in (first, again))
+    one, other = (table.sort_values(COLUMNS[:11], kind="stable").reset_index(drop=True) for table in (first, again))
     assert_frame_equal(one, other, rtol=1e-9)
     assert not first["cosine"].equals(measured(model, clts, seed=1).table["cosine"])
 
@@ -197,7 +196,7 @@ def test_means_are_over_perturbations(model, clts):
     report = measured(model, clts)
     row = report.by_distance.iloc[0]
     table = report.table
-    group = table[(table[["transcoder", "kind", "frozen_norms", "distance"]] == row.iloc[:4]).all(axis=1)]
+    group = table[(table[GROUPS] == row[GROUPS]).all(axis=1)]
     assert row["n"] == len(group)
     assert row["cosine"] == pytest.approx(group["cosine"].mean())
     assert row["normalised_error"] == pytest.approx(group["normalised_error"].mean())
@@ -205,11 +204,12 @@ def test_means_are_over_perturbations(model, clts):
 
 
 def test_the_figure_has_two_panels_for_each_transcoder(model, clts, tmp_path):
-    figure = measured(model, clts, kinds=["feature", "random"]).plot()
+    figure = measured(model, clts, kinds=["feature", "random"], real_freeze=["none", "attention"]).plot()
     titles = [axes.get_title() for axes in figure.axes]
-    assert titles == [f"{name}: {what}" for name in clts for what in ("direction", "size and direction")]
+    against = ("against the model", "against the model with attention held")
+    assert titles == [f"{name} {what}" for name in clts for what in against for _ in range(2)]
     # Two kinds with norms free and held, and each perturbation alone.
-    assert [len(axes.lines) for axes in figure.axes] == [6] * 4
+    assert [len(axes.lines) for axes in figure.axes] == [6] * 8
     figure.savefig(tmp_path / "faithfulness.png")
 
 
@@ -238,7 +238,8 @@ def test_features_that_write_nothing_are_left_out(model):
         ({"size": math.nan}, "size is nan"),
         ({"n_perturbations": 0}, "n_perturbations is 0: give at least 1"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"real_freeze": "norms"}, "real_freeze is 'norms': give one of attention, all, none"),
+        ({"real_freeze": ["norms"]}, "real_freeze is ['norms']: give some of attention, all, none"),
+        ({"real_freeze": []}, "real_freeze is []"),
     ],
 )
 @pytest.mark.usefixtures("as_users_run_it")

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import get_args
 
 import torch
@@ -29,9 +30,9 @@ from tl_clt.errors import ConfigError, DatasetError, ModelUnsupported
 from tl_clt.evaluation.faithfulness_report import COLUMNS, FaithfulnessReport
 from tl_clt.evaluation.perturbations import KINDS, Kind, Perturbation, clean_activations, draw_perturbations
 from tl_clt.interventions import Freeze, intervention_hooks
-from tl_clt.lens import FwdHook, HookedModel, Prompt, block_hook, run_with_hooks, to_tokens, user_hooks_aside
+from tl_clt.lens import HookedModel, Prompt, block_hook, run_with_hooks, to_tokens, user_hooks_aside
 from tl_clt.replacement import check_fit, require_free
-from tl_clt.shapes import Tokens
+from tl_clt.shapes import TokenBatch, Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
 
 Changes = Float[Tensor, "n_later n_perturbations pos d_model"]
@@ -47,7 +48,7 @@ def measure_faithfulness(
     n_perturbations: int = 4,
     size: float = 0.1,
     frozen_norms: Sequence[bool] = (False, True),
-    real_freeze: Freeze = "none",
+    real_freeze: Sequence[Freeze] = ("none",),
     batch_size: int = 32,
     seed: int = 0,
     progress: bool = True,
@@ -73,8 +74,8 @@ def measure_faithfulness(
         n_perturbations: of each kind, for each prompt and layer; fewer where fewer features are active.
         size: norm of encoder and random perturbations, as a share of the stream's norm at their place.
         frozen_norms: whether the replacement model's norms are held: False, True, or each in turn.
-        real_freeze: what is held in the model's own run. "none" compares with the model as it is; with "attention"
-            what is left is due to the MLPs' replacement (and to norms where they are held).
+        real_freeze: what is held in the model's own run, each in turn. "none" compares with the model as it is;
+            with "attention" what is left is due to the MLPs' replacement (and to norms where they are held).
         batch_size: perturbations in one pass.
         seed: of what is drawn.
         progress: show a progress bar.
@@ -98,7 +99,7 @@ def measure_faithfulness(
                 for found in _measure(model, clt, tokens, plan, number):
                     rows += ((name, number, *row) for row in found)
                     bar.update()
-    return FaithfulnessReport(table=DataFrame(rows, columns=COLUMNS), real_freeze=real_freeze)
+    return FaithfulnessReport(table=DataFrame(rows, columns=COLUMNS))
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class _Plan:
     n_perturbations: int
     size: float
     frozen_norms: Sequence[bool]
-    real_freeze: Freeze
+    real_freeze: Sequence[Freeze]
     batch_size: int
     seed: int
 
@@ -123,8 +124,8 @@ class _Plan:
         for name in ("n_perturbations", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: give at least 1.")
-        if self.real_freeze not in get_args(Freeze):
-            raise ConfigError(f"real_freeze is {self.real_freeze!r}: give one of {', '.join(get_args(Freeze))}.")
+        if not self.real_freeze or not set(self.real_freeze) <= set(get_args(Freeze)):
+            raise ConfigError(f"real_freeze is {self.real_freeze}: give some of {', '.join(get_args(Freeze))}.")
 
 
 def _check(model: HookedModel, clts: dict[str, CrossLayerTranscoder], prompts: Sequence[Prompt]) -> None:
@@ -156,27 +157,31 @@ def _measure(
                 moved[i, p.position] = p.vector
             # The first of a batch stays unperturbed: every change is a difference within one pass.
             batch = tokens.expand(len(chunk) + 1, -1)
-            real_hooks = intervention_hooks(model, clt, batch, [], -1, plan.real_freeze)
-            real = _changes(model, batch, moved, layer, real_hooks)
-            for frozen in plan.frozen_norms:
-                hooks = intervention_hooks(model, clt, batch, [], None, "all" if frozen else "attention")
-                measured = _compare(moved, real, _changes(model, batch, moved, layer, hooks))
-                for later, values in enumerate(measured.tolist()):
+            changes = partial(_changes, model, clt, batch, moved, layer)
+            real = {freeze: changes(-1, freeze) for freeze in plan.real_freeze}
+            replaced = {frozen: changes(None, "all" if frozen else "attention") for frozen in plan.frozen_norms}
+            for freeze, frozen in product(real, replaced):
+                for later, values in enumerate(_compare(moved, real[freeze], replaced[frozen]).tolist()):
                     for p, of_it in zip(chunk, values, strict=True):
                         share = float(p.vector.norm() / clean.stream[layer, p.position].norm())
                         what = (p.kind, layer, p.position, p.source_layer, p.feature, share)
-                        rows.append((*what, frozen, later + 1, *of_it))
+                        rows.append((*what, freeze, frozen, later + 1, *of_it))
         yield rows
 
 
 def _changes(
     model: HookedModel,
-    batch: Tensor,
+    clt: CrossLayerTranscoder,
+    batch: TokenBatch,
     moved: Float[Tensor, "n_perturbations pos d_model"],
     layer: int,
-    hooks: Sequence[FwdHook],
+    through_layer: int | None,
+    freeze: Freeze,
 ) -> Changes:
-    """Change of the residual stream after every later block, when that after block `layer` is moved."""
+    """Change of the residual stream after every later block, when that after block `layer` is moved.
+
+    In the model itself (`through_layer=-1`) or in the local replacement model (None).
+    """
     added = torch.cat([torch.zeros_like(moved[:1]), moved])
     seen: dict[int, Tensor] = {}
 
@@ -187,6 +192,7 @@ def _changes(
         seen[at] = x
 
     later = range(layer + 1, model.cfg.n_layers)
+    hooks = intervention_hooks(model, clt, batch, [], through_layer, freeze)
     move = (block_hook(layer, "hook_resid_post"), add)
     record = [(block_hook(t, "hook_resid_post"), partial(keep, at=t)) for t in later]
     with user_hooks_aside(model):

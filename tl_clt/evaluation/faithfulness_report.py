@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING
 from pandas import DataFrame
 
 from tl_clt.evaluation.perturbations import KINDS
-from tl_clt.lens import Freeze
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-GROUPS = ["transcoder", "kind", "frozen_norms", "distance"]
+GROUPS = ["transcoder", "kind", "real_freeze", "frozen_norms", "distance"]
 MEASURES = ["cosine", "normalised_error", "carried_cosine", "carried_error"]
 COLUMNS = [
     *("transcoder", "prompt", "kind", "layer", "position", "source_layer", "feature", "size"),
-    *("frozen_norms", "distance", *MEASURES),
+    *("real_freeze", "frozen_norms", "distance", *MEASURES),
 ]
 
 
@@ -27,38 +26,36 @@ class FaithfulnessReport:
     """How the changes that follow a perturbation compare in the model and in its local replacement model."""
 
     table: DataFrame
-    """One row for each perturbation, way of holding norms and later layer: transcoder (its name), prompt (number),
+    """One row for each perturbation, way of holding things and later layer: transcoder (its name), prompt (number),
     kind, layer (after whose block the stream is moved), position, source_layer and feature (whose direction; -1
-    for random ones), size (norm, as a share of the stream's there), frozen_norms, distance (blocks between),
-    cosine, normalised_error, carried_cosine, carried_error."""
-
-    real_freeze: Freeze
-    """What was held in the model's own run."""
+    for random ones), size (norm, as a share of the stream's there), real_freeze (what was held in the model's own
+    run), frozen_norms (whether norms were held in the replacement model's), distance (blocks between), cosine,
+    normalised_error, carried_cosine, carried_error."""
 
     @property
     def by_distance(self) -> DataFrame:
-        """Means over perturbations for each transcoder, kind, frozen_norms and distance. n is their number; the
-        median stands beside the mean of the normalised error, which few large values can carry."""
+        """Means over perturbations for each transcoder, kind, real_freeze, frozen_norms and distance. n is their
+        number; the median stands beside the mean of the normalised error, which few large values can carry."""
         means = {measure: (measure, "mean") for measure in MEASURES}
         groups = self.table.groupby(GROUPS, sort=False)
         median = ("normalised_error", "median")
         return groups.agg(n=("cosine", "size"), **means, median_error=median).reset_index()
 
     def plot(self) -> Figure:
-        """Cosine and normalised error against distance, a row of panels for each transcoder, beside what the
-        perturbation alone would score. Needs matplotlib."""
+        """Cosine and normalised error against distance, a row of panels for each transcoder and real_freeze, beside
+        what the perturbation alone would score. Needs matplotlib."""
         from matplotlib.figure import Figure
 
         means = self.by_distance
-        names = list(dict.fromkeys(means["transcoder"]))
-        figure = Figure(figsize=(10, 3.4 * len(names) + 0.8), layout="constrained")
-        panels = figure.subplots(len(names), 2, squeeze=False, sharex=True, sharey="col")
-        for name, row in zip(names, panels, strict=True):
-            ours = means[means["transcoder"] == name]
+        parts = list(means.groupby(["transcoder", "real_freeze"], sort=False))
+        figure = Figure(figsize=(10, 3.4 * len(parts) + 0.8), layout="constrained")
+        panels = figure.subplots(len(parts), 2, squeeze=False, sharex=True, sharey="col")
+        for ((name, freeze), ours), row in zip(parts, panels, strict=True):
             _lines(row[0], ours, "cosine", "carried_cosine")
             _lines(row[1], ours, "normalised_error", "carried_error")
-            row[0].set(title=f"{name}: direction", ylabel="cosine (mean)", ylim=(None, 1.02))
-            row[1].set(title=f"{name}: size and direction", ylabel="normalised error (mean)")
+            against = f"{name} against the model" + ("" if freeze == "none" else f" with {freeze} held")
+            row[0].set(title=against, ylabel="cosine (mean)", ylim=(None, 1.02))
+            row[1].set(title=against, ylabel="normalised error (mean)")
         # Errors of 0.1 and of 10 are to be told apart, and an error of 0 drawn.
         panels[0][1].set_yscale("symlog", linthresh=0.1)
         panels[0][1].set_ylim(bottom=0)
