@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -128,6 +129,10 @@ class _Plan:
             raise ConfigError(f"real_freeze is {self.real_freeze}: give some of {', '.join(get_args(Freeze))}.")
 
 
+class _LastBlock(Exception):
+    """Ends a pass after the last block."""
+
+
 def _check(model: HookedModel, clts: dict[str, CrossLayerTranscoder], prompts: Sequence[Prompt]) -> None:
     require_free(model)
     if not clts:
@@ -190,12 +195,15 @@ def _changes(
 
     def keep(x: Tensor, hook: object, at: int) -> None:
         seen[at] = x
+        if at == later[-1]:
+            raise _LastBlock
 
     later = range(layer + 1, model.cfg.n_layers)
     hooks = intervention_hooks(model, clt, batch, [], through_layer, freeze)
     move = (block_hook(layer, "hook_resid_post"), add)
     record = [(block_hook(t, "hook_resid_post"), partial(keep, at=t)) for t in later]
-    with user_hooks_aside(model):
+    # Without the unembedding, which takes most of a pass where vocabularies are large.
+    with user_hooks_aside(model), suppress(_LastBlock):
         run_with_hooks(model, batch, [*hooks, move, *record])
     return torch.stack([seen[t][1:] - seen[t][:1] for t in later])
 

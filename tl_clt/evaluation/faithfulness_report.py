@@ -47,10 +47,11 @@ class FaithfulnessReport:
         from matplotlib.figure import Figure
 
         means = self.by_distance
-        parts = list(means.groupby(["transcoder", "real_freeze"], sort=False))
+        parts = [part for _, part in means.groupby(["transcoder", "real_freeze"], sort=False)]
         figure = Figure(figsize=(10, 3.4 * len(parts) + 0.8), layout="constrained")
         panels = figure.subplots(len(parts), 2, squeeze=False, sharex=True, sharey="col")
-        for ((name, freeze), ours), row in zip(parts, panels, strict=True):
+        for ours, row in zip(parts, panels, strict=True):
+            name, freeze = ours["transcoder"].iloc[0], ours["real_freeze"].iloc[0]
             _lines(row[0], ours, "cosine", "carried_cosine")
             _lines(row[1], ours, "normalised_error", "carried_error")
             against = f"{name} against the model" + ("" if freeze == "none" else f" with {freeze} held")
@@ -72,12 +73,11 @@ def _lines(axes: Axes, means: DataFrame, measure: str, carried: str) -> None:
     for i, kind in enumerate(KINDS):
         ours = means[means["kind"] == kind]
         for frozen, held in ours.groupby("frozen_norms"):
-            style = {"linestyle": "--", "marker": "s"} if frozen else {"linestyle": "-", "marker": "o"}
-            label = f"{kind}, norms {'held' if frozen else 'free'}"
-            axes.plot(held["distance"], held[measure], color=f"C{i}", label=label, markersize=4, **style)
+            label, style = f"{kind}, norms {'held' if frozen else 'free'}", f"C{i}s--" if frozen else f"C{i}o-"
+            axes.plot(held["distance"], held[measure], style, label=label, markersize=4)
         if len(ours) > 0:
-            alone = ours.drop_duplicates("distance")
-            axes.plot(alone["distance"], alone[carried], f"C{i}:", linewidth=1, label=f"{kind}, carried alone")
+            alone = ours.groupby("distance")[carried].first()
+            axes.plot(alone.index, alone, f"C{i}:", linewidth=1, label=f"{kind}, carried alone")
     step = -(-len(distances) // 12)
     axes.set_xticks(distances[::step])
     axes.grid(axis="y", linewidth=0.3)

@@ -46,9 +46,10 @@ class StrengthSweep:
         for _, rows in self.table.groupby("token_id", sort=False):
             token = rows["token"].iloc[0]
             axes.plot(rows["strength"], rows["probability"], marker="o", markersize=3, label=repr(token))
-        for i, flip in enumerate(self.flips.itertuples()):
-            label = f"{flip.strength:.3g}: {flip.before!r} to {flip.after!r}"
-            axes.axvline(flip.strength, color="grey", linestyle=("--", ":", "-.")[i % 3], linewidth=1, label=label)
+        flips = self.flips[["strength", "before", "after"]].to_numpy().tolist()
+        for i, (strength, before, after) in enumerate(flips):
+            label = f"{strength:.3g}: {before!r} to {after!r}"
+            axes.axvline(strength, color="grey", linestyle=("--", ":", "-.")[i % 3], linewidth=1, label=label)
         axes.set(xlabel="strength (times the given amounts)", ylabel="probability of the next token")
         axes.set(title="Steering", ylim=(-0.02, 1.02))
         axes.grid(linewidth=0.3)
