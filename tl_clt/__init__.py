@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tl_clt.attribution import AttributionGraph, NodeKind, attribute
-    from tl_clt.evaluation import evaluate
-    from tl_clt.interventions import Intervention, intervene, intervention_hooks, validate
+    from tl_clt.evaluation import evaluate, measure_faithfulness
+    from tl_clt.interventions import (
+        Intervention,
+        intervene,
+        intervention_hooks,
+        measure_interaction,
+        sweep_end_layer,
+        sweep_strength,
+        validate,
+    )
     from tl_clt.lens import frozen_hooks, load_model
     from tl_clt.organisms import load_organism
     from tl_clt.replacement import attach
@@ -37,6 +45,10 @@ _ROOMS = {
     "intervention_hooks": "interventions",
     "load_model": "lens",
     "load_organism": "organisms",
+    "measure_faithfulness": "evaluation",
+    "measure_interaction": "interventions",
+    "sweep_end_layer": "interventions",
+    "sweep_strength": "interventions",
     "validate": "interventions",
 }
 
@@ -56,6 +68,10 @@ __all__ = [
     "intervention_hooks",
     "load_model",
     "load_organism",
+    "measure_faithfulness",
+    "measure_interaction",
+    "sweep_end_layer",
+    "sweep_strength",
     "validate",
 ]
 

@@ -55,7 +55,7 @@ class MemoryLimit(TlCltError, MemoryError):
 
 
 class TargetError(TlCltError, ValueError):
-    """Attribution targets that do not exist: a logit count or a token out of range."""
+    """Targets that do not exist: a logit count or a token out of range."""
 
 
 class InterventionError(TlCltError, ValueError):

@@ -191,9 +191,9 @@ def _logit_reads(local: LocalReplacementModel, targets: Sequence[NamedTarget]) -
     ids: list[int] = []
     for target in targets:
         if isinstance(target, TokenTarget):
-            ids.append(_token_id(local, target.token))
+            ids.append(token_id(local.model, target.token))
         elif isinstance(target, DifferenceTarget):
-            ids += [_token_id(local, target.plus), _token_id(local, target.minus)]
+            ids += [token_id(local.model, target.plus), token_id(local.model, target.minus)]
     if not ids:
         return {}
     tokens = torch.tensor(ids, device=local.tokens.device)
@@ -212,11 +212,11 @@ def _resolve(local: LocalReplacementModel, target: NamedTarget, logits: dict[int
         return _direction(local, target, pos)
     n_layers = local.n_layers
     if isinstance(target, TokenTarget):
-        token = _token_id(local, target.token)
+        token = token_id(local.model, target.token)
         read = logits[token]
         prob = float(local.logits[pos].detach().double().softmax(dim=-1)[token])
         return _Target(n_layers, pos, read.direction, read.bias, n_layers, token, prob, read.text)
-    plus, minus = logits[_token_id(local, target.plus)], logits[_token_id(local, target.minus)]
+    plus, minus = logits[token_id(local.model, target.plus)], logits[token_id(local.model, target.minus)]
     if plus is minus:
         raise TargetError(f"The difference of {target.plus!r} and itself is nothing: name two tokens.")
     label = f"{plus.text} minus{minus.text if minus.text.startswith(' ') else ' ' + minus.text}"
@@ -263,18 +263,24 @@ def _position(local: LocalReplacementModel, pos: int) -> int:
     return pos % n_pos
 
 
-def _token_id(local: LocalReplacementModel, token: int | str) -> int:
+def token_id(model: HookedModel, token: int | str) -> int:
+    """The id of a token, given as that or as text.
+
+    Raises:
+        TargetError: an id out of range, or text that is not one token.
+        TokenizerMissing: text for a model without a tokenizer.
+    """
     if isinstance(token, str):
-        return _single_token(local, token)
-    d_vocab = local.model.cfg.d_vocab
+        return _single_token(model, token)
+    d_vocab = model.cfg.d_vocab
     if not 0 <= token < d_vocab:
         raise TargetError(f"Target token {token} is out of range: ids run from 0 to {d_vocab - 1}.")
     return token
 
 
-def _single_token(local: LocalReplacementModel, text: str) -> int:
-    require_tokenizer(local.model, "read target strings with")
-    ids = local.model.to_tokens(text, prepend_bos=False)[0].tolist()
+def _single_token(model: HookedModel, text: str) -> int:
+    require_tokenizer(model, "read target strings with")
+    ids = model.to_tokens(text, prepend_bos=False)[0].tolist()
     if len(ids) != 1:
         raise TargetError(
             f"Target '{text}' is {len(ids)} tokens: name one token, perhaps with a leading space (' {text.strip()}')."

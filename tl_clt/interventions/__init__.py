@@ -5,6 +5,14 @@ from tl_clt.interventions.hooks import AnyIntervention, intervention_hooks
 from tl_clt.interventions.intervene import intervene
 from tl_clt.interventions.intervention import DirectionIntervention, Intervention, parse_intervention
 from tl_clt.interventions.swap import swap_interventions
+from tl_clt.interventions.sweeps import (
+    EndLayerSweep,
+    Interaction,
+    StrengthSweep,
+    measure_interaction,
+    sweep_end_layer,
+    sweep_strength,
+)
 from tl_clt.interventions.validation import validate
 from tl_clt.interventions.validation_report import ValidationReport
 from tl_clt.lens import Freeze
@@ -12,14 +20,20 @@ from tl_clt.lens import Freeze
 __all__ = [
     "AnyIntervention",
     "DirectionIntervention",
+    "EndLayerSweep",
     "Freeze",
     "InactiveFeature",
+    "Interaction",
     "Intervention",
     "InterventionEffect",
+    "StrengthSweep",
     "ValidationReport",
     "intervene",
     "intervention_hooks",
+    "measure_interaction",
     "parse_intervention",
     "swap_interventions",
+    "sweep_end_layer",
+    "sweep_strength",
     "validate",
 ]
