@@ -1,4 +1,4 @@
-"""The command line: `tl-clt demo`, `tl-clt trace`, `tl-clt intervene`, `tl-clt train`."""
+"""The command line: `tl-clt demo`, `trace`, `intervene`, `train`, `evaluate`, `tradeoff`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tl_clt.errors import InterventionError, OutputNotEmpty, TlCltError
 
 if TYPE_CHECKING:
     from tl_clt.attribution import AttributionGraph
-    from tl_clt.evaluation import FidelityReport
+    from tl_clt.evaluation import EvaluationReport
     from tl_clt.interventions import InterventionEffect
     from tl_clt.lens import HookedModel
     from tl_clt.transcoder import CrossLayerTranscoder
@@ -67,8 +67,10 @@ def demo(
             errors.print("Words that atlas does not know became <unk>: it has read of US states and cities only.")
         show_graph(graph, graph.prune(), model, clt)
         with console.status("Measuring how well the CLT stands in for the MLPs"):
+            from tl_clt.viewer.tables import evaluation_table
+
             report = _evaluate_on_atlas(model, clt)
-        show_fidelity(report)
+        console.print(evaluation_table(report))
         _write(graph, output)
 
 
@@ -240,6 +242,60 @@ def train(
         )
 
 
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="Bundled organism, model folder, .gguf file, or hub name.")],
+    clt: Annotated[str, typer.Option(help="CLT folder or hub repository.")],
+    dataset: Annotated[str, typer.Option(help="Held-out text: a text file, dataset folder, or hub dataset.")],
+    output: Annotated[Path, typer.Option(help="New folder for report.json and figures.")],
+    max_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 65_536,
+    context_size: Annotated[
+        Optional[int], typer.Option(help="Tokens of a prompt at most. Default: 128, or the model's own if less.")
+    ] = None,
+    n_graphs: Annotated[int, typer.Option(help="Prompts to trace for graph scores; 0 for none.")] = 8,
+    graph_tokens: Annotated[int, typer.Option(help="Tokens of each at most.")] = 32,
+    max_unexplored: Annotated[
+        Optional[float], typer.Option(help="Share of influence that tracing may leave. Default: trace all.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="hooked (HookedTransformer) or bridge (TransformerBridge).")] = "hooked",
+    device: Annotated[str, typer.Option(help="Where to compute, for example cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the draw of prompts to trace.")] = 0,
+    lazy_decoder: Annotated[bool, typer.Option(help="Leave decoders on disk, reading only what is needed.")] = False,
+) -> None:
+    """Measure how good a CLT is on text that it was not trained on."""
+    with plain_errors():
+        from tl_clt.transcoder.formats.writing import new_folder, require_new
+
+        require_new(output)
+        with console.status("Loading the model and the CLT"):
+            from tl_clt.evaluation import FIGURES
+            from tl_clt.evaluation import evaluate as measure
+            from tl_clt.lens import load_model
+            from tl_clt.transcoder import CrossLayerTranscoder
+            from tl_clt.viewer.tables import evaluation_table, layer_table
+
+            transcoder = CrossLayerTranscoder.from_pretrained(clt, device=device, lazy_decoder=lazy_decoder)
+            hooked: Any = load_model(model, backend=backend, device=device)  # type: ignore[arg-type]
+        report = measure(
+            hooked,
+            transcoder,
+            dataset,
+            max_tokens=max_tokens,
+            context_size=context_size,
+            n_graphs=n_graphs,
+            graph_tokens=graph_tokens,
+            max_unexplored=max_unexplored,
+            seed=seed,
+        )
+        with new_folder(output) as unfinished:
+            (unfinished / "report.json").write_text(report.to_json())
+            for name in FIGURES if report.graphs else FIGURES[:-1]:
+                report.figure(name).savefig(unfinished / f"{name}.png", dpi=120)
+        console.print(layer_table(report))
+        console.print(evaluation_table(report))
+        console.print(f"The report and its figures are in {output}.")
+
+
 def show_graph(
     graph: AttributionGraph, pruned: AttributionGraph, model: HookedModel, clt: CrossLayerTranscoder
 ) -> None:
@@ -280,26 +336,13 @@ def show_effect(effect: InterventionEffect, top: int) -> None:
     console.print(table)
 
 
-def show_fidelity(report: FidelityReport) -> None:
-    """Print how well a CLT stands in for the MLPs."""
-    title = f"The CLT in place of the MLPs, on {report.n_prompts} held-out sentences ({report.n_tokens} tokens)"
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_row("explained variance", f"{report.explained_variance:.3f} (mean over layers)")
-    table.add_row(
-        "active features (L0)",
-        f"{report.l0_mean_per_layer:.1f} a layer, {report.l0_sum_over_layers:.1f} over all layers",
-    )
-    table.add_row("same top token", f"{report.top1_agreement:.1%} with all MLPs replaced")
-    table.add_row("KL divergence", f"{report.kl_divergence:.4f} nats")
-    console.print(table)
-
-
-def _evaluate_on_atlas(model: HookedModel, clt: CrossLayerTranscoder) -> FidelityReport:
+def _evaluate_on_atlas(model: HookedModel, clt: CrossLayerTranscoder) -> EvaluationReport:
     """The CLT on two-hop questions that neither it nor the model has seen."""
     from tl_clt.evaluation import evaluate
     from tl_clt.organisms.atlas.text import held_out_questions, sentence_of
 
-    return evaluate(model, clt, [sentence_of(q) for q in held_out_questions()[:N_EVALUATION_SENTENCES]])
+    sentences = [sentence_of(q) for q in held_out_questions()[:N_EVALUATION_SENTENCES]]
+    return evaluate(model, clt, sentences, n_graphs=0)
 
 
 def _write(graph: AttributionGraph, output: Path) -> None:

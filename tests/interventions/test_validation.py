@@ -147,7 +147,18 @@ def test_the_first_stratum_carries_half_of_the_influence(one_of_each: Model):
 
 def report_of(rows: list[tuple], threshold: float = 0.1) -> ValidationReport:
     """A report of rows (kind, role, control_of, source, measured_at, error_share, edge, total, influence, change)."""
-    names = ["kind", "role", "control_of", "source", "measured_at", "error_share", "edge", "total", "influence", "change"]
+    names = [
+        "kind",
+        "role",
+        "control_of",
+        "source",
+        "measured_at",
+        "error_share",
+        "edge",
+        "total",
+        "influence",
+        "change",
+    ]
     table = pd.DataFrame(rows, columns=names)
     table = table.assign(prompt=0, act_change=table["change"], target_activation=2.0, weight=0.5)
     return ValidationReport(measurements=table.assign(source_influence=table["influence"]), threshold=threshold)

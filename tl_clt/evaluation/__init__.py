@@ -1,5 +1,8 @@
 """How good a CLT is."""
 
-from tl_clt.evaluation.fidelity import FidelityReport, evaluate, replaced
+from tl_clt.evaluation.evaluate import evaluate
+from tl_clt.evaluation.graphs import GraphNumbers
+from tl_clt.evaluation.replaced import replaced
+from tl_clt.evaluation.report import FIGURES, EvaluationReport
 
-__all__ = ["FidelityReport", "evaluate", "replaced"]
+__all__ = ["FIGURES", "EvaluationReport", "GraphNumbers", "evaluate", "replaced"]

@@ -1,0 +1,50 @@
+"""Reports as tables for a terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from tl_clt.evaluation import EvaluationReport
+
+
+def evaluation_table(report: EvaluationReport) -> Table:
+    """What a report says of the CLT as a whole."""
+    title = f"The CLT in place of the MLPs, on {report.n_prompts} held-out prompts ({report.n_tokens} tokens)"
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_row("explained variance", f"{report.explained_variance:.3f} (mean over layers)")
+    table.add_row("NMSE", f"{report.nmse:.3f} (squared error / squared output, mean over layers)")
+    l0 = f"{report.l0_mean_per_layer:.1f} a layer, {report.l0_sum_over_layers:.1f} over all layers"
+    table.add_row("active features (L0)", l0)
+    table.add_row("dead features", f"{report.dead_share:.1%} never active on these {report.n_tokens} tokens")
+    table.add_row("same top token", f"{report.top1_agreement:.1%} with all MLPs replaced")
+    if report.top1_agreement_uncertain is not None:
+        found = f"{report.top1_agreement_uncertain:.1%} of {report.n_uncertain} tokens found with p < 0.8"
+        table.add_row("found by both", found)
+    table.add_row("KL divergence", f"{report.kl_divergence:.4f} nats")
+    if report.cross_entropy_recovered is not None:
+        losses = (report.cross_entropy, report.cross_entropy_replaced, report.cross_entropy_ablated)
+        model, replaced, ablated = (f"{loss:.3f}" for loss in losses)
+        recovered = f"{report.cross_entropy_recovered:.1%} recovered"
+        table.add_row("cross-entropy", f"model {model}, replaced {replaced}, MLPs zeroed {ablated}: {recovered}")
+    shares = ", ".join(f"{share:.0%}" for share in report.written_share_by_distance)
+    table.add_row("written 0, 1, ... layers ahead", shares)
+    means = report.graph_means
+    if means is not None:
+        table.add_row(
+            "graphs", f"{len(report.graphs)} prompts of at most {max(g.n_tokens for g in report.graphs):.0f} tokens"
+        )
+        table.add_row("replacement score", f"{means.replacement:.3f}")
+        table.add_row("completeness score", f"{means.completeness:.3f}, pruned {means.completeness_pruned:.3f}")
+        table.add_row("path length", f"{means.path_length:.2f} edges")
+        table.add_row("nodes", f"{means.n_nodes:.0f}, pruned {means.n_nodes_pruned:.0f}")
+    return table
+
+
+def layer_table(report: EvaluationReport) -> Table:
+    """What it says of each layer."""
+    names = ("explained variance", "NMSE", "L0", "dead features")
+    table = Table("layer", *names, title="By layer", title_justify="left")
+    columns = (report.explained_variance_per_layer, report.nmse_per_layer, report.l0_per_layer)
+    for layer, (explained, nmse, l0, dead) in enumerate(zip(*columns, report.dead_share_per_layer, strict=True)):
+        table.add_row(str(layer), f"{explained:.3f}", f"{nmse:.3f}", f"{l0:.1f}", f"{dead:.1%}")
+    return table
