@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, get_args
 
 from matplotlib.figure import Figure
@@ -54,7 +55,7 @@ def _density(report: EvaluationReport) -> Figure:
     below = [0] * len(counts[0])
     for layer, of_layer in enumerate(counts):
         colour = _shade(layer, len(counts))
-        widths = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+        widths = [b - a for a, b in pairwise(edges)]
         axes.bar(edges[:-1], of_layer, widths, bottom=below, align="edge", color=colour, label=f"layer {layer}")
         below = [a + b for a, b in zip(below, of_layer, strict=True)]
     axes.set_xscale("log")
@@ -97,7 +98,7 @@ def _graphs(report: EvaluationReport) -> Figure:
     left.set(xlabel="prompt", ylabel="score", ylim=(-0.02, 1.02))
     left.legend()
     right.plot(places, [g.path_length for g in graphs], "o", color="C3")
-    right.set(xlabel="prompt", ylabel="path length (edges)")
+    right.set(xlabel="prompt", ylabel="path length (edges)", ylim=(0, 1.1 * max(g.path_length for g in graphs)))
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure

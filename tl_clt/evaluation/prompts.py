@@ -96,6 +96,7 @@ def _rows(model: HookedModel, source: Any, size: int) -> Iterator[Tokens]:
         if column not in TEXT_COLUMNS:
             yield from _long_enough(model, torch.as_tensor(value)[:size])
             continue
+        assert tokenizer is not None
         ids = tokenizer(value, add_special_tokens=False, verbose=False)["input_ids"]
         step = size - len(start)
         for at in range(0, len(ids), step):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tl_clt.errors import FormatError
 from tl_clt.evaluation.graphs import GraphNumbers, mean_numbers
+from tl_clt.transcoder.formats.writing import new_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -121,6 +123,17 @@ class EvaluationReport:
             return cls(**{**own, "graphs": [GraphNumbers(**graph) for graph in own["graphs"]]})
         except (ValueError, KeyError, TypeError) as error:
             raise FormatError(f"This is no evaluation report ({error}). Give what `tl-clt evaluate` wrote.") from error
+
+    def save(self, folder: Path) -> None:
+        """Write report.json and the figures as PNG files to a new or empty folder, all or nothing.
+
+        Raises:
+            OutputNotEmpty: the folder holds something already.
+        """
+        with new_folder(folder) as unfinished:
+            (unfinished / "report.json").write_text(self.to_json())
+            for name in FIGURES if self.graphs else FIGURES[:-1]:
+                self.figure(name).savefig(unfinished / f"{name}.png", dpi=120)
 
     def figure(self, name: FigureName) -> Figure:
         """One of the figures: "layers" (explained variance, NMSE, L0, dead share by layer), "density" (histogram),

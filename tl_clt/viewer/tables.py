@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pandas import DataFrame, isna
 from rich.table import Table
 
 from tl_clt.evaluation import EvaluationReport
@@ -48,3 +49,32 @@ def layer_table(report: EvaluationReport) -> Table:
     for layer, (explained, nmse, l0, dead) in enumerate(zip(*columns, report.dead_share_per_layer, strict=True)):
         table.add_row(str(layer), f"{explained:.3f}", f"{nmse:.3f}", f"{l0:.1f}", f"{dead:.1%}")
     return table
+
+
+TRADEOFF_COLUMNS = {
+    "name": "name",
+    "kind": "kind",
+    "l0_sum_over_layers": "L0, all layers",
+    "l0_mean_per_layer": "L0 a layer",
+    "nmse": "NMSE",
+    "top1_agreement": "same top",
+    "top1_agreement_uncertain": "p < 0.8",
+    "replacement": "replacement",
+    "completeness": "completeness",
+    "path_length": "path length",
+}
+
+
+def tradeoff_table(table: DataFrame) -> Table:
+    """The main columns of a trade-off table."""
+    title = f"On {table['n_tokens'].iloc[0]} held-out tokens"
+    shown = Table(*TRADEOFF_COLUMNS.values(), title=title, title_justify="left")
+    for row in table.to_dict("records"):
+        shown.add_row(*(_cell(row[column]) for column in TRADEOFF_COLUMNS))
+    return shown
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "" if isna(value) else f"{value:.3g}"
+    return "" if value is None else str(value)
