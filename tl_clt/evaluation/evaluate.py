@@ -102,11 +102,11 @@ def _noting(prompts: Iterator[Tokens], seen: list[Tensor]) -> Iterator[Tokens]:
 
 
 def _of_layers(sums: LayerSums, n: int) -> dict:
-    # Outputs that do not vary, or vanish, leave nothing to explain.
-    tiny = torch.finfo(torch.float64).tiny
     variance = sums.out_squared - sums.out.square().sum(dim=-1) / n
-    explained = 1 - sums.error_squared / variance.clamp_min(tiny)
-    nmse = sums.error_squared / sums.out_squared.clamp_min(tiny)
+    # Where outputs do not vary, as on one token, what is left is rounding: all error counts as unexplained.
+    floor = (torch.finfo(torch.float64).eps * sums.out_squared).clamp_min(1e-30)
+    explained = 1 - sums.error_squared / variance.maximum(floor)
+    nmse = sums.error_squared / sums.out_squared.clamp_min(1e-30)
     density = sums.fired.double() / n
     dead = sums.fired == 0
     return {

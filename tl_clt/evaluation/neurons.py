@@ -59,8 +59,8 @@ class ThresholdedNeurons(CrossLayerTranscoder):
 
 @torch.no_grad()
 def thresholded_neurons(
-    model: HookedModel, batches: Iterable[TokenBatch], l0s: Sequence[float]
-) -> dict[float, ThresholdedNeurons]:
+    model: HookedModel, batches: Iterable[TokenBatch], l0s: Sequence[float | int]
+) -> dict[float | int, ThresholdedNeurons]:
     """For each L0 (mean per layer), thresholds that let about so many neurons a layer through on some text.
 
     What a neuron writes, |activation| * ||W_out||, is compared with one number a layer, a quantile over the text.
@@ -81,7 +81,7 @@ def thresholded_neurons(
     names = {block_hook(layer, NORMALISED) for layer in layers}
     caches = [run_with_cache(model, tokens, lambda name: name in names)[1] for tokens in batches]
     norms = torch.stack([layer.W_out.norm(dim=-1) for layer in weights])
-    limits: dict[float, list[Tensor]] = {l0: [] for l0 in l0s}
+    limits: dict[float | int, list[Tensor]] = {l0: [] for l0 in l0s}
     for layer in layers:
         w = weights[layer]
         x = torch.cat([cache[block_hook(layer, NORMALISED)][:, 1:].flatten(0, 1) for cache in caches])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pandas import DataFrame
+from pandas import DataFrame, to_numeric
 from tqdm.auto import tqdm
 
 from tl_clt.errors import ConfigError
@@ -66,7 +66,7 @@ def compare(
     model: HookedModel,
     dataset: HeldOut,
     transcoders: Mapping[str, CrossLayerTranscoder],
-    neuron_l0s: Sequence[float] = (),
+    neuron_l0s: Sequence[float | int] = (),
     *,
     progress: bool = True,
     **options: Any,
@@ -98,7 +98,10 @@ def compare(
     for name, clt in tqdm(candidates.items(), desc="Comparing", unit=" transcoders", delay=2.0, disable=not progress):
         reports[name] = evaluate(model, clt, dataset, progress=False, **options)
         rows.append({"name": name, "kind": kind_of(clt), **_row(reports[name])})
-    return Tradeoff(table=DataFrame(rows), reports=reports)
+    table = DataFrame(rows)
+    numbers = table.columns.drop(["name", "kind"])
+    table[numbers] = table[numbers].apply(to_numeric)  # a column without any number counts as nan
+    return Tradeoff(table=table, reports=reports)
 
 
 def kind_of(clt: CrossLayerTranscoder) -> str:

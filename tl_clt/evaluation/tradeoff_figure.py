@@ -25,7 +25,7 @@ def draw_tradeoff(table: DataFrame) -> Figure:
     markers = dict(zip(sorted(table["d_transcoder"].unique()), cycle("os^Dv*P"), strict=False))
     for panel, (column, label) in zip(axes, PANELS.items(), strict=False):
         for kind, size in table[["kind", "d_transcoder"]].drop_duplicates().itertuples(index=False):
-            line = table[(table["kind"] == kind) & (table["d_transcoder"] == size)].sort_values("l0_sum_over_layers")
+            line = table.query("kind == @kind and d_transcoder == @size").sort_values("l0_sum_over_layers")
             name = f"{kind}, {size} a layer"
             values = line[column].astype(float)
             panel.plot(

@@ -53,22 +53,24 @@ def layer_table(report: EvaluationReport) -> Table:
 
 TRADEOFF_COLUMNS = {
     "name": "name",
-    "kind": "kind",
-    "l0_sum_over_layers": "L0, all layers",
-    "l0_mean_per_layer": "L0 a layer",
+    "l0_sum_over_layers": "L0 sum",
+    "l0_mean_per_layer": "mean",
     "nmse": "NMSE",
-    "top1_agreement": "same top",
-    "top1_agreement_uncertain": "p < 0.8",
-    "replacement": "replacement",
-    "completeness": "completeness",
-    "path_length": "path length",
+    "top1_agreement": "top-1",
+    "top1_agreement_uncertain": "p<.8",
+    "replacement": "repl.",
+    "completeness": "compl.",
+    "path_length": "path",
 }
 
 
 def tradeoff_table(table: DataFrame) -> Table:
     """The main columns of a trade-off table."""
-    title = f"On {table['n_tokens'].iloc[0]} held-out tokens"
-    shown = Table(*TRADEOFF_COLUMNS.values(), title=title, title_justify="left")
+    title = (
+        f"On {table['n_tokens'].iloc[0]} held-out tokens: L0 (sum over layers, mean per layer), NMSE, top-1 agreement"
+    )
+    title += " (all; found with p < 0.8), replacement, completeness, path length"
+    shown = Table(*TRADEOFF_COLUMNS.values(), title=title, title_justify="left", padding=(0, 0))
     for row in table.to_dict("records"):
         shown.add_row(*(_cell(row[column]) for column in TRADEOFF_COLUMNS))
     return shown
