@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from tl_clt.errors import InterventionError, OutputNotEmpty, TlCltError
 
@@ -370,6 +369,7 @@ def show_graph(
 
     from tl_clt.features import promoted_tokens
     from tl_clt.viewer import graph_tree
+    from tl_clt.viewer.tables import graph_table
 
     def label(layer: int, feature: int) -> str:
         words = promoted_tokens(model, clt, layer, torch.tensor([feature], device=clt.W_enc.device))[0]
@@ -380,26 +380,16 @@ def show_graph(
         style="dim",
     )
     console.print(graph_tree(pruned, label=label))
-    scores, shares = graph.scores(), graph.shares()
-    table = Table(title="The graph", title_justify="left", show_header=False)
-    table.add_row("nodes and edges", f"{len(graph.nodes)} and {int(graph.adjacency.count_nonzero())}")
-    table.add_row("shown (pruned)", f"{len(pruned.nodes)} and {int(pruned.adjacency.count_nonzero())}")
-    table.add_row("replacement score", f"{scores.replacement:.3f} (tokens against errors)")
-    table.add_row("completeness score", f"{scores.completeness:.3f} (inputs that are not errors)")
-    table.add_row("influence from biases", f"{shares.bias:.3f}, positions {shares.position:.3f}")
-    if shares.unexplored > 0:
-        table.add_row("influence not traced", f"{shares.unexplored:.3f}")
-    console.print(table)
+    console.print(graph_table(graph, pruned))
 
 
 def show_effect(effect: InterventionEffect, top: int) -> None:
     """Print the tokens whose probability changed most."""
+    from tl_clt.viewer.tables import effect_table
+
     for inactive in effect.inactive:
         errors.print(f"Note: {inactive}. Scaling it does nothing.", markup=False)
-    table = Table("token", "before", "after", "change", title="Probability of the next token", title_justify="left")
-    for row in effect.top_changes(top).to_dict("records"):
-        table.add_row(row["token"], f"{row['before']:.4f}", f"{row['after']:.4f}", f"{row['change']:+.4f}")
-    console.print(table)
+    console.print(effect_table(effect, top))
 
 
 def _evaluate_on_atlas(model: HookedModel, clt: CrossLayerTranscoder) -> EvaluationReport:

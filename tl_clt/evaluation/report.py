@@ -124,13 +124,13 @@ class EvaluationReport:
         except (ValueError, KeyError, TypeError) as error:
             raise FormatError(f"This is no evaluation report ({error}). Give what `tl-clt evaluate` wrote.") from error
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write report.json and the figures as PNG files to a new or empty folder, all or nothing.
 
         Raises:
             OutputNotEmpty: the folder holds something already.
         """
-        with new_folder(folder) as unfinished:
+        with new_folder(Path(folder)) as unfinished:
             (unfinished / "report.json").write_text(self.to_json())
             for name in FIGURES if self.graphs else FIGURES[:-1]:
                 self.figure(name).savefig(unfinished / f"{name}.png", dpi=120)

@@ -40,8 +40,9 @@ class Tradeoff:
     reports: dict[str, EvaluationReport]
     """The whole report of each by name."""
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write tradeoff.csv, tradeoff.png and reports.json to a folder."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.table.to_csv(folder / "tradeoff.csv", index=False)
         reports = {name: report.to_dict() for name, report in self.reports.items()}

@@ -5,7 +5,31 @@ from __future__ import annotations
 from pandas import DataFrame, isna
 from rich.table import Table
 
+from tl_clt.attribution import AttributionGraph
 from tl_clt.evaluation import EvaluationReport
+from tl_clt.interventions import InterventionEffect
+
+
+def graph_table(graph: AttributionGraph, pruned: AttributionGraph) -> Table:
+    """Sizes and scores of a graph."""
+    scores, shares = graph.scores(), graph.shares()
+    table = Table(title="The graph", title_justify="left", show_header=False)
+    table.add_row("nodes and edges", f"{len(graph.nodes)} and {int(graph.adjacency.count_nonzero())}")
+    table.add_row("shown (pruned)", f"{len(pruned.nodes)} and {int(pruned.adjacency.count_nonzero())}")
+    table.add_row("replacement score", f"{scores.replacement:.3f} (tokens against errors)")
+    table.add_row("completeness score", f"{scores.completeness:.3f} (inputs that are not errors)")
+    table.add_row("influence from biases", f"{shares.bias:.3f}, positions {shares.position:.3f}")
+    if shares.unexplored > 0:
+        table.add_row("influence not traced", f"{shares.unexplored:.3f}")
+    return table
+
+
+def effect_table(effect: InterventionEffect, top: int) -> Table:
+    """The tokens whose probability an intervention changed most."""
+    table = Table("token", "before", "after", "change", title="Probability of the next token", title_justify="left")
+    for row in effect.top_changes(top).to_dict("records"):
+        table.add_row(row["token"], f"{row['before']:.4f}", f"{row['after']:.4f}", f"{row['change']:+.4f}")
+    return table
 
 
 def evaluation_table(report: EvaluationReport) -> Table:
