@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -112,7 +113,7 @@ def _long_enough(model: HookedModel, tokens: Tensor) -> Iterator[Tokens]:
 def _nonempty(prompts: Iterator[Tokens], source: Any) -> Iterator[Tokens]:
     first = next(prompts, None)
     if first is None:
-        name = f"Dataset '{source}'" if not hasattr(source, "features") else "The dataset"
+        name = f"Dataset '{source}'" if isinstance(source, (str, Path)) else "The dataset"
         raise DatasetError(
             f"{name} is too short: none of its rows makes a prompt of 2 tokens, and position 0 of each is left out."
             " Give longer texts."
