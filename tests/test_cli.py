@@ -169,6 +169,6 @@ def test_intervene_refuses_what_is_not_there(options, error, as_users_run_it):
     assert error in output.replace("\n", " ") and "Traceback" not in output
 
 
-@pytest.mark.parametrize("command", ["demo", "trace", "intervene", "train"])
+@pytest.mark.parametrize("command", ["demo", "trace", "intervene", "train", "evaluate", "tradeoff"])
 def test_help_names_every_option(command):
     assert "--" in run(command, "--help")

@@ -1,4 +1,4 @@
-"""The command line: `tl-clt demo`, `tl-clt trace`, `tl-clt intervene`, `tl-clt train`."""
+"""The command line: `tl-clt demo`, `trace`, `intervene`, `train`, `evaluate`, `tradeoff`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from tl_clt.errors import InterventionError, OutputNotEmpty, TlCltError
 
 if TYPE_CHECKING:
     from tl_clt.attribution import AttributionGraph
-    from tl_clt.evaluation import FidelityReport
+    from tl_clt.evaluation import EvaluationReport
     from tl_clt.interventions import InterventionEffect
     from tl_clt.lens import HookedModel
     from tl_clt.transcoder import CrossLayerTranscoder
@@ -67,8 +66,10 @@ def demo(
             errors.print("Words that atlas does not know became <unk>: it has read of US states and cities only.")
         show_graph(graph, graph.prune(), model, clt)
         with console.status("Measuring how well the CLT stands in for the MLPs"):
+            from tl_clt.viewer.tables import evaluation_table
+
             report = _evaluate_on_atlas(model, clt)
-        show_fidelity(report)
+        console.print(evaluation_table(report))
         _write(graph, output)
 
 
@@ -240,6 +241,126 @@ def train(
         )
 
 
+ModelName = Annotated[str, typer.Option(help="Bundled organism, model folder, .gguf file, or hub name.")]
+HeldOutText = Annotated[str, typer.Option(help="Held-out text: a text file, dataset folder, or hub dataset.")]
+MaxTokens = Annotated[int, typer.Option(help="Measure on so many tokens of it.")]
+ContextSize = Annotated[
+    Optional[int], typer.Option(help="Tokens of a prompt at most. Default: 128, or the model's own if less.")
+]
+NGraphs = Annotated[int, typer.Option(help="Prompts to trace for graph scores; 0 for none.")]
+GraphTokens = Annotated[int, typer.Option(help="Tokens of each at most.")]
+MaxUnexplored = Annotated[
+    Optional[float], typer.Option(help="Share of influence that tracing may leave. Default: trace all.")
+]
+Backend = Annotated[str, typer.Option(help="hooked (HookedTransformer) or bridge (TransformerBridge).")]
+Device = Annotated[str, typer.Option(help="Where to compute, for example cuda.")]
+
+
+@app.command()
+def evaluate(
+    model: ModelName,
+    clt: Annotated[str, typer.Option(help="CLT folder or hub repository.")],
+    dataset: HeldOutText,
+    output: Annotated[Path, typer.Option(help="New folder for report.json and figures.")],
+    max_tokens: MaxTokens = 65_536,
+    context_size: ContextSize = None,
+    n_graphs: NGraphs = 8,
+    graph_tokens: GraphTokens = 32,
+    max_unexplored: MaxUnexplored = None,
+    backend: Backend = "hooked",
+    device: Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the draw of prompts to trace.")] = 0,
+    lazy_decoder: Annotated[bool, typer.Option(help="Leave decoders on disk, reading only what is needed.")] = False,
+) -> None:
+    """Measure how good a CLT is on text that it was not trained on."""
+    with plain_errors():
+        from tl_clt.transcoder.formats.writing import require_new
+
+        require_new(output)
+        with console.status("Loading the model and the CLT"):
+            from tl_clt.evaluation import evaluate as measure
+            from tl_clt.lens import load_model
+            from tl_clt.transcoder import CrossLayerTranscoder
+            from tl_clt.viewer.tables import evaluation_table, layer_table
+
+            transcoder = CrossLayerTranscoder.from_pretrained(clt, device=device, lazy_decoder=lazy_decoder)
+            hooked: Any = load_model(model, backend=backend, device=device)  # type: ignore[arg-type]
+        report = measure(
+            hooked,
+            transcoder,
+            dataset,
+            max_tokens=max_tokens,
+            context_size=context_size,
+            n_graphs=n_graphs,
+            graph_tokens=graph_tokens,
+            max_unexplored=max_unexplored,
+            seed=seed,
+        )
+        report.save(output)
+        console.print(layer_table(report))
+        console.print(evaluation_table(report))
+        console.print(f"The report and its figures are in {output}.")
+
+
+@app.command()
+def tradeoff(
+    model: ModelName,
+    dataset: HeldOutText,
+    output: Annotated[Path, typer.Option(help="New folder for tradeoff.csv, tradeoff.png and what is trained.")],
+    clt: Annotated[Optional[list[str]], typer.Option(help="CLT or PLT folder to compare. Repeatable.")] = None,
+    neurons: Annotated[
+        Optional[list[float]], typer.Option(help="Compare thresholded neurons of this L0 a layer. Repeatable.")
+    ] = None,
+    train_on: Annotated[
+        Optional[str], typer.Option(help="Text to train a PLT and a CLT on for each size and L0 (TopK).")
+    ] = None,
+    d_transcoder: Annotated[Optional[list[int]], typer.Option(help="Size to train. Repeatable.")] = None,
+    l0: Annotated[Optional[list[int]], typer.Option(help="L0 a layer to train. Repeatable.")] = None,
+    training_tokens: Annotated[int, typer.Option(help="Tokens to train each on.")] = 1_000_000,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 4e-4,
+    max_tokens: MaxTokens = 65_536,
+    context_size: ContextSize = None,
+    n_graphs: NGraphs = 8,
+    graph_tokens: GraphTokens = 32,
+    max_unexplored: MaxUnexplored = None,
+    backend: Backend = "hooked",
+    device: Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Of training, and of the draw of prompts to trace.")] = 0,
+) -> None:
+    """Sparsity against fidelity of neurons, PLTs and CLTs, on the same held-out text."""
+    with plain_errors():
+        from tl_clt.evaluation.tradeoff import check_training, compare, train_transcoders, training_config
+        from tl_clt.transcoder.formats.writing import require_new
+
+        require_new(output)
+        check_training(train_on, d_transcoder, l0)
+        with console.status("Loading the model and transcoders"):
+            from tl_clt.lens import load_model
+            from tl_clt.transcoder import CrossLayerTranscoder
+            from tl_clt.viewer.tables import tradeoff_table
+
+            given = {path: CrossLayerTranscoder.from_pretrained(path, device=device) for path in clt or ()}
+            hooked: Any = load_model(model, backend=backend, device=device)  # type: ignore[arg-type]
+        if train_on is not None:
+            base = training_config(hooked, training_tokens, lr, context_size, device, seed)
+            given |= train_transcoders(hooked, train_on, base, d_transcoder or (), l0 or (), output)
+        found = compare(
+            hooked,
+            dataset,
+            given,
+            neurons or (),
+            max_tokens=max_tokens,
+            context_size=context_size,
+            n_graphs=n_graphs,
+            graph_tokens=graph_tokens,
+            max_unexplored=max_unexplored,
+            seed=seed,
+        )
+        found.save(output)
+        console.print(tradeoff_table(found.table))
+        console.print(f"The table and its figure are in {output}.")
+
+
 def show_graph(
     graph: AttributionGraph, pruned: AttributionGraph, model: HookedModel, clt: CrossLayerTranscoder
 ) -> None:
@@ -248,6 +369,7 @@ def show_graph(
 
     from tl_clt.features import promoted_tokens
     from tl_clt.viewer import graph_tree
+    from tl_clt.viewer.tables import graph_table
 
     def label(layer: int, feature: int) -> str:
         words = promoted_tokens(model, clt, layer, torch.tensor([feature], device=clt.W_enc.device))[0]
@@ -258,48 +380,25 @@ def show_graph(
         style="dim",
     )
     console.print(graph_tree(pruned, label=label))
-    scores, shares = graph.scores(), graph.shares()
-    table = Table(title="The graph", title_justify="left", show_header=False)
-    table.add_row("nodes and edges", f"{len(graph.nodes)} and {int(graph.adjacency.count_nonzero())}")
-    table.add_row("shown (pruned)", f"{len(pruned.nodes)} and {int(pruned.adjacency.count_nonzero())}")
-    table.add_row("replacement score", f"{scores.replacement:.3f} (tokens against errors)")
-    table.add_row("completeness score", f"{scores.completeness:.3f} (inputs that are not errors)")
-    table.add_row("influence from biases", f"{shares.bias:.3f}, positions {shares.position:.3f}")
-    if shares.unexplored > 0:
-        table.add_row("influence not traced", f"{shares.unexplored:.3f}")
-    console.print(table)
+    console.print(graph_table(graph, pruned))
 
 
 def show_effect(effect: InterventionEffect, top: int) -> None:
     """Print the tokens whose probability changed most."""
+    from tl_clt.viewer.tables import effect_table
+
     for inactive in effect.inactive:
         errors.print(f"Note: {inactive}. Scaling it does nothing.", markup=False)
-    table = Table("token", "before", "after", "change", title="Probability of the next token", title_justify="left")
-    for row in effect.top_changes(top).to_dict("records"):
-        table.add_row(row["token"], f"{row['before']:.4f}", f"{row['after']:.4f}", f"{row['change']:+.4f}")
-    console.print(table)
+    console.print(effect_table(effect, top))
 
 
-def show_fidelity(report: FidelityReport) -> None:
-    """Print how well a CLT stands in for the MLPs."""
-    title = f"The CLT in place of the MLPs, on {report.n_prompts} held-out sentences ({report.n_tokens} tokens)"
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_row("explained variance", f"{report.explained_variance:.3f} (mean over layers)")
-    table.add_row(
-        "active features (L0)",
-        f"{report.l0_mean_per_layer:.1f} a layer, {report.l0_sum_over_layers:.1f} over all layers",
-    )
-    table.add_row("same top token", f"{report.top1_agreement:.1%} with all MLPs replaced")
-    table.add_row("KL divergence", f"{report.kl_divergence:.4f} nats")
-    console.print(table)
-
-
-def _evaluate_on_atlas(model: HookedModel, clt: CrossLayerTranscoder) -> FidelityReport:
+def _evaluate_on_atlas(model: HookedModel, clt: CrossLayerTranscoder) -> EvaluationReport:
     """The CLT on two-hop questions that neither it nor the model has seen."""
     from tl_clt.evaluation import evaluate
     from tl_clt.organisms.atlas.text import held_out_questions, sentence_of
 
-    return evaluate(model, clt, [sentence_of(q) for q in held_out_questions()[:N_EVALUATION_SENTENCES]])
+    sentences = [sentence_of(q) for q in held_out_questions()[:N_EVALUATION_SENTENCES]]
+    return evaluate(model, clt, sentences, n_graphs=0)
 
 
 def _write(graph: AttributionGraph, output: Path) -> None:

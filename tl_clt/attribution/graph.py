@@ -20,6 +20,7 @@ from tl_clt.attribution.influence import (
     influence_shares,
     logit_weights,
     node_influence,
+    path_length,
 )
 from tl_clt.attribution.nodes import Nodes
 from tl_clt.attribution.pruning import Pruned, PruneMasks, prune_graph
@@ -106,6 +107,10 @@ class AttributionGraph:
     def scores(self, definition: Definition = "paper") -> GraphScores:
         """Replacement and completeness, by the paper's reading or circuit-tracer's. Never compare the two."""
         return graph_scores(self.adjacency, self.nodes, self.logit_weights, definition, self.dropped)
+
+    def path_length(self) -> float:
+        """Mean number of edges on a path from a token to a logit, paths weighted by their strength (Methods)."""
+        return path_length(self.adjacency, self.nodes, self.logit_weights, self.dropped)
 
     def prune_masks(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> PruneMasks:
         """Which nodes and edges `prune` keeps."""

@@ -128,3 +128,19 @@ def graph_scores(
         float(token / (token + error).clamp_min(tiny)),
         float((counted * explained).sum() / counted.sum().clamp_min(tiny)),
     )
+
+
+def path_length(adjacency: Adjacency, nodes: Nodes, weights: NodeValues, dropped: NodeValues | None = None) -> float:
+    """Mean number of edges on a path from a token to a logit, each path weighted by its strength.
+
+    With P_l the tokens' sum of w (A + ... + A^l): sum_l l (P_l - P_{l-1}) / P_inf; 0 where no path leads to a token.
+    """
+    sums = input_sums(adjacency, dropped)
+    tokens = nodes.is_kind(NodeKind.TOKEN)
+    every = torch.arange(len(nodes), device=weights.device)
+    at, steps, whole, weighted = weights, 0, 0.0, 0.0
+    while bool(at.any()):
+        at, steps = spread(adjacency, every, at / sums), steps + 1
+        arrived = float(at[tokens].sum())
+        whole, weighted = whole + arrived, weighted + steps * arrived
+    return weighted / whole if whole > 0 else 0.0

@@ -15,6 +15,7 @@ from tl_clt.lens.hooks import (
 from tl_clt.lens.kv_cache import CleanCaches, last_kv_cache
 from tl_clt.lens.linear import NormMap, OVWeights, is_parallel, norm_map, ov_weights
 from tl_clt.lens.loading import Backend, bundled_organisms, load_model
+from tl_clt.lens.neurons import NeuronWeights, neuron_weights
 from tl_clt.lens.prompts import Prompt, PromptBatch, require_tokenizer, to_token_batch, to_tokens, token_strings
 from tl_clt.lens.running import Unembedding, run_with_cache, run_with_hooks, tap_unembedding
 from tl_clt.lens.types import ActivationCache, HookedModel, HookedTransformer, HookPoint, TransformerBridge
@@ -30,6 +31,7 @@ __all__ = [
     "HookPoint",
     "HookedModel",
     "HookedTransformer",
+    "NeuronWeights",
     "NormMap",
     "OVWeights",
     "Prompt",
@@ -48,6 +50,7 @@ __all__ = [
     "last_kv_cache",
     "load_model",
     "model_name",
+    "neuron_weights",
     "norm_map",
     "ov_weights",
     "remove_hook_points",

@@ -7,8 +7,6 @@ the CLT in the native layout, `training.json` (the run), and `metrics.json` (the
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -80,9 +78,9 @@ def main(
     atlas = load_model(model)
     runner = CLTTrainingRunner(clt_config("atlas", output, seed), model=atlas, dataset=training_tokens(atlas, seed))
     clt = runner.run()
-    report = evaluate(atlas, clt, held_out_sentences())
-    (output / "metrics.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
-    Console().print_json(data=asdict(report))
+    report = evaluate(atlas, clt, held_out_sentences(), n_graphs=0)
+    (output / "metrics.json").write_text(report.to_json())
+    Console().print_json(report.to_json())
 
 
 if __name__ == "__main__":

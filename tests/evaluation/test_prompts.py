@@ -1,0 +1,97 @@
+"""What counts as held-out text, and how it becomes prompts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+
+from tests.models import random_tokens, save_hf, tiny_clt, tiny_hf, tiny_hooked
+from tl_clt import evaluate, load_model
+from tl_clt.errors import DatasetError, PromptError, TokenizerMissing
+from tl_clt.evaluation import prompts as module
+from tl_clt.evaluation.prompts import batches, held_out_prompts, up_to
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load_model(save_hf(tiny_hf("gpt2"), tmp_path_factory.mktemp("gpt2")))
+
+
+def ids(model, dataset, context_size=None) -> list[list[int]]:
+    return [tokens.tolist() for tokens in held_out_prompts(model, dataset, context_size)]
+
+
+def test_prompts_are_taken_as_they_are(model):
+    assert ids(model, ["w5 w6 w7", [0, 9, 9, 9], torch.tensor([0, 4])], 3) == [[0, 5, 6, 7], [0, 9, 9, 9], [0, 4]]
+    tokens = random_tokens(model, batch=2)
+    assert ids(model, tokens) == tokens.tolist()
+
+
+ROWS = ["w5 w6 w7 w8 w9", "", "w30"]
+CUT = [[0, 5, 6], [0, 7, 8], [0, 9], [0, 30]]
+"""In prompts of 3."""
+
+
+def test_rows_of_text_are_cut_and_never_joined(model, tmp_path):
+    (tmp_path / "rows.txt").write_text("\n\n".join(ROWS))
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": row, "n": 1}) for row in ROWS))
+    Dataset.from_dict({"text": ROWS}).save_to_disk(tmp_path / "saved")
+    whole = Dataset.from_dict({"text": ROWS})
+    for source in (tmp_path / "rows.txt", str(tmp_path / "rows.jsonl"), tmp_path / "saved", whole):
+        assert ids(model, source, 3) == CUT
+    assert ids(model, DatasetDict(train=whole), 64) == [[0, 5, 6, 7, 8, 9], [0, 30]]
+
+
+def test_rows_of_tokens_are_cut(model):
+    assert ids(model, Dataset.from_dict({"tokens": [[0, 5, 6, 7], [3], [0, 9]]}), 3) == [[0, 5, 6], [0, 9]]
+
+
+def test_batches_are_of_one_length_and_small_enough(model, monkeypatch):
+    prompts = [torch.zeros(n, dtype=torch.long) for n in (3, 5, 3, 3, 5, 3, 3)]
+    assert [list(b.shape) for b in batches(model, iter(prompts))] == [[5, 3], [2, 5]]
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 2 * 3 * model.cfg.d_vocab)
+    assert [list(b.shape) for b in batches(model, iter(prompts))] == [[2, 3], [2, 3], [1, 3], [1, 5], [1, 5]]
+    monkeypatch.setattr(module, "PROMPTS_AT_ONCE", 2)
+    assert sum(len(b) for b in batches(model, iter(prompts))) == 7
+
+
+def test_what_is_not_needed_is_not_read():
+    def endless():
+        while True:
+            yield torch.zeros(5, dtype=torch.long)
+
+    assert len(list(up_to(endless(), 9))) == 3
+
+
+def test_a_file_is_evaluated_as_its_prompts_are(model, tmp_path):
+    (tmp_path / "rows.txt").write_text("\n\n".join(ROWS))
+    clt = tiny_clt(model, dtype=torch.float32)
+    assert evaluate(model, clt, tmp_path / "rows.txt", context_size=3) == evaluate(model, clt, CUT)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", "is empty"), ("\n\n \n", "is empty")],
+)
+def test_empty_text(model, tmp_path, text, words):
+    (tmp_path / "rows.txt").write_text(text)
+    with pytest.raises(DatasetError, match=words):
+        ids(model, tmp_path / "rows.txt")
+
+
+def test_texts_that_are_too_short(model, tmp_path):
+    with pytest.raises(DatasetError, match="The dataset is too short: none of its rows makes a prompt of 2 tokens"):
+        ids(model, Dataset.from_dict({"tokens": [[3], [4]]}))
+    with pytest.raises(PromptError, match="out of range"):
+        ids(model, Dataset.from_dict({"tokens": [[0, 3], [0, 64]]}))
+    with pytest.raises(DatasetError, match="does not exist"):
+        ids(model, tmp_path / "none.txt")
+
+
+def test_text_needs_a_tokenizer(tmp_path):
+    (tmp_path / "rows.txt").write_text("w1 w2")
+    with pytest.raises(TokenizerMissing):
+        ids(tiny_hooked("gpt2"), tmp_path / "rows.txt")

@@ -1,0 +1,94 @@
+"""Graphs of prompts, as numbers: how much of what a model does on them is features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_clt.attribution import AttributionGraph, NodeKind, PruneMasks, attribute
+from tl_clt.attribution.influence import SMALLEST_ROW_SUM
+from tl_clt.lens import HookedModel
+from tl_clt.transcoder import CrossLayerTranscoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphNumbers:
+    """Of one prompt's graph, or means over prompts. "Whole" graphs are not pruned."""
+
+    replacement: float
+    """Of the whole graph, by the paper's reading: token influence / (token + error influence)."""
+    completeness: float
+    """Of the whole graph, by the paper's reading: inputs that are not errors, over nodes that have inputs."""
+    completeness_circuit_tracer: float
+    """The same by circuit-tracer's reading, which counts leaves as well. Never compare the two."""
+    completeness_pruned: float
+    """By the paper's reading, over the nodes that pruning at 0.8 and 0.98 keeps, where inputs that were pruned away
+    count as unexplained."""
+    path_length: float
+    """Mean number of edges on a path from a token to a logit, paths weighted by their strength."""
+    n_nodes: float
+    """Of the whole graph."""
+    n_nodes_pruned: float
+    """Of the pruned graph."""
+    unexplored: float
+    """Share of influence at features that were not traced: neither score's numerator or denominator is off by more."""
+    n_tokens: float
+    """Of the prompt."""
+
+
+def graph_numbers(
+    model: HookedModel,
+    clt: CrossLayerTranscoder,
+    prompts: Sequence[Tensor],
+    max_unexplored: float | None = None,
+    progress: bool = True,
+) -> list[GraphNumbers]:
+    """Trace prompts, whose likeliest next tokens are the targets, one after another, keeping numbers alone.
+
+    Raises:
+        MemoryLimit, ModelUnsupported, LocalModelMismatch: as `attribute`.
+    """
+    bar = tqdm(prompts, desc="Tracing prompts", unit=" prompts", delay=2.0, disable=not progress)
+    return [numbers_of(attribute(model, clt, tokens, max_unexplored=max_unexplored, progress=False)) for tokens in bar]
+
+
+def numbers_of(graph: AttributionGraph) -> GraphNumbers:
+    """One graph's numbers."""
+    scores, pruned = graph.scores("paper"), graph.prune_masks()
+    return GraphNumbers(
+        replacement=scores.replacement,
+        completeness=scores.completeness,
+        completeness_circuit_tracer=graph.scores("circuit-tracer").completeness,
+        completeness_pruned=kept_completeness(graph, pruned),
+        path_length=graph.path_length(),
+        n_nodes=float(len(graph.nodes)),
+        n_nodes_pruned=float(pruned.nodes.sum()),
+        unexplored=graph.unexplored,
+        n_tokens=float(len(graph.tokens)),
+    )
+
+
+def kept_completeness(graph: AttributionGraph, kept: PruneMasks) -> float:
+    """Completeness of what pruning keeps of a graph that holds all edges.
+
+    sum_t o_t K_t / sum_t o_t over kept features and logits t, with o = influence + w of the whole graph and K_t the
+    share of t's absolute input, in the whole graph, that comes along kept edges from nodes other than errors.
+    """
+    nodes = graph.nodes
+    rows = torch.nonzero(kept.nodes & nodes.is_kind(NodeKind.FEATURE, NodeKind.LOGIT)).flatten()
+    inputs = graph.adjacency[rows].abs()
+    explained = inputs * kept.edges[rows] * ~nodes.is_kind(NodeKind.ERROR)
+    share = explained.sum(dim=1) / inputs.sum(dim=1).clamp_min(SMALLEST_ROW_SUM)
+    output = (graph.influence() + graph.logit_weights)[rows]
+    return float((output * share).sum() / output.sum())
+
+
+def mean_numbers(numbers: Sequence[GraphNumbers]) -> GraphNumbers:
+    """Means over prompts; at least one."""
+    return GraphNumbers(
+        **{f.name: sum(getattr(n, f.name) for n in numbers) / len(numbers) for f in fields(GraphNumbers)}
+    )

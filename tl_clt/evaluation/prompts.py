@@ -1,0 +1,122 @@
+"""Held-out text as prompts, read no further than it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from tl_clt.errors import ConfigError, DatasetError
+from tl_clt.lens import HookedModel, Prompt, model_name, to_tokens
+from tl_clt.shapes import TokenBatch, Tokens
+
+if TYPE_CHECKING:
+    from tl_clt.training.data import DatasetSource
+
+    HeldOut: TypeAlias = Sequence[Prompt] | DatasetSource
+else:
+    HeldOut: TypeAlias = Any
+
+DEFAULT_CONTEXT = 128
+PROMPTS_AT_ONCE = 256
+"""Prompts among which those of one length are put together."""
+MOST_ROWS = 32
+LOGITS_AT_ONCE = 2**25
+"""Logits of one pass: 128 MiB in float32."""
+
+
+def held_out_prompts(model: HookedModel, dataset: HeldOut, context_size: int | None = None) -> Iterator[Tokens]:
+    """Token ids [pos] of one prompt after another.
+
+    A list of prompts (text or ids), or ids [n_prompts, pos], are taken as they are. Of what else `tl-clt train` takes
+    (a text file, a folder, a hub name, a `datasets` object), every row of text becomes prompts of at most
+    `context_size` tokens, each with the beginning-of-sequence token first where the tokenizer has one; rows of token
+    ids are cut to it. No prompt runs on into the next row, and none is padded.
+
+    Args:
+        context_size: None for 128, or the model's own where that is less.
+
+    Raises:
+        DatasetError: there is nothing in it of at least two tokens, or it cannot be read.
+        PromptError, TokenizerMissing: a prompt that the model cannot take.
+        ConfigError: context_size is out of range.
+    """
+    size = _context_size(model, context_size)
+    if isinstance(dataset, Tensor) and dataset.ndim != 2:
+        raise DatasetError(f"The tensor of tokens has shape {list(dataset.shape)}: give ids [n_prompts, pos].")
+    if isinstance(dataset, (list, tuple, Tensor)):
+        if len(dataset) == 0:
+            raise DatasetError("There are no prompts to evaluate on: give at least one.")
+        return (to_tokens(model, prompt) for prompt in dataset)
+    return _nonempty(_rows(model, dataset, size), dataset)
+
+
+def batches(model: HookedModel, prompts: Iterator[Tokens]) -> Iterator[TokenBatch]:
+    """The prompts in batches of equal length, each small enough that its logits fit in 128 MiB."""
+    while some := list(islice(prompts, PROMPTS_AT_ONCE)):
+        for length, alike in groupby(sorted(some, key=len), key=len):
+            rows = max(1, min(MOST_ROWS, LOGITS_AT_ONCE // (length * model.cfg.d_vocab)))
+            yield from torch.stack(list(alike)).split(rows)
+
+
+def up_to(prompts: Iterator[Tokens], max_tokens: int | None) -> Iterator[Tokens]:
+    """Whole prompts, until they have at least `max_tokens` positions after the first of each."""
+    n_tokens = 0
+    for tokens in prompts:
+        yield tokens
+        n_tokens += len(tokens) - 1
+        if max_tokens is not None and n_tokens >= max_tokens:
+            return
+
+
+def _context_size(model: HookedModel, context_size: int | None) -> int:
+    longest = model.cfg.n_ctx
+    size = min(DEFAULT_CONTEXT, longest) if context_size is None else context_size
+    if not 2 <= size <= longest:
+        raise ConfigError(f"context_size is {size}, but {model_name(model)} takes 2 to {longest} tokens: give that.")
+    return size
+
+
+def _rows(model: HookedModel, source: Any, size: int) -> Iterator[Tokens]:
+    # Only here, since it loads sae_lens.
+    from tl_clt.training import CLTTrainingRunnerConfig
+    from tl_clt.training.data import TEXT_COLUMNS, open_dataset
+
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    bos = None if tokenizer is None else tokenizer.bos_token_id
+    # Any dataset of a token or more: how long its rows are is looked at here.
+    lenient = {"context_size": 1, "train_batch_size_tokens": 1, "training_tokens": 1, "prepend_bos": bos is not None}
+    opened = open_dataset(source, model, CLTTrainingRunnerConfig(d_transcoder=1, **lenient))
+    start = [] if bos is None else [bos]
+    for row in opened:
+        (column, value), *_ = row.items()  # type: ignore[union-attr]
+        if column not in TEXT_COLUMNS:
+            yield from _long_enough(model, torch.as_tensor(value)[:size])
+            continue
+        assert tokenizer is not None
+        ids = tokenizer(value, add_special_tokens=False, verbose=False)["input_ids"]
+        step = size - len(start)
+        for at in range(0, len(ids), step):
+            yield from _long_enough(model, torch.tensor(start + ids[at : at + step]))
+
+
+def _long_enough(model: HookedModel, tokens: Tensor) -> Iterator[Tokens]:
+    """Nothing, where there would be no position to measure."""
+    if len(tokens) >= 2:
+        yield to_tokens(model, tokens)
+
+
+def _nonempty(prompts: Iterator[Tokens], source: Any) -> Iterator[Tokens]:
+    first = next(prompts, None)
+    if first is None:
+        name = f"Dataset '{source}'" if isinstance(source, (str, Path)) else "The dataset"
+        raise DatasetError(
+            f"{name} is too short: none of its rows makes a prompt of 2 tokens, and position 0 of each is left out."
+            " Give longer texts."
+        )
+    yield first
+    yield from prompts

@@ -1,0 +1,147 @@
+"""What an evaluation found, as plain values that JSON can hold."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tl_clt.errors import FormatError
+from tl_clt.evaluation.graphs import GraphNumbers, mean_numbers
+from tl_clt.transcoder.formats.writing import new_folder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FigureName = Literal["layers", "density", "distance", "graphs"]
+FIGURES: tuple[FigureName, ...] = ("layers", "density", "distance", "graphs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport:
+    """How good a CLT is on held-out text. Position 0 of each prompt is left out of every number, and keeps its own MLP
+    outputs in the replaced model."""
+
+    model: str
+    clt: dict[str, Any]
+    """Its config."""
+    n_prompts: int
+    n_tokens: int
+    """Positions measured: all but the first of each prompt."""
+
+    explained_variance: float
+    """Mean over layers of 1 - sum ||mlp_out - recons||^2 / sum ||mlp_out - mean mlp_out||^2."""
+    explained_variance_per_layer: list[float]
+    nmse: float
+    """Mean over layers of sum ||mlp_out - recons||^2 / sum ||mlp_out||^2."""
+    nmse_per_layer: list[float]
+
+    l0_per_layer: list[float]
+    """Mean number of active features on a token, for each layer."""
+    dead_share: float
+    """Share of all features that are active on none of the `n_tokens` tokens."""
+    dead_share_per_layer: list[float]
+    density_edges: list[float]
+    """Edges of the histogram's bins: shares of tokens on which a feature is active."""
+    density_counts: list[list[int]]
+    """Features of each layer in each bin, dead ones left out; those below the first edge count in the first bin."""
+
+    top1_agreement: float
+    """Share of tokens where the model with all MLPs replaced has the same most likely next token."""
+    n_uncertain: int
+    """Tokens whose next token the model finds, with a probability below 0.8."""
+    top1_agreement_uncertain: float | None
+    """Share of these where the replaced model finds it too (what the paper reports); None where there are none."""
+    kl_divergence: float
+    """Mean KL(model || replaced model) of next-token distributions, in nats."""
+    n_predicted: int
+    """Tokens whose next token is in the prompt; the cross-entropies are means over these."""
+    cross_entropy: float | None
+    """Of the model, in nats; None where no prompt has 3 tokens."""
+    cross_entropy_replaced: float | None
+    """With all MLPs replaced."""
+    cross_entropy_ablated: float | None
+    """With zeros in place of all MLP outputs."""
+
+    decoder_norm_by_distance: list[float]
+    """Mean norm of decoder vectors that write 0, 1, 2, ... layers ahead, over all features that write so far."""
+    written_share_by_distance: list[float]
+    """Share of what features write 0, 1, 2, ... layers ahead: sum over features of mean |activation| * norm of the
+    decoder vector / root mean square norm of the MLP output written to."""
+
+    graphs: list[GraphNumbers]
+    """One for each prompt that was traced."""
+
+    @property
+    def l0_mean_per_layer(self) -> float:
+        """Active features on a token, mean over layers."""
+        return sum(self.l0_per_layer) / len(self.l0_per_layer)
+
+    @property
+    def l0_sum_over_layers(self) -> float:
+        """Active features on a token, summed over layers."""
+        return sum(self.l0_per_layer)
+
+    @property
+    def cross_entropy_recovered(self) -> float | None:
+        """(ablated - replaced) / (ablated - model): 1 where replacing costs nothing, 0 where it is as bad as zeros."""
+        if self.cross_entropy is None or self.cross_entropy_replaced is None or self.cross_entropy_ablated is None:
+            return None
+        span = self.cross_entropy_ablated - self.cross_entropy
+        return (self.cross_entropy_ablated - self.cross_entropy_replaced) / span if span else None
+
+    @property
+    def graph_means(self) -> GraphNumbers | None:
+        """Means over the prompts that were traced; None where there are none."""
+        return mean_numbers(self.graphs) if self.graphs else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields and what follows from them, for JSON."""
+        derived = ("l0_mean_per_layer", "l0_sum_over_layers", "cross_entropy_recovered")
+        means = self.graph_means
+        return (
+            asdict(self)
+            | {name: getattr(self, name) for name in derived}
+            | {"graph_means": None if means is None else asdict(means)}
+        )
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> EvaluationReport:
+        """The report that `to_json` wrote.
+
+        Raises:
+            FormatError: it is no such text.
+        """
+        try:
+            values = json.loads(text)
+            own = {f.name: values[f.name] for f in fields(cls)}
+            return cls(**{**own, "graphs": [GraphNumbers(**graph) for graph in own["graphs"]]})
+        except (ValueError, KeyError, TypeError) as error:
+            raise FormatError(f"This is no evaluation report ({error}). Give what `tl-clt evaluate` wrote.") from error
+
+    def save(self, folder: str | Path) -> None:
+        """Write report.json and the figures as PNG files to a new or empty folder, all or nothing.
+
+        Raises:
+            OutputNotEmpty: the folder holds something already.
+        """
+        with new_folder(Path(folder)) as unfinished:
+            (unfinished / "report.json").write_text(self.to_json())
+            for name in FIGURES if self.graphs else FIGURES[:-1]:
+                self.figure(name).savefig(unfinished / f"{name}.png", dpi=120)
+
+    def figure(self, name: FigureName) -> Figure:
+        """One of the figures: "layers" (explained variance, NMSE, L0, dead share by layer), "density" (histogram),
+        "distance" (decoder norms and what is written by distance), "graphs" (scores of each prompt).
+
+        Raises:
+            ConfigError: there is no such figure, or no prompt was traced.
+        """
+        from tl_clt.evaluation.figures import draw
+
+        return draw(self, name)

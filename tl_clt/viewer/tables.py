@@ -1,0 +1,106 @@
+"""Reports as tables for a terminal."""
+
+from __future__ import annotations
+
+from pandas import DataFrame, isna
+from rich.table import Table
+
+from tl_clt.attribution import AttributionGraph
+from tl_clt.evaluation import EvaluationReport
+from tl_clt.interventions import InterventionEffect
+
+
+def graph_table(graph: AttributionGraph, pruned: AttributionGraph) -> Table:
+    """Sizes and scores of a graph."""
+    scores, shares = graph.scores(), graph.shares()
+    table = Table(title="The graph", title_justify="left", show_header=False)
+    table.add_row("nodes and edges", f"{len(graph.nodes)} and {int(graph.adjacency.count_nonzero())}")
+    table.add_row("shown (pruned)", f"{len(pruned.nodes)} and {int(pruned.adjacency.count_nonzero())}")
+    table.add_row("replacement score", f"{scores.replacement:.3f} (tokens against errors)")
+    table.add_row("completeness score", f"{scores.completeness:.3f} (inputs that are not errors)")
+    table.add_row("influence from biases", f"{shares.bias:.3f}, positions {shares.position:.3f}")
+    if shares.unexplored > 0:
+        table.add_row("influence not traced", f"{shares.unexplored:.3f}")
+    return table
+
+
+def effect_table(effect: InterventionEffect, top: int) -> Table:
+    """The tokens whose probability an intervention changed most."""
+    table = Table("token", "before", "after", "change", title="Probability of the next token", title_justify="left")
+    for row in effect.top_changes(top).to_dict("records"):
+        table.add_row(row["token"], f"{row['before']:.4f}", f"{row['after']:.4f}", f"{row['change']:+.4f}")
+    return table
+
+
+def evaluation_table(report: EvaluationReport) -> Table:
+    """What a report says of the CLT as a whole."""
+    title = f"The CLT in place of the MLPs, on {report.n_prompts} held-out prompts ({report.n_tokens} tokens)"
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_row("explained variance", f"{report.explained_variance:.3f} (mean over layers)")
+    table.add_row("NMSE", f"{report.nmse:.3f} (squared error / squared output, mean over layers)")
+    l0 = f"{report.l0_mean_per_layer:.1f} a layer, {report.l0_sum_over_layers:.1f} over all layers"
+    table.add_row("active features (L0)", l0)
+    table.add_row("dead features", f"{report.dead_share:.1%} never active on these {report.n_tokens} tokens")
+    table.add_row("same top token", f"{report.top1_agreement:.1%} with all MLPs replaced")
+    if report.top1_agreement_uncertain is not None:
+        found = f"{report.top1_agreement_uncertain:.1%} of {report.n_uncertain} tokens found with p < 0.8"
+        table.add_row("found by both", found)
+    table.add_row("KL divergence", f"{report.kl_divergence:.4f} nats")
+    if report.cross_entropy_recovered is not None:
+        losses = (report.cross_entropy, report.cross_entropy_replaced, report.cross_entropy_ablated)
+        model, replaced, ablated = (f"{loss:.3f}" for loss in losses)
+        recovered = f"{report.cross_entropy_recovered:.1%} recovered"
+        table.add_row("cross-entropy", f"model {model}, replaced {replaced}, MLPs zeroed {ablated}: {recovered}")
+    shares = ", ".join(f"{share:.0%}" for share in report.written_share_by_distance)
+    table.add_row("written 0, 1, ... layers ahead", shares)
+    means = report.graph_means
+    if means is not None:
+        table.add_row(
+            "graphs", f"{len(report.graphs)} prompts of at most {max(g.n_tokens for g in report.graphs):.0f} tokens"
+        )
+        table.add_row("replacement score", f"{means.replacement:.3f}")
+        table.add_row("completeness score", f"{means.completeness:.3f}, pruned {means.completeness_pruned:.3f}")
+        table.add_row("path length", f"{means.path_length:.2f} edges")
+        table.add_row("nodes", f"{means.n_nodes:.0f}, pruned {means.n_nodes_pruned:.0f}")
+    return table
+
+
+def layer_table(report: EvaluationReport) -> Table:
+    """What it says of each layer."""
+    names = ("explained variance", "NMSE", "L0", "dead features")
+    table = Table("layer", *names, title="By layer", title_justify="left")
+    columns = (report.explained_variance_per_layer, report.nmse_per_layer, report.l0_per_layer)
+    for layer, (explained, nmse, l0, dead) in enumerate(zip(*columns, report.dead_share_per_layer, strict=True)):
+        table.add_row(str(layer), f"{explained:.3f}", f"{nmse:.3f}", f"{l0:.1f}", f"{dead:.1%}")
+    return table
+
+
+TRADEOFF_COLUMNS = {
+    "name": "name",
+    "l0_sum_over_layers": "L0 sum",
+    "l0_mean_per_layer": "mean",
+    "nmse": "NMSE",
+    "top1_agreement": "top-1",
+    "top1_agreement_uncertain": "p<.8",
+    "replacement": "repl.",
+    "completeness": "compl.",
+    "path_length": "path",
+}
+
+
+def tradeoff_table(table: DataFrame) -> Table:
+    """The main columns of a trade-off table."""
+    title = (
+        f"On {table['n_tokens'].iloc[0]} held-out tokens: L0 (sum over layers, mean per layer), NMSE, top-1 agreement"
+    )
+    title += " (all; found with p < 0.8), replacement, completeness, path length"
+    shown = Table(*TRADEOFF_COLUMNS.values(), title=title, title_justify="left", padding=(0, 0))
+    for row in table.to_dict("records"):
+        shown.add_row(*(_cell(row[column]) for column in TRADEOFF_COLUMNS))
+    return shown
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "" if isna(value) else f"{value:.3g}"
+    return "" if value is None else str(value)
