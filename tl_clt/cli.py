@@ -180,7 +180,7 @@ def train(
                 **{name: value for name, value in optional.items() if value is not None},
             }
         )
-        CLTTrainingRunner(cfg, model=hooked).run()
+        CLTTrainingRunner(cfg, model=hooked, on_start=lambda memory: console.print(f"Memory: about {memory}")).run()
         console.print(
             f"CLT written to {output}. Trace with it: tl-clt trace --model {model} --clt {output} --prompt ..."
         )

@@ -62,6 +62,10 @@ class DatasetError(TlCltError, ValueError):
     """A dataset that cannot be found, read or used."""
 
 
+class NotEnoughMemory(TlCltError, MemoryError):
+    """A training run that would not fit on its device."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`" Nearest: 'x'."` for the known name most like `name`, or nothing where none is alike."""
     close = get_close_matches(name, list(known), n=1)

@@ -17,11 +17,11 @@ def rand(*shape: int, seed: int) -> torch.Tensor:
 
 
 def decoders() -> list[torch.Tensor]:
-    return [rand(F, N_LAYERS - s, D, seed=10 + s) for s in range(N_LAYERS)]
+    return [rand(F, (N_LAYERS - s) * D, seed=10 + s) for s in range(N_LAYERS)]
 
 
 def loop_norm(W_dec: torch.Tensor, feature: int) -> float:
-    return math.sqrt(sum(float(v) ** 2 for slot in W_dec[feature] for v in slot))
+    return math.sqrt(sum(float(v) ** 2 for v in W_dec[feature]))
 
 
 def test_norm_is_over_all_decoder_vectors_of_a_feature() -> None:

@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from tl_clt.errors import ConfigError, DatasetError, HookNotFound, OutputNotEmpty
 from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig, TrainingProgress, batches, runner
 from tl_clt.training.export import export
+from tl_clt.training.trainer import CLTTrainer
 from tl_clt.training.training_clt import TrainingCLT
 from tl_clt.transcoder import CrossLayerTranscoder
 
@@ -28,9 +29,11 @@ def layer_io(model, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x, y
 
 
-def test_trainer_and_store_are_saelens_own() -> None:
-    assert runner.SAETrainer is sae_trainer.SAETrainer
+def test_store_is_saelens_own_and_the_trainer_but_for_its_step() -> None:
     assert batches.ActivationsStore is ActivationsStore
+    assert runner.CLTTrainer.__mro__[1] is sae_trainer.SAETrainer
+    own = {name for name in vars(CLTTrainer) if callable(getattr(CLTTrainer, name))}
+    assert own & set(vars(sae_trainer.SAETrainer)) == {"__init__", "_train_step"}
 
 
 @pytest.mark.parametrize(
@@ -135,12 +138,16 @@ def test_checkpoints_are_saelens_own_and_can_be_exported(model, tokens, make_con
     assert clt(x).isfinite().all()
 
 
-def test_float64_and_autocast_train(model, tokens, make_config) -> None:
-    exact = CLTTrainingRunner(make_config(dtype="float64"), model=model, dataset=tokens).run()
-    assert exact.W_enc.dtype == torch.float64
-    cfg = make_config(activation="jumprelu", autocast=True, training_tokens=64 * 200, sparsity_coefficient=0.1)
+@pytest.mark.parametrize("activation", ["jumprelu", "topk"])
+@pytest.mark.parametrize(
+    "precision",
+    [{"dtype": "float64"}, {"autocast": True}, {"dtype": "bfloat16"}],
+    ids=["float64", "autocast", "bfloat16"],
+)
+def test_every_precision_trains(model, tokens, make_config, activation: str, precision: dict) -> None:
+    cfg = make_config(activation=activation, training_tokens=64 * 200, sparsity_coefficient=0.1, **precision)
     run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
-    assert run.run().W_enc.dtype == torch.float32
+    assert run.run().W_enc.dtype == getattr(torch, cfg.dtype)
     assert run.record.metrics.explained_variance > 0.5
 
 
@@ -198,12 +205,12 @@ def test_bad_runs_are_refused_before_anything_is_written(model, tokens, make_con
 def test_saelens_lambda_ramp_ends_at_the_coefficient(model, tokens, make_config, monkeypatch) -> None:
     trainers = []
 
-    class Spy(sae_trainer.SAETrainer):
+    class Spy(CLTTrainer):
         def __init__(self, *args: object, **kwargs: object) -> None:
             super().__init__(*args, **kwargs)
             trainers.append((self, self.get_coefficients()["sparsity"]))
 
-    monkeypatch.setattr(runner, "SAETrainer", Spy)
+    monkeypatch.setattr(runner, "CLTTrainer", Spy)
     cfg = make_config(activation="relu", sparsity_coefficient=0.7)
     CLTTrainingRunner(cfg, model=model, dataset=tokens).run()
     trainer, at_start = trainers[0]

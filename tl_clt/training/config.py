@@ -87,7 +87,7 @@ class CLTTrainingRunnerConfig:
 
     dead_feature_coefficient: float = 3e-6
     """lambda_P. Small dictionaries with lambda near 1 need far more, 0.01 to 0.1, to keep most features alive; more
-    of it raises L0."""
+    of it raises L0. No part for topk."""
 
     jumprelu_init_threshold: float = 0.03
     """Threshold of every feature at the start, in units of hidden_pre."""

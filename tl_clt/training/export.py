@@ -17,7 +17,7 @@ def export(clt: TrainingCLT | InferenceCLT, dtype: str | None = None) -> CrossLa
     """A `CrossLayerTranscoder` with the scaling of training folded into its weights, exactly.
 
     With x_scaled = s_in * x and y_scaled = s_out * y:
-        W_enc[s] * s_in[s],   W_dec[s -> t] / s_out[t],   b_dec[t] / s_out[t];   b_enc and thresholds stay.
+        W_enc[s].T * s_in[s],   W_dec[s -> t] / s_out[t],   b_dec[t] / s_out[t];   b_enc and thresholds stay.
 
     Args:
         clt: the CLT, with `input_scale` and `output_scale` in its config.
@@ -32,13 +32,14 @@ def export(clt: TrainingCLT | InferenceCLT, dtype: str | None = None) -> CrossLa
     decoders = []
     for source, W_dec in enumerate(clt.W_dec):
         targets = cfg.targets(source)
-        decoders.append((W_dec.double() / s_out[targets.start : targets.stop, None]).to(final))
+        slots = W_dec.double().unflatten(1, (len(targets), cfg.d_model))
+        decoders.append((slots / s_out[targets.start : targets.stop, None]).to(final))
     exported = CrossLayerTranscoder(cfg, DenseDecoders(decoders)).to(clt.b_dec.device)
 
     def fill(name: str, value: Tensor) -> None:
         getattr(exported, name).copy_(value)
 
-    fill("W_enc", _stacked(clt.W_enc) * s_in[:, None, None])
+    fill("W_enc", _stacked(clt.W_enc).mT * s_in[:, None, None])
     fill("b_enc", _stacked(clt.b_enc))
     fill("b_dec", clt.b_dec.double() / s_out[:, None])
     if clt.log_threshold is not None:

@@ -22,7 +22,7 @@ def initial_firing_rate(n_features: int) -> float:
 
 @torch.no_grad()
 def init_encoder_biases(clt: TrainingCLT, inputs: Float[Tensor, "batch n_layers d_model"]) -> None:
-    """Set b_enc to theta minus a quantile of `x @ W_enc`, so that each feature fires at `initial_firing_rate`.
+    """Set b_enc to theta minus a quantile of `x @ W_enc.T`, so that each feature fires at `initial_firing_rate`.
 
     Args:
         clt: changed in place.
@@ -36,5 +36,5 @@ def init_encoder_biases(clt: TrainingCLT, inputs: Float[Tensor, "batch n_layers 
         x = inputs[:, layer]
         for start in range(0, clt.cfg.d_transcoder, width):
             part = slice(start, start + width)
-            quantile = (x @ clt.W_enc[layer][:, part]).kthvalue(rank, dim=0).values
+            quantile = (x @ clt.W_enc[layer][part].T).kthvalue(rank, dim=0).values
             clt.b_enc[layer][part] = threshold[part] - quantile

@@ -1,7 +1,8 @@
 """The weights of a CLT as SAELens modules hold them, and the two passes over them.
 
-Each layer's weights are parameters of their own: a slice of one stacked parameter would fill a gradient of the whole
-stack with zeros for every slice taken.
+Each source layer's weights are parameters of their own: a slice of one stacked parameter would fill a gradient of the
+whole stack with zeros for every slice taken. A layer's decoder vectors lie side by side, so that what it writes to
+all its targets is one matrix product.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class CLTLayers:
     """Weights and passes of a CLT, mixed into SAELens's `SAE` and `TrainingSAE`.
 
     Weights, one tensor a source layer unless said otherwise:
-        W_enc [d_model, d_transcoder], b_enc [d_transcoder], W_dec [d_transcoder, n_writes, d_model],
+        W_enc [d_transcoder, d_model], b_enc [d_transcoder], W_dec [d_transcoder, n_writes * d_model],
         log_threshold [d_transcoder] (jumprelu only), and b_dec [n_layers, d_model] for all layers.
     """
 
@@ -127,10 +128,10 @@ class CLTLayers:
 
         layers, n_features = range(cfg.n_layers), cfg.d_transcoder
         enc_bound, dec_bound = n_features**-0.5, (cfg.n_layers * cfg.d_model) ** -0.5
-        self.W_enc = nn.ParameterList([uniform(enc_bound, cfg.d_model, n_features) for _ in layers])
+        self.W_enc = nn.ParameterList([uniform(enc_bound, n_features, cfg.d_model) for _ in layers])
         self.b_enc = nn.ParameterList([constant(0.0, n_features) for _ in layers])
         self.W_dec = nn.ParameterList(
-            [uniform(dec_bound, n_features, len(cfg.targets(s)), cfg.d_model) for s in layers]
+            [uniform(dec_bound, n_features, len(cfg.targets(s)) * cfg.d_model) for s in layers]
         )
         self.b_dec = constant(0.0, cfg.n_layers, cfg.d_model)
         self.log_threshold = None
@@ -143,6 +144,11 @@ class CLTLayers:
         """Shape, activation and hooks, as the exported CLT has them."""
         return self.cfg.transcoder_config(self.cfg.d_in, self.cfg.dtype)
 
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """Number type of activations and sums in training: that of the weights, but at least float32."""
+        return torch.promote_types(self.dtype, torch.float32)
+
     def thresholds(self) -> list[Float[Tensor, " d_transcoder"]]:
         """theta of each layer's features: 0 where phi has no threshold."""
         if self.log_threshold is None:
@@ -152,10 +158,10 @@ class CLTLayers:
     def encode_layers(
         self, inputs: Sequence[Float[Tensor, "batch d_model"]], thresholds: Sequence[Tensor]
     ) -> list[LayerEncoding]:
-        """`phi(x[s] @ W_enc[s] + b_enc[s])` for each layer's (scaled) input."""
+        """`phi(x[s] @ W_enc[s].T + b_enc[s])` for each layer's (scaled) input."""
         encodings = []
         for x, W_enc, b_enc, threshold in zip(inputs, self.W_enc, self.b_enc, thresholds, strict=True):
-            hidden_pre = torch.addmm(b_enc, x, W_enc)
+            hidden_pre = torch.addmm(b_enc, x, W_enc.T)
             encodings.append(LayerEncoding(self.activate(hidden_pre, threshold), hidden_pre))
         return encodings
 
@@ -176,7 +182,7 @@ class CLTLayers:
         cfg = self.transcoder_config
         written: list[list[Tensor]] = [[] for _ in range(cfg.n_layers)]
         for source, (acts, W_dec) in enumerate(zip(feature_acts, self.W_dec, strict=True)):
-            slots = (acts @ W_dec.flatten(start_dim=1)).to(W_dec.dtype).unflatten(-1, W_dec.shape[1:])
+            slots = (acts @ W_dec).unflatten(-1, (-1, cfg.d_model))
             for target, slot in zip(cfg.targets(source), slots.unbind(dim=1), strict=True):
                 written[target].append(slot)
         return torch.stack([_sum(slots) for slots in written], dim=1) + self.b_dec

@@ -11,6 +11,7 @@ from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
 from tl_clt.training.scaling import Batch
+from tl_clt.training.step import Workspace
 from tl_clt.training.training_clt import TrainingCLT
 
 
@@ -45,7 +46,11 @@ class Metrics(NamedTuple):
 
 @torch.no_grad()
 def measure(
-    clt: TrainingCLT, batches: Iterable[Batch], silent_steps: Float[Tensor, " d_sae"], dead_window_steps: int
+    clt: TrainingCLT,
+    batches: Iterable[Batch],
+    silent_steps: Float[Tensor, " d_sae"],
+    dead_window_steps: int,
+    workspace: Workspace,
 ) -> Metrics:
     """The final metrics.
 
@@ -54,16 +59,16 @@ def measure(
         batches: scaled inputs and outputs.
         silent_steps: for each feature of all layers, the training steps since it fired.
         dead_window_steps: as many of them make a feature dead.
+        workspace: that of the training.
     """
     outputs, errors, fired = [], [], []
+    without_penalties = dict.fromkeys(clt.get_coefficients(), 0.0)
     for batch in batches:
-        step = clt.training_forward_pass(
-            TrainStepInput(batch, dict.fromkeys(clt.get_coefficients(), 0.0), None, 0, False)
-        )
-        layers = (clt.cfg.n_layers, -1)
-        outputs.append(step.sae_in.unflatten(1, layers).double())
-        errors.append((step.sae_out - step.sae_in).double().square().unflatten(1, layers).sum(dim=(0, 2)))
-        fired.append((step.feature_acts > 0).unflatten(1, layers).sum(dim=(0, 2)).double())
+        step = clt.step(TrainStepInput(batch, without_penalties, None, 0, False), workspace)
+        y = batch[:, 1].double()
+        outputs.append(y)
+        errors.append((step.recons - y).square().sum(dim=(0, 2)))
+        fired.append(step.fired.unflatten(0, (clt.cfg.n_layers, -1)).sum(dim=1).double())
     y = torch.cat(outputs)
     variance = (y - y.mean(dim=0)).square().sum(dim=(0, 2))
     error, l0 = torch.stack(errors).sum(dim=0), torch.stack(fired).sum(dim=0) / len(y)

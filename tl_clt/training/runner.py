@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,6 @@ import torch
 import wandb
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import SAEMetadata
-from sae_lens.training.sae_trainer import SAETrainer
 
 from tl_clt.errors import ConfigError
 from tl_clt.lens import HookedModel, load_model, model_name
@@ -24,8 +24,10 @@ from tl_clt.training.config import CLTTrainingRunnerConfig
 from tl_clt.training.data import DatasetSource, open_dataset
 from tl_clt.training.export import export
 from tl_clt.training.init import init_encoder_biases
+from tl_clt.training.memory import MemoryEstimate, estimate_memory, require_memory
 from tl_clt.training.record import TrainingRecord, measure
 from tl_clt.training.scaling import ActivationScale, Batch, apply_scale, estimate_scale
+from tl_clt.training.trainer import CLTTrainer
 from tl_clt.training.training_clt import TrainingCLT, TrainingCLTConfig
 from tl_clt.transcoder import CrossLayerTranscoder
 from tl_clt.transcoder.formats import native
@@ -53,7 +55,7 @@ class TrainingProgress(NamedTuple):
 
 
 class CLTTrainingRunner:
-    """Trains a `CrossLayerTranscoder` with SAELens's `SAETrainer` and `ActivationsStore`, both as they are."""
+    """Trains a `CrossLayerTranscoder` with SAELens's activation store and trainer; see `CLTTrainer` for its step."""
 
     record: TrainingRecord | None = None
     """What `training.json` holds; set when `run` is done."""
@@ -64,6 +66,7 @@ class CLTTrainingRunner:
         model: HookedModel | None = None,
         dataset: DatasetSource | None = None,
         on_progress: Callable[[TrainingProgress], None] | None = None,
+        on_start: Callable[[MemoryEstimate], None] | None = None,
     ) -> None:
         """Take a run's parts; nothing is loaded yet.
 
@@ -72,6 +75,7 @@ class CLTTrainingRunner:
             model: used in place of loading `cfg.model_name`.
             dataset: used in place of `cfg.dataset_path`; see `open_dataset` for what it may be.
             on_progress: called every `cfg.wandb_log_frequency` steps.
+            on_start: told what memory the run will need, before any activations are made.
 
         Raises:
             ConfigError: there is no model or no dataset.
@@ -86,6 +90,7 @@ class CLTTrainingRunner:
         self.model = model
         self.dataset = dataset
         self.on_progress = on_progress
+        self.on_start = on_start
 
     def run(self) -> CrossLayerTranscoder:
         """Train, save to `cfg.output_path` where given, and return the CLT, which takes raw activations.
@@ -94,8 +99,8 @@ class CLTTrainingRunner:
 
         Raises:
             OutputNotEmpty: the output or checkpoint folder holds something (found before any work).
-            HookNotFound, DatasetError, TokenizerMissing, ConfigError, ModelNotFound, ModelUnsupported: before
-                training; nothing is written.
+            HookNotFound, DatasetError, TokenizerMissing, ConfigError, ModelNotFound, ModelUnsupported,
+                NotEnoughMemory: before training; nothing is written.
         """
         started = time.monotonic()
         for folder in (self.cfg.output_path, self.cfg.checkpoint_path):
@@ -103,6 +108,7 @@ class CLTTrainingRunner:
                 require_new(Path(folder))
         model = self.model or self._load_model()
         check_fits(model, self.cfg)
+        self._check_memory(model)
         dataset = open_dataset(
             self.cfg.dataset_path if self.dataset is None else self.dataset,  # type: ignore[arg-type]
             model,
@@ -112,6 +118,13 @@ class CLTTrainingRunner:
             clt = self._train(model, activation_batches(model, dataset, self.cfg), started)
         self._save(clt)
         return clt
+
+    def _check_memory(self, model: HookedModel) -> None:
+        shape = replace(self._sae_config(model, None), device="meta")
+        estimate = estimate_memory(TrainingCLT(shape), self.cfg)
+        if self.on_start is not None:
+            self.on_start(estimate)
+        require_memory(estimate, torch.device(self.cfg.device))
 
     def _load_model(self) -> HookedModel:
         cfg = self.cfg
@@ -123,14 +136,14 @@ class CLTTrainingRunner:
         cfg = self.cfg
         first = list(islice(raw, cfg.n_batches_for_scale))
         scale = estimate_scale(first)
-        scaled = (apply_scale(batch, scale) for batch in chain(first, raw))
         sae = TrainingCLT(self._sae_config(model, scale))
         init_encoder_biases(sae, torch.cat([apply_scale(batch, scale)[:, 0] for batch in first]))
-        trainer = SAETrainer(cfg=self._trainer_config(), sae=sae, data_provider=self._reporting(scaled, sae))
+        scaled = (apply_scale(batch, scale) for batch in chain(_emptied(first), raw))
+        trainer = CLTTrainer(cfg=self._trainer_config(), sae=sae, data_provider=self._reporting(scaled, sae))
         trainer.fit()
         window = min(cfg.dead_feature_window, -(-trainer.n_training_steps // 4))
         silent_steps = trainer.n_forward_passes_since_fired
-        metrics = measure(sae, islice(scaled, cfg.n_eval_batches), silent_steps, window)
+        metrics = measure(sae, islice(scaled, cfg.n_eval_batches), silent_steps, window, trainer.workspace)
         self.record = TrainingRecord(
             config={k: v for k, v in cfg.to_dict().items() if k not in OWN_PATHS},
             tokens_seen=trainer.n_training_samples,
@@ -156,7 +169,7 @@ class CLTTrainingRunner:
                 self.on_progress(TrainingProgress(step, self.cfg.n_steps, tokens, losses))
             yield batch
 
-    def _sae_config(self, model: HookedModel, scale: ActivationScale) -> TrainingCLTConfig:
+    def _sae_config(self, model: HookedModel, scale: ActivationScale | None) -> TrainingCLTConfig:
         cfg, n_layers = self.cfg, model.cfg.n_layers
         name = cfg.model_name or model_name(model)
         return TrainingCLTConfig(
@@ -179,8 +192,8 @@ class CLTTrainingRunner:
             model_name=name,
             input_hook=cfg.input_hook,
             output_hook=cfg.output_hook,
-            input_scale=scale.inputs,
-            output_scale=scale.outputs,
+            input_scale=None if scale is None else scale.inputs,
+            output_scale=None if scale is None else scale.outputs,
             metadata=SAEMetadata(
                 model_name=name,
                 hook_name=cfg.input_hook,
@@ -215,6 +228,12 @@ class CLTTrainingRunner:
                 wandb_log_frequency=cfg.wandb_log_frequency,
             ),
         )
+
+
+def _emptied(batches: list[Batch]) -> Iterator[Batch]:
+    """The batches in order, each let go of as it is handed out."""
+    while batches:
+        yield batches.pop(0)
 
 
 @contextmanager

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from tl_clt.errors import ConfigError
 from tl_clt.training.layers import ARCHITECTURE, CLTLayers, CLTShape
-from tl_clt.training.losses import dead_feature_loss, decoder_norms, mse_loss, sparsity_loss
+from tl_clt.training.losses import dead_feature_loss, decoder_norms, sparsity_loss
+from tl_clt.training.step import CLTStep, Workspace, clt_step
 
 
 @dataclass(kw_only=True)
@@ -109,13 +110,13 @@ class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
         self.last_losses = {}
 
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
-        """lambda (none for topk) and lambda_P, for SAELens's schedulers."""
-        coefficients: dict[str, float | TrainCoefficientConfig] = {"dead_feature": self.cfg.dead_feature_coefficient}
-        if self.cfg.activation != "topk":
-            coefficients["sparsity"] = TrainCoefficientConfig(
-                self.cfg.sparsity_coefficient, self.cfg.sparsity_warm_up_steps
-            )
-        return coefficients
+        """lambda and lambda_P for SAELens's schedulers; none for topk."""
+        if self.cfg.activation == "topk":
+            return {}
+        return {
+            "dead_feature": self.cfg.dead_feature_coefficient,
+            "sparsity": TrainCoefficientConfig(self.cfg.sparsity_coefficient, self.cfg.sparsity_warm_up_steps),
+        }
 
     def encode_with_hidden_pre(
         self, x: Float[Tensor, "batch n_layers d_model"]
@@ -132,24 +133,32 @@ class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
         [batch, n_layers * d_model]; `feature_acts` and `hidden_pre` are [batch, n_layers * d_transcoder] and
         carry no gradient (the loss does).
         """
-        inputs, outputs = step_input.sae_in.to(self.dtype).unbind(dim=1)
-        thresholds = self.thresholds()
-        feature_acts, hidden_pre = zip(*self.encode_layers(inputs.unbind(dim=1), thresholds), strict=True)
-        recons = self.decode_layers(feature_acts)
-        losses = {"mse_loss": mse_loss(recons, outputs)}
-        losses |= self._aux_losses(feature_acts, hidden_pre, thresholds, step_input.coefficients)
-        self.last_losses = {name: value.detach() for name, value in losses.items()}
-        flat_acts = torch.cat([a.detach() for a in feature_acts], dim=1)
+        step = self.step(step_input, Workspace())
+        acts = torch.cat([f.dense() for f in step.features], dim=1)
+        hidden_pre = torch.cat(step.hidden_pre, dim=1)
+        return self.step_output(step, step_input, acts, hidden_pre)
+
+    def step(self, step_input: TrainStepInput, workspace: Workspace) -> CLTStep:
+        """One step's losses and activations, layer by layer."""
+        inputs, outputs = step_input.sae_in.to(self.sum_dtype).unbind(dim=1)
+        step = clt_step(self, inputs, outputs, step_input.coefficients, workspace)
+        self.last_losses = {name: value.detach() for name, value in step.losses.items()}
+        return step
+
+    def step_output(
+        self, step: CLTStep, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor
+    ) -> TrainStepOutput:
+        """A step as SAELens's trainer takes it, with the flattened activations given."""
         metrics: dict[str, Any] = {}
         if step_input.is_logging_step:
-            metrics["l0_mean_per_layer"] = (flat_acts > 0).sum() / (len(flat_acts) * self.cfg.n_layers)
+            metrics["l0_mean_per_layer"] = step.fired.sum() / (len(step.recons) * self.cfg.n_layers)
         return TrainStepOutput(
-            sae_in=outputs.flatten(start_dim=1),
-            sae_out=recons.detach().flatten(start_dim=1),
-            feature_acts=flat_acts,
-            hidden_pre=torch.cat([h.detach() for h in hidden_pre], dim=1),
-            loss=torch.stack(list(losses.values())).sum(),
-            losses=losses,
+            sae_in=step_input.sae_in[:, 1].to(self.sum_dtype).flatten(start_dim=1),
+            sae_out=step.recons.detach().flatten(start_dim=1),
+            feature_acts=feature_acts,
+            hidden_pre=hidden_pre,
+            loss=step.loss,
+            losses=step.losses,
             metrics=metrics,
         )
 
@@ -157,24 +166,15 @@ class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
         """Sparsity and dead-feature terms of flattened activations, times their coefficients."""
+        if self.cfg.activation == "topk":
+            return {}
         shape = (self.cfg.n_layers, self.cfg.d_transcoder)
         acts, pre = (flat.unflatten(-1, shape).unbind(dim=1) for flat in (feature_acts, hidden_pre))
-        return self._aux_losses(acts, pre, self.thresholds(), step_input.coefficients)
-
-    def _aux_losses(
-        self,
-        feature_acts: tuple[Tensor, ...],
-        hidden_pre: tuple[Tensor, ...],
-        thresholds: list[Tensor],
-        coefficients: dict[str, float],
-    ) -> dict[str, Tensor]:
         norms = decoder_norms(list(self.W_dec))
-        losses = {}
-        if "sparsity" in coefficients:
-            sparsity = sparsity_loss(feature_acts, norms, self.cfg.tanh_scale)
-            losses["sparsity_loss"] = coefficients["sparsity"] * sparsity
+        coefficients = step_input.coefficients
+        losses = {"sparsity_loss": coefficients["sparsity"] * sparsity_loss(acts, norms, self.cfg.tanh_scale)}
         if coefficients["dead_feature"] > 0:
-            dead = dead_feature_loss(hidden_pre, thresholds, norms)
+            dead = dead_feature_loss(pre, self.thresholds(), norms)
             losses["dead_feature_loss"] = coefficients["dead_feature"] * dead
         return losses
 

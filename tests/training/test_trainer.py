@@ -1,0 +1,97 @@
+"""`CLTTrainer` trains as SAELens's own trainer does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.training.sae_trainer import SAETrainer
+
+from tests.training.test_training_clt import BATCH, build, raw_batch, scale_of
+from tl_clt.training import step as step_module
+from tl_clt.training.scaling import apply_scale
+from tl_clt.training.trainer import CLTTrainer
+from tl_clt.training.training_clt import TrainingCLT
+
+STEPS = 12
+
+
+def trainer_config(**changes: object) -> SAETrainerConfig:
+    values: dict = {
+        "total_training_samples": STEPS * BATCH,
+        "train_batch_size_samples": BATCH,
+        "lr": 1e-2,
+        "lr_end": 1e-3,
+        "lr_scheduler_name": "constant",
+        "lr_warm_up_steps": 3,
+        "lr_decay_steps": 4,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "device": "cpu",
+        "autocast": False,
+        "dead_feature_window": 3,
+        "n_checkpoints": 0,
+        "checkpoint_path": None,
+        "logger": LoggingConfig(log_to_wandb=False),
+    }
+    return SAETrainerConfig(**(values | changes))
+
+
+def batches(clt: TrainingCLT) -> Iterator[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    while True:
+        noise = torch.randn(*raw_batch().shape, dtype=torch.float64, generator=generator)
+        yield apply_scale(raw_batch() + noise, scale_of(clt)).to(clt.dtype)
+
+
+def trained(kind: type[SAETrainer], activation: str, **changes: object) -> SAETrainer:
+    clt = build(activation, sparsity_warm_up_steps=STEPS)
+    trainer = kind(trainer_config(**changes), clt, batches(clt))
+    trainer.fit()
+    return trainer
+
+
+@pytest.mark.parametrize("sparse_below", [0.0, 1.1])
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "topk"])
+def test_weights_and_counts_are_those_of_saelens_trainer(activation: str, sparse_below: float, monkeypatch) -> None:
+    monkeypatch.setitem(step_module.SPARSE_BELOW, "cpu", sparse_below)
+    ours, theirs = trained(CLTTrainer, activation), trained(SAETrainer, activation)
+    start = build(activation).state_dict()
+    for name, value in theirs.sae.state_dict().items():
+        torch.testing.assert_close(ours.sae.state_dict()[name], value, rtol=1e-8, atol=1e-10)
+        assert not torch.equal(value, start[name]), name
+    for name in ("act_freq_scores", "n_forward_passes_since_fired"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert ours.n_frac_active_samples == theirs.n_frac_active_samples == STEPS * BATCH
+    assert ours.sae.cfg.metadata.l0 == theirs.sae.cfg.metadata.l0
+
+
+def test_logs_are_those_of_saelens_trainer(monkeypatch) -> None:
+    logs: dict[type, list[dict]] = {}
+    for kind in (CLTTrainer, SAETrainer):
+        rows = logs[kind] = []
+        monkeypatch.setattr("wandb.log", lambda values, step, rows=rows: rows.append(values))
+        trained(kind, "jumprelu", logger=LoggingConfig(log_to_wandb=True, wandb_log_frequency=5))
+    assert len(logs[CLTTrainer]) == len(logs[SAETrainer]) == 2
+    for ours, theirs in zip(logs[CLTTrainer], logs[SAETrainer], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+        assert ours["metrics/l0"] == pytest.approx(3 * ours["metrics/l0_mean_per_layer"])
+
+
+def test_checkpoints_load_into_saelens_trainer_and_back(tmp_path) -> None:
+    trainer = trained(CLTTrainer, "jumprelu")
+    trainer.save_checkpoint("one", tmp_path)
+    for kind in (SAETrainer, CLTTrainer):
+        clt = TrainingCLT.load_from_disk(tmp_path / "one")
+        again = kind(trainer_config(total_training_samples=2 * STEPS * BATCH), clt, batches(clt))
+        again.load_trainer_state(tmp_path / "one")
+        again.fit()
+        assert again.n_training_steps == 2 * STEPS
+
+
+def test_adam_is_fused() -> None:
+    clt = build("jumprelu")
+    trainer = CLTTrainer(trainer_config(), clt, batches(clt))
+    assert all(group["fused"] for group in trainer.optimizer.param_groups)
