@@ -90,6 +90,16 @@ def trace(
     max_unexplored: Annotated[
         Optional[float], typer.Option(help="Stop when this share of influence is left. Default: trace all.")
     ] = None,
+    contrast: Annotated[
+        Optional[str], typer.Option(help="A prompt of as many tokens: show what the first has beyond it.")
+    ] = None,
+    keep_edges: Annotated[
+        Optional[float], typer.Option(help="Hold the strongest edges that make up this share of each node's input.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="auto, sweep, or autograd.")] = "auto",
+    memory_limit: Annotated[
+        Optional[float], typer.Option(help="GiB that tracing may take. Default: 80% of what is free.")
+    ] = None,
     bos: Annotated[str, typer.Option(help="Position 0: error, drop, or features.")] = "error",
     bias_nodes: Annotated[bool, typer.Option(help="Position and bias nodes.")] = True,
     node_threshold: Annotated[float, typer.Option(help="Share of influence that shown nodes keep.")] = 0.8,
@@ -116,6 +126,10 @@ def trace(
             desired_logit_prob=desired_logit_prob,
             max_feature_nodes=max_feature_nodes,
             max_unexplored=max_unexplored,
+            engine=engine,  # type: ignore[arg-type]
+            contrast=contrast,
+            keep_edges=keep_edges,
+            memory_limit=memory_limit,
             bos=bos,  # type: ignore[arg-type]
             bias_nodes=bias_nodes,
         )

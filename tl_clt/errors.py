@@ -50,6 +50,10 @@ class LocalModelMismatch(TlCltError, RuntimeError):
     """The local replacement model does not give the model's own logits."""
 
 
+class MemoryLimit(TlCltError, MemoryError):
+    """Work that does not fit in the memory there is, or in the limit given; found before it starts."""
+
+
 class TargetError(TlCltError, ValueError):
     """Attribution targets that do not exist: a logit count or a token out of range."""
 

@@ -107,7 +107,7 @@ def test_an_edge_is_the_effect_of_removing_what_the_source_writes(model):
         without, full = local.run(local.sites._replace(mlp=mlp)), local.run(local.sites)
     for node in graph.nodes.where(NodeKind.FEATURE).tolist():
         at, p, f = (int(x[node]) for x in (graph.nodes.layer, graph.nodes.pos, graph.nodes.index))
-        change = (full.inputs[at][p] - without.inputs[at][p]) @ clt.W_enc[at][:, f]
+        change = (full.points[at][p] - without.points[at][p]) @ clt.W_enc[at][:, f]
         torch.testing.assert_close(graph.adjacency[node, source], change.detach(), rtol=1e-8, atol=1e-10)
 
 

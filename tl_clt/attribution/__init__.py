@@ -2,18 +2,24 @@
 
 from tl_clt.attribution.attribute import attribute
 from tl_clt.attribution.graph import AttributionGraph
-from tl_clt.attribution.influence import GraphScores, InfluenceShares, PruneMasks
+from tl_clt.attribution.influence import GraphScores, InfluenceShares
 from tl_clt.attribution.local import LocalReplacementModel, build_local_model
 from tl_clt.attribution.nodes import NodeKind, Nodes
+from tl_clt.attribution.pruning import PruneMasks
+from tl_clt.attribution.targets import DifferenceTarget, DirectionTarget, FeatureTarget, TokenTarget
 
 __all__ = [
     "AttributionGraph",
+    "DifferenceTarget",
+    "DirectionTarget",
+    "FeatureTarget",
     "GraphScores",
     "InfluenceShares",
     "LocalReplacementModel",
     "NodeKind",
     "Nodes",
     "PruneMasks",
+    "TokenTarget",
     "attribute",
     "build_local_model",
 ]

@@ -2,75 +2,148 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_clt.attribution.engines import AutogradEngine
-from tl_clt.attribution.influence import logit_weights, node_influence, normalised
+from tl_clt.attribution.engines import Engine
+from tl_clt.attribution.influence import SMALLEST_ROW_SUM, logit_weights
+from tl_clt.attribution.memory import MemoryPlan
 from tl_clt.attribution.nodes import NodeKind
+from tl_clt.attribution.row_store import RowStore
+from tl_clt.attribution.targets import Targets, feature_readouts
 from tl_clt.errors import ConfigError
+from tl_clt.shapes import NodeMask, NodeValues
+
+ROUND_SHARE, FIRST_ROUND = 0.25, 64
+"""A round traces at most this share of what is traced already (at first, so many): the ranking is renewed between."""
 
 
-class Rows:
-    """The adjacency as far as it is traced."""
+@dataclass(frozen=True)
+class Limits:
+    """How far to trace."""
 
-    def __init__(self, engine: AutogradEngine) -> None:
-        nodes = engine.sources.nodes
-        dtype = engine.logits.directions.dtype
+    max_feature_nodes: int | None = None
+    max_unexplored: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_feature_nodes is not None and self.max_feature_nodes < 0:
+            raise ConfigError(f"max_feature_nodes is {self.max_feature_nodes}: give 0 or more, or None for all.")
+        if self.max_unexplored is not None and not 0 <= self.max_unexplored <= 1:
+            raise ConfigError(f"max_unexplored is {self.max_unexplored}: give a share from 0 to 1, or None for all.")
+
+    def n_rows(self, n_features: int) -> int:
+        """At most so many features get a row."""
+        return n_features if self.max_feature_nodes is None else min(self.max_feature_nodes, n_features)
+
+
+class Expansion:
+    """The adjacency as far as it is traced, with the influence that its rows give."""
+
+    def __init__(self, engine: Engine, targets: Targets, store: RowStore) -> None:
         self.engine = engine
-        self.nodes = nodes
-        self.adjacency: Float[Tensor, "n_nodes n_nodes"] = torch.zeros(
-            len(nodes), len(nodes), dtype=dtype, device=nodes.kind.device
-        )
-        self.expanded: Bool[Tensor, " n_nodes"] = nodes.is_kind(NodeKind.LOGIT)
-        self.adjacency[nodes.where(NodeKind.LOGIT)] = engine.logit_rows()
+        self.store = store
+        self.nodes = engine.sources.nodes
+        self.features = self.nodes.where(NodeKind.FEATURE)
+        self.expanded: Bool[Tensor, " n_nodes"] = torch.zeros_like(self.nodes.kind, dtype=torch.bool)
+        weights = logit_weights(self.nodes, targets.weights)
+        self.visits: NodeValues = weights / weights.sum()
+        """The probability that a walk from the targets upstream along normalised |edges| visits each node."""
+        ends = self.nodes.where(NodeKind.LOGIT)
+        store.put(ends, engine.rows(targets.readouts))
+        self._reached(ends)
 
-    def expand(self, features: Tensor, batch_size: int, bar: tqdm) -> None:
-        """Trace the in-edges of some features, layer by layer."""
-        layers = self.nodes.layer[features]
-        for layer in layers.unique().tolist():
-            for batch in features[layers == layer].split(batch_size):
-                self.adjacency[batch] = self.engine.feature_rows(batch)
-                self.expanded[batch] = True
-                bar.update(len(batch))
+    def trace(self, features: Int[Tensor, " n"], batch_size: int, bar: tqdm, ranked: bool) -> None:
+        """Trace the in-edges of some features; where `ranked`, bring `visits` up to date."""
+        for batch in self.engine.batches(self.nodes.layer[features], self.nodes.pos[features], batch_size):
+            at = self.nodes.take(features[batch])
+            readouts = feature_readouts(self.engine.local, at.layer, at.pos, at.index)
+            self.store.put(features[batch], self.engine.rows(readouts))
+            bar.update(len(batch))
+        if ranked:
+            self._reached(features)
+        else:
+            self.expanded[features] = True
 
-    def unexplored(self) -> Float[Tensor, " n_features"]:
-        """For each feature node, the share of walks from the logits that end there for want of a row."""
-        weights = logit_weights(self.nodes, self.engine.logits.probs)
-        influence = node_influence(normalised(self.adjacency), weights / weights.sum())
-        n_features = len(self.nodes.where(NodeKind.FEATURE))
-        return (influence * ~self.expanded)[:n_features]
+    def open_shares(self) -> Float[Tensor, " n_features"]:
+        """For each feature, the share of walks that end there for want of a row."""
+        return (self.visits * ~self.expanded)[self.features]
+
+    def _reached(self, targets: Int[Tensor, " n"]) -> None:
+        """Walks that ended at these go on: hand their visits on, top-down, through all rows that there are."""
+        self.expanded[targets] = True
+        new = torch.zeros_like(self.visits)
+        new[targets] = self.visits[targets]
+        layers = self.nodes.layer
+        logits = self.nodes.is_kind(NodeKind.LOGIT)
+        self._hand_on(new, targets[logits[targets]])
+        top = int(layers[targets].max()) if len(targets) else -1
+        inner = self.expanded & ~logits
+        for layer in range(top, -1, -1):
+            self._hand_on(new, torch.nonzero(inner & (layers == layer)).flatten())
+
+    def _hand_on(self, new: NodeValues, rows: Int[Tensor, " n"]) -> None:
+        if len(rows):
+            given = self.store.spread(rows, new[rows] / self.store.sums[rows].clamp_min(SMALLEST_ROW_SUM))
+            new += given
+            self.visits += given
 
 
 def expand(
-    engine: AutogradEngine,
-    max_feature_nodes: int | None,
-    max_unexplored: float | None,
-    batch_size: int,
+    engine: Engine,
+    targets: Targets,
+    store: RowStore,
+    limits: Limits,
+    plan: MemoryPlan,
     progress: bool,
-) -> Rows:
-    """Trace the logits, then features in the order of their influence so far until a limit is met.
+) -> NodeMask:
+    """Trace the targets, then features in the order of their influence so far until a limit is met.
 
-    Raises:
-        ConfigError: a limit is out of range.
+    Args:
+        store: where the rows go.
+        plan: batch size, and what the rows may take; tracing ends with a warning where they would take more.
+
+    Returns:
+        Which nodes have a row.
     """
-    if max_feature_nodes is not None and max_feature_nodes < 0:
-        raise ConfigError(f"max_feature_nodes is {max_feature_nodes}: give 0 or more, or None for all.")
-    if max_unexplored is not None and not 0 <= max_unexplored <= 1:
-        raise ConfigError(f"max_unexplored is {max_unexplored}: give a share from 0 to 1, or None for all.")
-    rows = Rows(engine)
-    features = rows.nodes.where(NodeKind.FEATURE)
-    limit = len(features) if max_feature_nodes is None else min(max_feature_nodes, len(features))
-    with tqdm(total=limit, desc="Tracing features", unit=" rows", delay=2.0, disable=not progress) as bar:
-        if limit == len(features) and max_unexplored is None:
-            rows.expand(features, batch_size, bar)
-            return rows
-        while (done := int(rows.expanded[features].sum())) < limit:
-            open_shares = rows.unexplored()
-            if float(open_shares.sum()) <= (max_unexplored or 0.0):
+    traced = Expansion(engine, targets, store)
+    features = traced.features
+    limit = limits.n_rows(len(features))
+    ranked = limit < len(features) or limits.max_unexplored is not None
+    done = 0
+    desc = f"Tracing features ({plan})"
+    with tqdm(total=limit, desc=desc, unit=" rows", delay=2.0, disable=not progress) as bar:
+        while done < limit:
+            if ranked:
+                count = max(min(plan.batch_size, FIRST_ROUND), int(ROUND_SHARE * done))
+                chosen = _next(traced.open_shares(), min(count, limit - done), limits)
+            else:
+                chosen = features[:limit]
+            if len(chosen) == 0:
                 break
-            count = min(batch_size, limit - done, int(open_shares.count_nonzero()))
-            rows.expand(open_shares.topk(count).indices, batch_size, bar)
-    return rows
+            traced.trace(chosen, plan.batch_size, bar, ranked)
+            done += len(chosen)
+            if store.nbytes > plan.rows and done < limit:
+                warnings.warn(
+                    f"Tracing ended after {done} of {limit} features: their edges take {store.nbytes / 2**30:.2f} GiB,"
+                    " which is what memory_limit leaves. The graph's unexplored share says what that means; a smaller"
+                    " keep_edges makes room for more.",
+                    stacklevel=3,
+                )
+                break
+    return traced.expanded
+
+
+def _next(shares: Float[Tensor, " n"], count: int, limits: Limits) -> Int[Tensor, " n_next"]:
+    """The features on which most walks end, no more than it takes to meet the bound if nothing lay behind them."""
+    excess = float(shares.sum()) - (limits.max_unexplored or 0.0)
+    count = min(count, int(shares.count_nonzero()))
+    if excess <= 0 or count == 0:
+        return torch.zeros(0, dtype=torch.long, device=shares.device)
+    top = shares.topk(count)
+    needed = int((top.values.cumsum(0) < excess).sum()) + 1
+    return top.indices[:needed]

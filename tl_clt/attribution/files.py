@@ -8,7 +8,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
+from tl_clt.attribution.edges import CSR, csr, from_csr, is_sparse
 from tl_clt.attribution.graph import AttributionGraph
 from tl_clt.attribution.nodes import Nodes
 from tl_clt.errors import FormatError
@@ -16,17 +18,21 @@ from tl_clt.transcoder.formats.writing import new_file
 
 FORMAT = "tl_clt.attribution_graph"
 VERSION = 1
+SPARSE = {"adjacency_starts": "starts", "adjacency_cols": "cols", "adjacency_values": "values"}
 
 
 def save_graph(graph: AttributionGraph, path: Path) -> Path:
     """Write a graph, all or nothing."""
     tensors = {
         **graph.nodes.tensors(),
-        "adjacency": graph.adjacency,
+        **_edges_out(graph.adjacency),
         "expanded": graph.expanded,
         "tokens": graph.tokens,
         "logit_probs": graph.logit_probs,
     }
+    for name in ("dropped", "contrast_activation"):
+        if getattr(graph, name) is not None:
+            tensors[name] = getattr(graph, name)
     about = {
         "version": VERSION,
         "prompt_tokens": graph.prompt_tokens,
@@ -58,11 +64,26 @@ def load_graph(path: Path) -> AttributionGraph:
         )
     return AttributionGraph(
         nodes=Nodes(**{f.name: tensors[f.name] for f in fields(Nodes)}),
-        adjacency=tensors["adjacency"],
+        adjacency=_edges_in(tensors),
         expanded=tensors["expanded"],
         tokens=tensors["tokens"],
         logit_probs=tensors["logit_probs"],
         prompt_tokens=about["prompt_tokens"],
         logit_tokens=about["logit_tokens"],
+        dropped=tensors.get("dropped"),
+        contrast_activation=tensors.get("contrast_activation"),
         info=about["info"],
     )
+
+
+def _edges_out(adjacency: Tensor) -> dict[str, Tensor]:
+    if not is_sparse(adjacency):
+        return {"adjacency": adjacency}
+    parts = csr(adjacency)
+    return {name: getattr(parts, part) for name, part in SPARSE.items()}
+
+
+def _edges_in(tensors: dict[str, Tensor]) -> Tensor:
+    if "adjacency" in tensors:
+        return tensors["adjacency"]
+    return from_csr(CSR(*(tensors[name] for name in SPARSE)))

@@ -1,20 +1,25 @@
-"""Influence, pruning and scores (Methods, "Graph Pruning" and "Evaluating Graphs").
+"""Influence and scores (Methods, "Graph Pruning" and "Evaluating Graphs").
 
-A = |adjacency| with each row divided by its sum; influence = w (A + A^2 + ...) with w the logit probabilities
-on the logit nodes. The graph has no cycles, so the series ends.
+A = |adjacency| with each row divided by its sum; influence = w (A + A^2 + ...) with w the target weights (logit
+probabilities). Edges run from lower to higher layers only, so that the series is one pass from the top layer down.
+
+A sparse graph holds the strongest edges of each row; what was dropped counts in the row's sum, so that shares are
+those of the whole graph, and walks that would take a dropped edge end there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_clt.attribution.edges import row_sums, spread
 from tl_clt.attribution.nodes import NodeKind, Nodes
 from tl_clt.errors import ConfigError
-from tl_clt.shapes import Adjacency, NodeMask, NodeValues
+from tl_clt.shapes import Adjacency, NodeValues
 
 Definition = Literal["paper", "circuit-tracer"]
 SMALLEST_ROW_SUM = 1e-8
@@ -30,7 +35,7 @@ class GraphScores(NamedTuple):
 
 
 class InfluenceShares(NamedTuple):
-    """Share of the influence that starts at each kind of node without inputs; they sum to 1."""
+    """Share of the influence by where walks end; they sum to 1."""
 
     token: float
     error: float
@@ -38,50 +43,70 @@ class InfluenceShares(NamedTuple):
     bias: float
     unexplored: float
     """At features whose in-edges were not traced."""
-
-
-class PruneMasks(NamedTuple):
-    """What pruning keeps."""
-
-    nodes: NodeMask
-    edges: Bool[Tensor, "n_nodes n_nodes"]
+    dropped: float = 0.0
+    """At edges that a sparse graph does not hold."""
 
 
 def normalised(adjacency: Adjacency) -> Adjacency:
-    """|adjacency| with each row divided by its sum."""
-    absolute = adjacency.abs()
-    return absolute / absolute.sum(dim=1, keepdim=True).clamp_min(SMALLEST_ROW_SUM)
+    """|adjacency| with each row divided by its sum, of a dense adjacency."""
+    return adjacency.abs() / row_sums(adjacency).clamp_min(SMALLEST_ROW_SUM)[:, None]
+
+
+def input_sums(adjacency: Adjacency, dropped: NodeValues | None = None) -> NodeValues:
+    """Each node's absolute input, dropped edges included; never quite 0."""
+    sums = row_sums(adjacency)
+    return (sums if dropped is None else sums + dropped).clamp_min(SMALLEST_ROW_SUM)
 
 
 def logit_weights(nodes: Nodes, logit_probs: Float[Tensor, " n_logits"]) -> NodeValues:
-    """w: the probability of each logit node, 0 elsewhere."""
+    """w: the weight of each target node, 0 elsewhere."""
     weights = torch.zeros(len(nodes), dtype=logit_probs.dtype, device=logit_probs.device)
     weights[nodes.where(NodeKind.LOGIT)] = logit_probs
     return weights
 
 
-def node_influence(A: Adjacency, weights: NodeValues) -> NodeValues:
-    """w (A + A^2 + ...) of a row-normalised adjacency."""
-    total, step = torch.zeros_like(weights), weights
-    while True:
-        step = step @ A
-        if not step.any():
-            return total
-        total = total + step
+def top_down(nodes: Nodes) -> Iterator[Int[Tensor, " n"]]:
+    """Nodes with inputs, so that each comes before all that writes to it: targets, then features by layer."""
+    yield nodes.where(NodeKind.LOGIT)
+    features = nodes.where(NodeKind.FEATURE)
+    layers = nodes.layer[features]
+    for layer in sorted(layers.unique().tolist(), reverse=True):
+        yield features[layers == layer]
 
 
-def influence_shares(adjacency: Adjacency, nodes: Nodes, weights: NodeValues) -> InfluenceShares:
+def node_influence(
+    adjacency: Adjacency, nodes: Nodes, weights: NodeValues, dropped: NodeValues | None = None
+) -> NodeValues:
+    """w (A + A^2 + ...)."""
+    sums = input_sums(adjacency, dropped)
+    influence = torch.zeros_like(weights)
+    for rows in top_down(nodes):
+        influence += spread(adjacency, rows, (influence[rows] + weights[rows]) / sums[rows])
+    return influence
+
+
+def influence_shares(
+    adjacency: Adjacency, nodes: Nodes, weights: NodeValues, dropped: NodeValues | None = None
+) -> InfluenceShares:
     """Where walks upstream along normalised edges end, by kind."""
-    A = normalised(adjacency)
-    influence = node_influence(A, weights / weights.sum())
-    ends = influence * ~adjacency.any(dim=1)
+    weights = weights / weights.sum()
+    influence = node_influence(adjacency, nodes, weights, dropped)
+    sums = input_sums(adjacency, dropped)
+    ends = influence * (sums <= SMALLEST_ROW_SUM)
     kinds = (NodeKind.TOKEN, NodeKind.ERROR, NodeKind.POSITION, NodeKind.BIAS, NodeKind.FEATURE)
-    sums = [float(ends[nodes.is_kind(kind)].sum()) for kind in kinds]
-    whole = sum(sums) or 1.0
-    return InfluenceShares(*(s / whole for s in sums))
+    shares = [float(ends[nodes.is_kind(kind)].sum()) for kind in kinds]
+    lost = 0.0 if dropped is None else float(((influence + weights) * dropped / sums).sum())
+    whole = sum(shares) + lost or 1.0
+    return InfluenceShares(*(share / whole for share in (*shares, lost)))
 
 
-def graph_scores(adjacency: Adjacency, nodes: Nodes, weights: NodeValues, definition: Definition) -> GraphScores:
+def graph_scores(
+    adjacency: Adjacency,
+    nodes: Nodes,
+    weights: NodeValues,
+    definition: Definition,
+    dropped: NodeValues | None = None,
+) -> GraphScores:
     """Replacement and completeness.
 
     replacement = token influence / (token + error influence).
@@ -90,58 +115,16 @@ def graph_scores(adjacency: Adjacency, nodes: Nodes, weights: NodeValues, defini
     """
     if definition not in ("paper", "circuit-tracer"):
         raise ConfigError(f"definition is {definition!r}: give 'paper' or 'circuit-tracer'.")
-    A = normalised(adjacency)
-    influence = node_influence(A, weights)
+    influence = node_influence(adjacency, nodes, weights, dropped)
+    errors = nodes.is_kind(NodeKind.ERROR)
     token = influence[nodes.is_kind(NodeKind.TOKEN)].sum()
-    error = influence[nodes.is_kind(NodeKind.ERROR)].sum()
+    error = influence[errors].sum()
     counted = influence + weights
     if definition == "paper":
         counted = counted * nodes.is_kind(NodeKind.FEATURE, NodeKind.LOGIT)
-    explained = 1 - A[:, nodes.is_kind(NodeKind.ERROR)].sum(dim=1)
+    explained = 1 - row_sums(adjacency, errors) / input_sums(adjacency, dropped)
     tiny = torch.finfo(weights.dtype).tiny
     return GraphScores(
         float(token / (token + error).clamp_min(tiny)),
         float((counted * explained).sum() / counted.sum().clamp_min(tiny)),
     )
-
-
-def prune_masks(
-    adjacency: Adjacency,
-    nodes: Nodes,
-    weights: NodeValues,
-    node_threshold: float = 0.8,
-    edge_threshold: float = 0.98,
-) -> PruneMasks:
-    """The most influential nodes up to a share of all influence, then the strongest edges up to a share.
-
-    Tokens and logits always stay. An edge's score is A[t, s] * (influence[t] + w[t]) among the nodes kept.
-    Then features without an in- or out-edge go, and other nodes without an out-edge, until nothing changes.
-
-    Raises:
-        ConfigError: a threshold is not between 0 and 1.
-    """
-    for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
-        if not 0 < value <= 1:
-            raise ConfigError(f"{name} is {value}: give a share, more than 0 and at most 1.")
-    influence = node_influence(normalised(adjacency), weights)
-    stays = nodes.is_kind(NodeKind.TOKEN, NodeKind.LOGIT)
-    kept = (influence >= _smallest_of_share(influence, node_threshold)) | stays
-    left = adjacency * kept[:, None] * kept[None, :]
-    A = normalised(left)
-    scores = A * (node_influence(A, weights) + weights)[:, None]
-    edges = scores >= _smallest_of_share(scores.flatten(), edge_threshold)
-    features = nodes.is_kind(NodeKind.FEATURE)
-    while True:
-        edges &= kept[:, None] & kept[None, :]
-        still = kept & (edges.any(dim=0) | stays) & (edges.any(dim=1) | ~features)
-        if bool((still == kept).all()):
-            return PruneMasks(kept, edges)
-        kept = still
-
-
-def _smallest_of_share(values: Float[Tensor, " n"], share: float) -> Float[Tensor, ""]:
-    """The smallest of the largest values that together make up a share of the sum."""
-    ordered = values.sort(descending=True).values
-    running = ordered.cumsum(dim=0) / ordered.sum().clamp_min(torch.finfo(values.dtype).tiny)
-    at = torch.searchsorted(running, share)
-    return ordered[min(int(at), len(ordered) - 1)]

@@ -7,20 +7,22 @@ written into the residual stream (at a "site") reaches what is read from it thro
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from tl_clt.attribution.streams import ActiveFeatures, Biases, Bos, Reads, Sites, Stream, Streams, Writes
 from tl_clt.errors import LocalModelMismatch, ModelUnsupported
 from tl_clt.lens import (
     FwdHook,
     HookedModel,
     block_hook,
+    dtype_of,
     frozen_hooks,
     is_frozen_hook,
     model_name,
@@ -32,53 +34,8 @@ from tl_clt.lens import (
 from tl_clt.shapes import Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
 
-Bos = Literal["error", "drop", "features"]
-Stream = Float[Tensor, "pos d_model"]
 
-
-class Sites(NamedTuple):
-    """What is written into the residual stream, by place. A clean run's values give back the clean run."""
-
-    embed: Stream
-    """Token embeddings."""
-    pos_embed: Stream | None
-    """Position embeddings, where the model adds them."""
-    attn: list[Stream]
-    """Added to each attention layer's output: zero, but what biases write can be told by it."""
-    mlp: list[Stream]
-    """Each MLP's output less the CLT's skip connection."""
-
-
-class Reads(NamedTuple):
-    """What is read from the residual stream."""
-
-    inputs: list[Stream]
-    """The CLT's input at each layer."""
-    final: Stream
-    """Output of ln_final, which the unembedding reads."""
-    logits: Float[Tensor, "pos d_vocab"]
-    """Before any soft-cap."""
-
-
-class ActiveFeatures(NamedTuple):
-    """Features that are active on the prompt, ordered by (layer, pos, feature)."""
-
-    layer: Int[Tensor, " n_active"]
-    pos: Int[Tensor, " n_active"]
-    feature: Int[Tensor, " n_active"]
-    activation: Float[Tensor, " n_active"]
-
-
-class Biases(NamedTuple):
-    """What biases write, [n_layers, pos, d_model] each, and what they add on reading."""
-
-    attn: Float[Tensor, "n_layers pos d_model"]
-    mlp: Float[Tensor, "n_layers pos d_model"]
-    inputs: Float[Tensor, "n_layers pos d_model"]
-    final: Float[Tensor, "pos d_model"]
-
-
-@dataclass
+@dataclass(repr=False)
 class LocalReplacementModel:
     """One prompt's replacement model, with everything that writes into its residual stream."""
 
@@ -92,33 +49,42 @@ class LocalReplacementModel:
     """Reads of the clean run."""
     sites: Sites
     """Writes of the clean run."""
+    attn_out: Streams
+    """What each attention layer wrote on the clean run."""
     features: ActiveFeatures
-    errors: Float[Tensor, "n_layers pos d_model"]
+    errors: Streams
     """mlp_out - recons; at position 0 by `bos`."""
-    frozen: list[FwdHook]
+    held: dict[str, Tensor]
+    """Attention patterns and norm scales of the clean run, by hook."""
     norm_outputs: dict[str, Tensor]
     """Clean outputs of norms that a bridge computes by Hugging Face's own code."""
-    rounding: dict[str, Tensor]
+    extra_points: list[str]
+    """Residual-stream hooks that targets read, in the order of their read points after ln_final's."""
+    rounding: dict[str, Tensor] = field(default_factory=dict)
     """Their difference from scale-held norms, a constant that counts as a bias. Filled by the first run."""
+    _biases: Biases | None = None
 
     @property
     def n_layers(self) -> int:
         return self.clt.cfg.n_layers
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number type that graphs are computed in."""
+        return tracing_dtype(self.model)
+
     def run(self, sites: Sites) -> Reads:
         """The linear model: reads of given writes, through held patterns and scales. Differentiable."""
-        inputs: list[Tensor] = [torch.empty(0)] * self.n_layers
-
-        def keep_input(x: Tensor, hook: object, layer: int) -> None:
-            inputs[layer] = x[0]
+        points: dict[str, Tensor] = {}
 
         def write_mlp(mlp_out: Tensor, hook: object, layer: int) -> Tensor:
-            return (sites.mlp[layer] + skip_output(self.clt, inputs[layer], layer, self.bos))[None].to(mlp_out.dtype)
+            x = points[block_hook(layer, self.clt.cfg.input_hook)]
+            return (sites.mlp[layer] + skip_output(self.clt, x, layer, self.bos))[None].to(mlp_out.dtype)
 
         def add_attn(attn_out: Tensor, hook: object, layer: int) -> Tensor:
-            return attn_out + sites.attn[layer][None]
+            return attn_out + sites.attn[layer][None].to(attn_out.dtype)
 
-        return self._run(sites, keep_input, write_mlp, add_attn, inputs)
+        return self._run(sites, write_mlp, add_attn, points)
 
     def biases(self) -> Biases:
         """What the model's and CLT's biases write and add on reading, by one run from an empty residual stream.
@@ -126,55 +92,98 @@ class LocalReplacementModel:
         Every attention layer sees zeros, so that its output is what biases alone make; it is noted and not
         passed on, so that the next layer sees zeros too.
         """
-        zero = torch.zeros_like(self.sites.embed)
-        inputs: list[Tensor] = [torch.empty(0)] * self.n_layers
-        attn: list[Tensor] = [zero] * self.n_layers
+        if self._biases is None:
+            self._biases = self._find_biases()
+        return self._biases
 
-        def keep_input(x: Tensor, hook: object, layer: int) -> None:
-            inputs[layer] = x[0]
+    def _find_biases(self) -> Biases:
+        zero = torch.zeros_like(self.sites.embed)
+        points: dict[str, Tensor] = {}
+        attn: list[Tensor] = [zero] * self.n_layers
 
         def silence_mlp(mlp_out: Tensor, hook: object, layer: int) -> Tensor:
             return torch.zeros_like(mlp_out)
 
         def note_attn(attn_out: Tensor, hook: object, layer: int) -> Tensor:
-            attn[layer] = attn_out[0]
+            attn[layer] = attn_out[0].to(self.dtype)
             return torch.zeros_like(attn_out)
 
         pos_zero = None if self.sites.pos_embed is None else zero
         with torch.no_grad():
-            empty = Sites(zero, pos_zero, attn, attn)
-            reads = self._run(empty, keep_input, silence_mlp, note_attn, inputs)
-            mlp = torch.stack([skip_output(self.clt, x, t, self.bos) for t, x in enumerate(reads.inputs)])
-            mlp[:, decoded_positions(self.bos)] += self.clt.b_dec[:, None, :]
-        return Biases(torch.stack(attn), mlp, torch.stack(reads.inputs), reads.final)
+            reads = self._run(Sites(zero, pos_zero, attn, attn), silence_mlp, note_attn, points)
+            skips = [skip_output(self.clt, x, t, self.bos) for t, x in enumerate(reads.points[: self.n_layers])]
+            mlp = torch.stack(skips)
+            mlp[:, decoded_positions(self.bos)] += self.clt.b_dec[:, None, :].to(mlp.dtype)
+        return Biases(torch.stack(attn), mlp, reads.points)
 
-    def _run(
-        self, sites: Sites, keep_input: Callable, on_mlp: Callable, on_attn: Callable, inputs: list[Tensor]
-    ) -> Reads:
-        cfg = self.clt.cfg
-        hooks: list[FwdHook] = [*self.frozen]
-        hooks += [(name, partial(self._pin, name=name)) for name in self.norm_outputs]
-        hooks.append(("hook_embed", partial(_put, value=sites.embed)))
+    @torch.no_grad()
+    def follow(self, other: LocalReplacementModel) -> Biases:
+        """What another prompt of the same length has beyond this one's held map: run along the other's residual
+        stream with this prompt's patterns and scales, and note what its own attention and norms gave more."""
+        points: dict[str, Tensor] = {}
+        attn: list[Tensor] = [other.attn_out[0]] * self.n_layers
+
+        def write_mlp(mlp_out: Tensor, hook: object, layer: int) -> Tensor:
+            x = other.clean.points[layer]
+            return (other.sites.mlp[layer] + skip_output(self.clt, x, layer, self.bos))[None].to(mlp_out.dtype)
+
+        def own_attn(attn_out: Tensor, hook: object, layer: int) -> Tensor:
+            attn[layer] = other.attn_out[layer] - attn_out[0].to(self.dtype)
+            return other.attn_out[layer][None].to(attn_out.dtype)
+
+        reads = self._run(other.sites, write_mlp, own_attn, points)
+        beyond = [theirs - held for theirs, held in zip(other.clean.points, reads.points, strict=True)]
+        skips = [skip_output(self.clt, x, t, self.bos) for t, x in enumerate(beyond[: self.n_layers])]
+        return Biases(torch.stack(attn), torch.stack(skips), beyond)
+
+    def writes(self, bias_nodes: bool) -> Writes:
+        """All that the nodes of this prompt's graph write."""
+        biases = self.biases() if bias_nodes else None
+        at = self.sites
+        pos_embed = at.pos_embed if bias_nodes else None
+        return Writes(self.features, self.features.activation, self.errors, at.embed, pos_embed, biases)
+
+    def _run(self, sites: Sites, on_mlp: Callable, on_attn: Callable, points: dict[str, Tensor]) -> Reads:
+        cfg, dtype = self.clt.cfg, self.dtype
+        names = [*(block_hook(t, cfg.input_hook) for t in self.clt.layers), *self.extra_points]
+
+        def keep_point(x: Tensor, hook: object, name: str) -> None:
+            points[name] = x[0].to(dtype)
+
+        hooks: list[FwdHook] = frozen_hooks(self.held)
+        hooks += [(name, self._pin(name)) for name in self.norm_outputs]
+        hooks.append(("hook_embed", _put(sites.embed)))
         if sites.pos_embed is not None:
-            hooks.append(("hook_pos_embed", partial(_put, value=sites.pos_embed)))
-        for t in range(self.n_layers):
+            hooks.append(("hook_pos_embed", _put(sites.pos_embed)))
+        # A read comes before a write: an MLP's skip connection reads what its hook saw just before.
+        hooks += [(name, partial(keep_point, name=name)) for name in names]
+        for t in self.clt.layers:
             hooks.append((block_hook(t, "hook_attn_out"), partial(on_attn, layer=t)))
-            hooks.append((block_hook(t, cfg.input_hook), partial(keep_input, layer=t)))
             hooks.append((block_hook(t, cfg.output_hook), partial(on_mlp, layer=t)))
         with user_hooks_aside(self.model), tap_unembedding(self.model) as tap:
             run_with_hooks(self.model, self.tokens[None], hooks)
         seen = tap.get()
-        return Reads(inputs, seen.final[0], seen.logits[0])
+        values = [points[name] for name in names]
+        values.insert(self.n_layers, seen.final[0].to(dtype))
+        return Reads(values, seen.logits[0].to(dtype))
 
-    def _pin(self, out: Tensor, hook: object, name: str) -> Tensor:
+    def _pin(self, name: str) -> Callable:
         """Make a scale-held norm give, on the clean run, what the model's own code gave, to the bit."""
-        if name not in self.rounding:
-            self.rounding[name] = (self.norm_outputs[name] - out).detach()
-        return out + self.rounding[name]
+
+        def pin(out: Tensor, hook: object) -> Tensor:
+            if name not in self.rounding:
+                self.rounding[name] = (self.norm_outputs[name] - out).detach()
+            return out + self.rounding[name]
+
+        return pin
 
 
 def build_local_model(
-    model: HookedModel, clt: CrossLayerTranscoder, tokens: Tokens, bos: Bos = "error"
+    model: HookedModel,
+    clt: CrossLayerTranscoder,
+    tokens: Tokens,
+    bos: Bos = "error",
+    extra_points: Sequence[str] = (),
 ) -> LocalReplacementModel:
     """Run one prompt and set up its local replacement model.
 
@@ -183,60 +192,67 @@ def build_local_model(
         tokens: the prompt, [pos].
         bos: what position 0, whose activations are huge and mean nothing, contributes: "error" puts its whole
             MLP outputs into error nodes, "drop" leaves out its features and errors, "features" keeps both.
+        extra_points: residual-stream hooks to read besides the CLT's inputs.
 
     Raises:
         ModelUnsupported: the model lacks a hook that tracing needs, or normalises its embeddings.
         LocalModelMismatch: the local replacement model does not give the model's logits.
     """
     _require_traceable(model)
-    cfg = clt.cfg
+    cfg, dtype = clt.cfg, tracing_dtype(model)
     in_hooks = [block_hook(t, cfg.input_hook) for t in clt.layers]
     out_hooks = [block_hook(t, cfg.output_hook) for t in clt.layers]
+    attn_hooks = [block_hook(t, "hook_attn_out") for t in clt.layers]
     known = model.hook_dict
     norms = {n.removesuffix("hook_scale") + "hook_out" for n in known if n.endswith("hook_scale")}
     norms &= set(known)
-    wanted = {"hook_embed", "hook_pos_embed", *in_hooks, *out_hooks, *norms}
+    wanted = {"hook_embed", "hook_pos_embed", *in_hooks, *out_hooks, *attn_hooks, *norms, *extra_points}
     with user_hooks_aside(model), tap_unembedding(model) as tap:
         logits, cache = run_with_cache(model, tokens[None], lambda n: n in wanted or is_frozen_hook(n))
     seen = tap.get()
-    inputs = [cache[name][0] for name in in_hooks]
-    mlp_out = torch.stack([cache[name][0] for name in out_hooks])
-    embed = cache["hook_embed"][0]
-    pos_embed = cache["hook_pos_embed"][0] if "hook_pos_embed" in cache else None
-    written = _split(clt, inputs, mlp_out, bos)
+
+    def clean(name: str) -> Tensor:
+        return cache[name][0].to(dtype)
+
+    points = [clean(name) for name in (*in_hooks, *extra_points)]
+    points.insert(cfg.n_layers, seen.final[0].detach().to(dtype))
+    written = _split(clt, points[: cfg.n_layers], torch.stack([clean(name) for name in out_hooks]), bos)
+    embed = clean("hook_embed")
+    pos_embed = clean("hook_pos_embed") if "hook_pos_embed" in cache else None
     local = LocalReplacementModel(
         model=model,
         clt=clt,
         tokens=tokens,
         bos=bos,
         logits=logits[0],
-        clean=Reads(inputs, seen.final[0].detach(), seen.logits[0].detach()),
+        clean=Reads(points, seen.logits[0].detach().to(dtype)),
         sites=Sites(embed, pos_embed, [torch.zeros_like(embed)] * cfg.n_layers, written.sites),
+        attn_out=torch.stack([clean(name) for name in attn_hooks]),
         features=written.features,
         errors=written.errors,
-        frozen=frozen_hooks({name: cache[name] for name in cache.keys() if is_frozen_hook(name)}),
+        held={name: cache[name] for name in cache.keys() if is_frozen_hook(name)},
         norm_outputs={name: cache[name] for name in norms},
-        rounding={},
+        extra_points=list(extra_points),
     )
     _check_logits(local)
     return local
+
+
+def tracing_dtype(model: HookedModel) -> torch.dtype:
+    """float64 for models in float64, else float32: half-precision models are traced with float32 sums."""
+    return torch.float64 if dtype_of(model) == torch.float64 else torch.float32
 
 
 class _MLPParts(NamedTuple):
     """MLP outputs, split into what features write and the rest."""
 
     features: ActiveFeatures
-    errors: Float[Tensor, "n_layers pos d_model"]
+    errors: Streams
     sites: list[Stream]
 
 
 @torch.no_grad()
-def _split(
-    clt: CrossLayerTranscoder,
-    inputs: list[Stream],
-    mlp_out: Float[Tensor, "n_layers pos d_model"],
-    bos: Bos,
-) -> _MLPParts:
+def _split(clt: CrossLayerTranscoder, inputs: list[Stream], mlp_out: Streams, bos: Bos) -> _MLPParts:
     """Encode the clean run and split each MLP's output into features, b_dec, skip connection and error."""
     x = torch.stack(inputs, dim=1).to(clt.W_enc.dtype)
     feature_acts = clt.encode(x)
@@ -248,12 +264,12 @@ def _split(
         written = clt.decode_source(feature_acts[:, source], source)
         recons[targets.start : targets.stop] += written.transpose(0, 1)
     recons[:, decoded_positions(bos)] += clt.b_dec[:, None, :]
-    skipped = torch.stack([skip_output(clt, x[:, t], t, bos) for t in clt.layers])
+    skipped = torch.stack([skip_output(clt, inputs[t], t, bos) for t in clt.layers])
     errors = mlp_out - recons - skipped
     if bos == "drop":
         errors[:, 0] = 0
     layer, pos, feature = torch.nonzero(feature_acts.transpose(0, 1), as_tuple=True)
-    active = ActiveFeatures(layer, pos, feature, feature_acts[pos, layer, feature])
+    active = ActiveFeatures(layer, pos, feature, feature_acts[pos, layer, feature].to(mlp_out.dtype))
     return _MLPParts(active, errors, list(mlp_out - skipped))
 
 
@@ -266,7 +282,7 @@ def skip_output(clt: CrossLayerTranscoder, x: Stream, layer: int, bos: Bos) -> S
     """What a skip connection writes: nothing at position 0 where its whole MLP output counts as error."""
     if clt.W_skip is None:
         return torch.zeros_like(x)
-    written = clt.skip(x, layer)
+    written = clt.skip(x.to(clt.W_skip.dtype), layer).to(x.dtype)
     return torch.cat([torch.zeros_like(written[:1]), written[1:]]) if bos == "error" else written
 
 
@@ -275,7 +291,7 @@ def _check_logits(local: LocalReplacementModel) -> None:
     """Raise unless the local replacement model gives the model's own logits."""
     reads = local.run(local.sites)
     worst = float((reads.logits - local.clean.logits).abs().max())
-    allowed = torch.finfo(reads.logits.dtype).eps ** 0.5 * float(local.clean.logits.abs().max().clamp_min(1))
+    allowed = torch.finfo(dtype_of(local.model)).eps ** 0.5 * float(local.clean.logits.abs().max().clamp_min(1))
     if not worst <= allowed:
         raise LocalModelMismatch(
             f"The local replacement model of {model_name(local.model)} gives other logits (off by {worst:.2g})."
@@ -298,5 +314,8 @@ def _require_traceable(model: HookedModel) -> None:
                 )
 
 
-def _put(tensor: Tensor, hook: object, value: Tensor) -> Tensor:
-    return value[None].to(tensor.dtype)
+def _put(value: Stream) -> Callable:
+    def put(tensor: Tensor, hook: object) -> Tensor:
+        return value[None].to(tensor.dtype)
+
+    return put

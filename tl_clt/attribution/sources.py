@@ -1,7 +1,7 @@
 """The nodes that write into the residual stream, as vectors: activation times decoder vector, error, embedding, bias.
 
 edge(s -> t) = sum over the sites where s writes of vector . J(site, pos -> what t reads). An engine finds J's
-transpose applied to t's read-out direction (the adjoint); `Sources.edges` contracts it with the vectors.
+transpose applied to t's read-out direction (the adjoint), and contracts it with the vectors.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_clt.attribution.local import Biases, LocalReplacementModel
+from tl_clt.attribution.local import LocalReplacementModel
 from tl_clt.attribution.nodes import NodeKind, Nodes
-
-Adjoint = Float[Tensor, "n_targets pos d_model"]
+from tl_clt.attribution.streams import Stream, Writes
+from tl_clt.attribution.targets import Targets
+from tl_clt.transcoder import CrossLayerTranscoder
 
 
 class Segment(NamedTuple):
@@ -23,7 +24,10 @@ class Segment(NamedTuple):
 
     pos: int
     nodes: Int[Tensor, " n"]
-    vectors: Float[Tensor, "n d_model"]
+    """Features first, in order."""
+    vectors: Tensor
+    """[n, d_model]"""
+    n_features: int
 
 
 class SiteVectors(NamedTuple):
@@ -40,97 +44,103 @@ class Sources(NamedTuple):
 
     nodes: Nodes
     sites: SiteVectors
-    biases: Biases | None
-    """Where bias nodes are wanted."""
+    writes: Writes
 
 
-def contract(adjoint: Adjoint, segments: list[Segment], edges: Float[Tensor, "n_targets n_nodes"]) -> None:
-    """Add to `edges` what the vectors of one site give, one matrix product a position."""
-    for segment in segments:
-        edges.index_add_(1, segment.nodes, adjoint[:, segment.pos] @ segment.vectors.T)
-
-
-def build_sources(
-    local: LocalReplacementModel,
-    logit_tokens: Int[Tensor, " n_logits"],
-    logit_heights: Float[Tensor, " n_logits"],
-    bias_nodes: bool,
-) -> Sources:
+def build_sources(local: LocalReplacementModel, writes: Writes, targets: Targets) -> Sources:
     """Number the nodes and gather the vectors that they write.
 
     Args:
         local: the prompt's local replacement model.
-        logit_tokens: token ids of the logit nodes, and `logit_heights`, their logits minus the mean logit.
-        bias_nodes: whether there are position and bias nodes.
+        writes: what its nodes write, or how that differs from another prompt's.
+        targets: the target nodes.
     """
-    biases = local.biases() if bias_nodes else None
-    nodes = _number_nodes(local, logit_tokens, logit_heights, biases)
-    n_layers, n_pos = local.n_layers, len(local.tokens)
-    everywhere = torch.arange(n_pos, device=local.tokens.device)
-    mlp: list[list[tuple[Tensor, Tensor, Tensor]]] = [_feature_writes(local, t) for t in range(n_layers)]
-    errors = nodes.where(NodeKind.ERROR).reshape(n_layers, n_pos)
+    nodes = _number_nodes(local, writes, targets)
+    n_layers, biases = local.n_layers, writes.biases
+    errors = nodes.where(NodeKind.ERROR).reshape(n_layers, -1)
+    bias_nodes = nodes.where(NodeKind.BIAS)
+    mlp, attn, pos_embed = [], [], []
     for t in range(n_layers):
-        mlp[t].append((everywhere, errors[t], local.errors[t]))
-    embed = [(everywhere, nodes.where(NodeKind.TOKEN), local.sites.embed)]
-    attn: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(n_layers)]
-    pos_embed = []
-    if biases is not None:
-        if local.sites.pos_embed is not None:
-            pos_embed = [(everywhere, nodes.where(NodeKind.POSITION), local.sites.pos_embed)]
-        for t, node in enumerate(nodes.where(NodeKind.BIAS)[:n_layers]):
-            attn[t].append((everywhere, node.expand(n_pos), biases.attn[t]))
-            mlp[t].append((everywhere, node.expand(n_pos), biases.mlp[t]))
-    sites = SiteVectors(
-        _segments(embed), _segments(pos_embed), [_segments(w) for w in attn], [_segments(w) for w in mlp]
-    )
-    return Sources(nodes, sites, biases)
+        others = [(errors[t], writes.errors[t])]
+        if biases is not None:
+            of_block = bias_nodes[t].expand(len(local.tokens))
+            others.append((of_block, biases.mlp[t]))
+            attn.append(_everywhere(of_block, biases.attn[t]))
+        mlp.append(_MLPSite(writes, local.clt.cfg.sources(t), others))
+    _put_features(local.clt, writes, mlp)
+    if writes.pos_embed is not None:
+        pos_embed = _everywhere(nodes.where(NodeKind.POSITION), writes.pos_embed)
+    embed = _everywhere(nodes.where(NodeKind.TOKEN), writes.embed)
+    segments = [site.segments() for site in mlp]
+    return Sources(nodes, SiteVectors(embed, pos_embed, attn or [[] for _ in range(n_layers)], segments), writes)
 
 
-def _number_nodes(
-    local: LocalReplacementModel, logit_tokens: Tensor, logit_heights: Tensor, biases: Biases | None
-) -> Nodes:
+def _number_nodes(local: LocalReplacementModel, writes: Writes, targets: Targets) -> Nodes:
     n_layers, n_pos, device = local.n_layers, len(local.tokens), local.tokens.device
-    features = local.features
+    features, biases = writes.features, writes.biases
     pos = torch.arange(n_pos, device=device)
     error_layers = torch.arange(n_layers, device=device).repeat_interleave(n_pos)
     none = torch.zeros_like(error_layers)
     parts = [
         (NodeKind.FEATURE, features.layer, features.pos, features.feature, features.activation),
-        (NodeKind.ERROR, error_layers, pos.repeat(n_layers), none, local.errors.norm(dim=-1).flatten()),
-        (NodeKind.TOKEN, torch.full_like(pos, -1), pos, local.tokens, local.sites.embed.norm(dim=-1)),
+        (NodeKind.ERROR, error_layers, pos.repeat(n_layers), none, writes.errors.norm(dim=-1).flatten()),
+        (NodeKind.TOKEN, torch.full_like(pos, -1), pos, local.tokens, writes.embed.norm(dim=-1)),
     ]
+    if writes.pos_embed is not None:
+        norms = writes.pos_embed.norm(dim=-1)
+        parts.append((NodeKind.POSITION, torch.full_like(pos, -1), pos, torch.zeros_like(pos), norms))
     if biases is not None:
-        if local.sites.pos_embed is not None:
-            norms = local.sites.pos_embed.norm(dim=-1)
-            parts.append((NodeKind.POSITION, torch.full_like(pos, -1), pos, torch.zeros_like(pos), norms))
         layers = torch.arange(n_layers + 1, device=device)
         blocks = (biases.attn.square() + biases.mlp.square()).sum(dim=(1, 2)).sqrt()
-        norms = torch.cat([blocks, biases.final[-1:].norm(dim=-1)])
+        norms = torch.cat([blocks, biases.reads[n_layers][-1:].norm(dim=-1)])
         parts.append((NodeKind.BIAS, layers, torch.full_like(layers, -1), torch.zeros_like(layers), norms))
-    at_end = torch.full_like(logit_tokens, n_pos - 1)
-    parts.append((NodeKind.LOGIT, torch.full_like(logit_tokens, n_layers), at_end, logit_tokens, logit_heights))
+    parts.append((NodeKind.LOGIT, targets.layers, targets.readouts.pos, targets.index, targets.heights))
     return Nodes.build(parts)
 
 
+class _MLPSite:
+    """The vectors of one MLP site, straight in their final place: by position; there features, then the rest."""
+
+    def __init__(self, writes: Writes, sources: range, others: list[tuple[Tensor, Stream]]) -> None:
+        layers, device = writes.features.layer, writes.embed.device
+        bounds = torch.searchsorted(layers, torch.tensor([sources.start, sources.stop], device=device)).tolist()
+        self.first_node, stop = bounds
+        feature_nodes = torch.arange(*bounds, device=device)
+        everywhere = torch.arange(len(writes.embed), device=device)
+        pos = torch.cat([writes.features.pos[self.first_node : stop], *(everywhere for _ in others)])
+        order = torch.argsort(pos, stable=True)
+        self.nodes = torch.cat([feature_nodes, *(nodes for nodes, _ in others)])[order]
+        self.place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
+        self.sizes = torch.bincount(pos, minlength=len(everywhere)).tolist()
+        self.n_others = len(others)
+        self.vectors = writes.embed.new_empty(len(pos), writes.embed.shape[1])
+        for i, (_, vectors) in enumerate(others):
+            start = len(feature_nodes) + i * len(everywhere)
+            self.vectors[self.place[start : start + len(everywhere)]] = vectors
+
+    def put(self, nodes: Int[Tensor, " n"], vectors: Float[Tensor, "n d_model"]) -> None:
+        """The vectors that some feature nodes write here."""
+        self.vectors[self.place[nodes - self.first_node]] = vectors
+
+    def segments(self) -> list[Segment]:
+        """One a position."""
+        parts = zip(self.nodes.split(self.sizes), self.vectors.split(self.sizes), strict=True)
+        return [Segment(p, n, v, len(n) - self.n_others) for p, (n, v) in enumerate(parts)]
+
+
 @torch.no_grad()
-def _feature_writes(local: LocalReplacementModel, target: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(pos, nodes, vectors) that the features of every source layer write to one target layer."""
-    features, clt = local.features, local.clt
-    writes = []
-    for source in clt.cfg.sources(target):
+def _put_features(clt: CrossLayerTranscoder, writes: Writes, mlp: list[_MLPSite]) -> None:
+    """Decoder vectors times strengths, to every layer that each source layer writes; decoders are read once."""
+    features = writes.features
+    for source in clt.layers:
         nodes = torch.nonzero(features.layer == source).flatten()
         unique, back = torch.unique(features.feature[nodes], return_inverse=True)
-        rows = clt.decoder_rows(source, unique)[:, target - source][back]
-        writes.append((features.pos[nodes], nodes, rows * features.activation[nodes, None]))
-    return writes
+        rows = clt.decoder_rows(source, unique)
+        for slot, target in enumerate(clt.cfg.targets(source)):
+            vectors = rows[:, slot].to(writes.strengths.dtype)[back]
+            mlp[target].put(nodes, vectors.mul_(writes.strengths[nodes, None]))
 
 
-def _segments(writes: list[tuple[Tensor, Tensor, Tensor]]) -> list[Segment]:
-    """Order (pos, nodes, vectors) by position and cut them into one segment a position."""
-    if not writes:
-        return []
-    pos, nodes, vectors = (torch.cat([w[i] for w in writes]) for i in range(3))
-    order = torch.argsort(pos, stable=True)
-    counts = torch.bincount(pos).tolist()
-    parts = zip(nodes[order].split(counts), vectors[order].split(counts), strict=True)
-    return [Segment(p, n, v) for p, (n, v) in enumerate(parts) if len(n)]
+def _everywhere(nodes: Int[Tensor, " pos"], vectors: Stream) -> list[Segment]:
+    """One node's vector at each position."""
+    return [Segment(p, nodes[p : p + 1], vectors[p : p + 1], 0) for p in range(len(nodes))]

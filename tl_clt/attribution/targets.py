@@ -1,77 +1,275 @@
-"""What a graph explains: logits of the last position, and the features that they depend on."""
+"""What a graph explains: output logits, differences of logits, features, directions in the residual stream."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_clt.attribution.local import LocalReplacementModel
-from tl_clt.errors import TargetError
-from tl_clt.lens import require_tokenizer, unembedding_biases, unembedding_directions
+from tl_clt.attribution.streams import Readouts
+from tl_clt.errors import HookNotFound, TargetError
+from tl_clt.lens import (
+    HookedModel,
+    find_hook,
+    require_tokenizer,
+    token_strings,
+    unembedding_biases,
+    unembedding_directions,
+)
+
+RESIDUAL_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 
 
-class LogitTargets(NamedTuple):
-    """Logit nodes at the last position."""
+@dataclass(frozen=True)
+class TokenTarget:
+    """A token's logit above the mean logit."""
 
-    tokens: Int[Tensor, " n_logits"]
-    probs: Float[Tensor, " n_logits"]
-    """Probabilities over the whole vocabulary; their sum is at most 1."""
-    directions: Float[Tensor, "n_logits d_model"]
-    """`W_U[:, k] - mean W_U`: what each logit reads of ln_final's output."""
-    biases: Float[Tensor, " n_logits"]
-    """`b_U[k] - mean b_U`."""
-    heights: Float[Tensor, " n_logits"]
-    """Logit minus mean logit, before any soft-cap: what the in-edges of each sum to."""
+    token: int | str
+    """Token id, or text that is one token."""
+    pos: int = -1
+    """Position whose next token it is."""
 
 
-def logit_targets(
-    local: LocalReplacementModel,
-    targets: Sequence[int | str] | None,
-    max_n_logits: int,
-    desired_logit_prob: float,
-) -> LogitTargets:
-    """The smallest set of top logits with the wanted probability, at most `max_n_logits`; or the tokens named.
+@dataclass(frozen=True)
+class DifferenceTarget:
+    """One token's logit minus another's: what speaks for the first rather than the second."""
+
+    plus: int | str
+    minus: int | str
+    pos: int = -1
+
+
+@dataclass(frozen=True)
+class FeatureTarget:
+    """A feature's pre-activation (less b_enc), whether it is active or not."""
+
+    layer: int
+    feature: int
+    pos: int = -1
+
+
+@dataclass(frozen=True, eq=False)
+class DirectionTarget:
+    """The residual stream along any direction."""
+
+    direction: Float[Tensor, " d_model"]
+    hook: str
+    """For example `blocks.3.hook_resid_post`."""
+    pos: int = -1
+    name: str = "direction"
+
+
+NamedTarget: TypeAlias = TokenTarget | DifferenceTarget | FeatureTarget | DirectionTarget
+Target: TypeAlias = int | str | NamedTarget
+
+
+class Targets(NamedTuple):
+    """Target nodes."""
+
+    readouts: Readouts
+    layers: Int[Tensor, " n_targets"]
+    """n_layers for logits; else the first layer whose features cannot reach the target."""
+    index: Int[Tensor, " n_targets"]
+    """Token id or feature number; -1 for differences and directions."""
+    weights: Float[Tensor, " n_targets"]
+    """A token's probability over the whole vocabulary; 1 for what has none."""
+    heights: Float[Tensor, " n_targets"]
+    """What is read on the clean run, before any soft-cap: what the in-edges of each sum to."""
+    labels: list[str]
+
+
+class _Target(NamedTuple):
+    """One resolved target."""
+
+    point: int
+    pos: int
+    direction: Float[Tensor, " d_model"]
+    constant: float
+    layer: int
+    index: int
+    weight: float
+    label: str
+
+
+def residual_hooks(model: HookedModel, targets: Sequence[Target] | None) -> list[str]:
+    """The hooks that direction targets read, each once.
 
     Raises:
-        TargetError: a count, probability or token out of range; or a string that is not one token.
+        HookNotFound: the model has no such hook.
+        TargetError: the hook is none of the residual stream.
+    """
+    hooks: list[str] = []
+    for target in targets or ():
+        if not isinstance(target, DirectionTarget) or target.hook in hooks:
+            continue
+        find_hook(model, target.hook)
+        if not target.hook.startswith("blocks.") or not target.hook.endswith(RESIDUAL_HOOKS):
+            raise TargetError(f"'{target.hook}' is no hook of the residual stream: give one of {RESIDUAL_HOOKS}.")
+        hooks.append(target.hook)
+    return hooks
+
+
+def find_targets(
+    local: LocalReplacementModel,
+    targets: Sequence[Target] | None,
+    max_n_logits: int,
+    desired_logit_prob: float,
+) -> Targets:
+    """The smallest set of top logits with the wanted probability, at most `max_n_logits`; or the targets named.
+
+    Raises:
+        TargetError: a count, probability, token, position, layer or feature out of range; a string that is not one
+            token; a direction of another width.
     """
     d_vocab = local.model.cfg.d_vocab
     if not 1 <= max_n_logits <= d_vocab:
         raise TargetError(f"max_n_logits is {max_n_logits}: give 1 to {d_vocab}, the size of the vocabulary.")
     if not 0 < desired_logit_prob <= 1:
         raise TargetError(f"desired_logit_prob is {desired_logit_prob}: give more than 0 and at most 1.")
-    probs = local.logits[-1].detach().double().softmax(dim=-1)
     if targets is None:
-        top = probs.topk(max_n_logits)
+        top = local.logits[-1].detach().double().softmax(dim=-1).topk(max_n_logits)
         below = top.values.cumsum(dim=0) < desired_logit_prob
-        tokens = top.indices[: int(below.sum()) + 1]
-    else:
-        tokens = _named_tokens(local, targets)
-    logits = local.clean.logits[-1]
-    return LogitTargets(
-        tokens,
-        probs[tokens].to(logits.dtype),
-        unembedding_directions(local.model, tokens),
-        unembedding_biases(local.model, tokens),
-        logits[tokens] - logits.mean(),
+        targets = top.indices[: int(below.sum()) + 1].tolist()
+    if len(targets) == 0:
+        raise TargetError("targets is empty: name at least one token, or leave it out for the top logits.")
+    named = [TokenTarget(t) if isinstance(t, (int, str)) else t for t in targets]
+    logits = _logit_reads(local, named)
+    found = [_resolve(local, target, logits) for target in named]
+    names = [(t.point, t.pos, t.index, t.label) for t in found]
+    if len(set(names)) < len(names):
+        raise TargetError("targets names the same twice: name each once.")
+    return _together(local, found)
+
+
+def _together(local: LocalReplacementModel, found: list[_Target]) -> Targets:
+    device, dtype = local.tokens.device, local.dtype
+
+    def ints(values: list[int]) -> Int[Tensor, " n"]:
+        return torch.tensor(values, device=device)
+
+    def floats(values: list[float]) -> Float[Tensor, " n"]:
+        return torch.tensor(values, device=device, dtype=dtype)
+
+    readouts = Readouts(
+        ints([t.point for t in found]),
+        ints([t.pos for t in found]),
+        torch.stack([t.direction.to(device, dtype) for t in found]),
+        floats([t.constant for t in found]),
+    )
+    return Targets(
+        readouts,
+        ints([t.layer for t in found]),
+        ints([t.index for t in found]),
+        floats([t.weight for t in found]),
+        read_values(local, readouts),
+        [t.label for t in found],
     )
 
 
-def _named_tokens(local: LocalReplacementModel, targets: Sequence[int | str]) -> Int[Tensor, " n"]:
-    if len(targets) == 0:
-        raise TargetError("targets is empty: name at least one token, or leave it out for the top logits.")
-    ids = [t if isinstance(t, int) else _single_token(local, t) for t in targets]
+def read_values(local: LocalReplacementModel, readouts: Readouts) -> Float[Tensor, " n_targets"]:
+    """What readouts give on the clean run."""
+    at = zip(readouts.point.tolist(), readouts.pos.tolist(), strict=True)
+    values = torch.stack([local.clean.points[point][pos] for point, pos in at])
+    return (values * readouts.directions).sum(dim=-1) + readouts.constants
+
+
+class _LogitRead(NamedTuple):
+    """What a token's logit above the mean reads of ln_final's output."""
+
+    direction: Float[Tensor, " d_model"]
+    bias: float
+    text: str
+
+
+def _logit_reads(local: LocalReplacementModel, targets: Sequence[NamedTarget]) -> dict[int, _LogitRead]:
+    """By token id, of all tokens that the targets name: the mean over the vocabulary is taken once."""
+    ids: list[int] = []
+    for target in targets:
+        if isinstance(target, TokenTarget):
+            ids.append(_token_id(local, target.token))
+        elif isinstance(target, DifferenceTarget):
+            ids += [_token_id(local, target.plus), _token_id(local, target.minus)]
+    if not ids:
+        return {}
+    tokens = torch.tensor(ids, device=local.tokens.device)
+    directions = unembedding_directions(local.model, tokens).to(local.dtype)
+    biases = unembedding_biases(local.model, tokens).tolist()
+    texts = token_strings(local.model, tokens)
+    reads = zip(directions, biases, texts, strict=True)
+    return {token: _LogitRead(*read) for token, read in zip(ids, reads, strict=True)}
+
+
+def _resolve(local: LocalReplacementModel, target: NamedTarget, logits: dict[int, _LogitRead]) -> _Target:
+    pos = _position(local, target.pos)
+    if isinstance(target, FeatureTarget):
+        return _feature(local, target, pos)
+    if isinstance(target, DirectionTarget):
+        return _direction(local, target, pos)
+    n_layers = local.n_layers
+    if isinstance(target, TokenTarget):
+        token = _token_id(local, target.token)
+        read = logits[token]
+        prob = float(local.logits[pos].detach().double().softmax(dim=-1)[token])
+        return _Target(n_layers, pos, read.direction, read.bias, n_layers, token, prob, read.text)
+    plus, minus = logits[_token_id(local, target.plus)], logits[_token_id(local, target.minus)]
+    if plus is minus:
+        raise TargetError(f"The difference of {target.plus!r} and itself is nothing: name two tokens.")
+    label = f"{plus.text} minus{minus.text if minus.text.startswith(' ') else ' ' + minus.text}"
+    return _Target(n_layers, pos, plus.direction - minus.direction, plus.bias - minus.bias, n_layers, -1, 1.0, label)
+
+
+def _feature(local: LocalReplacementModel, target: FeatureTarget, pos: int) -> _Target:
+    n_layers, d_transcoder = local.n_layers, local.clt.cfg.d_transcoder
+    if not 0 <= target.layer < n_layers or not 0 <= target.feature < d_transcoder:
+        raise TargetError(
+            f"Feature {target.layer}.{target.feature} does not exist: layers run from 0 to {n_layers - 1}, features"
+            f" from 0 to {d_transcoder - 1}."
+        )
+    direction = local.clt.W_enc[target.layer].detach()[:, target.feature]
+    label = f"feature {target.layer}.{target.feature}"
+    return _Target(target.layer, pos, direction, 0.0, target.layer, target.feature, 1.0, label)
+
+
+def _direction(local: LocalReplacementModel, target: DirectionTarget, pos: int) -> _Target:
+    d_model = local.model.cfg.d_model
+    if target.direction.shape != (d_model,) or not bool(torch.isfinite(target.direction).all()):
+        raise TargetError(
+            f"The direction '{target.name}' has shape {list(target.direction.shape)} and may not be finite: give"
+            f" [{d_model}] finite values."
+        )
+    if target.hook not in local.extra_points:
+        raise HookNotFound(f"'{target.hook}' is not among the read points {local.extra_points}.")
+    block = int(target.hook.split(".")[1])
+    layer = block + 1 if target.hook.endswith("hook_resid_post") else block
+    point = local.n_layers + 1 + local.extra_points.index(target.hook)
+    return _Target(point, pos, target.direction.detach(), 0.0, layer, -1, 1.0, f"{target.name} at {target.hook}")
+
+
+def feature_readouts(local: LocalReplacementModel, layer: Tensor, pos: Tensor, feature: Tensor) -> Readouts:
+    """What features read: `W_enc[l][:, f]` at their positions."""
+    directions = local.clt.W_enc.detach()[layer, :, feature].to(local.dtype)
+    return Readouts(layer, pos, directions, torch.zeros_like(directions[:, 0]))
+
+
+def _position(local: LocalReplacementModel, pos: int) -> int:
+    n_pos = len(local.tokens)
+    if not -n_pos <= pos < n_pos:
+        raise TargetError(f"Target position {pos} is out of range: the prompt has {n_pos} tokens.")
+    return pos % n_pos
+
+
+def _token_id(local: LocalReplacementModel, token: int | str) -> int:
+    if isinstance(token, str):
+        return _single_token(local, token)
     d_vocab = local.model.cfg.d_vocab
-    for token in ids:
-        if not 0 <= token < d_vocab:
-            raise TargetError(f"Target token {token} is out of range: ids run from 0 to {d_vocab - 1}.")
-    if len(set(ids)) < len(ids):
-        raise TargetError("targets names a token twice: name each once.")
-    return torch.tensor(ids, device=local.tokens.device)
+    if not 0 <= token < d_vocab:
+        raise TargetError(f"Target token {token} is out of range: ids run from 0 to {d_vocab - 1}.")
+    return token
 
 
 def _single_token(local: LocalReplacementModel, text: str) -> int:

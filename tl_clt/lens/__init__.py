@@ -12,6 +12,7 @@ from tl_clt.lens.hooks import (
     user_hooks_aside,
 )
 from tl_clt.lens.kv_cache import CleanCaches, last_kv_cache
+from tl_clt.lens.linear import NormMap, OVWeights, is_parallel, norm_map, ov_weights
 from tl_clt.lens.loading import Backend, bundled_organisms, load_model
 from tl_clt.lens.prompts import Prompt, require_tokenizer, to_tokens, token_strings
 from tl_clt.lens.running import Unembedding, run_with_cache, run_with_hooks, tap_unembedding
@@ -26,6 +27,8 @@ __all__ = [
     "HookPoint",
     "HookedModel",
     "HookedTransformer",
+    "NormMap",
+    "OVWeights",
     "Prompt",
     "TransformerBridge",
     "Unembedding",
@@ -37,9 +40,12 @@ __all__ = [
     "frozen_hooks",
     "hold",
     "is_frozen_hook",
+    "is_parallel",
     "last_kv_cache",
     "load_model",
     "model_name",
+    "norm_map",
+    "ov_weights",
     "remove_hook_points",
     "require_hooks",
     "require_tokenizer",

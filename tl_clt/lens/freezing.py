@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from torch import Tensor
 
@@ -52,15 +51,19 @@ def frozen_hooks(
 
 
 def hold(value: Tensor) -> Callable:
-    """A hook that puts a fixed tensor in place of what passes, detached and of the same shape."""
-    return partial(_put_in_place, value=value.detach())
+    """A hook that puts a fixed tensor in place of what passes, detached and of the same shape.
 
+    A plain function: TransformerLens prints each hook that it adds, and a printed partial prints its tensors.
+    """
+    held = value.detach()
 
-def _put_in_place(tensor: Tensor, hook: HookPoint, value: Tensor) -> Tensor:
-    if tensor.shape != value.shape:
-        raise PromptError(
-            f"{hook.name} has shape {list(tensor.shape)}, but the values to hold have {list(value.shape)}."
-            " Hold values of the same prompt, or of as many prompts of the same length."
-        )
-    # A copy: a bridge takes the same object, returned, for a hook that changed nothing.
-    return value.to(tensor.dtype).clone()
+    def put_in_place(tensor: Tensor, hook: HookPoint) -> Tensor:
+        if tensor.shape != held.shape:
+            raise PromptError(
+                f"{hook.name} has shape {list(tensor.shape)}, but the values to hold have {list(held.shape)}."
+                " Hold values of the same prompt, or of as many prompts of the same length."
+            )
+        # A copy: a bridge takes the same object, returned, for a hook that changed nothing.
+        return held.to(tensor.dtype).clone()
+
+    return put_in_place

@@ -8,7 +8,6 @@ from rich.text import Text
 from rich.tree import Tree
 
 from tl_clt.attribution import AttributionGraph, NodeKind
-from tl_clt.attribution.influence import normalised
 
 FeatureLabel = Callable[[int, int], str]
 """(layer, feature) -> a few words on what the feature does."""
@@ -46,17 +45,17 @@ def graph_tree(graph: AttributionGraph, *, width: int = 3, depth: int = 4, label
         depth: steps from the output.
         label: words for a feature.
     """
-    A = normalised(graph.adjacency)
     shown: set[int] = set()
 
     def grow(branch: Tree, node: int, steps: int) -> None:
         if steps == 0 or node in shown:
             return
         shown.add(node)
-        strongest = A[node].topk(min(width, len(graph.nodes)))
+        edges = graph.in_edges(node)
+        strongest = graph.input_shares(node).topk(min(width, len(graph.nodes)))
         for share, source in zip(strongest.values.tolist(), strongest.indices.tolist(), strict=True):
             if share > 0:
-                sign = "+" if graph.adjacency[node, source] > 0 else "-"
+                sign = "+" if edges[source] > 0 else "-"
                 words = f"{sign}{share:.0%}  {node_name(graph, source, label)}"
                 again = " (see above)" if source in shown and steps > 1 else ""
                 grow(branch.add(Text(words + again)), source, steps - 1)

@@ -10,21 +10,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_clt.attribution.local import LocalReplacementModel, Sites
-from tl_clt.attribution.nodes import NodeKind
-from tl_clt.attribution.sources import Sources, contract
-from tl_clt.attribution.targets import LogitTargets
+from tl_clt.attribution.engines.engine import EdgeRows, Engine
+from tl_clt.attribution.local import LocalReplacementModel
+from tl_clt.attribution.sources import Segment, Sources
+from tl_clt.attribution.streams import Readouts, Sites
 
 
-class AutogradEngine:
+class AutogradEngine(Engine):
     """Edges by backward passes through the held model."""
 
     name = "autograd"
 
-    def __init__(self, local: LocalReplacementModel, sources: Sources, logits: LogitTargets) -> None:
-        self.local = local
-        self.sources = sources
-        self.logits = logits
+    def __init__(self, local: LocalReplacementModel, sources: Sources) -> None:
+        super().__init__(local, sources)
         with torch.enable_grad():
             at = local.sites
             self.sites = Sites(
@@ -35,32 +33,26 @@ class AutogradEngine:
             )
             self.reads = local.run(self.sites)
 
-    def feature_rows(self, features: Int[Tensor, " n_targets"]) -> Float[Tensor, "n_targets n_nodes"]:
-        """In-edges of feature nodes, which must all read the same layer: `W_enc[l][:, f]` at their positions."""
-        active = self.local.features
-        layers = active.layer[features].unique().tolist()
-        assert len(layers) == 1, f"one batch of targets reads layers {layers}"
-        layer = int(layers[0])
-        directions = self.local.clt.W_enc[layer].detach()[:, active.feature[features]].T
-        rows = self._rows(self.reads.inputs[layer], directions, active.pos[features])
-        self._add_read_bias(rows, layer, directions, active.pos[features])
+    def batches(
+        self, point: Int[Tensor, " n_targets"], pos: Int[Tensor, " n_targets"], size: int
+    ) -> list[Int[Tensor, " n"]]:
+        """Targets of one read point together: one backward pass starts at one place."""
+        found = []
+        for one in point.unique().tolist():
+            found += torch.nonzero(point == one).flatten().split(size)
+        return found
+
+    def _written(self, readouts: Readouts) -> EdgeRows:
+        rows = readouts.directions.new_zeros(len(readouts.pos), len(self.sources.nodes))
+        for at in self.batches(readouts.point, readouts.pos, len(readouts.pos) or 1):
+            rows[at] = self._from_one_point(readouts.take(at))
         return rows
 
-    def logit_rows(self) -> Float[Tensor, "n_logits n_nodes"]:
-        """In-edges of the logit nodes, at the last position."""
-        pos = torch.full_like(self.logits.tokens, len(self.local.tokens) - 1)
-        rows = self._rows(self.reads.final, self.logits.directions, pos)
-        self._add_read_bias(rows, self.local.n_layers, self.logits.directions, pos)
-        return rows
-
-    def _rows(
-        self,
-        read: Float[Tensor, "pos d_model"],
-        directions: Float[Tensor, "n_targets d_model"],
-        pos: Int[Tensor, " n_targets"],
-    ) -> Float[Tensor, "n_targets n_nodes"]:
-        seeds = directions.new_zeros(len(pos), *read.shape)
-        seeds[torch.arange(len(pos)), pos] = directions
+    def _from_one_point(self, readouts: Readouts) -> EdgeRows:
+        read = self.reads.points[int(readouts.point[0])]
+        n_targets = len(readouts.pos)
+        seeds = readouts.directions.new_zeros(n_targets, *read.shape)
+        seeds[torch.arange(n_targets), readouts.pos] = readouts.directions
         at, vectors = self.sites, self.sources.sites
         written = [
             (at.embed, vectors.embed),
@@ -72,29 +64,19 @@ class AutogradEngine:
         adjoints = torch.autograd.grad(
             read,
             [leaf for leaf, _ in written],
-            seeds.to(read.dtype),
+            seeds,
             retain_graph=True,
             allow_unused=True,
             is_grads_batched=True,
         )
-        rows = directions.new_zeros(len(pos), len(self.sources.nodes))
+        rows = readouts.directions.new_zeros(n_targets, len(self.sources.nodes))
         for adjoint, (_, segments) in zip(adjoints, written, strict=True):
             if adjoint is not None:
-                contract(adjoint, segments, rows)
+                _contract(adjoint, segments, rows)
         return rows
 
-    def _add_read_bias(
-        self,
-        rows: Float[Tensor, "n_targets n_nodes"],
-        layer: int,
-        directions: Float[Tensor, "n_targets d_model"],
-        pos: Int[Tensor, " n_targets"],
-    ) -> None:
-        """What the norm's bias on the way to the read-out (and b_U for logits) gives, to that layer's bias node."""
-        biases = self.sources.biases
-        if biases is None:
-            return
-        at_end = layer == self.local.n_layers
-        read_bias = biases.final if at_end else biases.inputs[layer]
-        given = (read_bias[pos] * directions).sum(dim=-1) + (self.logits.biases if at_end else 0)
-        rows[:, self.sources.nodes.where(NodeKind.BIAS)[layer]] += given
+
+def _contract(adjoint: Float[Tensor, "n_targets pos d_model"], segments: list[Segment], edges: EdgeRows) -> None:
+    """Add to `edges` what the vectors of one site give, one matrix product a position."""
+    for segment in segments:
+        edges.index_add_(1, segment.nodes, adjoint[:, segment.pos] @ segment.vectors.T)

@@ -1,0 +1,123 @@
+"""Graphs that hold the strongest edges alone, and the memory that tracing takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.attribution.conftest import TOKENS
+from tl_clt import AttributionGraph, NodeKind, attribute
+from tl_clt.attribution import expansion, memory, row_store
+from tl_clt.attribution.edges import csr
+from tl_clt.errors import ConfigError, MemoryLimit
+from tl_clt.viewer.text import graph_tree
+
+
+@pytest.fixture(scope="module")
+def sparse(model, clt):
+    return attribute(model, clt, TOKENS, keep_edges=0.9)
+
+
+def test_it_holds_the_strongest_edges_and_knows_the_rest(sparse, graph):
+    held = sparse.adjacency.to_dense()
+    kept = held != 0
+    assert torch.equal(held[kept], graph.adjacency[kept])
+    sizes, inputs = graph.adjacency.abs(), graph.adjacency.abs().sum(dim=1)
+    rows = graph.expanded
+    assert (held.abs().sum(dim=1)[rows] >= 0.9 * inputs[rows] - 1e-12).all()
+    torch.testing.assert_close(held.abs().sum(dim=1) + sparse.dropped, inputs)
+    weakest_kept = torch.where(kept, sizes, torch.inf).amin(dim=1)
+    strongest_dropped = torch.where(kept, 0, sizes).amax(dim=1)
+    assert (weakest_kept >= strongest_dropped)[rows].all()
+    without_weakest = held.abs().sum(dim=1) - weakest_kept
+    assert (without_weakest <= 0.9 * inputs + 1e-6 * inputs)[rows].all()
+    assert kept.sum() < 0.6 * (graph.adjacency != 0).sum()
+
+
+def test_what_is_dropped_bounds_the_difference_of_influence(sparse, graph):
+    whole, part = graph.influence() / graph.logit_probs.sum(), sparse.influence() / graph.logit_probs.sum()
+    assert 0 < sparse.unexplored < 1
+    assert ((whole - part).abs() <= sparse.unexplored + 1e-12).all()
+    assert sum(sparse.shares()) == pytest.approx(1)
+    for definition in ("paper", "circuit-tracer"):
+        for a, b in zip(sparse.scores(definition), graph.scores(definition), strict=True):
+            assert a == pytest.approx(b, abs=0.2)
+
+
+def test_all_edges_held_sparsely_give_the_dense_graphs_numbers(model, clt, graph):
+    everything = attribute(model, clt, TOKENS, keep_edges=1.0)
+    torch.testing.assert_close(everything.adjacency.to_dense(), graph.adjacency, rtol=1e-9, atol=1e-13)
+    assert everything.unexplored == 0
+    torch.testing.assert_close(everything.influence(), graph.influence())
+    assert everything.scores() == pytest.approx(graph.scores())
+    sparse, dense = everything.prune(), graph.prune()
+    assert torch.equal(sparse.nodes.index, dense.nodes.index)
+    torch.testing.assert_close(sparse.adjacency.to_dense(), dense.adjacency, rtol=1e-9, atol=1e-13)
+    masks, wanted = everything.prune_masks(), graph.prune_masks()
+    assert torch.equal(masks.nodes, wanted.nodes) and torch.equal(masks.edges, wanted.edges)
+
+
+def test_it_survives_the_disk(sparse, tmp_path):
+    loaded = AttributionGraph.load(sparse.save(tmp_path / "graph.safetensors"))
+    assert loaded.is_sparse
+    for ours, theirs in zip(csr(loaded.adjacency), csr(sparse.adjacency), strict=True):
+        assert torch.equal(ours, theirs)
+    torch.testing.assert_close(loaded.dropped, sparse.dropped)
+    assert loaded.scores() == sparse.scores()
+    assert "edges, prompt" in repr(loaded)
+
+
+def test_pruning_and_showing_it(sparse):
+    pruned = sparse.prune()
+    assert pruned.is_sparse and len(pruned.nodes) < len(sparse.nodes)
+    assert graph_tree(pruned).children
+    node = int(sparse.nodes.where(NodeKind.LOGIT)[0])
+    torch.testing.assert_close(sparse.in_edges(node), sparse.adjacency.to_dense()[node])
+    assert float(sparse.input_shares(node).sum()) == pytest.approx(0.9, abs=0.1)
+
+
+def test_expanding_part_of_a_sparse_graph(model, clt, graph):
+    part = attribute(model, clt, TOKENS, keep_edges=0.95, max_unexplored=0.2, batch_size=4)
+    shares = part.shares()
+    assert shares.unexplored <= 0.2
+    whole = graph.influence() / graph.logit_probs.sum()
+    assert ((whole - part.influence() / part.logit_probs.sum()).abs() <= part.unexplored + 1e-12).all()
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, 1.5])
+def test_a_share_out_of_range_is_named(model, clt, share):
+    with pytest.raises(ConfigError, match="keep_edges is"):
+        attribute(model, clt, TOKENS, keep_edges=share)
+
+
+def test_what_does_not_fit_is_refused_before_any_row_is_traced(model, clt, monkeypatch):
+    monkeypatch.setattr(expansion.Expansion, "__init__", lambda *a: pytest.fail("tracing began"))
+    with pytest.raises(MemoryLimit, match=r"GiB for edges.*the limit is 0\.00.*keep_edges=0\.9"):
+        attribute(model, clt, TOKENS, memory_limit=1e-3)
+    with pytest.raises(ConfigError, match="memory_limit is 0"):
+        attribute(model, clt, TOKENS, memory_limit=0.0)
+
+
+def test_the_batch_size_follows_the_limit(model, clt, graph, monkeypatch):
+    sizes, trace = [], expansion.Expansion.trace
+
+    def note(self, features, batch_size, bar, ranked):
+        sizes.append(batch_size)
+        trace(self, features, batch_size, bar, ranked)
+
+    monkeypatch.setattr(expansion.Expansion, "trace", note)
+    monkeypatch.setattr(memory, "MARGIN", 0)
+    rows = int(graph.expanded.sum()) * len(graph.nodes) * 8
+    for extra in (1.9e6, 2.0e6, 1e9):
+        found = attribute(model, clt, TOKENS, memory_limit=(rows + extra) / 2**30)
+        torch.testing.assert_close(found.adjacency, graph.adjacency)
+    assert 1 <= sizes[0] < sizes[1] < sizes[2]
+    assert sizes[2] == min(memory.CPU_BATCH, int(graph.expanded.sum()))
+
+
+def test_a_sparse_graph_that_outgrows_its_room_ends_early_and_says_so(model, clt, graph, monkeypatch):
+    monkeypatch.setattr(row_store.SparseRows, "nbytes", property(lambda self: 10**12 * len(self.held)))
+    with pytest.warns(UserWarning, match="Tracing ended after .* unexplored share"):
+        part = attribute(model, clt, TOKENS, keep_edges=0.9, max_unexplored=0.0, batch_size=4)
+    assert 0 < part.shares().unexplored < 1
+    assert part.expanded.sum() < graph.expanded.sum()

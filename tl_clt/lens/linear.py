@@ -1,0 +1,115 @@
+"""The linear parts of a block under held patterns and scales: norms' centring and gain, attention's OV weights."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.components.layer_norm import LayerNorm
+from transformer_lens.components.layer_norm_pre import LayerNormPre
+from transformer_lens.components.rms_norm import RMSNorm
+from transformer_lens.components.rms_norm_pre import RMSNormPre
+from transformer_lens.model_bridge.generalized_components import NormalizationBridge
+
+from tl_clt.errors import ModelUnsupported
+from tl_clt.lens.hooks import model_name
+from tl_clt.lens.types import HookedModel, HookedTransformer
+
+
+class NormMap(NamedTuple):
+    """A norm with its scale held: `gain * (x - mean(x)) / scale` (+ a bias, which is no part of the map)."""
+
+    centred: bool
+    """Whether the mean is taken off (LayerNorm), or not (RMSNorm)."""
+
+    gain: Float[Tensor, " d_model"] | None
+    """None where it is 1 throughout, as after folding."""
+
+
+class OVWeights(NamedTuple):
+    """Attention's value and output weights of one layer."""
+
+    W_V: Float[Tensor, "n_key_value_heads d_model d_head"]
+    """One a key-value head: with grouped queries there are fewer of them than heads."""
+
+    W_O: Float[Tensor, "n_heads d_head d_model"]
+
+
+def norm_map(model: HookedModel, name: str) -> NormMap | None:
+    """The linear map of a norm, for example `blocks.3.ln1` or `ln_final`; None where the model has none there.
+
+    Raises:
+        ModelUnsupported: a kind of norm that is none of LN, LNPre, RMS, RMSPre.
+    """
+    norm = _part(model, name)
+    if norm is None or isinstance(norm, nn.Identity):
+        return None
+    if isinstance(norm, NormalizationBridge):
+        return _bridge_norm(norm)
+    if isinstance(norm, (LayerNorm, RMSNorm)):
+        return NormMap(isinstance(norm, LayerNorm), norm.w.detach())
+    if isinstance(norm, (LayerNormPre, RMSNormPre)):
+        return NormMap(isinstance(norm, LayerNormPre), None)
+    raise ModelUnsupported(
+        f"{name} of {model_name(model)} is a {type(norm).__name__}, a norm that the sweep does not know."
+        " Trace with engine='autograd'."
+    )
+
+
+def _bridge_norm(norm: NormalizationBridge) -> NormMap | None:
+    if isinstance(norm.original_component, nn.Identity):
+        return None
+    weight = getattr(norm.original_component, "weight", None)
+    if weight is None:
+        return NormMap(not norm.uses_rms_norm, None)
+    offset = 1.0 if getattr(norm.config, "rmsnorm_uses_offset", False) else 0.0
+    return NormMap(not norm.uses_rms_norm, weight.detach() + offset)
+
+
+def ov_weights(model: HookedModel, layer: int) -> OVWeights:
+    """Value and output weights of one layer.
+
+    Raises:
+        ModelUnsupported: the attention has no such weights (latent or linear attention, for example).
+    """
+    attn: Any = _part(model, f"blocks.{layer}.attn")
+    cfg = model.cfg
+    try:
+        # HookedTransformer repeats grouped heads in W_V and keeps them as they are in _W_V.
+        W_V = attn._W_V if isinstance(model, HookedTransformer) and hasattr(attn, "_W_V") else attn.W_V
+        W_O = attn.W_O
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        raise _no_ov(model, layer) from error
+    shapes_fit = (
+        isinstance(W_V, Tensor)
+        and isinstance(W_O, Tensor)
+        and W_V.ndim == W_O.ndim == 3
+        and W_V.shape[1:] == (cfg.d_model, W_O.shape[1])
+        and W_O.shape[2] == cfg.d_model
+        and W_O.shape[0] % W_V.shape[0] == 0
+    )
+    if not shapes_fit:
+        raise _no_ov(model, layer)
+    return OVWeights(W_V.detach(), W_O.detach())
+
+
+def is_parallel(model: HookedModel) -> bool:
+    """Whether attention and MLP of a block both read its input."""
+    return "blocks.0.hook_resid_mid" not in model.hook_dict
+
+
+def _part(model: HookedModel, name: str) -> Any:
+    part: Any = model
+    for step in name.split("."):
+        part = part[int(step)] if step.isdigit() else getattr(part, step, None)
+        if part is None:
+            return None
+    return part
+
+
+def _no_ov(model: HookedModel, layer: int) -> ModelUnsupported:
+    return ModelUnsupported(
+        f"blocks.{layer}.attn of {model_name(model)} has no W_V and W_O that the sweep knows."
+        " Trace with engine='autograd'."
+    )
