@@ -16,11 +16,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_clt.training.activations import StraightThrough, jumprelu
+from tl_clt.training.sharding import SINGLE, ProcessGrid
 from tl_clt.transcoder.activations import topk
 from tl_clt.transcoder.config import Activation, CrossLayerTranscoderConfig
 
 ARCHITECTURE = "cross_layer_transcoder"
 """Name of a CLT in SAELens's registries."""
+
+SHARED_WEIGHTS = ("b_dec",)
+"""Weights that belong to no feature: every rank has the whole of them. Of all others, dimension 0 is features."""
 
 
 class LayerEncoding(NamedTuple):
@@ -104,7 +108,11 @@ class CLTLayers:
     Weights, one tensor a source layer unless said otherwise:
         W_enc [d_transcoder, d_model], b_enc [d_transcoder], W_dec [d_transcoder, n_writes * d_model],
         log_threshold [d_transcoder] (jumprelu only), and b_dec [n_layers, d_model] for all layers.
+    On a grid of processes, d_transcoder is the rank's share in all of them; `cfg` stays that of the whole CLT.
     """
+
+    grid: ProcessGrid = SINGLE
+    """The processes that the features are split among."""
 
     cfg: Any
     dtype: torch.dtype
@@ -116,20 +124,26 @@ class CLTLayers:
     log_threshold: Any
 
     def initialize_weights(self) -> None:
-        """W_enc ~ U(+-1/sqrt(d_transcoder)), W_dec ~ U(+-1/sqrt(n_layers * d_model)), biases 0."""
+        """W_enc ~ U(+-1/sqrt(d_transcoder)), W_dec ~ U(+-1/sqrt(n_layers * d_model)), biases 0.
+
+        Each rank draws the weights of all features, one tensor at a time, and keeps its own: the same seed gives
+        the same CLT on any number of processes.
+        """
         cfg: CrossLayerTranscoderConfig = self.transcoder_config
         kind = {"dtype": self.dtype, "device": self.device}
 
         def uniform(bound: float, *shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, **kind).uniform_(-bound, bound))
+            whole = torch.empty(*shape, **kind).uniform_(-bound, bound)
+            return nn.Parameter(whole if n_own == n_features else whole[own].clone())
 
         def constant(value: float, *shape: int) -> nn.Parameter:
             return nn.Parameter(torch.full(shape, value, **kind))
 
         layers, n_features = range(cfg.n_layers), cfg.d_transcoder
+        own, n_own = self.grid.own(n_features), self.n_own_features
         enc_bound, dec_bound = n_features**-0.5, (cfg.n_layers * cfg.d_model) ** -0.5
         self.W_enc = nn.ParameterList([uniform(enc_bound, n_features, cfg.d_model) for _ in layers])
-        self.b_enc = nn.ParameterList([constant(0.0, n_features) for _ in layers])
+        self.b_enc = nn.ParameterList([constant(0.0, n_own) for _ in layers])
         self.W_dec = nn.ParameterList(
             [uniform(dec_bound, n_features, len(cfg.targets(s)) * cfg.d_model) for s in layers]
         )
@@ -137,12 +151,17 @@ class CLTLayers:
         self.log_threshold = None
         if cfg.activation == "jumprelu":
             start = float(torch.tensor(self.cfg.jumprelu_init_threshold, dtype=torch.float64).log())
-            self.log_threshold = nn.ParameterList([constant(start, n_features) for _ in layers])
+            self.log_threshold = nn.ParameterList([constant(start, n_own) for _ in layers])
 
     @property
     def transcoder_config(self) -> CrossLayerTranscoderConfig:
         """Shape, activation and hooks, as the exported CLT has them."""
         return self.cfg.transcoder_config(self.cfg.d_in, self.cfg.dtype)
+
+    @property
+    def n_own_features(self) -> int:
+        """Features per layer that this rank holds."""
+        return self.grid.n_own(self.cfg.d_transcoder)
 
     @property
     def sum_dtype(self) -> torch.dtype:
@@ -185,11 +204,11 @@ class CLTLayers:
             slots = (acts @ W_dec).unflatten(-1, (-1, cfg.d_model))
             for target, slot in zip(cfg.targets(source), slots.unbind(dim=1), strict=True):
                 written[target].append(slot)
-        return torch.stack([_sum(slots) for slots in written], dim=1) + self.b_dec
+        return self.grid.sum_over_features(torch.stack([_sum(slots) for slots in written], dim=1)) + self.b_dec
 
     def decode(self, feature_acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch n_layers d_model"]:
         """`decode_layers` of activations flattened over layers, as SAELens keeps them."""
-        per_layer = feature_acts.unflatten(-1, (self.cfg.n_layers, self.cfg.d_transcoder))
+        per_layer = feature_acts.unflatten(-1, (self.cfg.n_layers, self.n_own_features))
         return self.decode_layers(per_layer.unbind(dim=1))
 
 

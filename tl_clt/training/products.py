@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tl_clt.training.sharding import SINGLE, ProcessGrid
 from tl_clt.training.sparse import Support, Values, add_outer, inner_products, weighted_rows
 
 
@@ -73,10 +74,10 @@ def row_norms(W: Float[Tensor, "d_transcoder width"]) -> Float[Tensor, " d_trans
 
 
 def sum_by_target(
-    b_dec: Float[Tensor, "n_layers d_model"], written: Sequence[Float[Tensor, "batch _"]]
+    b_dec: Float[Tensor, "n_layers d_model"], written: Sequence[Float[Tensor, "batch _"]], grid: ProcessGrid = SINGLE
 ) -> Float[Tensor, "batch n_layers d_model"]:
-    """`b_dec` plus what each source layer wrote: to its own layer and the next ones."""
-    return _SumByTarget.apply(b_dec, *written)
+    """`b_dec` plus what each source layer wrote: to its own layer and the next ones; summed over a grid's features."""
+    return _SumByTarget.apply(b_dec, grid, *written)
 
 
 class _Encode(torch.autograd.Function):
@@ -173,21 +174,27 @@ class _RowNorms(torch.autograd.Function):
 
 class _SumByTarget(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, b_dec: Tensor, *written: Tensor) -> Tensor:
+    def forward(ctx: Any, b_dec: Tensor, grid: ProcessGrid, *written: Tensor) -> Tensor:
         ctx.widths, ctx.dtype = [w.shape[1] for w in written], b_dec.dtype
         n_layers, d_model = b_dec.shape
-        recons = b_dec.to(written[0].dtype).expand(len(written[0]), -1, -1).contiguous()
+        start = b_dec if grid.feature_index == 0 else torch.zeros_like(b_dec)
+        recons = start.to(written[0].dtype).expand(len(written[0]), -1, -1).contiguous()
         flat = recons.view(len(recons), n_layers * d_model)
         for source, slots in enumerate(written):
             flat[:, source * d_model : source * d_model + slots.shape[1]] += slots
-        return recons
+        return grid.add_over_features(recons)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Every rank has the gradient of the sum, which is that of each part.
         flat, d_model = grad.flatten(start_dim=1), grad.shape[-1]
         starts = range(0, flat.shape[1], d_model)
-        return grad.sum(dim=0).to(ctx.dtype), *(flat[:, a : a + w] for a, w in zip(starts, ctx.widths, strict=True))
+        return (
+            grad.sum(dim=0).to(ctx.dtype),
+            None,
+            *(flat[:, a : a + w] for a, w in zip(starts, ctx.widths, strict=True)),
+        )
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype | None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tl_clt.training.losses import mse_loss
 from tl_clt.training.products import decode, decode_places, encode, pick, row_norms, sum_by_target
-from tl_clt.training.sparse import Support, support_of_dense, support_of_topk
+from tl_clt.training.selection import topk_places
+from tl_clt.training.sparse import Support, support_of_dense
 from tl_clt.training.terms import TermOptions, terms
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ SPARSE_BELOW_ELSEWHERE = 0.01
 
 
 class LayerFeatures(NamedTuple):
-    """One layer's activations at a batch of tokens, with gradients."""
+    """One layer's activations at a batch of tokens, with gradients; on a grid, the rank's own features at its tokens."""
 
     acts: Float[Tensor, "batch d_transcoder"] | Float[Tensor, " n_places"]
     """All of them, or where `places` is given those at the places."""
@@ -95,7 +96,11 @@ def clt_step(
     coefficients: dict[str, float],
     workspace: Workspace,
 ) -> CLTStep:
-    """The forward pass of a step on scaled activations."""
+    """The forward pass of a step on scaled activations.
+
+    On a grid of processes the reconstruction and the losses are of all ranks' features, at the tokens of this rank.
+    """
+    grid = clt.grid
     thresholded = clt.cfg.activation in ("relu", "jumprelu")
     thresholds = [t.to(inputs.dtype) for t in clt.thresholds()]
     layers: list[_Layer] = []
@@ -105,10 +110,11 @@ def clt_step(
             layers.append(_thresholded(clt, layer, x, thresholds[layer], coefficients, workspace))
         else:
             layers.append(_chosen(clt, layer, x, workspace))
-    recons = sum_by_target(clt.b_dec, [one.written for one in layers])
+    recons = sum_by_target(clt.b_dec, [one.written for one in layers], grid)
     losses = {"mse_loss": mse_loss(recons, outputs)}
     if thresholded:
-        sparsity, dead_features = (torch.stack([one.sums for one in layers]).sum(dim=0) / len(inputs)).unbind()
+        sums = grid.sum_over_features(torch.stack([one.sums for one in layers]).sum(dim=0))
+        sparsity, dead_features = (sums / len(inputs)).unbind()
         losses["sparsity_loss"] = coefficients["sparsity"] * sparsity
         if coefficients["dead_feature"] > 0:
             losses["dead_feature_loss"] = coefficients["dead_feature"] * dead_features
@@ -133,7 +139,7 @@ def _thresholded(
         tanh_scale=clt.cfg.tanh_scale,
         dead_features=coefficients["dead_feature"] > 0,
     )
-    W_dec, shape = clt.W_dec[layer], (len(x), clt.cfg.d_transcoder)
+    W_dec, shape = clt.W_dec[layer], (len(x), clt.n_own_features)
     h = encode(x, clt.W_enc[layer], clt.b_enc[layer], workspace.take("hidden_pre", layer, shape, x))
     result = terms(h, threshold, row_norms(W_dec), options, workspace.take("feature_acts", layer, shape, x))
     acts = result.feature_acts
@@ -145,11 +151,11 @@ def _thresholded(
 
 def _chosen(clt: TrainingCLT, layer: int, x: Tensor, workspace: Workspace) -> _Layer:
     """TopK: on the sparse path, no gradient of any pre-activation but the chosen ones is ever made."""
-    k, n_features, W_enc, b_enc = clt.cfg.k, clt.cfg.d_transcoder, clt.W_enc[layer], clt.b_enc[layer]
-    sparse = k / n_features < _sparse_below(x.device)
+    k, n_features, W_enc, b_enc = clt.cfg.k, clt.n_own_features, clt.W_enc[layer], clt.b_enc[layer]
+    sparse = k / clt.cfg.d_transcoder < _sparse_below(x.device)
     with torch.set_grad_enabled(not sparse and torch.is_grad_enabled()):
         h = encode(x, W_enc, b_enc, workspace.take("hidden_pre", layer, (len(x), n_features), x))
-    places = support_of_topk(torch.topk(h.detach(), k, dim=1, sorted=False).indices, n_features)
+    places = topk_places(h.detach(), k, clt.grid)
     values = torch.relu(pick(h, x, W_enc, b_enc, places) if sparse else places.gather(h))
     fired = torch.bincount(places.features[values > 0], minlength=n_features)
     if sparse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,13 @@ from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
+from tl_clt.training.gradients import average_gradients, clip_gradients
 from tl_clt.training.optimizer import RandomRoundingAdam
 from tl_clt.training.step import Workspace
 from tl_clt.training.training_clt import TrainingCLT, TrainingCLTConfig
+
+MAX_NORM = 1.0
+"""Norm that gradients are clipped to, as in SAELens."""
 
 
 class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
@@ -63,22 +68,33 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
         with self.autocast_if_enabled:
             output = self._forward(sae, step_input)
         output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        average_gradients(sae, sae.grid)
+        clip_gradients(sae, MAX_NORM, sae.grid)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
-        return output
+        # SAELens has counted the tokens of this rank.
+        self.n_training_samples += len(sae_in) * (sae.grid.n_data_parallel - 1)
+        return self._with_losses_of_whole_batch(output)
+
+    @torch.no_grad()
+    def _with_losses_of_whole_batch(self, output: TrainStepOutput) -> TrainStepOutput:
+        """A step whose losses, no longer needed for gradients, are those of all ranks' tokens."""
+        losses = {name: value.detach().clone() for name, value in output.losses.items()}
+        self.sae.grid.mean_over_data(list(losses.values()))
+        self.sae.last_losses = losses
+        return replace(output, loss=torch.stack(list(losses.values())).sum(), losses=losses)
 
     def _forward(self, sae: TrainingCLT, step_input: TrainStepInput) -> TrainStepOutput:
         step = sae.step(step_input, self.workspace)
-        self._count(step.fired)
+        self._count(sae.count_firing(step))
         if step_input.is_logging_step:
             acts = torch.cat([f.dense() for f in step.features], dim=1)
             hidden_pre = torch.cat(step.hidden_pre, dim=1)
         else:
-            acts = hidden_pre = step.recons.new_empty(0, sae.cfg.d_sae)
+            acts = hidden_pre = step.recons.new_empty(0, sae.cfg.n_layers * sae.n_own_features)
         return sae.step_output(step, step_input, acts, hidden_pre)
 
     @torch.no_grad()

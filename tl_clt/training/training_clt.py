@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from sae_lens import registry
 from sae_lens.saes.sae import (
     SAE,
@@ -23,6 +23,7 @@ from torch import Tensor
 from tl_clt.errors import ConfigError
 from tl_clt.training.layers import ARCHITECTURE, CLTLayers, CLTShape
 from tl_clt.training.losses import dead_feature_loss, decoder_norms, sparsity_loss
+from tl_clt.training.sharding import SINGLE, ProcessGrid
 from tl_clt.training.step import CLTStep, Workspace, clt_step
 
 
@@ -105,7 +106,18 @@ class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
     last_losses: dict[str, Tensor]
     """Terms of the last step's loss, without gradients."""
 
-    def __init__(self, cfg: TrainingCLTConfig, use_error_term: bool = False) -> None:
+    def __init__(self, cfg: TrainingCLTConfig, use_error_term: bool = False, grid: ProcessGrid = SINGLE) -> None:
+        """Make a CLT with fresh weights.
+
+        Args:
+            cfg: of the whole CLT.
+            use_error_term: SAELens's; no part in training.
+            grid: the processes that its features are split among. This one's share of them is made.
+
+        Raises:
+            ConfigError: the features cannot be split equally.
+        """
+        self.grid = grid
         super().__init__(cfg, use_error_term)
         self.last_losses = {}
 
@@ -145,16 +157,26 @@ class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
         self.last_losses = {name: value.detach() for name, value in step.losses.items()}
         return step
 
+    def count_firing(self, step: CLTStep) -> Int[Tensor, " d_sae"]:
+        """Tokens of a step at which each feature fires: of all layers, all ranks' features, all ranks' tokens."""
+        own = torch.stack([features.fired for features in step.features])
+        return self.grid.all_features(self.grid.add_over_data(own), dim=1).flatten()
+
     def step_output(
         self, step: CLTStep, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor
     ) -> TrainStepOutput:
         """A step as SAELens's trainer takes it, with the flattened activations given."""
         metrics: dict[str, Any] = {}
+        outputs = step_input.sae_in[:, 1].to(self.sum_dtype).flatten(start_dim=1)
+        recons = step.recons.detach().flatten(start_dim=1)
         if step_input.is_logging_step:
-            metrics["l0_mean_per_layer"] = step.fired.sum() / (len(step.recons) * self.cfg.n_layers)
+            # SAELens logs what it is given here: on a grid, of the whole batch and all features.
+            outputs, recons = self.grid.all_tokens(outputs), self.grid.all_tokens(recons)
+            metrics["l0"] = self.count_firing(step).sum() / len(recons)
+            metrics["l0_mean_per_layer"] = metrics["l0"] / self.cfg.n_layers
         return TrainStepOutput(
-            sae_in=step_input.sae_in[:, 1].to(self.sum_dtype).flatten(start_dim=1),
-            sae_out=step.recons.detach().flatten(start_dim=1),
+            sae_in=outputs,
+            sae_out=recons,
             feature_acts=feature_acts,
             hidden_pre=hidden_pre,
             loss=step.loss,
@@ -168,7 +190,7 @@ class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
         """Sparsity and dead-feature terms of flattened activations, times their coefficients."""
         if self.cfg.activation == "topk":
             return {}
-        shape = (self.cfg.n_layers, self.cfg.d_transcoder)
+        shape = (self.cfg.n_layers, self.n_own_features)
         acts, pre = (flat.unflatten(-1, shape).unbind(dim=1) for flat in (feature_acts, hidden_pre))
         norms = decoder_norms(list(self.W_dec))
         coefficients = step_input.coefficients

@@ -1,0 +1,59 @@
+"""From the shares of a CLT that several ranks hold to the whole of it, and back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tl_clt.training.layers import SHARED_WEIGHTS
+from tl_clt.training.sharding import SINGLE, ProcessGrid
+from tl_clt.training.training_clt import TrainingCLT
+
+
+def is_shared(name: str) -> bool:
+    """Whether every rank has the whole of a weight; of others dimension 0 is features."""
+    return name in SHARED_WEIGHTS
+
+
+@torch.no_grad()
+def gather(name: str, own: Tensor, grid: ProcessGrid) -> Tensor | None:
+    """A weight, or anything of its shape (a gradient, a moment), whole and in main memory; None but on the main rank.
+
+    Every rank of the first row has to call it, in the same order; other rows may.
+    """
+    if is_shared(name) or grid.n_feature_shards == 1:
+        return own.detach().cpu() if grid.is_main else None
+    if grid.data_index > 0:
+        return None
+    # Only the main rank makes room for the shares of others.
+    shares = [torch.empty_like(own) for _ in range(grid.n_feature_shards)] if grid.is_main else None
+    dist.gather(own.detach().contiguous(), shares, dst=0, group=grid.feature_group)
+    return None if shares is None else torch.cat([share.cpu() for share in shares])
+
+
+def own_share(name: str, whole: Tensor, grid: ProcessGrid) -> Tensor:
+    """What a rank holds of a weight, or of anything of its shape: a view."""
+    return whole if is_shared(name) else whole[grid.own(len(whole))]
+
+
+@torch.no_grad()
+def gather_clt(clt: TrainingCLT) -> TrainingCLT:
+    """The whole CLT: itself on a single process; else in main memory on the main rank, and without values elsewhere.
+
+    The copy of other ranks is on torch's "meta" device: it has shapes and a config, and any use of its values raises.
+    """
+    if clt.grid.n_feature_shards == 1:
+        return clt
+    whole = TrainingCLT(replace(clt.cfg, device="meta"), grid=SINGLE)
+    if clt.grid.is_main:
+        whole = whole.to_empty(device="cpu")
+        whole.cfg.device, whole.device = "cpu", torch.device("cpu")
+    places = dict(whole.named_parameters())
+    for name, own in clt.named_parameters():
+        value = gather(name, own, clt.grid)
+        if value is not None:
+            places[name].copy_(value)
+    return whole
