@@ -18,6 +18,7 @@ POSITIVE = (
     *("d_transcoder", "training_tokens", "context_size", "train_batch_size_tokens", "lr", "tanh_scale"),
     *("store_batch_size_prompts", "n_batches_in_buffer", "n_batches_for_scale", "n_eval_batches"),
     *("jumprelu_init_threshold", "jumprelu_bandwidth", "dead_feature_window", "wandb_log_frequency"),
+    "n_data_parallel",
 )
 NOT_NEGATIVE = (
     *("sparsity_coefficient", "dead_feature_coefficient", "lr_warm_up_steps", "lr_decay_steps"),
@@ -156,6 +157,10 @@ class CLTTrainingRunnerConfig:
     adam_beta2: float = 0.999
     """Adam's beta_2."""
 
+    n_data_parallel: int = 1
+    """Under torchrun: parts that each batch's tokens are split into. The processes of each part split the CLT's
+    features among them, all processes where left out. Neither changes the result, but for rounding."""
+
     autocast: bool = False
     """Matrix products of training in bfloat16."""
 
@@ -198,6 +203,7 @@ class CLTTrainingRunnerConfig:
         self._check_values()
         self._check_activation()
         self._check_data()
+        self._check_parts()
         self._check_course()
         self._check_folders()
 
@@ -255,6 +261,15 @@ class CLTTrainingRunnerConfig:
             f"training_tokens is {self.training_tokens}, less than one batch of {self.train_batch_size_tokens}:"
             " give more tokens or a smaller train_batch_size_tokens.",
         )
+
+    def _check_parts(self) -> None:
+        for name in ("train_batch_size_tokens", "training_tokens"):
+            value, parts = getattr(self, name), self.n_data_parallel
+            _require(
+                value % parts == 0,
+                f"{name} is {value} with n_data_parallel {parts}: give a multiple, so that every part has as many"
+                " tokens.",
+            )
 
     def _check_course(self) -> None:
         ramps = self.lr_warm_up_steps + self.lr_decay_steps

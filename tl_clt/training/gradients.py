@@ -32,7 +32,8 @@ def clip_gradients(clt: nn.Module, max_norm: float, grid: ProcessGrid) -> Float[
     gradients = {name: p.grad for name, p in clt.named_parameters() if p.grad is not None}
     norm = _norm_over_ranks(gradients, grid)
     scale = (max_norm / (norm + EPSILON)).clamp(max=1.0)
-    torch._foreach_mul_(list(gradients.values()), scale)
+    for grad in gradients.values():
+        grad.mul_(scale)
     return norm
 
 

@@ -26,7 +26,8 @@ def init_encoder_biases(clt: TrainingCLT, inputs: Float[Tensor, "batch n_layers 
 
     Args:
         clt: changed in place.
-        inputs: scaled inputs of some tokens. The fewer there are, the coarser the rate.
+        inputs: scaled inputs of some tokens, on a grid the same for every rank. The fewer there are, the coarser
+            the rate.
     """
     n_tokens = len(inputs)
     n_firing = round(initial_firing_rate(clt.cfg.d_sae) * n_tokens)
@@ -34,7 +35,7 @@ def init_encoder_biases(clt: TrainingCLT, inputs: Float[Tensor, "batch n_layers 
     width = max(1, CHUNK_ELEMENTS // n_tokens)
     for layer, threshold in enumerate(clt.thresholds()):
         x = inputs[:, layer]
-        for start in range(0, clt.cfg.d_transcoder, width):
+        for start in range(0, clt.n_own_features, width):
             part = slice(start, start + width)
             quantile = (x @ clt.W_enc[layer][part].T).kthvalue(rank, dim=0).values
             clt.b_enc[layer][part] = threshold[part] - quantile

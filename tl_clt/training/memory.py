@@ -16,7 +16,7 @@ GROUP_LIMIT = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.cu
 
 
 class MemoryEstimate(NamedTuple):
-    """Bytes on the training device. The model itself is loaded already and not counted."""
+    """Bytes on this process's training device. The model itself is loaded already and not counted."""
 
     weights: int
     """The CLT."""
@@ -31,7 +31,8 @@ class MemoryEstimate(NamedTuple):
     """Of a training step."""
 
     buffer: int
-    """SAELens's shuffling buffer, which it copies to shuffle, and the batches that scales are set on."""
+    """SAELens's shuffling buffer, which it copies to shuffle, on the main process; and the batches that scales are
+    set on."""
 
     @property
     def total(self) -> int:
@@ -47,18 +48,20 @@ def estimate_memory(clt: TrainingCLT, cfg: CLTTrainingRunnerConfig) -> MemoryEst
     """About what a run needs.
 
     Args:
-        clt: of the run's shape; on the "meta" device it takes no memory.
+        clt: of the run's shape and grid; on the "meta" device it takes no memory.
         cfg: the run.
     """
     n_weights = sum(p.numel() for p in clt.parameters())
     weight, number = clt.dtype.itemsize, clt.sum_dtype.itemsize
     per_token = 2 * clt.cfg.n_layers * clt.cfg.d_in
-    n_layers, batch = clt.cfg.n_layers, cfg.train_batch_size_tokens
+    n_layers, batch = clt.cfg.n_layers, cfg.train_batch_size_tokens // clt.grid.n_data_parallel
     # Pre-activations and activations of every layer, the gradients of one layer at a time, and about four of the
     # batch: raw, scaled, reconstructed, and the gradient.
-    step = batch * ((2 * n_layers + 4) * clt.cfg.d_transcoder + 4 * per_token) * number
+    step = batch * ((2 * n_layers + 4) * clt.n_own_features + 4 * per_token) * number
     positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
-    held = 2 * cfg.n_batches_in_buffer * positions + cfg.n_batches_for_scale * batch
+    held = cfg.n_batches_for_scale * cfg.train_batch_size_tokens
+    if clt.grid.is_main:
+        held += 2 * cfg.n_batches_in_buffer * positions
     return MemoryEstimate(
         weights=n_weights * weight,
         gradients=n_weights * weight,

@@ -56,7 +56,7 @@ def measure(
 
     Args:
         clt: the trained CLT.
-        batches: scaled inputs and outputs.
+        batches: scaled inputs and outputs; on a grid, of this rank's tokens.
         silent_steps: for each feature of all layers, the training steps since it fired.
         dead_window_steps: as many of them make a feature dead.
         workspace: that of the training.
@@ -65,10 +65,10 @@ def measure(
     without_penalties = dict.fromkeys(clt.get_coefficients(), 0.0)
     for batch in batches:
         step = clt.step(TrainStepInput(batch, without_penalties, None, 0, False), workspace)
-        y = batch[:, 1].double()
+        y = clt.grid.all_tokens(batch[:, 1]).double()
         outputs.append(y)
-        errors.append((step.recons - y).square().sum(dim=(0, 2)))
-        fired.append(step.fired.unflatten(0, (clt.cfg.n_layers, -1)).sum(dim=1).double())
+        errors.append((clt.grid.all_tokens(step.recons) - y).square().sum(dim=(0, 2)))
+        fired.append(clt.count_firing(step).unflatten(0, (clt.cfg.n_layers, -1)).sum(dim=1).double())
     y = torch.cat(outputs)
     variance = (y - y.mean(dim=0)).square().sum(dim=(0, 2))
     error, l0 = torch.stack(errors).sum(dim=0), torch.stack(fired).sum(dim=0) / len(y)

@@ -21,12 +21,15 @@ from tl_clt.errors import ConfigError
 from tl_clt.lens import HookedModel, load_model, model_name
 from tl_clt.training.batches import activation_batches, check_fits, without_store_noise
 from tl_clt.training.config import CLTTrainingRunnerConfig
-from tl_clt.training.data import DatasetSource, open_dataset
+from tl_clt.training.data import AnyDataset, DatasetSource, open_dataset
 from tl_clt.training.export import export
+from tl_clt.training.gathering import gather_clt
+from tl_clt.training.handout import Handout, from_main
 from tl_clt.training.init import init_encoder_biases
 from tl_clt.training.memory import MemoryEstimate, estimate_memory, require_memory
 from tl_clt.training.record import TrainingRecord, measure
 from tl_clt.training.scaling import ActivationScale, Batch, apply_scale, estimate_scale
+from tl_clt.training.sharding import ProcessGrid, only_main_shows, own_device, process_grid
 from tl_clt.training.trainer import CLTTrainer
 from tl_clt.training.training_clt import TrainingCLT, TrainingCLTConfig
 from tl_clt.transcoder import CrossLayerTranscoder
@@ -54,8 +57,25 @@ class TrainingProgress(NamedTuple):
     """Terms of the last step's loss, coefficients included."""
 
 
+class AboutModel(NamedTuple):
+    """What processes without the model know of it."""
+
+    n_layers: int
+    """Its layers."""
+
+    d_model: int
+    """Width of its residual stream."""
+
+    name: str
+    """As the CLT's config has it."""
+
+
 class CLTTrainingRunner:
-    """Trains a `CrossLayerTranscoder` with SAELens's activation store and trainer; see `CLTTrainer` for its step."""
+    """Trains a `CrossLayerTranscoder` with SAELens's activation store and trainer; see `CLTTrainer` for its step.
+
+    Under torchrun, or where the caller has set up torch.distributed, all processes train one CLT together: see
+    `sharding`. The main process alone loads the model and the dataset, calls back, and writes.
+    """
 
     record: TrainingRecord | None = None
     """What `training.json` holds; set when `run` is done."""
@@ -78,7 +98,7 @@ class CLTTrainingRunner:
             on_start: told what memory the run will need, before any activations are made.
 
         Raises:
-            ConfigError: there is no model or no dataset.
+            ConfigError: there is no model or no dataset, or one GPU is named for several processes.
         """
         if model is None and cfg.model_name is None:
             raise ConfigError("CLTTrainingRunner: there is no model. Set model_name in the config, or pass model=.")
@@ -86,7 +106,7 @@ class CLTTrainingRunner:
             raise ConfigError(
                 "CLTTrainingRunner: there is no dataset. Set dataset_path in the config, or pass dataset=."
             )
-        self.cfg = cfg
+        self.cfg = replace(cfg, device=own_device(cfg.device))
         self.model = model
         self.dataset = dataset
         self.on_progress = on_progress
@@ -95,6 +115,9 @@ class CLTTrainingRunner:
     def run(self) -> CrossLayerTranscoder:
         """Train, save to `cfg.output_path` where given, and return the CLT, which takes raw activations.
 
+        Of several processes the main one returns it, in main memory where features were split; the others return one
+        without values, on the "meta" device.
+
         The state of torch's random numbers is afterwards as it was before.
 
         Raises:
@@ -102,27 +125,37 @@ class CLTTrainingRunner:
             HookNotFound, DatasetError, TokenizerMissing, ConfigError, ModelNotFound, ModelUnsupported,
                 NotEnoughMemory: before training; nothing is written.
         """
+        with process_grid(self.cfg.n_data_parallel, self.cfg.device) as grid:
+            return self._run_on(grid)
+
+    def _run_on(self, grid: ProcessGrid) -> CrossLayerTranscoder:
         started = time.monotonic()
+        parts: list[tuple[HookedModel, AnyDataset]] = []
+        about = grid.on_main(lambda: self._prepare(parts))
+        grid.everywhere(lambda: self._check_memory(about, grid))
+        with without_store_noise(), _seeded(self.cfg), _wandb(self.cfg, grid), only_main_shows(grid):
+            raw = activation_batches(*parts[0], self.cfg) if parts else None
+            clt = self._train(about, raw, grid, started)
+        if grid.is_main:
+            self._save(clt)
+        return clt
+
+    def _prepare(self, parts: list[tuple[HookedModel, AnyDataset]]) -> AboutModel:
+        """Add the model and the dataset, checked, to `parts`."""
         for folder in (self.cfg.output_path, self.cfg.checkpoint_path):
             if folder is not None:
                 require_new(Path(folder))
         model = self.model or self._load_model()
         check_fits(model, self.cfg)
-        self._check_memory(model)
-        dataset = open_dataset(
-            self.cfg.dataset_path if self.dataset is None else self.dataset,  # type: ignore[arg-type]
-            model,
-            self.cfg,
-        )
-        with without_store_noise(), _seeded(self.cfg), _wandb(self.cfg):
-            clt = self._train(model, activation_batches(model, dataset, self.cfg), started)
-        self._save(clt)
-        return clt
+        source = self.cfg.dataset_path if self.dataset is None else self.dataset
+        dataset = open_dataset(source, model, self.cfg)  # type: ignore[arg-type]
+        parts.append((model, dataset))
+        return AboutModel(model.cfg.n_layers, model.cfg.d_model, self.cfg.model_name or model_name(model))
 
-    def _check_memory(self, model: HookedModel) -> None:
-        shape = replace(self._sae_config(model, None), device="meta")
-        estimate = estimate_memory(TrainingCLT(shape), self.cfg)
-        if self.on_start is not None:
+    def _check_memory(self, about: AboutModel, grid: ProcessGrid) -> None:
+        shape = replace(self._sae_config(about, None), device="meta")
+        estimate = estimate_memory(TrainingCLT(shape, grid=grid), self.cfg)
+        if self.on_start is not None and grid.is_main:
             self.on_start(estimate)
         require_memory(estimate, torch.device(self.cfg.device))
 
@@ -132,13 +165,19 @@ class CLTTrainingRunner:
         dtype = getattr(torch, cfg.model_dtype)
         return load_model(cfg.model_name, backend=cfg.backend, device=cfg.device, dtype=dtype)
 
-    def _train(self, model: HookedModel, raw: Iterator[Batch], started: float) -> CrossLayerTranscoder:
-        cfg = self.cfg
-        first = list(islice(raw, cfg.n_batches_for_scale))
-        scale = estimate_scale(first)
-        sae = TrainingCLT(self._sae_config(model, scale))
-        init_encoder_biases(sae, torch.cat([apply_scale(batch, scale)[:, 0] for batch in first]))
-        scaled = (apply_scale(batch, scale) for batch in chain(_emptied(first), raw))
+    def _train(
+        self, about: AboutModel, raw: Iterator[Batch] | None, grid: ProcessGrid, started: float
+    ) -> CrossLayerTranscoder:
+        cfg, kind = self.cfg, (getattr(torch, self.cfg.dtype), torch.device(self.cfg.device))
+        first = [] if raw is None else list(islice(raw, cfg.n_batches_for_scale))
+        scale = grid.on_main(lambda: estimate_scale(first))
+        with _seeded(cfg):
+            sae = TrainingCLT(self._sae_config(about, scale), grid=grid)
+        inputs = torch.cat([apply_scale(batch, scale)[:, 0] for batch in first]) if first else None
+        init_encoder_biases(sae, from_main(inputs, grid, *kind))
+        whole = None if raw is None else chain(_emptied(first), raw)
+        handed_out = Handout(whole, grid, (2, about.n_layers, about.d_model), *kind)
+        scaled = (apply_scale(batch, scale) for batch in handed_out)
         trainer = CLTTrainer(cfg=self._trainer_config(), sae=sae, data_provider=self._reporting(scaled, sae))
         trainer.fit()
         window = min(cfg.dead_feature_window, -(-trainer.n_training_steps // 4))
@@ -151,7 +190,7 @@ class CLTTrainingRunner:
             sae_lens_version=sae_lens.__version__,
             metrics=metrics,
         )
-        return export(sae)
+        return export(gather_clt(sae))
 
     def _save(self, clt: CrossLayerTranscoder) -> None:
         assert self.record is not None
@@ -163,17 +202,21 @@ class CLTTrainingRunner:
     def _reporting(self, batches: Iterator[Batch], sae: TrainingCLT) -> Iterator[Batch]:
         """The batches as they are, with a call of `on_progress` between steps."""
         for step, batch in enumerate(batches):
-            if self.on_progress is not None and step > 0 and step % self.cfg.wandb_log_frequency == 0:
+            if (
+                self.on_progress is not None
+                and sae.grid.is_main
+                and step > 0
+                and step % self.cfg.wandb_log_frequency == 0
+            ):
                 losses = {name: float(value) for name, value in sae.last_losses.items()}
                 tokens = step * self.cfg.train_batch_size_tokens
                 self.on_progress(TrainingProgress(step, self.cfg.n_steps, tokens, losses))
             yield batch
 
-    def _sae_config(self, model: HookedModel, scale: ActivationScale | None) -> TrainingCLTConfig:
-        cfg, n_layers = self.cfg, model.cfg.n_layers
-        name = cfg.model_name or model_name(model)
+    def _sae_config(self, about: AboutModel, scale: ActivationScale | None) -> TrainingCLTConfig:
+        cfg, n_layers, name = self.cfg, about.n_layers, about.name
         return TrainingCLTConfig(
-            d_in=model.cfg.d_model,
+            d_in=about.d_model,
             d_sae=n_layers * cfg.d_transcoder,
             dtype=cfg.dtype,
             device=cfg.device,
@@ -247,11 +290,17 @@ def _seeded(cfg: CLTTrainingRunnerConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _wandb(cfg: CLTTrainingRunnerConfig) -> Iterator[None]:
-    """Within, a Weights & Biases run is open where the config asks for one."""
+def _wandb(cfg: CLTTrainingRunnerConfig, grid: ProcessGrid) -> Iterator[None]:
+    """Within, a Weights & Biases run is open where the config asks for one; what other ranks log goes nowhere."""
     if not cfg.log_to_wandb:
         yield
         return
-    run = wandb.init(project=cfg.wandb_project, entity=cfg.wandb_entity, name=cfg.run_name, config=cfg.to_dict())
+    run = wandb.init(
+        project=cfg.wandb_project,
+        entity=cfg.wandb_entity,
+        name=cfg.run_name,
+        config=cfg.to_dict(),
+        mode=None if grid.is_main else "disabled",
+    )
     with run:
         yield

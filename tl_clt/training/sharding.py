@@ -13,17 +13,19 @@ with respect to one rank's part of it is therefore the gradient of the sum, and 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from tl_clt.errors import ConfigError
+from tl_clt.errors import ConfigError, TlCltError
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,27 @@ class ProcessGrid:
         """A tensor with tokens first, of the whole batch."""
         return torch.cat(_all_gather(own, self.n_data_parallel, self.data_group))
 
+    # -- over all ranks
+
+    def everywhere(self, work: Callable[[], Value]) -> list[Value]:
+        """What `work` gives on each rank, plain values only. One of our errors on any rank is raised on all."""
+        if self.n_processes == 1:
+            return [work()]
+        try:
+            outcome: Value | TlCltError = work()
+        except TlCltError as error:
+            outcome = error
+        outcomes: list[Any] = [None] * self.n_processes
+        dist.all_gather_object(outcomes, outcome)
+        for one in outcomes:
+            if isinstance(one, TlCltError):
+                raise one
+        return outcomes
+
+    def on_main(self, work: Callable[[], Value]) -> Value:
+        """What `work` gives on the main rank, on every rank. It is not called on others; errors are raised on all."""
+        return self.everywhere(work if self.is_main else lambda: None)[0]  # type: ignore[return-value]
+
 
 SINGLE = ProcessGrid()
 """One process that holds all features and sees all tokens."""
@@ -148,10 +171,17 @@ def _all_gather(value: Tensor, n: int, group: Any) -> list[Tensor]:
 
 
 def own_device(device: str) -> str:
-    """The device of this process: under torchrun, "cuda" is the GPU of its local rank."""
-    if device == "cuda" and under_torchrun():
-        return f"cuda:{os.environ['LOCAL_RANK']}"
-    return device
+    """The device of this process: under torchrun, "cuda" is the GPU of its local rank.
+
+    Raises:
+        ConfigError: one GPU is named for several processes.
+    """
+    if not under_torchrun() or not device.startswith("cuda"):
+        return device
+    own = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device not in ("cuda", own):
+        raise ConfigError(f"device is '{device}' for every process that torchrun started: give 'cuda', one GPU each.")
+    return own
 
 
 def under_torchrun() -> bool:

@@ -27,7 +27,7 @@ SPARSE_BELOW_ELSEWHERE = 0.01
 
 
 class LayerFeatures(NamedTuple):
-    """One layer's activations at a batch of tokens, with gradients; on a grid, the rank's own features at its tokens."""
+    """One layer's activations at a batch of tokens, with gradients: of the rank's own features at its own tokens."""
 
     acts: Float[Tensor, "batch d_transcoder"] | Float[Tensor, " n_places"]
     """All of them, or where `places` is given those at the places."""
