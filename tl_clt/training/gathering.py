@@ -8,14 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tl_clt.training.layers import SHARED_WEIGHTS
+from tl_clt.training.layers import is_shared
 from tl_clt.training.sharding import SINGLE, ProcessGrid
 from tl_clt.training.training_clt import TrainingCLT
-
-
-def is_shared(name: str) -> bool:
-    """Whether every rank has the whole of a weight; of others dimension 0 is features."""
-    return name in SHARED_WEIGHTS
 
 
 @torch.no_grad()
@@ -51,8 +46,8 @@ def gather_clt(clt: TrainingCLT) -> TrainingCLT:
     if clt.grid.is_main:
         whole = whole.to_empty(device="cpu")
         whole.cfg.device, whole.device = "cpu", torch.device("cpu")
-    places = dict(whole.named_parameters())
-    for name, own in clt.named_parameters():
+    places = whole.state_dict()
+    for name, own in clt.state_dict().items():
         value = gather(name, own, clt.grid)
         if value is not None:
             places[name].copy_(value)

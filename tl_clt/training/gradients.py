@@ -8,15 +8,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_clt.training.layers import SHARED_WEIGHTS
+from tl_clt.training.layers import is_shared
 from tl_clt.training.sharding import ProcessGrid
 
 EPSILON = 1e-6
 """Added to the norm, as `torch.nn.utils.clip_grad_norm_` does."""
 
 
-def average_gradients(clt: nn.Module, grid: ProcessGrid) -> None:
-    """Each gradient's mean over the ranks that hold the same features and saw different tokens, in place."""
+SUMS_OVER_FEATURES = "W_far"
+"""A shared weight through which each rank's features write: a rank has its features' part of the gradient. Others
+(b_dec, W_skip) come after the sum over ranks, and every rank has the whole of theirs."""
+
+
+def combine_gradients(clt: nn.Module, grid: ProcessGrid) -> None:
+    """Make each rank's gradients those of all tokens and, of shared weights, all features; in place."""
+    for name, parameter in clt.named_parameters():
+        if name.startswith(SUMS_OVER_FEATURES) and parameter.grad is not None:
+            grid.add_over_features(parameter.grad)
     grid.mean_over_data([p.grad for p in clt.parameters() if p.grad is not None])
 
 
@@ -39,7 +47,7 @@ def clip_gradients(clt: nn.Module, max_norm: float, grid: ProcessGrid) -> Float[
 
 def _norm_over_ranks(gradients: Mapping[str, Tensor], grid: ProcessGrid) -> Float[Tensor, ""]:
     def square(shared: bool) -> Tensor:
-        grads = [g for name, g in gradients.items() if (name in SHARED_WEIGHTS) == shared]
+        grads = [g for name, g in gradients.items() if is_shared(name) == shared]
         return torch.stack([torch.linalg.vector_norm(g, dtype=_sum_dtype(g)).square() for g in grads]).sum()
 
     return (grid.add_over_features(square(shared=False)) + square(shared=True)).sqrt()

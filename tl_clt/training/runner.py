@@ -25,7 +25,7 @@ from tl_clt.training.data import AnyDataset, DatasetSource, open_dataset
 from tl_clt.training.export import export
 from tl_clt.training.gathering import gather_clt
 from tl_clt.training.handout import Handout, from_main
-from tl_clt.training.init import init_encoder_biases
+from tl_clt.training.init import init_decoder_biases, init_encoder_biases
 from tl_clt.training.memory import MemoryEstimate, estimate_memory, require_memory
 from tl_clt.training.record import TrainingRecord, measure
 from tl_clt.training.scaling import ActivationScale, Batch, apply_scale, estimate_scale
@@ -171,26 +171,32 @@ class CLTTrainingRunner:
         cfg, kind = self.cfg, (getattr(torch, self.cfg.dtype), torch.device(self.cfg.device))
         first = [] if raw is None else list(islice(raw, cfg.n_batches_for_scale))
         scale = grid.on_main(lambda: estimate_scale(first))
-        with _seeded(cfg):
-            sae = TrainingCLT(self._sae_config(about, scale), grid=grid)
-        inputs = torch.cat([apply_scale(batch, scale)[:, 0] for batch in first]) if first else None
-        init_encoder_biases(sae, from_main(inputs, grid, *kind))
+        torch.manual_seed(cfg.seed)
+        sae = TrainingCLT(self._sae_config(about, scale), grid=grid)
+        self._init_biases(sae, [apply_scale(batch, scale) for batch in first])
         whole = None if raw is None else chain(_emptied(first), raw)
         handed_out = Handout(whole, grid, (2, about.n_layers, about.d_model), *kind)
         scaled = (apply_scale(batch, scale) for batch in handed_out)
         trainer = CLTTrainer(cfg=self._trainer_config(), sae=sae, data_provider=self._reporting(scaled, sae))
         trainer.fit()
-        window = min(cfg.dead_feature_window, -(-trainer.n_training_steps // 4))
-        silent_steps = trainer.n_forward_passes_since_fired
-        metrics = measure(sae, islice(scaled, cfg.n_eval_batches), silent_steps, window, trainer.workspace)
+        last = islice(scaled, cfg.n_eval_batches)
+        metrics = measure(sae, last, trainer.dead_neurons, cfg.dead_window_steps, trainer.workspace)
         self.record = TrainingRecord(
             config={k: v for k, v in cfg.to_dict().items() if k not in OWN_PATHS},
             tokens_seen=trainer.n_training_samples,
             seconds=round(time.monotonic() - started, 1),
             sae_lens_version=sae_lens.__version__,
+            coefficients=trainer.get_coefficients(),
             metrics=metrics,
         )
         return export(gather_clt(sae))
+
+    def _init_biases(self, sae: TrainingCLT, first: list[Batch]) -> None:
+        """From the first scaled batches, which only the main rank has."""
+        inputs = torch.cat([batch[:, 0] for batch in first]) if first else None
+        init_encoder_biases(sae, from_main(inputs, sae.grid, sae.dtype, sae.device))
+        mean = torch.cat([batch[:, 1] for batch in first]).double().mean(dim=0, keepdim=True) if first else None
+        init_decoder_biases(sae, from_main(mean, sae.grid, torch.float64, sae.device))
 
     def _save(self, clt: CrossLayerTranscoder) -> None:
         assert self.record is not None
@@ -225,13 +231,24 @@ class CLTTrainingRunner:
             span=cfg.span,
             activation=cfg.activation,
             k=cfg.k,
+            topk_across=cfg.topk_across,
+            k_start=cfg.k_start,
+            k_anneal_steps=cfg.k_anneal_steps,
+            auxk_coefficient=cfg.auxk_coefficient,
+            k_aux=cfg.k_aux,
+            skip=cfg.skip,
+            far_rank=cfg.far_rank,
             jumprelu_init_threshold=cfg.jumprelu_init_threshold,
             jumprelu_bandwidth=cfg.jumprelu_bandwidth,
             straight_through=cfg.straight_through,
+            sparsity_loss=cfg.sparsity_loss,
             sparsity_coefficient=cfg.sparsity_coefficient,
-            sparsity_warm_up_steps=cfg.n_steps,
+            # lambda rises over the whole run; a controller's target is reached by the middle, and then kept.
+            sparsity_warm_up_steps=cfg.n_steps if cfg.target_l0 is None else cfg.n_steps // 2,
+            target_l0=cfg.target_l0,
             tanh_scale=cfg.tanh_scale,
             dead_feature_coefficient=cfg.dead_feature_coefficient,
+            dead_feature_density=cfg.dead_feature_density,
             model_name=name,
             input_hook=cfg.input_hook,
             output_hook=cfg.output_hook,
@@ -260,7 +277,7 @@ class CLTTrainingRunner:
             adam_beta2=cfg.adam_beta2,
             device=cfg.device,
             autocast=cfg.autocast,
-            dead_feature_window=cfg.dead_feature_window,
+            dead_feature_window=cfg.dead_window_steps,
             n_checkpoints=cfg.n_checkpoints,
             checkpoint_path=cfg.checkpoint_path,
             logger=LoggingConfig(

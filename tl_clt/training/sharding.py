@@ -127,6 +127,16 @@ class ProcessGrid:
 
     # -- over all ranks
 
+    def all_of_any_length(self, own: Tensor) -> Tensor:
+        """Every rank's values, of which each may have another number, one after another."""
+        if self.n_processes == 1:
+            return own
+        lengths = _all_gather(torch.tensor([len(own)], device=own.device), self.n_processes, None)
+        padded = own.new_empty(int(torch.cat(lengths).max()))
+        padded[: len(own)] = own
+        everyones = _all_gather(padded, self.n_processes, None)
+        return torch.cat([values[: int(n)] for values, n in zip(everyones, lengths, strict=True)])
+
     def everywhere(self, work: Callable[[], Value]) -> list[Value]:
         """What `work` gives on each rank, plain values only. One of our errors on any rank is raised on all."""
         if self.n_processes == 1:

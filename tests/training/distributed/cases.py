@@ -11,16 +11,19 @@ from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 
 from tl_clt.training import step as step_module
-from tl_clt.training.gathering import gather_clt, is_shared, own_share
-from tl_clt.training.gradients import average_gradients, clip_gradients
-from tl_clt.training.selection import topk_places
+from tl_clt.training.gathering import gather_clt, own_share
+from tl_clt.training.gradients import clip_gradients, combine_gradients
+from tl_clt.training.layers import is_shared
+from tl_clt.training.selection import layer_topk
 from tl_clt.training.sharding import SINGLE, ProcessGrid, process_grid
 from tl_clt.training.step import Workspace
 from tl_clt.training.trainer import CLTTrainer
 from tl_clt.training.training_clt import TrainingCLT, TrainingCLTConfig
 
-N_LAYERS, D_MODEL, N_FEATURES, BATCH, STEPS = 3, 8, 12, 8, 6
-COEFFICIENTS = {"sparsity": 0.7, "dead_feature": 0.2}
+N_LAYERS, D_MODEL, N_FEATURES, BATCH, STEPS = 3, 8, 12, 8, 10
+COEFFICIENTS = {"sparsity": 0.7, "dead_feature": 0.2, "auxk": 0.5}
+DEAD = torch.tensor([[1, 5, 6, 8], [2, 3, -1, -1], [-1, -1, -1, -1]])
+"""Features of each layer that count as dead in `step`: on more ranks than one, on one, on none."""
 MAX_NORM = 0.01
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -28,8 +31,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "jumprelu, all": {"activation": "jumprelu", "straight_through": "all"},
     "jumprelu, threshold": {"activation": "jumprelu", "straight_through": "threshold"},
     "jumprelu, span 2": {"activation": "jumprelu", "span": 2},
-    "topk": {"activation": "topk", "k": 5},
-    "topk, k 1": {"activation": "topk", "k": 1},
+    "relu, skip": {"activation": "relu", "skip": True},
+    "jumprelu, far decoders of low rank": {"activation": "jumprelu", "far_rank": 2},
+    "jumprelu, L0": {"activation": "jumprelu", "sparsity_loss": "l0"},
+    "jumprelu, quadratic L0": {"activation": "jumprelu", "sparsity_loss": "quadratic_l0", "target_l0": 2.0},
+    "jumprelu, target L0": {"activation": "jumprelu", "target_l0": 2.0},
+    "topk": {"activation": "topk", "k": 5, "dead_feature_density": 0.4, "k_aux": 3},
+    "topk, k 1": {"activation": "topk", "k": 1, "k_start": 4, "k_anneal_steps": 5},
+    "topk across layers": {"activation": "topk", "k": 3, "topk_across": "all_layers", "far_rank": 2},
+    "batchtopk": {"activation": "batchtopk", "k": 3, "dead_feature_density": 0.2, "k_aux": 2},
+    "batchtopk across layers": {"activation": "batchtopk", "k": 3, "topk_across": "all_layers", "skip": True},
 }
 PRODUCTS = {"dense": 0.0, "sparse": 1.1}
 
@@ -59,7 +70,7 @@ def build(kind: str, grid: ProcessGrid = SINGLE, **changes: Any) -> TrainingCLT:
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in clt.named_parameters():
-            if not name.startswith("W"):
+            if not name.startswith("W") or name.startswith("W_skip"):
                 shape = parameter.shape if is_shared(name) else (N_FEATURES, *parameter.shape[1:])
                 noise = torch.randn(shape, dtype=torch.float64, generator=generator)
                 parameter.add_(own_share(name, noise, grid), alpha=0.2)
@@ -84,10 +95,10 @@ def step(kind: str, products: str, n_data_parallel: int = 1) -> StepResult:
     step_module.SPARSE_BELOW["cpu"] = PRODUCTS[products]
     with process_grid(n_data_parallel, "cpu") as grid:
         clt = build(kind, grid)
-        coefficients = {} if clt.cfg.activation == "topk" else COEFFICIENTS
-        result = clt.step(TrainStepInput(own_tokens(batch(), grid), coefficients, None, 0, False), Workspace())
+        dead = (torch.arange(N_FEATURES) == DEAD[..., None]).any(dim=1).flatten()
+        result = clt.step(TrainStepInput(own_tokens(batch(), grid), COEFFICIENTS, dead, 9, False), Workspace())
         result.loss.backward()
-        average_gradients(clt, grid)
+        combine_gradients(clt, grid)
         losses = {name: value.detach().clone() for name, value in result.losses.items()}
         grid.mean_over_data(list(losses.values()))
 
@@ -147,7 +158,7 @@ def train(kind: str, n_data_parallel: int = 1, changes: dict[str, Any] | None = 
         return Trained(
             weights={
                 name: whole(name, p.float() if p.dtype == torch.bfloat16 else p, grid)
-                for name, p in clt.named_parameters()
+                for name, p in clt.state_dict().items()
             },
             counts={
                 "act_freq_scores": trainer.act_freq_scores.numpy(),
@@ -155,6 +166,8 @@ def train(kind: str, n_data_parallel: int = 1, changes: dict[str, Any] | None = 
                 "n_training_samples": trainer.n_training_samples,
                 "n_frac_active_samples": trainer.n_frac_active_samples,
                 "l0": clt.cfg.metadata.l0,
+                "dead_neurons": trainer.dead_neurons.numpy(),
+                "coefficients": list(trainer.get_coefficients().values()),
             },
             last_losses={name: float(value) for name, value in clt.last_losses.items()},
         )
@@ -178,7 +191,7 @@ def kept_by_topk(hidden_pre: Any, k: int) -> list[tuple[int, int]]:
     """(token, feature) of what a top-k keeps of this rank's share, features numbered over all ranks."""
     with process_grid(1, "cpu") as grid:
         own = grid.own(hidden_pre.shape[1])
-        places = topk_places(torch.from_numpy(hidden_pre)[:, own], k, grid)
+        places = layer_topk(torch.from_numpy(hidden_pre)[:, own], k, grid).places
         return [(int(t), int(f) + own.start) for t, f in zip(places.tokens, places.features, strict=True)]
 
 
