@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from tl_clt.errors import ConfigError, nearest
 from tl_clt.lens import Backend
 from tl_clt.training.activations import StraightThrough
+from tl_clt.training.cache import CacheDtype
 from tl_clt.transcoder.config import DTYPES
 
 TrainedActivation = Literal["relu", "jumprelu", "topk"]
@@ -18,10 +19,11 @@ POSITIVE = (
     *("d_transcoder", "training_tokens", "context_size", "train_batch_size_tokens", "lr", "tanh_scale"),
     *("store_batch_size_prompts", "n_batches_in_buffer", "n_batches_for_scale", "n_eval_batches"),
     *("jumprelu_init_threshold", "jumprelu_bandwidth", "dead_feature_window", "wandb_log_frequency"),
+    *("checkpoint_every", "keep_checkpoints"),
 )
 NOT_NEGATIVE = (
     *("sparsity_coefficient", "dead_feature_coefficient", "lr_warm_up_steps", "lr_decay_steps"),
-    *("n_checkpoints", "lr_end"),
+    *("lr_end",),
 )
 
 
@@ -101,7 +103,7 @@ class CLTTrainingRunnerConfig:
     # -- data
 
     training_tokens: int = 2_000_000
-    """Tokens to train on, repeats of the dataset included."""
+    """Tokens to train on, repeats of the dataset included. Exactly so many: the last batch may be shorter."""
 
     context_size: int = 128
     """Tokens of a prompt."""
@@ -129,6 +131,21 @@ class CLTTrainingRunnerConfig:
 
     seqpos_slice: tuple[int | None, ...] = (None,)
     """Positions to train on, as the arguments of `slice`: (1, None) leaves the first out."""
+
+    max_norm_ratio: float | None = None
+    """Leave out tokens at which some layer's input or output has a norm of more than so many times its median over
+    the prompts of a forward pass. None leaves none out; models with huge activations at a few tokens want about 10."""
+
+    cache_path: str | None = None
+    """Folder of cached activations: what is in it is read, what is not is added. Any run of the same model and hooks
+    may use it, whatever its dataset, context size, left-out tokens and seed."""
+
+    cache_dtype: CacheDtype = "float16"
+    """float16, or int8 for half the space. A run with a cache trains on the rounded activations, the first run
+    as well as the next."""
+
+    prefetch: bool = True
+    """Run the model for the next batches on a thread of its own while a step is made. Batches are the same."""
 
     n_batches_for_scale: int = 8
     """First batches, on which scales and encoder biases are set. They are trained on as well."""
@@ -173,11 +190,14 @@ class CLTTrainingRunnerConfig:
     n_eval_batches: int = 8
     """Batches after training on which the final metrics are measured."""
 
-    n_checkpoints: int = 0
-    """Checkpoints of SAELens's trainer on the way."""
-
     checkpoint_path: str | None = None
-    """New or empty folder for them, outside of output_path."""
+    """New or empty folder, outside of output_path, for checkpoints to resume from; none are written where left out."""
+
+    checkpoint_every: int = 1000
+    """Steps between them."""
+
+    keep_checkpoints: int = 2
+    """As many of them are kept, the newest."""
 
     log_to_wandb: bool = False
     """Whether SAELens's trainer logs to Weights & Biases."""
@@ -213,6 +233,7 @@ class CLTTrainingRunnerConfig:
             "lr_scheduler_name": get_args(Scheduler),
             "dtype": DTYPES,
             "model_dtype": DTYPES,
+            "cache_dtype": get_args(CacheDtype),
         }.items():
             value = getattr(self, name)
             _require(
@@ -221,6 +242,8 @@ class CLTTrainingRunnerConfig:
             )
         mix = self.activations_mixing_fraction
         _require(0 <= mix <= 1, f"activations_mixing_fraction is {mix}: give 0 to 1.")
+        ratio = self.max_norm_ratio
+        _require(ratio is None or ratio > 1, f"max_norm_ratio is {ratio}: give more than 1, or None.")
 
     def _check_activation(self) -> None:
         _require(
@@ -265,23 +288,19 @@ class CLTTrainingRunnerConfig:
         )
 
     def _check_folders(self) -> None:
-        _require(
-            (self.n_checkpoints > 0) == (self.checkpoint_path is not None),
-            f"n_checkpoints is {self.n_checkpoints} with checkpoint_path {self.checkpoint_path!r}:"
-            " give both or neither.",
-        )
-        if self.checkpoint_path is not None and self.output_path is not None:
-            output, checkpoints = Path(self.output_path).resolve(), Path(self.checkpoint_path).resolve()
-            _require(
-                output != checkpoints and output not in checkpoints.parents,
-                f"checkpoint_path '{self.checkpoint_path}' is within output_path '{self.output_path}', which must"
-                " be empty when training ends: give a folder outside of it.",
-            )
+        for name in ("checkpoint_path", "cache_path"):
+            if self.output_path is not None and getattr(self, name) is not None:
+                output, other = Path(self.output_path).resolve(), Path(getattr(self, name)).resolve()
+                _require(
+                    output != other and output not in other.parents,
+                    f"{name} '{getattr(self, name)}' is within output_path '{self.output_path}', which must be empty"
+                    " when training ends: give a folder outside of it.",
+                )
 
     @property
     def n_steps(self) -> int:
-        """Whole training steps."""
-        return self.training_tokens // self.train_batch_size_tokens
+        """Training steps; the last may be on fewer tokens."""
+        return -(-self.training_tokens // self.train_batch_size_tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` takes them back."""

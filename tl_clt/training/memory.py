@@ -31,7 +31,7 @@ class MemoryEstimate(NamedTuple):
     """Of a training step."""
 
     buffer: int
-    """SAELens's shuffling buffer, which it copies to shuffle, and the batches that scales are set on."""
+    """The shuffling buffer, which is copied to shuffle, what fills it, and the batches that scales are set on."""
 
     @property
     def total(self) -> int:
@@ -58,7 +58,8 @@ def estimate_memory(clt: TrainingCLT, cfg: CLTTrainingRunnerConfig) -> MemoryEst
     # batch: raw, scaled, reconstructed, and the gradient.
     step = batch * ((2 * n_layers + 4) * clt.cfg.d_transcoder + 4 * per_token) * number
     positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
-    held = 2 * cfg.n_batches_in_buffer * positions + cfg.n_batches_for_scale * batch
+    copies = 3 - cfg.activations_mixing_fraction
+    held = int(copies * cfg.n_batches_in_buffer * positions) + cfg.n_batches_for_scale * batch
     return MemoryEstimate(
         weights=n_weights * weight,
         gradients=n_weights * weight,

@@ -5,36 +5,44 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sae_lens
 import torch
 import wandb
-from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.config import LoggingConfig
 from sae_lens.saes.sae import SAEMetadata
 
 from tl_clt.errors import ConfigError
-from tl_clt.lens import HookedModel, load_model, model_name
-from tl_clt.training.batches import activation_batches, check_fits, without_store_noise
+from tl_clt.lens import HookedModel, load_model, model_fingerprint, model_name
+from tl_clt.training import checkpoints
+from tl_clt.training.batches import ActivationBatches, check_fits, without_store_noise
 from tl_clt.training.config import CLTTrainingRunnerConfig
 from tl_clt.training.data import DatasetSource, open_dataset
 from tl_clt.training.export import export
 from tl_clt.training.init import init_encoder_biases
 from tl_clt.training.memory import MemoryEstimate, estimate_memory, require_memory
 from tl_clt.training.record import TrainingRecord, measure
+from tl_clt.training.resuming import (
+    CheckpointWriter,
+    find_checkpoint,
+    require_checkpoint_folder,
+    require_same_model,
+)
 from tl_clt.training.scaling import ActivationScale, Batch, apply_scale, estimate_scale
-from tl_clt.training.trainer import CLTTrainer
+from tl_clt.training.state import TrainingState, position_of, restore
+from tl_clt.training.trainer import CLTTrainer, CLTTrainerConfig
 from tl_clt.training.training_clt import TrainingCLT, TrainingCLTConfig
 from tl_clt.transcoder import CrossLayerTranscoder
 from tl_clt.transcoder.formats import native
 from tl_clt.transcoder.formats.writing import new_folder, require_new
 
 RECORD = "training.json"
-OWN_PATHS = ("output_path", "checkpoint_path")
+OWN_PATHS = ("output_path", "checkpoint_path", "cache_path")
 """Left out of the record: where a run was written says nothing of it, and folders move."""
 
 
@@ -92,20 +100,28 @@ class CLTTrainingRunner:
         self.on_progress = on_progress
         self.on_start = on_start
 
-    def run(self) -> CrossLayerTranscoder:
+    def run(self, resume: str | Path | None = None) -> CrossLayerTranscoder:
         """Train, save to `cfg.output_path` where given, and return the CLT, which takes raw activations.
 
         The state of torch's random numbers is afterwards as it was before.
 
+        Args:
+            resume: a checkpoint, or a `checkpoint_path` whose newest to take: the run goes on from there, and on the
+                CPU ends with the same weights, to the bit, as if it had never stopped. The config must be the same in
+                all that decides the weights, and model and dataset must hold the same.
+
         Raises:
             OutputNotEmpty: the output or checkpoint folder holds something (found before any work).
+            CheckpointError: the checkpoint is damaged, or of another run.
             HookNotFound, DatasetError, TokenizerMissing, ConfigError, ModelNotFound, ModelUnsupported,
                 NotEnoughMemory: before training; nothing is written.
+            NotWritten: a disk is full. Checkpoints and cached activations from before stay good.
         """
         started = time.monotonic()
-        for folder in (self.cfg.output_path, self.cfg.checkpoint_path):
-            if folder is not None:
-                require_new(Path(folder))
+        if self.cfg.output_path is not None:
+            require_new(Path(self.cfg.output_path))
+        checkpoint = None if resume is None else find_checkpoint(self.cfg, Path(resume))
+        require_checkpoint_folder(self.cfg, checkpoint)
         model = self.model or self._load_model()
         check_fits(model, self.cfg)
         self._check_memory(model)
@@ -114,8 +130,19 @@ class CLTTrainingRunner:
             model,
             self.cfg,
         )
-        with without_store_noise(), _seeded(self.cfg), _wandb(self.cfg):
-            clt = self._train(model, activation_batches(model, dataset, self.cfg), started)
+        about = {}
+        if checkpoint is not None or self.cfg.checkpoint_path is not None:
+            about = {"model_fingerprint": model_fingerprint(model)}
+        state = None
+        if checkpoint is not None:
+            require_same_model(checkpoint, about["model_fingerprint"])
+            state = checkpoints.read(checkpoint, self.cfg.device)
+            started -= checkpoint.about["seconds"]
+        run_id = None if checkpoint is None else checkpoint.about["wandb_run_id"]
+        with without_store_noise(), _seeded(self.cfg), _wandb(self.cfg, run_id):
+            position = None if state is None else position_of(state)
+            with closing(ActivationBatches(model, dataset, self.cfg, position)) as raw:
+                clt = self._train(model, raw, started, state, about)
         self._save(clt)
         return clt
 
@@ -132,14 +159,22 @@ class CLTTrainingRunner:
         dtype = getattr(torch, cfg.model_dtype)
         return load_model(cfg.model_name, backend=cfg.backend, device=cfg.device, dtype=dtype)
 
-    def _train(self, model: HookedModel, raw: Iterator[Batch], started: float) -> CrossLayerTranscoder:
+    def _train(
+        self,
+        model: HookedModel,
+        raw: ActivationBatches,
+        started: float,
+        state: TrainingState | None,
+        about: dict[str, Any],
+    ) -> CrossLayerTranscoder:
         cfg = self.cfg
-        first = list(islice(raw, cfg.n_batches_for_scale))
-        scale = estimate_scale(first)
-        sae = TrainingCLT(self._sae_config(model, scale))
-        init_encoder_biases(sae, torch.cat([apply_scale(batch, scale)[:, 0] for batch in first]))
-        scaled = (apply_scale(batch, scale) for batch in chain(_emptied(first), raw))
-        trainer = CLTTrainer(cfg=self._trainer_config(), sae=sae, data_provider=self._reporting(scaled, sae))
+        sae, scale = self._new_clt(model, raw) if state is None else self._clt_to_restore(model, state)
+        scaled = (apply_scale(batch, scale) for batch in raw)
+        trainer = CLTTrainer(cfg=self._trainer_config(), sae=sae, data_provider=None)
+        if state is not None:
+            restore(trainer, state)
+        trainer.data_provider = self._for_training(scaled, raw, trainer)
+        trainer.after_step = CheckpointWriter(cfg, about, lambda: raw.position, started)
         trainer.fit()
         window = min(cfg.dead_feature_window, -(-trainer.n_training_steps // 4))
         silent_steps = trainer.n_forward_passes_since_fired
@@ -147,11 +182,23 @@ class CLTTrainingRunner:
         self.record = TrainingRecord(
             config={k: v for k, v in cfg.to_dict().items() if k not in OWN_PATHS},
             tokens_seen=trainer.n_training_samples,
+            data=raw.position.counts,
             seconds=round(time.monotonic() - started, 1),
             sae_lens_version=sae_lens.__version__,
             metrics=metrics,
         )
         return export(sae)
+
+    def _new_clt(self, model: HookedModel, raw: ActivationBatches) -> tuple[TrainingCLT, ActivationScale]:
+        first = raw.peek(self.cfg.n_batches_for_scale)
+        scale = estimate_scale(first)
+        sae = TrainingCLT(self._sae_config(model, scale))
+        init_encoder_biases(sae, torch.cat([apply_scale(batch, scale)[:, 0] for batch in first]))
+        return sae, scale
+
+    def _clt_to_restore(self, model: HookedModel, state: TrainingState) -> tuple[TrainingCLT, ActivationScale]:
+        scale = ActivationScale(*(tuple(side) for side in state.values["scale"].values()))
+        return TrainingCLT(self._sae_config(model, scale)), scale
 
     def _save(self, clt: CrossLayerTranscoder) -> None:
         assert self.record is not None
@@ -160,14 +207,18 @@ class CLTTrainingRunner:
                 native.save(clt, unfinished)
                 (unfinished / RECORD).write_text(json.dumps(self.record.to_dict(), indent=2) + "\n")
 
-    def _reporting(self, batches: Iterator[Batch], sae: TrainingCLT) -> Iterator[Batch]:
-        """The batches as they are, with a call of `on_progress` between steps."""
-        for step, batch in enumerate(batches):
-            if self.on_progress is not None and step > 0 and step % self.cfg.wandb_log_frequency == 0:
-                losses = {name: float(value) for name, value in sae.last_losses.items()}
-                tokens = step * self.cfg.train_batch_size_tokens
-                self.on_progress(TrainingProgress(step, self.cfg.n_steps, tokens, losses))
-            yield batch
+    def _for_training(
+        self, batches: Iterator[Batch], raw: ActivationBatches, trainer: CLTTrainer
+    ) -> Iterator[Batch]:
+        """The batches, the last cut to the tokens that are left, with a call of `on_progress` between steps."""
+        cfg, resumed_at = self.cfg, trainer.n_training_steps
+        for step, batch in enumerate(batches, start=resumed_at):
+            tokens = trainer.n_training_samples
+            if self.on_progress is not None and step > resumed_at and step % cfg.wandb_log_frequency == 0:
+                losses = {name: float(value) for name, value in trainer.sae.last_losses.items()}
+                with raw.paused():
+                    self.on_progress(TrainingProgress(step, cfg.n_steps, tokens, losses))
+            yield batch[: cfg.training_tokens - tokens]
 
     def _sae_config(self, model: HookedModel, scale: ActivationScale | None) -> TrainingCLTConfig:
         cfg, n_layers = self.cfg, model.cfg.n_layers
@@ -203,9 +254,9 @@ class CLTTrainingRunner:
             ),
         )
 
-    def _trainer_config(self) -> SAETrainerConfig:
+    def _trainer_config(self) -> CLTTrainerConfig:
         cfg = self.cfg
-        return SAETrainerConfig(
+        return CLTTrainerConfig(
             total_training_samples=cfg.training_tokens,
             train_batch_size_samples=cfg.train_batch_size_tokens,
             lr=cfg.lr,
@@ -218,8 +269,6 @@ class CLTTrainingRunner:
             device=cfg.device,
             autocast=cfg.autocast,
             dead_feature_window=cfg.dead_feature_window,
-            n_checkpoints=cfg.n_checkpoints,
-            checkpoint_path=cfg.checkpoint_path,
             logger=LoggingConfig(
                 log_to_wandb=cfg.log_to_wandb,
                 wandb_project=cfg.wandb_project,
@@ -228,12 +277,6 @@ class CLTTrainingRunner:
                 wandb_log_frequency=cfg.wandb_log_frequency,
             ),
         )
-
-
-def _emptied(batches: list[Batch]) -> Iterator[Batch]:
-    """The batches in order, each let go of as it is handed out."""
-    while batches:
-        yield batches.pop(0)
 
 
 @contextmanager
@@ -247,11 +290,18 @@ def _seeded(cfg: CLTTrainingRunnerConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _wandb(cfg: CLTTrainingRunnerConfig) -> Iterator[None]:
-    """Within, a Weights & Biases run is open where the config asks for one."""
+def _wandb(cfg: CLTTrainingRunnerConfig, run_id: str | None) -> Iterator[None]:
+    """Within, a Weights & Biases run is open where the config asks for one: that of a resumed run goes on."""
     if not cfg.log_to_wandb:
         yield
         return
-    run = wandb.init(project=cfg.wandb_project, entity=cfg.wandb_entity, name=cfg.run_name, config=cfg.to_dict())
+    run = wandb.init(
+        project=cfg.wandb_project,
+        entity=cfg.wandb_entity,
+        name=cfg.run_name,
+        config=cfg.to_dict(),
+        id=run_id,
+        resume=None if run_id is None else "must",
+    )
     with run:
         yield

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +18,19 @@ from tl_clt.training.step import Workspace
 from tl_clt.training.training_clt import TrainingCLT, TrainingCLTConfig
 
 
+@dataclass
+class CLTTrainerConfig(SAETrainerConfig):
+    """`SAETrainerConfig` of a run that ends on exactly its tokens: the last batch may be shorter."""
+
+    @property
+    def total_training_steps(self) -> int:
+        """Steps, the last one included."""
+        return -(-self.total_training_samples // self.train_batch_size_samples)
+
+
 class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
-    """`SAETrainer` with another `_train_step`; loop, schedules, logs and checkpoints are SAELens's.
+    """`SAETrainer` with another `_train_step`; loop, schedules and logs are SAELens's. Checkpoints are ours, which
+    hold all that a step depends on, each file with its checksum: see `checkpoints`.
 
     What differs, and what it saves in a step of 6 layers, d_model 512, 4,096 features per layer, batch 1,024 on two
     cores (`tests/benchmarks/training.py`):
@@ -26,6 +39,9 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
     - Firing is counted by layer in the step; SAELens makes two copies of all activations for it, flattened and as
       0 and 1. The flattened activations are made on logging steps only.
     """
+
+    after_step: Callable[[CLTTrainer], None] | None = None
+    """Called after every step, before it is counted in `n_training_steps`."""
 
     def __init__(self, cfg: SAETrainerConfig, sae: TrainingCLT, data_provider: Any, **options: Any) -> None:
         super().__init__(cfg, sae, data_provider, **options)
@@ -73,7 +89,7 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
 
     def _forward(self, sae: TrainingCLT, step_input: TrainStepInput) -> TrainStepOutput:
         step = sae.step(step_input, self.workspace)
-        self._count(step.fired)
+        self._count(step.fired, len(step_input.sae_in))
         if step_input.is_logging_step:
             acts = torch.cat([f.dense() for f in step.features], dim=1)
             hidden_pre = torch.cat(step.hidden_pre, dim=1)
@@ -81,10 +97,14 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
             acts = hidden_pre = step.recons.new_empty(0, sae.cfg.d_sae)
         return sae.step_output(step, step_input, acts, hidden_pre)
 
+    def _checkpoint_if_needed(self) -> None:
+        if self.after_step is not None:
+            self.after_step(self)
+
     @torch.no_grad()
-    def _count(self, fired: Tensor) -> None:
+    def _count(self, fired: Tensor, n_tokens: int) -> None:
         """SAELens's running counts, from how many tokens each feature fired at."""
         self.n_forward_passes_since_fired += 1
         self.n_forward_passes_since_fired[fired > 0] = 0
         self.act_freq_scores += fired
-        self.n_frac_active_samples += self.cfg.train_batch_size_samples
+        self.n_frac_active_samples += n_tokens
