@@ -41,10 +41,16 @@ def cfg(make_config, tmp_path: Path) -> CLTTrainingRunnerConfig:
     )
 
 
+ENDS: dict[CLTTrainingRunnerConfig, CLTTrainingRunner] = {}
+
+
 def uninterrupted(cfg, model, tokens) -> CLTTrainingRunner:
-    run = CLTTrainingRunner(replace(cfg, checkpoint_path=None), model=model, dataset=tokens)
-    run.result = run.run()
-    return run
+    """A run that was not stopped, with its CLT in `result`. Each config is run once for all tests."""
+    cfg = replace(cfg, checkpoint_path=None)
+    if cfg not in ENDS:
+        ENDS[cfg] = CLTTrainingRunner(cfg, model=model, dataset=tokens)
+        ENDS[cfg].result = ENDS[cfg].run()
+    return ENDS[cfg]
 
 
 def stop_at(step: int) -> Callable[[TrainingProgress], None]:

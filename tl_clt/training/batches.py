@@ -141,9 +141,7 @@ def _chunks(model: HookedModel, dataset: AnyDataset, cfg: CLTTrainingRunnerConfi
     return Chunks(one_pass, lambda tokens: cache.read(tokens, run).to(device, dtype), rules, full)
 
 
-def _store(
-    model: HookedModel, dataset: AnyDataset, cfg: CLTTrainingRunnerConfig, names: list[str]
-) -> ActivationsStore:
+def _store(model: HookedModel, dataset: AnyDataset, cfg: CLTTrainingRunnerConfig, names: list[str]) -> ActivationsStore:
     """SAELens's store, which reads prompts and runs the model; shuffling and leaving tokens out come after it."""
     return ActivationsStore.from_config_multi_hook(
         cast(Any, model),

@@ -187,7 +187,9 @@ class ActivationCache:
         return self._errors
 
     def _index(self, errors: dict[str, RoundingError]) -> dict[str, Any]:
-        stacked = RoundingError(*(torch.stack([v.double().cpu() for v in one]) for one in zip(*errors.values(), strict=True)))
+        stacked = RoundingError(
+            *(torch.stack([v.double().cpu() for v in one]) for one in zip(*errors.values(), strict=True))
+        )
         relative = (stacked.squared.sum(dim=0) / stacked.of.sum(dim=0)).sqrt()
         largest = stacked.largest.amax(dim=0)
         return {

@@ -80,9 +80,7 @@ class Rules:
         return kept.nonzero()[:, 0], counts
 
 
-def _usual(
-    activations: Activations, wanted: Bool[Tensor, " token"], max_norm_ratio: float
-) -> Bool[Tensor, " token"]:
+def _usual(activations: Activations, wanted: Bool[Tensor, " token"], max_norm_ratio: float) -> Bool[Tensor, " token"]:
     """Tokens none of whose norms is above the limit."""
     norms = activations.norm(dim=-1, dtype=torch.promote_types(activations.dtype, torch.float32))
     limit = max_norm_ratio * norms[wanted].median(dim=0).values

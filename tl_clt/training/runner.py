@@ -207,9 +207,7 @@ class CLTTrainingRunner:
                 native.save(clt, unfinished)
                 (unfinished / RECORD).write_text(json.dumps(self.record.to_dict(), indent=2) + "\n")
 
-    def _for_training(
-        self, batches: Iterator[Batch], raw: ActivationBatches, trainer: CLTTrainer
-    ) -> Iterator[Batch]:
+    def _for_training(self, batches: Iterator[Batch], raw: ActivationBatches, trainer: CLTTrainer) -> Iterator[Batch]:
         """The batches, the last cut to the tokens that are left, with a call of `on_progress` between steps."""
         cfg, resumed_at = self.cfg, trainer.n_training_steps
         for step, batch in enumerate(batches, start=resumed_at):
