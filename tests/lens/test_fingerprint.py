@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.models import tiny_hf, save_hf
+from tests.models import save_hf, tiny_hf
 from tl_clt.lens import load_model, model_fingerprint
 
 

@@ -55,7 +55,7 @@ def test_rounding_is_within_its_bound_for_every_size_and_measured_exactly(dtype:
     bound = BOUND[dtype] * exact.abs().amax(dim=-1, keepdim=True)
     assert (difference <= bound * (1 + 1e-5)).all()
     assert difference.max() > 0.5 * bound.max()
-    assert torch.equal(error.largest, difference.amax(dim=(0, 3)))
+    assert torch.equal(error.largest, difference.amax(dim=(0, 3)).double())
     torch.testing.assert_close(error.squared, difference.double().square().sum(dim=(0, 3)))
     torch.testing.assert_close(error.of, exact.double().square().sum(dim=(0, 3)))
 

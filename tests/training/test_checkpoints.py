@@ -104,6 +104,11 @@ VARIANTS = {
     "left-out tokens": {"seqpos_slice": (1, None), "exclude_special_tokens": (3, 4), "max_norm_ratio": 2.0},
     "all kept for mixing": {"activations_mixing_fraction": 1.0},
     "no prefetch": {"prefetch": False},
+    "batchtopk over layers, annealed, AuxK, low rank, skip": {
+        **{"activation": "batchtopk", "k": 3, "k_start": 8, "k_anneal_steps": 20, "topk_across": "all_layers"},
+        **{"auxk_coefficient": 0.1, "dead_feature_window": 8, "far_rank": 2, "skip": True},
+    },
+    "target L0": {"target_l0": 3.0},
     "warm restarts": {"lr_scheduler_name": "cosineannealingwarmrestarts"},
 }
 
@@ -188,7 +193,7 @@ def test_weights_and_moments_are_plain_files_by_parameter(cfg, model, tokens) ->
     for moment in ("exp_avg", "exp_avg_sq"):
         moments = load_file(folder / f"{moment}.safetensors")
         assert {name: value.shape for name, value in moments.items()} == {n: w.shape for n, w in weights.items()}
-    assert all(len(counts) == 3 * 24 for counts in load_file(folder / "feature_counts.safetensors").values())
+    assert all(counts.shape[-1] == 3 * 24 for counts in load_file(folder / "feature_counts.safetensors").values())
     # The buffer's activations are made again, so they take no space.
     assert set(load_file(folder / "data.safetensors")) == {"ids", "generator"}
 

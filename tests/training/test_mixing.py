@@ -35,7 +35,7 @@ def tokens_of(batches) -> list[list[int]]:
 @pytest.mark.parametrize("kept", [0, 10, 20])
 def test_each_token_comes_once_a_pass_and_what_waits_is_in_the_position(kept: int) -> None:
     batches = mixed(kept)
-    seen = sum(tokens_of(islice(batches, 60)), [])
+    seen = [token for batch in tokens_of(islice(batches, 60)) for token in batch]
     assert len(seen) == 240 == len(set(seen))
     position = batches.position
     assert sorted(seen + position.ids.tolist()) == list(range(position.counts.kept))

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+TrainedActivation = Literal["relu", "jumprelu", "topk", "batchtopk"]
 StraightThrough = Literal["all", "threshold"]
 
 
@@ -59,3 +60,37 @@ def jumprelu(
     Replacement Model").
     """
     return _JumpReLU.apply(hidden_pre, threshold, bandwidth, straight_through == "all")  # type: ignore[no-any-return]
+
+
+class _Step(torch.autograd.Function):
+    """Forward: 1 where x > threshold, else 0. Backward: see `step_function`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, threshold: Tensor, bandwidth: float, through_input: bool) -> Tensor:
+        ctx.save_for_backward(x, threshold)
+        ctx.bandwidth, ctx.through_input = bandwidth, through_input
+        return _ones_where(torch.gt, x, threshold)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        x, threshold = ctx.saved_tensors
+        slope = _ones_where(torch.lt, (x - threshold).abs(), ctx.bandwidth / 2).mul_(grad / ctx.bandwidth)
+        for_x = slope.to(x.dtype) if ctx.through_input else None
+        return for_x, -slope.sum(dim=0).to(threshold.dtype), None, None
+
+
+def step_function(
+    hidden_pre: Float[Tensor, "batch d_transcoder"],
+    threshold: Float[Tensor, " d_transcoder"],
+    bandwidth: float,
+    straight_through: StraightThrough,
+) -> Float[Tensor, "batch d_transcoder"]:
+    """`1[x > theta]`, with straight-through gradients over a rectangular window of width `bandwidth` = eps.
+
+        d/dtheta = -(1 / eps) * 1[|x - theta| < eps/2]                              both modes
+        d/dx     = 0 ("threshold"), or +(1 / eps) * 1[|x - theta| < eps/2] ("all")
+
+    Its sum over features is L0 (Rajamanoharan et al. 2024, "JumpReLU SAEs", section 3).
+    """
+    return _Step.apply(hidden_pre, threshold, bandwidth, straight_through == "all")  # type: ignore[no-any-return]

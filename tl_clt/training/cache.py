@@ -86,7 +86,7 @@ def pack(activations: Activations, dtype: CacheDtype) -> tuple[Packed, RoundingE
     packed = Packed(values.round().to(torch.int8) if dtype == "int8" else values.to(torch.float16), scales)
     difference = unpack(packed).sub_(exact)
     error = RoundingError(
-        largest=difference.abs().amax(dim=(0, 3)),
+        largest=difference.abs().amax(dim=(0, 3)).double(),
         squared=difference.double().square_().sum(dim=(0, 3)),
         of=exact.double().square_().sum(dim=(0, 3)),
     )
@@ -183,7 +183,9 @@ class ActivationCache:
                         values = json.loads((opened.metadata() or {})["error"])
                 except (SafetensorError, OSError, KeyError, ValueError):
                     continue  # told by name when it is read
-                self._errors[path.stem] = RoundingError(*(torch.tensor(values[n]) for n in RoundingError._fields))
+                self._errors[path.stem] = RoundingError(
+                    *(torch.tensor(values[name], dtype=torch.float64) for name in RoundingError._fields)
+                )
         return self._errors
 
     def _index(self, errors: dict[str, RoundingError]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The start of the encoder biases: every feature fires at the same, known rate."""
+"""The start of the biases: every feature fires at the same, known rate, and the CLT writes the mean output."""
 
 from __future__ import annotations
 
@@ -38,3 +38,9 @@ def init_encoder_biases(clt: TrainingCLT, inputs: Float[Tensor, "batch n_layers 
             part = slice(start, start + width)
             quantile = (x @ clt.W_enc[layer][part].T).kthvalue(rank, dim=0).values
             clt.b_enc[layer][part] = threshold[part] - quantile
+
+
+@torch.no_grad()
+def init_decoder_biases(clt: TrainingCLT, outputs: Float[Tensor, "batch n_layers d_model"]) -> None:
+    """Set b_dec to the mean of scaled outputs, which is the best that a CLT without features can write."""
+    clt.b_dec.copy_(outputs.double().mean(dim=0))

@@ -32,6 +32,16 @@ def encode(
     return _Encode.apply(x, W_enc, b_enc, out)
 
 
+def given(
+    hidden_pre: Float[Tensor, "batch d_transcoder"],
+    x: Float[Tensor, "batch d_model"],
+    W_enc: Float[Tensor, "d_transcoder d_model"],
+    b_enc: Float[Tensor, " d_transcoder"],
+) -> Float[Tensor, "batch d_transcoder"]:
+    """`encode(x, W_enc, b_enc)` that was computed without gradients, with them."""
+    return _Given.apply(hidden_pre, x, W_enc, b_enc)
+
+
 def pick(
     hidden_pre: Float[Tensor, "batch d_transcoder"],
     x: Float[Tensor, "batch d_model"],
@@ -52,7 +62,7 @@ def decode(
     """`feature_acts @ W_dec`: what one layer's features write, to all their targets at once.
 
     Args:
-        feature_acts: of one layer; its gradient is dense.
+        feature_acts: of one layer; its gradient is dense, and made where it is asked for.
         W_dec: the layer's decoder vectors side by side.
         support: where feature_acts may differ from 0. Where given, the products run over these places only.
         block: columns of W_dec that a sparse gradient is made of at a time.
@@ -96,6 +106,20 @@ class _Encode(torch.autograd.Function):
         return None, _add_product(W_enc, grad.T, x, ctx.low), grad.sum(dim=0).to(b_enc.dtype), None
 
 
+class _Given(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_pre: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+        ctx.low = _product_dtype(W_enc)
+        ctx.save_for_backward(x, W_enc, b_enc)
+        return hidden_pre.view_as(hidden_pre)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W_enc, b_enc = ctx.saved_tensors
+        return None, None, _add_product(W_enc, grad.T, x, ctx.low), grad.sum(dim=0).to(b_enc.dtype)
+
+
 class _Pick(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_pre: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, support: Support) -> Tensor:
@@ -133,7 +157,8 @@ class _Decode(torch.autograd.Function):
             for_W = _add_product(W_dec, acts.T, grad, ctx.low)
         else:
             for_W = _add_sparse_product(W_dec, acts, ctx.support, grad, ctx.block)
-        return _product(grad, W_dec.T, ctx.low), for_W, None, None
+        for_acts = _product(grad, W_dec.T, ctx.low) if ctx.needs_input_grad[0] else None
+        return for_acts, for_W, None, None
 
 
 class _DecodePlaces(torch.autograd.Function):

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
@@ -36,7 +36,8 @@ class Metrics(NamedTuple):
     """Features that fire at a token, of each layer."""
 
     dead_share: float
-    """Share of features that fired at none of the tokens of the last `dead_window_steps` training steps."""
+    """Share of features whose density, over the last `dead_window_steps` training steps, is below
+    `dead_feature_density`; such as fired at no token of them always count."""
 
     dead_window_steps: int
     """`dead_feature_window`, or the last quarter of a run shorter than four times that: at the start every feature
@@ -50,7 +51,7 @@ class Metrics(NamedTuple):
 def measure(
     clt: TrainingCLT,
     batches: Iterable[Batch],
-    silent_steps: Float[Tensor, " d_sae"],
+    dead: Bool[Tensor, " d_sae"],
     dead_window_steps: int,
     workspace: Workspace,
 ) -> Metrics:
@@ -59,12 +60,13 @@ def measure(
     Args:
         clt: the trained CLT.
         batches: scaled inputs and outputs.
-        silent_steps: for each feature of all layers, the training steps since it fired.
-        dead_window_steps: as many of them make a feature dead.
+        dead: for each feature of all layers, whether it is dead.
+        dead_window_steps: the training steps by which that was told.
         workspace: that of the training.
     """
     outputs, errors, fired = [], [], []
     without_penalties = dict.fromkeys(clt.get_coefficients(), 0.0)
+    clt.eval()
     for batch in batches:
         step = clt.step(TrainStepInput(batch, without_penalties, None, 0, False), workspace)
         y = batch[:, 1].double()
@@ -80,7 +82,7 @@ def measure(
         l0_sum_over_layers=float(l0.sum()),
         l0_mean_per_layer=float(l0.mean()),
         l0_per_layer=l0.tolist(),
-        dead_share=float((silent_steps >= dead_window_steps).double().mean()),
+        dead_share=float(dead.double().mean()),
         dead_window_steps=dead_window_steps,
         n_tokens=len(y),
     )
@@ -103,6 +105,9 @@ class TrainingRecord(NamedTuple):
 
     sae_lens_version: str
     """Version of SAELens that trained it."""
+
+    coefficients: dict[str, float]
+    """Weights of the loss terms at the last step; "sparsity" is the lambda that `target_l0` came to."""
 
     metrics: Metrics
     """After training."""

@@ -24,7 +24,7 @@ from tl_clt.training.batches import ActivationBatches, check_fits, without_store
 from tl_clt.training.config import CLTTrainingRunnerConfig
 from tl_clt.training.data import DatasetSource, open_dataset
 from tl_clt.training.export import export
-from tl_clt.training.init import init_encoder_biases
+from tl_clt.training.init import init_decoder_biases, init_encoder_biases
 from tl_clt.training.memory import MemoryEstimate, estimate_memory, require_memory
 from tl_clt.training.record import TrainingRecord, measure
 from tl_clt.training.resuming import (
@@ -176,15 +176,15 @@ class CLTTrainingRunner:
         trainer.data_provider = self._for_training(scaled, raw, trainer)
         trainer.after_step = CheckpointWriter(cfg, about, lambda: raw.position, started)
         trainer.fit()
-        window = min(cfg.dead_feature_window, -(-trainer.n_training_steps // 4))
-        silent_steps = trainer.n_forward_passes_since_fired
-        metrics = measure(sae, islice(scaled, cfg.n_eval_batches), silent_steps, window, trainer.workspace)
+        last = islice(scaled, cfg.n_eval_batches)
+        metrics = measure(sae, last, trainer.dead_neurons, cfg.dead_window_steps, trainer.workspace)
         self.record = TrainingRecord(
             config={k: v for k, v in cfg.to_dict().items() if k not in OWN_PATHS},
             tokens_seen=trainer.n_training_samples,
             data=raw.position.counts,
             seconds=round(time.monotonic() - started, 1),
             sae_lens_version=sae_lens.__version__,
+            coefficients=trainer.get_coefficients(),
             metrics=metrics,
         )
         return export(sae)
@@ -194,6 +194,7 @@ class CLTTrainingRunner:
         scale = estimate_scale(first)
         sae = TrainingCLT(self._sae_config(model, scale))
         init_encoder_biases(sae, torch.cat([apply_scale(batch, scale)[:, 0] for batch in first]))
+        init_decoder_biases(sae, torch.cat([apply_scale(batch, scale)[:, 1] for batch in first]))
         return sae, scale
 
     def _clt_to_restore(self, model: HookedModel, state: TrainingState) -> tuple[TrainingCLT, ActivationScale]:
@@ -231,13 +232,24 @@ class CLTTrainingRunner:
             span=cfg.span,
             activation=cfg.activation,
             k=cfg.k,
+            topk_across=cfg.topk_across,
+            k_start=cfg.k_start,
+            k_anneal_steps=cfg.k_anneal_steps,
+            auxk_coefficient=cfg.auxk_coefficient,
+            k_aux=cfg.k_aux,
+            skip=cfg.skip,
+            far_rank=cfg.far_rank,
             jumprelu_init_threshold=cfg.jumprelu_init_threshold,
             jumprelu_bandwidth=cfg.jumprelu_bandwidth,
             straight_through=cfg.straight_through,
+            sparsity_loss=cfg.sparsity_loss,
             sparsity_coefficient=cfg.sparsity_coefficient,
-            sparsity_warm_up_steps=cfg.n_steps,
+            # lambda rises over the whole run; a controller's target is reached by the middle, and then kept.
+            sparsity_warm_up_steps=cfg.n_steps if cfg.target_l0 is None else cfg.n_steps // 2,
+            target_l0=cfg.target_l0,
             tanh_scale=cfg.tanh_scale,
             dead_feature_coefficient=cfg.dead_feature_coefficient,
+            dead_feature_density=cfg.dead_feature_density,
             model_name=name,
             input_hook=cfg.input_hook,
             output_hook=cfg.output_hook,
@@ -266,7 +278,7 @@ class CLTTrainingRunner:
             adam_beta2=cfg.adam_beta2,
             device=cfg.device,
             autocast=cfg.autocast,
-            dead_feature_window=cfg.dead_feature_window,
+            dead_feature_window=cfg.dead_window_steps,
             logger=LoggingConfig(
                 log_to_wandb=cfg.log_to_wandb,
                 wandb_project=cfg.wandb_project,

@@ -21,7 +21,7 @@ class TrainingState(NamedTuple):
 
     tensors: dict[str, dict[str, Tensor]]
     """By group: `weights`, and Adam's moments `exp_avg` and `exp_avg_sq`, by the weights' names;
-    `feature_counts` [d_sae], SAELens's; `random`; `data`."""
+    `feature_counts` [..., d_sae]; `random`; `data`."""
 
     values: dict[str, Any]
     """The rest, in plain values: counters, schedules, optimiser settings, data position."""
@@ -37,6 +37,7 @@ def capture(trainer: CLTTrainer, position: Position) -> TrainingState:
     names = [name for name, _ in trainer.sae.named_parameters()]
     optimizer = trainer.optimizer.state_dict()
     moments, steps = _split_moments(optimizer["state"], names)
+    density = trainer.density.state_dict()
     random = {"cpu": torch.get_rng_state()}
     device = torch.device(trainer.cfg.device)
     if device.type == "cuda":
@@ -45,13 +46,14 @@ def capture(trainer: CLTTrainer, position: Position) -> TrainingState:
         tensors={
             "weights": dict(trainer.sae.state_dict()),
             **moments,
-            "feature_counts": {name: getattr(trainer, name) for name in COUNTS},
+            "feature_counts": {**{name: getattr(trainer, name) for name in COUNTS}, "density": density["fired"]},
             "random": random,
             "data": {"ids": position.ids, "generator": position.generator},
         },
         values={
             **{name: getattr(trainer, name) for name in NUMBERS},
             "scale": {"inputs": trainer.sae.cfg.input_scale, "outputs": trainer.sae.cfg.output_scale},
+            "density": {"n_steps": density["n_steps"], "tokens": density["tokens"].tolist()},
             "optimizer_steps": steps,
             "optimizer_groups": [
                 {key: value for key, value in group.items() if key != "params"} for group in optimizer["param_groups"]
@@ -80,6 +82,8 @@ def restore(trainer: CLTTrainer, state: TrainingState) -> None:
         setattr(trainer, name, values[name])
     for name in COUNTS:
         getattr(trainer, name).copy_(state.tensors["feature_counts"][name])
+    fired, density = state.tensors["feature_counts"]["density"], values["density"]
+    trainer.density.load_state_dict({**density, "fired": fired, "tokens": torch.tensor(density["tokens"])})
     trainer.optimizer.load_state_dict(_optimizer_state(trainer, state))
     trainer.lr_scheduler.load_state_dict(values["lr_scheduler"])
     for name, scheduler in trainer.coefficient_schedulers.items():

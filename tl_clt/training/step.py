@@ -1,6 +1,8 @@
 """One training step's forward pass: what `CLTLayers` and `losses` define, at the speed that training needs.
 
 Which products run over active features only is chosen by their measured density; the results are the same.
+A layer is done before the next one begins, where selection allows it, so that backward too has one layer's gradients
+at a time.
 """
 
 from __future__ import annotations
@@ -9,10 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
-from tl_clt.training.losses import mse_loss
-from tl_clt.training.products import decode, decode_places, encode, pick, row_norms, sum_by_target
+from tl_clt.training.auxk import auxk_features, auxk_loss
+from tl_clt.training.losses import mse_loss, sparsity_loss
+from tl_clt.training.low_rank import far_norms, spread
+from tl_clt.training.products import decode, decode_places, encode, given, pick, row_norms, sum_by_target
+from tl_clt.training.selection import annealed_k
 from tl_clt.training.sparse import Support, support_of_dense, support_of_topk
 from tl_clt.training.terms import TermOptions, terms
 
@@ -32,7 +38,7 @@ class LayerFeatures(NamedTuple):
     """All of them, or where `places` is given those at the places."""
 
     places: Support | None
-    """Where activations exist at all (topk on its sparse path)."""
+    """Where activations exist at all (topk and batchtopk on their sparse path)."""
 
     fired: Int[Tensor, " d_transcoder"]
     """Tokens at which each feature fires."""
@@ -57,6 +63,9 @@ class CLTStep(NamedTuple):
 
     hidden_pre: list[Float[Tensor, "batch d_transcoder"]]
     """One a layer, before phi."""
+
+    smallest_kept: Float[Tensor, " n_layers"] | None
+    """Smallest score that selection kept in each layer, mean over tokens; None without selection."""
 
     @property
     def loss(self) -> Float[Tensor, ""]:
@@ -88,69 +97,122 @@ class Workspace:
         return held.detach()
 
 
-def clt_step(
-    clt: TrainingCLT,
-    inputs: Float[Tensor, "batch n_layers d_model"],
-    outputs: Float[Tensor, "batch n_layers d_model"],
-    coefficients: dict[str, float],
-    workspace: Workspace,
-) -> CLTStep:
-    """The forward pass of a step on scaled activations."""
-    thresholded = clt.cfg.activation in ("relu", "jumprelu")
-    thresholds = [t.to(inputs.dtype) for t in clt.thresholds()]
-    layers: list[_Layer] = []
-    for layer, x in enumerate(inputs.unbind(dim=1)):
-        # A layer is done before the next one begins, so that backward too has one layer's gradients at a time.
-        if thresholded:
-            layers.append(_thresholded(clt, layer, x, thresholds[layer], coefficients, workspace))
-        else:
-            layers.append(_chosen(clt, layer, x, workspace))
+def clt_step(clt: TrainingCLT, step_input: TrainStepInput, workspace: Workspace) -> CLTStep:
+    """The forward pass of a step on scaled activations [batch, 2, n_layers, d_model].
+
+    In training mode features are selected within the batch; otherwise as at inference.
+    """
+    inputs, outputs = step_input.sae_in.to(clt.sum_dtype).unbind(dim=1)
+    xs = inputs.unbind(dim=1)
+    smallest = None
+    if clt.cfg.selects:
+        layers, smallest = _selected_layers(clt, xs, step_input.n_training_steps, workspace)
+    else:
+        layers = _thresholded_layers(clt, xs, step_input.coefficients, workspace)
     recons = sum_by_target(clt.b_dec, [one.written for one in layers])
+    if clt.W_skip is not None:
+        recons = recons + torch.stack([decode(x, W_skip) for x, W_skip in zip(xs, clt.W_skip, strict=True)], dim=1)
     losses = {"mse_loss": mse_loss(recons, outputs)}
-    if thresholded:
-        sparsity, dead_features = (torch.stack([one.sums for one in layers]).sum(dim=0) / len(inputs)).unbind()
-        losses["sparsity_loss"] = coefficients["sparsity"] * sparsity
-        if coefficients["dead_feature"] > 0:
-            losses["dead_feature_loss"] = coefficients["dead_feature"] * dead_features
-    return CLTStep(recons, losses, [one.features for one in layers], [one.hidden_pre for one in layers])
+    hidden_pre = [one.hidden_pre for one in layers]
+    if clt.cfg.selects:
+        losses |= _auxk(clt, xs, hidden_pre, (outputs - recons).detach(), step_input)
+    else:
+        losses |= _penalties(clt, layers, step_input.coefficients)
+    return CLTStep(recons, losses, [one.features for one in layers], hidden_pre, smallest)
 
 
 class _Layer(NamedTuple):
     features: LayerFeatures
     hidden_pre: Tensor
     written: Tensor
-    sums: Tensor
+    counts: Tensor | None = None
+    dead_features: Tensor | None = None
 
 
-def _thresholded(
-    clt: TrainingCLT, layer: int, x: Tensor, threshold: Tensor, coefficients: dict[str, float], workspace: Workspace
-) -> _Layer:
+def _thresholded_layers(
+    clt: TrainingCLT, xs: tuple[Tensor, ...], coefficients: dict[str, float], workspace: Workspace
+) -> list[_Layer]:
     """ReLU and JumpReLU, with the sums of the sparsity and dead-feature losses."""
     options = TermOptions(
         activation=clt.cfg.activation,
         bandwidth=clt.cfg.jumprelu_bandwidth,
         straight_through=clt.cfg.straight_through,
+        sparsity=clt.cfg.sparsity_loss,
         tanh_scale=clt.cfg.tanh_scale,
         dead_features=coefficients["dead_feature"] > 0,
     )
-    W_dec, shape = clt.W_dec[layer], (len(x), clt.cfg.d_transcoder)
-    h = encode(x, clt.W_enc[layer], clt.b_enc[layer], workspace.take("hidden_pre", layer, shape, x))
-    result = terms(h, threshold, row_norms(W_dec), options, workspace.take("feature_acts", layer, shape, x))
-    acts = result.feature_acts
-    sparse = float(result.fired.sum()) / acts.numel() < _sparse_below(acts.device)
-    written = decode(acts, W_dec, support_of_dense(acts.detach()) if sparse else None, clt.cfg.d_in)
-    features = LayerFeatures(acts, None, result.fired)
-    return _Layer(features, h.detach(), written, torch.stack([result.sparsity, result.dead_features]))
+    layers: list[_Layer] = []
+    for layer, (x, threshold) in enumerate(zip(xs, clt.thresholds(), strict=True)):
+        shape = (len(x), clt.cfg.d_transcoder)
+        h = encode(x, clt.W_enc[layer], clt.b_enc[layer], workspace.take("hidden_pre", layer, shape, x))
+        out = workspace.take("feature_acts", layer, shape, x)
+        result = terms(h, threshold.to(x.dtype), _norms(clt, layer), options, out)
+        acts = result.feature_acts
+        sparse = float(result.fired.sum()) / acts.numel() < _sparse_below(acts.device)
+        written = decode(acts, clt.W_dec[layer], support_of_dense(acts.detach()) if sparse else None, clt.cfg.d_in)
+        features = LayerFeatures(acts, None, result.fired)
+        written = _spread(clt, layer, written)
+        layers.append(_Layer(features, h.detach(), written, result.counts, result.dead_features))
+    return layers
 
 
-def _chosen(clt: TrainingCLT, layer: int, x: Tensor, workspace: Workspace) -> _Layer:
-    """TopK: on the sparse path, no gradient of any pre-activation but the chosen ones is ever made."""
-    k, n_features, W_enc, b_enc = clt.cfg.k, clt.cfg.d_transcoder, clt.W_enc[layer], clt.b_enc[layer]
-    sparse = k / n_features < _sparse_below(x.device)
-    with torch.set_grad_enabled(not sparse and torch.is_grad_enabled()):
-        h = encode(x, W_enc, b_enc, workspace.take("hidden_pre", layer, (len(x), n_features), x))
-    places = support_of_topk(torch.topk(h.detach(), k, dim=1, sorted=False).indices, n_features)
-    values = torch.relu(pick(h, x, W_enc, b_enc, places) if sparse else places.gather(h))
+def _selected_layers(
+    clt: TrainingCLT, xs: tuple[Tensor, ...], n_training_steps: int, workspace: Workspace
+) -> tuple[list[_Layer], Tensor]:
+    """TopK and BatchTopK, and the smallest scores kept."""
+    cfg = clt.cfg
+    k = annealed_k(cfg.k, cfg.k_start, cfg.k_anneal_steps, n_training_steps)
+    layers: list[_Layer] = []
+    smallest: list[Tensor] = []
+    together = cfg.topk_across == "all_layers"
+    for group in [range(cfg.n_layers)] if together else [range(s, s + 1) for s in range(cfg.n_layers)]:
+        with torch.no_grad():
+            hidden_pre = [_encoded(clt, s, xs[s], workspace) for s in group]
+            scores = [_scored(clt, s, h, workspace) for s, h in zip(group, hidden_pre, strict=True)]
+            places, thresholds = _places(clt, group, scores, k)
+        smallest += thresholds
+        for s, h, where in zip(group, hidden_pre, places, strict=True):
+            layers.append(_kept(clt, s, xs[s], h, where))
+    return layers, torch.stack(smallest)
+
+
+def _encoded(clt: TrainingCLT, layer: int, x: Tensor, workspace: Workspace) -> Tensor:
+    out = workspace.take("hidden_pre", layer, (len(x), clt.cfg.d_transcoder), x)
+    return encode(x, clt.W_enc[layer], clt.b_enc[layer], out)
+
+
+def _scored(clt: TrainingCLT, layer: int, hidden_pre: Tensor, workspace: Workspace) -> Tensor:
+    """Scores: see `selection`. One layer's may take the place of the last one's, unless they compete."""
+    slot = layer if clt.cfg.topk_across == "all_layers" else 0
+    out = workspace.take("scores", slot, (len(hidden_pre), clt.cfg.d_transcoder), hidden_pre)
+    return torch.mul(hidden_pre, _norms(clt, layer).to(hidden_pre.dtype), out=out)
+
+
+def _places(clt: TrainingCLT, group: range, scores: list[Tensor], k: int) -> tuple[list[Support], list[Tensor]]:
+    """Where features are kept, and the smallest score of each layer."""
+    n_features = clt.cfg.d_transcoder
+    if clt.cfg.activation == "topk" and len(group) == 1 and not clt.cfg.has_score_threshold:
+        # As `smallest_kept`, without a look at every score again.
+        best = torch.topk(scores[0], k, dim=1, sorted=False)
+        return [support_of_topk(best.indices, n_features)], [best.values.amin(dim=1).mean()]
+    if clt.cfg.has_score_threshold and not clt.selects_in_batch:
+        thresholds = [clt.score_threshold[s].view(1, 1) for s in group]
+        kept = [s > t for s, t in zip(scores, thresholds, strict=True)]
+    else:
+        thresholds = clt.smallest_kept(scores, k)
+        kept = [s >= t for s, t in zip(scores, thresholds, strict=True)]
+    places = [support_of_dense((s * keep).clamp_(min=0.0)) for s, keep in zip(scores, kept, strict=True)]
+    return places, [t.mean() for t in thresholds]
+
+
+def _kept(clt: TrainingCLT, layer: int, x: Tensor, hidden_pre: Tensor, places: Support) -> _Layer:
+    """One layer's activations at the places. On the sparse path, no gradient of another pre-activation is made."""
+    W_enc, b_enc, n_features = clt.W_enc[layer], clt.b_enc[layer], clt.cfg.d_transcoder
+    sparse = len(places.features) / hidden_pre.numel() < _sparse_below(x.device)
+    if sparse:
+        values = torch.relu(pick(hidden_pre, x, W_enc, b_enc, places))
+    else:
+        values = torch.relu(places.gather(given(hidden_pre, x, W_enc, b_enc)))
     fired = torch.bincount(places.features[values > 0], minlength=n_features)
     if sparse:
         features = LayerFeatures(values, places, fired)
@@ -158,7 +220,47 @@ def _chosen(clt: TrainingCLT, layer: int, x: Tensor, workspace: Workspace) -> _L
     else:
         features = LayerFeatures(places.to_dense(values), None, fired)
         written = decode(features.acts, clt.W_dec[layer])
-    return _Layer(features, h.detach(), written, x.new_zeros(2))
+    return _Layer(features, hidden_pre, _spread(clt, layer, written))
+
+
+def _penalties(clt: TrainingCLT, layers: list[_Layer], coefficients: dict[str, float]) -> dict[str, Tensor]:
+    """Sparsity and dead-feature terms."""
+    counts = torch.stack([one.counts for one in layers if one.counts is not None]).sum(dim=0)
+    losses = {"sparsity_loss": coefficients["sparsity"] * sparsity_loss(counts, clt.cfg.sparsity_loss, clt.l0_target)}
+    if coefficients["dead_feature"] > 0:
+        dead = torch.stack([one.dead_features for one in layers if one.dead_features is not None]).sum() / len(counts)
+        losses["dead_feature_loss"] = coefficients["dead_feature"] * dead
+    return losses
+
+
+def _auxk(
+    clt: TrainingCLT, xs: tuple[Tensor, ...], hidden_pre: list[Tensor], residual: Tensor, step_input: TrainStepInput
+) -> dict[str, Tensor]:
+    """AuxK's term, where features are dead."""
+    coefficient, dead = step_input.coefficients.get("auxk", 0.0), step_input.dead_neuron_mask
+    n_dead = 0 if dead is None or coefficient == 0 else int(dead.sum())
+    if dead is None or n_dead == 0:
+        return {}
+    k_aux = clt.cfg.k_aux or clt.cfg.d_in // 2
+    written: list[Tensor] = []
+    for layer, dead_here in enumerate(dead.unflatten(0, (clt.cfg.n_layers, -1))):
+        chosen = auxk_features(clt, layer, xs[layer], hidden_pre[layer], dead_here, k_aux)
+        if chosen is None:
+            written.append(residual.new_zeros(len(residual), len(clt.transcoder_config.targets(layer)) * clt.cfg.d_in))
+        else:
+            written.append(_spread(clt, layer, decode_places(chosen[0], clt.W_dec[layer], chosen[1], clt.cfg.d_in)))
+    by_target = sum_by_target(torch.zeros_like(residual[0]), written)
+    return {"auxk_loss": coefficient * auxk_loss(residual, by_target, n_dead, k_aux)}
+
+
+def _norms(clt: TrainingCLT, layer: int) -> Tensor:
+    far = clt.far(layer)
+    return row_norms(clt.W_dec[layer]) if far is None else far_norms(clt.W_dec[layer], far)
+
+
+def _spread(clt: TrainingCLT, layer: int, written: Tensor) -> Tensor:
+    far = clt.far(layer)
+    return written if far is None else spread(written, far)
 
 
 def _sparse_below(device: torch.device) -> float:

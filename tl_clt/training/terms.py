@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tl_clt.training.activations import StraightThrough, jumprelu
-from tl_clt.training.losses import dead_feature_loss, sparsity_loss
+from tl_clt.training.activations import StraightThrough, jumprelu, step_function
+from tl_clt.training.losses import SparsityKind, dead_feature_loss, tanh_count
 
 BLOCK_ELEMENTS = {"cpu": 2**18}
 """Pre-activations of a block: 1 MiB in float32."""
@@ -37,8 +37,11 @@ class TermOptions:
     straight_through: StraightThrough
     """What it reaches."""
 
-    tanh_scale: float | None
-    """c of the sparsity loss; None where there is none."""
+    sparsity: SparsityKind
+    """What each feature counts for in the sparsity loss."""
+
+    tanh_scale: float
+    """c of "tanh"."""
 
     dead_features: bool
     """Whether there is a dead-feature loss."""
@@ -50,8 +53,8 @@ class PlainTerms(NamedTuple):
     feature_acts: Float[Tensor, "batch d_transcoder"]
     """After phi."""
 
-    sparsity: Float[Tensor, ""]
-    """The sparsity loss, summed over tokens."""
+    counts: Float[Tensor, " batch"]
+    """What the features count for in the sparsity loss, summed over the layer, at each token."""
 
     dead_features: Float[Tensor, ""]
     """The dead-feature loss, summed over tokens."""
@@ -63,8 +66,8 @@ class Terms(NamedTuple):
     feature_acts: Float[Tensor, "batch d_transcoder"]
     """After phi."""
 
-    sparsity: Float[Tensor, ""]
-    """The sparsity loss, summed over tokens."""
+    counts: Float[Tensor, " batch"]
+    """What the features count for in the sparsity loss, summed over the layer, at each token."""
 
     dead_features: Float[Tensor, ""]
     """The dead-feature loss, summed over tokens."""
@@ -84,13 +87,14 @@ def plain_terms(
         acts = jumprelu(hidden_pre, threshold, options.bandwidth, options.straight_through)
     else:
         acts = torch.relu(hidden_pre)
-    zero = hidden_pre.new_zeros(())
-    n_tokens = len(hidden_pre)
-    return PlainTerms(
-        acts,
-        zero if options.tanh_scale is None else n_tokens * sparsity_loss([acts], [norms], options.tanh_scale),
-        n_tokens * dead_feature_loss([hidden_pre], [threshold], [norms]) if options.dead_features else zero,
-    )
+    if options.sparsity == "tanh":
+        counts = tanh_count(acts, norms, options.tanh_scale)
+    else:
+        counts = step_function(hidden_pre, threshold, options.bandwidth, options.straight_through).sum(dim=1)
+    dead = hidden_pre.new_zeros(())
+    if options.dead_features:
+        dead = len(hidden_pre) * dead_feature_loss([hidden_pre], [threshold], [norms])
+    return PlainTerms(acts, counts, dead)
 
 
 def terms(
@@ -112,21 +116,21 @@ class _Terms(torch.autograd.Function):
         ctx.save_for_backward(hidden_pre, threshold, norms)
         ctx.mark_dirty(acts)
         ctx.options = options
-        sparsity, dead_features = hidden_pre.new_zeros(()), hidden_pre.new_zeros(())
+        counts, dead_features = hidden_pre.new_empty(len(hidden_pre)), hidden_pre.new_zeros(())
         fired = torch.zeros(hidden_pre.shape[1], dtype=torch.long, device=hidden_pre.device)
         for rows in _blocks(hidden_pre):
             block = plain_terms(hidden_pre[rows], threshold, norms, options)
             acts[rows] = block.feature_acts
-            sparsity += block.sparsity
+            counts[rows] = block.counts
             dead_features += block.dead_features
             fired += block.feature_acts.count_nonzero(dim=0)
         ctx.mark_non_differentiable(fired)
-        return acts, sparsity, dead_features, fired
+        return acts, counts, dead_features, fired
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, for_acts: Tensor, for_sparsity: Tensor, for_dead: Tensor, _: Tensor
+        ctx: Any, for_acts: Tensor, for_counts: Tensor, for_dead: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
         hidden_pre, threshold, norms = ctx.saved_tensors
         for_hidden_pre = torch.empty_like(hidden_pre)
@@ -136,7 +140,7 @@ class _Terms(torch.autograd.Function):
             with torch.enable_grad():
                 h = hidden_pre[rows].detach().requires_grad_()
                 block = plain_terms(h, threshold, norms, ctx.options)
-            upstream = (for_acts[rows], for_sparsity, for_dead)
+            upstream = (for_acts[rows], for_counts[rows], for_dead)
             wanted = [(term, grad) for term, grad in zip(block, upstream, strict=True) if term.requires_grad]
             outputs, upstream = zip(*wanted, strict=True)
             grads = torch.autograd.grad(outputs, (h, threshold, norms), upstream, allow_unused=True)

@@ -13,9 +13,16 @@ from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
+from tl_clt.training.density import RunningDensity
+from tl_clt.training.l0_control import L0Controller
 from tl_clt.training.optimizer import RandomRoundingAdam
 from tl_clt.training.step import Workspace
 from tl_clt.training.training_clt import TrainingCLT, TrainingCLTConfig
+
+CONTROLLER_START = 0.01
+"""Share of `sparsity_coefficient` that the controller of `target_l0` begins with."""
+CONTROLLER_GAIN = 40.0
+"""Its gain times the steps of the run: it follows within a twentieth of the run or so."""
 
 
 @dataclass
@@ -32,6 +39,9 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
     """`SAETrainer` with another `_train_step`; loop, schedules and logs are SAELens's. Checkpoints are ours, which
     hold all that a step depends on, each file with its checksum: see `checkpoints`.
 
+    `dead_neurons` are features whose running density is below `dead_feature_density`: see `RunningDensity`. With
+    `target_l0`, an `L0Controller` stands in the place of lambda's schedule.
+
     What differs, and what it saves in a step of 6 layers, d_model 512, 4,096 features per layer, batch 1,024 on two
     cores (`tests/benchmarks/training.py`):
     - Adam is fused. Weights in bfloat16 have an Adam of their own: see `optimizer`.
@@ -46,11 +56,29 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
     def __init__(self, cfg: SAETrainerConfig, sae: TrainingCLT, data_provider: Any, **options: Any) -> None:
         super().__init__(cfg, sae, data_provider, **options)
         self.workspace = Workspace()
+        self.density = RunningDensity(sae.cfg.d_sae, cfg.dead_feature_window, cfg.device)
+        self._use_controller()
         if sae.dtype == torch.bfloat16:
             self._use_random_rounding()
         else:
             for group in self.optimizer.param_groups:
                 group["fused"] = True
+
+    def _use_controller(self) -> None:
+        clt = self.sae.cfg
+        if clt.target_l0 is None or clt.selects or clt.sparsity_loss == "quadratic_l0":
+            return
+        self.coefficient_schedulers["sparsity"] = L0Controller(  # type: ignore[assignment]
+            clt.target_l0,
+            start=CONTROLLER_START * clt.sparsity_coefficient,
+            ramp_steps=clt.sparsity_warm_up_steps,
+            gain=CONTROLLER_GAIN / self.cfg.total_training_steps,
+        )
+
+    @property
+    def dead_neurons(self) -> Tensor:
+        """Of all features, those that are dead: a bool each."""
+        return self.density.dead(self.sae.cfg.dead_feature_density)
 
     def _use_random_rounding(self) -> None:
         cfg = self.cfg
@@ -89,7 +117,7 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
 
     def _forward(self, sae: TrainingCLT, step_input: TrainStepInput) -> TrainStepOutput:
         step = sae.step(step_input, self.workspace)
-        self._count(step.fired, len(step_input.sae_in))
+        self._count(step.fired, len(step.recons))
         if step_input.is_logging_step:
             acts = torch.cat([f.dense() for f in step.features], dim=1)
             hidden_pre = torch.cat(step.hidden_pre, dim=1)
@@ -103,8 +131,12 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
 
     @torch.no_grad()
     def _count(self, fired: Tensor, n_tokens: int) -> None:
-        """SAELens's running counts, from how many tokens each feature fired at."""
+        """SAELens's running counts and ours, from how many tokens each feature fired at."""
         self.n_forward_passes_since_fired += 1
         self.n_forward_passes_since_fired[fired > 0] = 0
         self.act_freq_scores += fired
         self.n_frac_active_samples += n_tokens
+        self.density.add(fired, n_tokens)
+        controller = self.coefficient_schedulers.get("sparsity")
+        if isinstance(controller, L0Controller):
+            controller.observe(float(fired.sum()) / (n_tokens * self.sae.cfg.n_layers))

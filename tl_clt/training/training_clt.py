@@ -21,9 +21,13 @@ from sae_lens.saes.sae import (
 from torch import Tensor
 
 from tl_clt.errors import ConfigError
+from tl_clt.training.activations import step_function
 from tl_clt.training.layers import ARCHITECTURE, CLTLayers, CLTShape
-from tl_clt.training.losses import dead_feature_loss, decoder_norms, sparsity_loss
+from tl_clt.training.losses import SparsityKind, dead_feature_loss, sparsity_loss, tanh_count
 from tl_clt.training.step import CLTStep, Workspace, clt_step
+
+THRESHOLD_RATE = 0.01
+"""Weight of a step in the running mean of the smallest kept score."""
 
 
 @dataclass(kw_only=True)
@@ -56,17 +60,38 @@ class TrainingCLTConfig(CLTShape, TrainingSAEConfig):
     decoder_init_norm: float | None = None
     """Always None: the decoder starts uniform."""
 
+    sparsity_loss: SparsityKind = "tanh"
+    """Form of the sparsity loss; no part for topk and batchtopk."""
+
     sparsity_coefficient: float = 1.0
-    """lambda at the end of training; no part for topk."""
+    """lambda at the end of training, or where the controller of `target_l0` begins."""
 
     sparsity_warm_up_steps: int = 0
-    """Steps over which lambda rises linearly from 0."""
+    """Steps over which lambda rises linearly from 0, or the controller's L0 falls to its target."""
+
+    target_l0: float | None = None
+    """Active features per layer and token, mean over layers, that training is to reach."""
 
     tanh_scale: float = 4.0
-    """c of the sparsity loss."""
+    """c of the tanh sparsity loss."""
 
     dead_feature_coefficient: float = 3e-6
     """lambda_P."""
+
+    k_start: int | None = None
+    """k at the first step; `k` where left out."""
+
+    k_anneal_steps: int = 0
+    """Steps over which k falls linearly from `k_start`."""
+
+    auxk_coefficient: float = 1 / 32
+    """Weight of AuxK, for topk and batchtopk."""
+
+    k_aux: int | None = None
+    """Dead features of each layer that AuxK trains at a token; d_model / 2 where left out."""
+
+    dead_feature_density: float = 1e-6
+    """Share of tokens, over the dead-feature window, below which a feature counts as dead."""
 
     @classmethod
     def architecture(cls) -> str:
@@ -95,8 +120,13 @@ class InferenceCLT(CLTLayers, SAE[InferenceCLTConfig]):
 
     def encode(self, x: Float[Tensor, "batch n_layers d_model"]) -> Float[Tensor, "batch d_sae"]:
         """Feature activations of scaled inputs, flattened over layers."""
-        encodings = self.encode_layers(x.to(self.dtype).unbind(dim=1), self.thresholds())
+        encodings = self.encode_layers(x.to(self.dtype).unbind(dim=1))
         return torch.cat([e.feature_acts for e in encodings], dim=1)
+
+    @property
+    def selects_in_batch(self) -> bool:
+        """Never."""
+        return False
 
 
 class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
@@ -110,9 +140,9 @@ class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
         self.last_losses = {}
 
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
-        """lambda and lambda_P for SAELens's schedulers; none for topk."""
-        if self.cfg.activation == "topk":
-            return {}
+        """lambda and lambda_P for SAELens's schedulers, or the weight of AuxK."""
+        if self.cfg.selects:
+            return {"auxk": self.cfg.auxk_coefficient}
         return {
             "dead_feature": self.cfg.dead_feature_coefficient,
             "sparsity": TrainCoefficientConfig(self.cfg.sparsity_coefficient, self.cfg.sparsity_warm_up_steps),
@@ -122,7 +152,7 @@ class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
         self, x: Float[Tensor, "batch n_layers d_model"]
     ) -> tuple[Float[Tensor, "batch d_sae"], Float[Tensor, "batch d_sae"]]:
         """(feature_acts, hidden_pre) of scaled inputs, flattened over layers."""
-        encodings = self.encode_layers(x.to(self.dtype).unbind(dim=1), self.thresholds())
+        encodings = self.encode_layers(x.to(self.dtype).unbind(dim=1))
         feature_acts, hidden_pre = zip(*encodings, strict=True)
         return torch.cat(feature_acts, dim=1), torch.cat(hidden_pre, dim=1)
 
@@ -139,9 +169,11 @@ class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
         return self.step_output(step, step_input, acts, hidden_pre)
 
     def step(self, step_input: TrainStepInput, workspace: Workspace) -> CLTStep:
-        """One step's losses and activations, layer by layer."""
-        inputs, outputs = step_input.sae_in.to(self.sum_dtype).unbind(dim=1)
-        step = clt_step(self, inputs, outputs, step_input.coefficients, workspace)
+        """One step's losses and activations, layer by layer. In training mode the running threshold follows."""
+        step = clt_step(self, step_input, workspace)
+        if self.cfg.has_score_threshold and self.training and step.smallest_kept is not None:
+            rate = max(1 / (step_input.n_training_steps + 1), THRESHOLD_RATE)
+            self.score_threshold.lerp_(step.smallest_kept.to(self.score_threshold.dtype), rate)
         self.last_losses = {name: value.detach() for name, value in step.losses.items()}
         return step
 
@@ -165,28 +197,38 @@ class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
     def calculate_aux_loss(
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
-        """Sparsity and dead-feature terms of flattened activations, times their coefficients."""
-        if self.cfg.activation == "topk":
+        """Sparsity and dead-feature terms of flattened activations, times their coefficients. AuxK is the step's."""
+        if self.cfg.selects:
             return {}
-        shape = (self.cfg.n_layers, self.cfg.d_transcoder)
+        cfg, coefficients = self.cfg, step_input.coefficients
+        shape = (cfg.n_layers, cfg.d_transcoder)
         acts, pre = (flat.unflatten(-1, shape).unbind(dim=1) for flat in (feature_acts, hidden_pre))
-        norms = decoder_norms(list(self.W_dec))
-        coefficients = step_input.coefficients
-        losses = {"sparsity_loss": coefficients["sparsity"] * sparsity_loss(acts, norms, self.cfg.tanh_scale)}
+        norms, thresholds = self.norms(), self.thresholds()
+        if cfg.sparsity_loss == "tanh":
+            counts = [tanh_count(a, norm, cfg.tanh_scale) for a, norm in zip(acts, norms, strict=True)]
+        else:
+            gradient = (cfg.jumprelu_bandwidth, cfg.straight_through)
+            counts = [step_function(h, t, *gradient).sum(dim=1) for h, t in zip(pre, thresholds, strict=True)]
+        sparsity = sparsity_loss(torch.stack(counts).sum(dim=0), cfg.sparsity_loss, self.l0_target)
+        losses = {"sparsity_loss": coefficients["sparsity"] * sparsity}
         if coefficients["dead_feature"] > 0:
-            dead = dead_feature_loss(pre, self.thresholds(), norms)
-            losses["dead_feature_loss"] = coefficients["dead_feature"] * dead
+            losses["dead_feature_loss"] = coefficients["dead_feature"] * dead_feature_loss(pre, thresholds, norms)
         return losses
+
+    @property
+    def l0_target(self) -> float | None:
+        """`target_l0`, summed over layers."""
+        return None if self.cfg.target_l0 is None else self.cfg.target_l0 * self.cfg.n_layers
 
     @torch.no_grad()
     def log_histograms(self) -> dict[str, Any]:
         """Norms of the decoder, for wandb."""
-        norms = torch.cat(decoder_norms(list(self.W_dec)))
+        norms = torch.cat(self.norms())
         return {"weights/W_dec_norms": norms.float().cpu().numpy()}
 
     def get_W_dec_norm(self) -> Float[Tensor, " d_sae"]:
         """||W_dec,i|| of every feature, flattened over layers."""
-        return torch.cat(decoder_norms(list(self.W_dec))).detach()
+        return torch.cat(self.norms()).detach()
 
     def fold_W_dec_norm(self) -> None:
         """Not offered.
