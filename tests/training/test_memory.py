@@ -34,7 +34,7 @@ def test_what_cannot_fit_is_refused_with_the_parts_before_any_activations(
     told: list[MemoryEstimate] = []
     monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     cfg = make_config(output_path=str(tmp_path / "clt"))
-    monkeypatch.setattr("tl_clt.training.runner.activation_batches", lambda *_: pytest.fail("activations were made"))
+    monkeypatch.setattr("tl_clt.training.runner.ActivationBatches", lambda *_: pytest.fail("activations were made"))
     with pytest.raises(NotEnoughMemory, match=r"needs about .* GiB \(weights .* moments .* buffer .*Lower d_trans"):
         CLTTrainingRunner(cfg, model=model, dataset=tokens, on_start=told.append).run()
     assert len(told) == 1 and not list(tmp_path.iterdir())

@@ -66,8 +66,11 @@ def test_is_frozen(make_config) -> None:
         ({"seqpos_slice": (4, None), "n_batches_in_buffer": 15}, "give at least 16"),
         ({"training_tokens": 63}, "less than one batch of 64"),
         ({"lr_warm_up_steps": 30, "lr_decay_steps": 11}, "41 together, but the run has 40 steps"),
-        ({"n_checkpoints": 2}, "give both or neither"),
-        ({"n_checkpoints": 2, "checkpoint_path": "o/c", "output_path": "o"}, "give a folder outside of it"),
+        ({"checkpoint_path": "o/c", "output_path": "o"}, "checkpoint_path 'o/c' is within .* give a folder outside"),
+        ({"cache_path": "o", "output_path": "o"}, "cache_path 'o' is within .* give a folder outside of it"),
+        ({"checkpoint_every": 0}, "checkpoint_every is 0"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints is 0"),
+        ({"max_norm_ratio": 1.0}, "max_norm_ratio is 1.0: give more than 1"),
     ],
 )
 def test_bad_value_names_field_and_mend(make_config, changes: dict, message: str) -> None:
@@ -85,6 +88,7 @@ def test_bad_value_names_field_and_mend(make_config, changes: dict, message: str
         ("lr_scheduler_name", "constan"),
         ("dtype", "float33"),
         ("backend", "bridg"),
+        ("cache_dtype", "int9"),
     ],
 )
 def test_bad_choice_names_the_nearest(as_users_run_it, field: str, value: str) -> None:

@@ -14,9 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tl_clt.errors import ConfigError, DatasetError, HookNotFound, OutputNotEmpty
 from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig, TrainingProgress, batches, runner
-from tl_clt.training.export import export
 from tl_clt.training.trainer import CLTTrainer
-from tl_clt.training.training_clt import TrainingCLT
 from tl_clt.transcoder import CrossLayerTranscoder
 
 
@@ -33,7 +31,7 @@ def test_store_is_saelens_own_and_the_trainer_but_for_its_step() -> None:
     assert batches.ActivationsStore is ActivationsStore
     assert runner.CLTTrainer.__mro__[1] is sae_trainer.SAETrainer
     own = {name for name in vars(CLTTrainer) if callable(getattr(CLTTrainer, name))}
-    assert own & set(vars(sae_trainer.SAETrainer)) == {"__init__", "_train_step"}
+    assert own & set(vars(sae_trainer.SAETrainer)) == {"__init__", "_train_step", "_checkpoint_if_needed"}
     assert {name for name, value in vars(CLTTrainer).items() if isinstance(value, property)} == {"dead_neurons"}
 
 
@@ -189,17 +187,6 @@ def test_output_is_a_native_clt_with_a_record(model, tokens, make_config, tmp_pa
     assert list(tmp_path.iterdir()) == [tmp_path / "clt"]
 
 
-def test_checkpoints_are_saelens_own_and_can_be_exported(model, tokens, make_config, tmp_path: Path) -> None:
-    cfg = make_config(activation="jumprelu", n_checkpoints=2, checkpoint_path=str(tmp_path / "checkpoints"))
-    CLTTrainingRunner(cfg, model=model, dataset=tokens).run()
-    folders = sorted((tmp_path / "checkpoints").iterdir())
-    assert len(folders) == 2
-    clt = export(TrainingCLT.load_from_disk(folders[-1]))
-    assert clt.cfg.input_scale is not None
-    x, _ = layer_io(model, tokens)
-    assert clt(x).isfinite().all()
-
-
 @pytest.mark.parametrize("activation", ["jumprelu", "topk"])
 @pytest.mark.parametrize(
     "precision",
@@ -222,9 +209,8 @@ def test_folder_with_something_in_it_is_refused_before_any_work(
 
     monkeypatch.setattr(runner, "load_model", no_work)
     (tmp_path / "mine.txt").write_text("keep")
-    changes = {which: str(tmp_path), "model_name": "tiny", "n_checkpoints": int(which == "checkpoint_path")}
     with pytest.raises(OutputNotEmpty, match="is not empty"):
-        CLTTrainingRunner(make_config(**changes), dataset=tokens).run()
+        CLTTrainingRunner(make_config(model_name="tiny", **{which: str(tmp_path)}), dataset=tokens).run()
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 

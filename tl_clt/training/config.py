@@ -8,6 +8,7 @@ from typing import Any, Literal
 from tl_clt.errors import nearest
 from tl_clt.lens import Backend
 from tl_clt.training.activations import StraightThrough, TrainedActivation
+from tl_clt.training.cache import CacheDtype
 from tl_clt.training.config_checks import Scheduler, check, require
 from tl_clt.training.losses import SparsityKind
 from tl_clt.training.selection import Across
@@ -118,7 +119,7 @@ class CLTTrainingRunnerConfig:
     # -- data
 
     training_tokens: int = 2_000_000
-    """Tokens to train on, repeats of the dataset included."""
+    """Tokens to train on, repeats of the dataset included. Exactly so many: the last batch may be shorter."""
 
     context_size: int = 128
     """Tokens of a prompt."""
@@ -146,6 +147,21 @@ class CLTTrainingRunnerConfig:
 
     seqpos_slice: tuple[int | None, ...] = (None,)
     """Positions to train on, as the arguments of `slice`: (1, None) leaves the first out."""
+
+    max_norm_ratio: float | None = None
+    """Leave out tokens at which some layer's input or output has a norm of more than so many times its median over
+    the prompts of a forward pass. None leaves none out; models with huge activations at a few tokens want about 10."""
+
+    cache_path: str | None = None
+    """Folder of cached activations: what is in it is read, what is not is added. Any run of the same model and hooks
+    may use it, whatever its dataset, context size, left-out tokens and seed."""
+
+    cache_dtype: CacheDtype = "float16"
+    """float16, or int8 for half the space. A run with a cache trains on the rounded activations, the first run
+    as well as the next."""
+
+    prefetch: bool = True
+    """Run the model for the next batches on a thread of its own while a step is made. Batches are the same."""
 
     n_batches_for_scale: int = 8
     """First batches, on which scales and encoder biases are set. They are trained on as well."""
@@ -197,11 +213,14 @@ class CLTTrainingRunnerConfig:
     n_eval_batches: int = 8
     """Batches after training on which the final metrics are measured."""
 
-    n_checkpoints: int = 0
-    """Checkpoints of SAELens's trainer on the way."""
-
     checkpoint_path: str | None = None
-    """New or empty folder for them, outside of output_path."""
+    """New or empty folder, outside of output_path, for checkpoints to resume from; none are written where left out."""
+
+    checkpoint_every: int = 1000
+    """Steps between them."""
+
+    keep_checkpoints: int = 2
+    """As many of them are kept, the newest."""
 
     log_to_wandb: bool = False
     """Whether SAELens's trainer logs to Weights & Biases."""
@@ -223,8 +242,8 @@ class CLTTrainingRunnerConfig:
 
     @property
     def n_steps(self) -> int:
-        """Whole training steps."""
-        return self.training_tokens // self.train_batch_size_tokens
+        """Training steps; the last may be on fewer tokens."""
+        return -(-self.training_tokens // self.train_batch_size_tokens)
 
     @property
     def dead_window_steps(self) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from tl_clt.errors import ConfigError, nearest
 from tl_clt.lens import Backend
 from tl_clt.training.activations import StraightThrough, TrainedActivation
+from tl_clt.training.cache import CacheDtype
 from tl_clt.training.losses import SparsityKind
 from tl_clt.training.selection import Across
 from tl_clt.transcoder.config import DTYPES
@@ -21,11 +22,11 @@ POSITIVE = (
     *("d_transcoder", "training_tokens", "context_size", "train_batch_size_tokens", "lr", "tanh_scale"),
     *("store_batch_size_prompts", "n_batches_in_buffer", "n_batches_for_scale", "n_eval_batches"),
     *("jumprelu_init_threshold", "jumprelu_bandwidth", "dead_feature_window", "wandb_log_frequency"),
-    "n_data_parallel",
+    *("checkpoint_every", "keep_checkpoints", "n_data_parallel"),
 )
 NOT_NEGATIVE = (
     *("sparsity_coefficient", "dead_feature_coefficient", "lr_warm_up_steps", "lr_decay_steps"),
-    *("n_checkpoints", "lr_end", "k_anneal_steps", "auxk_coefficient", "dead_feature_density"),
+    *("lr_end", "k_anneal_steps", "auxk_coefficient", "dead_feature_density"),
 )
 
 
@@ -64,6 +65,7 @@ def _check_values(cfg: CLTTrainingRunnerConfig) -> None:
         "lr_scheduler_name": get_args(Scheduler),
         "dtype": DTYPES,
         "model_dtype": DTYPES,
+        "cache_dtype": get_args(CacheDtype),
     }.items():
         value = getattr(cfg, name)
         require(
@@ -72,6 +74,8 @@ def _check_values(cfg: CLTTrainingRunnerConfig) -> None:
         )
     mix = cfg.activations_mixing_fraction
     require(0 <= mix <= 1, f"activations_mixing_fraction is {mix}: give 0 to 1.")
+    ratio = cfg.max_norm_ratio
+    require(ratio is None or ratio > 1, f"max_norm_ratio is {ratio}: give more than 1, or None.")
 
 
 def _check_activation(cfg: CLTTrainingRunnerConfig) -> None:
@@ -174,14 +178,12 @@ def _check_course(cfg: CLTTrainingRunnerConfig) -> None:
 
 
 def _check_folders(cfg: CLTTrainingRunnerConfig) -> None:
-    require(
-        (cfg.n_checkpoints > 0) == (cfg.checkpoint_path is not None),
-        f"n_checkpoints is {cfg.n_checkpoints} with checkpoint_path {cfg.checkpoint_path!r}: give both or neither.",
-    )
-    if cfg.checkpoint_path is not None and cfg.output_path is not None:
-        output, checkpoints = Path(cfg.output_path).resolve(), Path(cfg.checkpoint_path).resolve()
-        require(
-            output != checkpoints and output not in checkpoints.parents,
-            f"checkpoint_path '{cfg.checkpoint_path}' is within output_path '{cfg.output_path}', which must"
-            " be empty when training ends: give a folder outside of it.",
-        )
+    for name in ("checkpoint_path", "cache_path"):
+        path = getattr(cfg, name)
+        if path is not None and cfg.output_path is not None:
+            output, other = Path(cfg.output_path).resolve(), Path(path).resolve()
+            require(
+                output != other and output not in other.parents,
+                f"{name} '{path}' is within output_path '{cfg.output_path}', which must be empty when training ends:"
+                " give a folder outside of it.",
+            )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,9 +31,16 @@ def gather(name: str, own: Tensor, grid: ProcessGrid) -> Tensor | None:
     return None if shares is None else torch.cat([share.cpu() for share in shares])
 
 
-def own_share(name: str, whole: Tensor, grid: ProcessGrid) -> Tensor:
-    """What a rank holds of a weight, or of anything of its shape: a view."""
-    return whole if is_shared(name) else whole[grid.own(len(whole))]
+def gather_all(values: Mapping[str, Tensor], grid: ProcessGrid) -> dict[str, Tensor]:
+    """`gather` of some weights by name; none of them but on the main rank."""
+    gathered = {name: gather(name, own, grid) for name, own in values.items()}
+    return {name: value for name, value in gathered.items() if value is not None}
+
+
+def own_share(name: str, whole: Any, grid: ProcessGrid) -> Tensor:
+    """What a rank holds of a weight, or of anything of its shape: a tensor, or a slice of a safetensors file."""
+    n = whole.shape[0] if isinstance(whole, Tensor) else whole.get_shape()[0]
+    return whole[:] if is_shared(name) else whole[grid.own(n)]
 
 
 @torch.no_grad()
@@ -47,8 +56,6 @@ def gather_clt(clt: TrainingCLT) -> TrainingCLT:
         whole = whole.to_empty(device="cpu")
         whole.cfg.device, whole.device = "cpu", torch.device("cpu")
     places = whole.state_dict()
-    for name, own in clt.state_dict().items():
-        value = gather(name, own, clt.grid)
-        if value is not None:
-            places[name].copy_(value)
+    for name, value in gather_all(clt.state_dict(), clt.grid).items():
+        places[name].copy_(value)
     return whole

@@ -31,8 +31,8 @@ class MemoryEstimate(NamedTuple):
     """Of a training step."""
 
     buffer: int
-    """SAELens's shuffling buffer, which it copies to shuffle, on the main process; and the batches that scales are
-    set on."""
+    """The shuffling buffer, which is copied to shuffle, and what fills it, on the main process; and the batches that
+    scales are set on."""
 
     @property
     def total(self) -> int:
@@ -61,7 +61,7 @@ def estimate_memory(clt: TrainingCLT, cfg: CLTTrainingRunnerConfig) -> MemoryEst
     positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
     held = cfg.n_batches_for_scale * cfg.train_batch_size_tokens
     if clt.grid.is_main:
-        held += 2 * cfg.n_batches_in_buffer * positions
+        held += int((3 - cfg.activations_mixing_fraction) * cfg.n_batches_in_buffer * positions)
     return MemoryEstimate(
         weights=n_weights * weight,
         gradients=n_weights * weight,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from jaxtyping import Bool
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
+from tl_clt.training.chunks import DataCounts
 from tl_clt.training.scaling import Batch
 from tl_clt.training.step import Workspace
 from tl_clt.training.training_clt import TrainingCLT
@@ -95,8 +97,11 @@ class TrainingRecord(NamedTuple):
     tokens_seen: int
     """Tokens trained on."""
 
+    data: DataCounts
+    """What was read, and what of it was left out; more than `tokens_seen`, for the shuffling buffer and the metrics."""
+
     seconds: float
-    """Wall time of the run, loading and measuring included."""
+    """Wall time of the run, loading and measuring included; of a resumed one, with what it took before."""
 
     sae_lens_version: str
     """Version of SAELens that trained it."""
@@ -109,4 +114,4 @@ class TrainingRecord(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return self._asdict() | {"metrics": self.metrics._asdict()}
+        return self._asdict() | {"metrics": self.metrics._asdict(), "data": asdict(self.data)}

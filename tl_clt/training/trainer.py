@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,8 +29,19 @@ MAX_NORM = 1.0
 """Norm that gradients are clipped to, as in SAELens."""
 
 
+@dataclass
+class CLTTrainerConfig(SAETrainerConfig):
+    """`SAETrainerConfig` of a run that ends on exactly its tokens: the last batch may be shorter."""
+
+    @property
+    def total_training_steps(self) -> int:
+        """Steps, the last one included."""
+        return -(-self.total_training_samples // self.train_batch_size_samples)
+
+
 class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
-    """`SAETrainer` with another `_train_step`; loop, schedules, logs and checkpoints are SAELens's.
+    """`SAETrainer` with another `_train_step`; loop, schedules and logs are SAELens's. Checkpoints are ours, which
+    hold all that a step depends on, each file with its checksum: see `checkpoints`.
 
     `dead_neurons` are features whose running density is below `dead_feature_density`: see `RunningDensity`. With
     `target_l0`, an `L0Controller` stands in the place of lambda's schedule.
@@ -41,6 +53,9 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
     - Firing is counted by layer in the step; SAELens makes two copies of all activations for it, flattened and as
       0 and 1. The flattened activations are made on logging steps only.
     """
+
+    after_step: Callable[[CLTTrainer], None] | None = None
+    """Called after every step, before it is counted in `n_training_steps`."""
 
     def __init__(self, cfg: SAETrainerConfig, sae: TrainingCLT, data_provider: Any, **options: Any) -> None:
         super().__init__(cfg, sae, data_provider, **options)
@@ -125,13 +140,17 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
             acts = hidden_pre = step.recons.new_empty(0, sae.cfg.n_layers * sae.n_own_features)
         return sae.step_output(step, step_input, acts, hidden_pre)
 
+    def _checkpoint_if_needed(self) -> None:
+        if self.after_step is not None:
+            self.after_step(self)
+
     @torch.no_grad()
     def _count(self, fired: Tensor, n_tokens: int) -> None:
         """SAELens's running counts and ours, from how many tokens each feature fired at."""
         self.n_forward_passes_since_fired += 1
         self.n_forward_passes_since_fired[fired > 0] = 0
         self.act_freq_scores += fired
-        self.n_frac_active_samples += self.cfg.train_batch_size_samples
+        self.n_frac_active_samples += n_tokens
         self.density.add(fired, n_tokens)
         controller = self.coefficient_schedulers.get("sparsity")
         if isinstance(controller, L0Controller):

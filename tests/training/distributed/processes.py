@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 PRELOAD = ["tests.training.distributed.cases"]
 """Imported once, in the process that the others are forked from."""
 
-TIMEOUT = 120
+TIMEOUT = 300
 """Seconds after which a rank that does not answer fails its test."""
 
 

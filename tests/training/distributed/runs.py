@@ -15,7 +15,7 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, D_VOCAB, (60, N_CTX), generator=torch.Generator().manual_seed(1))
 
 
-def run(changes: dict[str, Any]) -> dict[str, Any]:
+def run(changes: dict[str, Any], resume: str | None = None) -> dict[str, Any]:
     """Weights of the CLT, metrics, and what the callback saw. Only the main process is given a model that works."""
     main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     seen: list[int] = []
@@ -26,9 +26,16 @@ def run(changes: dict[str, Any]) -> dict[str, Any]:
         dataset=tokens() if main else torch.zeros(0),
         on_progress=lambda progress: seen.append(progress.step),
     )
-    clt = runner.run()
+    clt = runner.run(resume)
     device = clt.W_enc.device.type
-    weights = {name: value.numpy() for name, value in clt.state_dict().items()} if device == "cpu" else {}
+    weights = (
+        {
+            name: value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
+            for name, value in clt.state_dict().items()
+        }
+        if device == "cpu"
+        else {}
+    )
     return {"weights": weights, "device": device, "metrics": runner.record.metrics._asdict(), "seen": seen}
 
 

@@ -17,9 +17,10 @@ from tl_clt.transcoder import CrossLayerTranscoder
 
 GRIDS = {"2 x 1": (2, 1), "1 x 2": (2, 2), "2 x 2": (4, 2)}
 KINDS = {
-    "relu": {"activation": "relu"},
-    "jumprelu": {"activation": "jumprelu"},
+    "relu": {"activation": "relu", "skip": True},
+    "jumprelu": {"activation": "jumprelu", "target_l0": 3.0, "far_rank": 4},
     "topk": {"activation": "topk"},
+    "batchtopk": {"activation": "batchtopk", "k": 3, "topk_across": "all_layers"},
 }
 
 
@@ -39,6 +40,39 @@ def test_run_gives_the_clt_of_one_process(processes: Processes, kind: str, grid:
         for name, value in want["metrics"].items():
             assert result["metrics"][name] == pytest.approx(value, rel=1e-7), name
     assert all(other["seen"] == [] for other in others)
+
+
+def test_copies_in_bfloat16_end_with_the_same_weights(processes: Processes) -> None:
+    main, other = processes.run(2, runs.run, {"dtype": "bfloat16", "n_data_parallel": 2})
+    assert other["device"] == "cpu"
+    for name, value in main["weights"].items():
+        assert np.array_equal(other["weights"][name], value), name
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "batchtopk"])
+def test_checkpoints_are_taken_up_on_another_number_of_processes(
+    processes: Processes, tmp_path: Path, kind: str
+) -> None:
+    with_checkpoints = KINDS[kind] | {"checkpoint_every": 5, "training_tokens": 64 * 12 + 32}
+    for made_on, (n, n_data_parallel) in {"1 x 1": (1, 1), "4 x 1": (4, 1), "2 x 2": (4, 2)}.items():
+        folder = tmp_path / made_on
+        changes = with_checkpoints | {"checkpoint_path": str(folder), "n_data_parallel": n_data_parallel}
+        want = processes.run(n, runs.run, changes)[0]
+        newest = str(folder / "step_00000005")
+        for n, n_data_parallel in [(1, 1), (2, 1), (4, 2)]:
+            changes = with_checkpoints | {"n_data_parallel": n_data_parallel}
+            got = processes.run(n, runs.run, changes, newest)[0]
+            assert got["seen"] == [10]
+            for name, value in want["weights"].items():
+                np.testing.assert_allclose(got["weights"][name], value, rtol=1e-7, atol=1e-9, err_msg=name)
+
+
+def test_resuming_on_the_same_processes_gives_the_same_weights_to_the_bit(processes: Processes, tmp_path: Path) -> None:
+    changes = KINDS["topk"] | {"n_data_parallel": 2, "checkpoint_every": 5}
+    want = processes.run(4, runs.run, changes | {"checkpoint_path": str(tmp_path / "checkpoints")})[0]
+    got = processes.run(4, runs.run, changes, str(tmp_path / "checkpoints" / "step_00000005"))[0]
+    for name, value in want["weights"].items():
+        assert np.array_equal(got["weights"][name], value), name
 
 
 def test_errors_of_the_main_process_are_raised_on_all(processes: Processes, tmp_path: Path) -> None:
