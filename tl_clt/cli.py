@@ -164,6 +164,22 @@ def train(
         int, typer.Option(help="Under torchrun: parts that a batch is split into; features are split within each.")
     ] = 1,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
+    cache: Annotated[
+        Optional[Path],
+        typer.Option(help="Folder of cached activations: read where they are there, else made and added."),
+    ] = None,
+    cache_dtype: Annotated[Optional[str], typer.Option(help="Cached as float16, or as int8 in half the space.")] = None,
+    max_norm_ratio: Annotated[
+        Optional[float], typer.Option(help="Leave out tokens of more than so many times the usual norm.")
+    ] = None,
+    checkpoints: Annotated[
+        Optional[Path], typer.Option(help="New folder for checkpoints. Default: none, or with --resume the same.")
+    ] = None,
+    checkpoint_every: Annotated[Optional[int], typer.Option(help="Steps between checkpoints.")] = None,
+    resume: Annotated[
+        Optional[Path],
+        typer.Option(help="Checkpoint, or folder of them, of a run that was cut off; give its other options again."),
+    ] = None,
     wandb: Annotated[bool, typer.Option(help="Log to Weights & Biases.")] = False,
 ) -> None:
     """Train a CLT on a model's activations over a text, with SAELens's training loop.
@@ -192,6 +208,11 @@ def train(
             "context_size": context_size or (None if hooked is None else min(128, hooked.cfg.n_ctx)),
             "train_batch_size_tokens": batch_size,
             "input_hook": input_hook,
+            "cache_path": None if cache is None else str(cache),
+            "cache_dtype": cache_dtype,
+            "max_norm_ratio": max_norm_ratio,
+            "checkpoint_path": _checkpoint_folder(checkpoints, resume),
+            "checkpoint_every": checkpoint_every,
         }
         cfg = CLTTrainingRunnerConfig.from_dict(
             {
@@ -209,10 +230,19 @@ def train(
                 **{name: value for name, value in optional.items() if value is not None},
             }
         )
-        CLTTrainingRunner(cfg, model=hooked, on_start=lambda memory: console.print(f"Memory: about {memory}")).run()
+        CLTTrainingRunner(cfg, model=hooked, on_start=lambda memory: console.print(f"Memory: about {memory}")).run(
+            resume
+        )
         console.print(
             f"CLT written to {output}. Trace with it: tl-clt trace --model {model} --clt {output} --prompt ..."
         )
+
+
+def _checkpoint_folder(checkpoints: Path | None, resume: Path | None) -> str | None:
+    """Where new checkpoints go: beside the one resumed from, unless another folder is given."""
+    if checkpoints is None and resume is not None:
+        checkpoints = resume.parent if resume.name.startswith("step_") else resume
+    return None if checkpoints is None else str(checkpoints)
 
 
 def show_graph(
