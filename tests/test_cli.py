@@ -107,6 +107,7 @@ def test_train_resumes_and_reads_its_cache(tmp_path, small_run):
         (("--cache-dtype", "int4"), "ConfigError", "give one of float16, int8"),
         (("--max-norm-ratio", "0.5"), "ConfigError", "max_norm_ratio is 0.5"),
         (("--checkpoint-every", "0"), "ConfigError", "checkpoint_every is 0"),
+        (("--n-data-parallel", "2"), "ConfigError", "the number of processes 1: start a multiple of 2"),
     ],
 )
 def test_bad_training_options_are_one_message_and_no_file(tmp_path, small_run, as_users_run_it, options, error, words):

@@ -190,7 +190,7 @@ def train(
         from tl_clt.transcoder.formats.writing import require_new
 
         # Of several processes the main one speaks; its errors are raised on all.
-        console.quiet = errors.quiet = int(os.environ.get("RANK", "0")) > 0
+        console.quiet = errors.quiet = "LOCAL_RANK" in os.environ and int(os.environ.get("RANK", "0")) > 0
         require_new(output)
         with console.status("Loading the model and the training loop"):
             from tl_clt.lens import load_model

@@ -227,7 +227,7 @@ def _grid(n_data_parallel: int, device_type: str) -> ProcessGrid:
     n = dist.get_world_size() if dist.is_initialized() else 1
     if n % n_data_parallel:
         raise ConfigError(
-            f"n_data_parallel is {n_data_parallel}, and there are {n} processes: start a multiple of"
+            f"n_data_parallel is {n_data_parallel}, and the number of processes {n}: start a multiple of"
             f" {n_data_parallel} with torchrun --nproc-per-node, or give another n_data_parallel."
         )
     if n == 1:

@@ -114,5 +114,5 @@ def test_grid_that_does_not_fit_is_refused_with_the_mend(processes: Processes) -
             " or raise n_data_parallel (now 1)."
         )
     for message in processes.run(2, cases.refused, 8, 3):
-        assert "n_data_parallel is 3, and there are 2 processes" in message
+        assert "n_data_parallel is 3, and the number of processes 2: start a multiple of 3" in message
     assert processes.run(2, cases.refused, 7, 2) == ["accepted"] * 2
