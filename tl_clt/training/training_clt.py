@@ -245,12 +245,11 @@ class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
     @torch.no_grad()
     def log_histograms(self) -> dict[str, Any]:
         """Norms of the decoder, for wandb."""
-        norms = torch.cat(self.norms())
-        return {"weights/W_dec_norms": norms.float().cpu().numpy()}
+        return {"weights/W_dec_norms": self.get_W_dec_norm().float().cpu().numpy()}
 
     def get_W_dec_norm(self) -> Float[Tensor, " d_sae"]:
-        """||W_dec,i|| of every feature, flattened over layers."""
-        return torch.cat(self.norms()).detach()
+        """||W_dec,i|| of every feature, on whatever rank, flattened over layers."""
+        return torch.cat([self.grid.all_features(norms.detach(), dim=0) for norms in self.norms()])
 
     def fold_W_dec_norm(self) -> None:
         """Not offered.

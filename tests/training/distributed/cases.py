@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import wandb
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 
@@ -115,6 +116,21 @@ def step(kind: str, products: str, n_data_parallel: int = 1) -> StepResult:
             clipped=gradients(),
             norm=float(norm),
         )
+
+
+def logs(kind: str, n_data_parallel: int = 1) -> tuple[list[dict[str, float]], Any]:
+    """What SAELens logs while training, and the decoder norms that it makes a histogram of."""
+    rows: list[dict[str, float]] = []
+    log, wandb.log = wandb.log, lambda values, step: rows.append(values)
+    try:
+        with process_grid(n_data_parallel, "cpu") as grid:
+            clt = build(kind, grid)
+            batches = (own_tokens(batch(n), grid) for n in range(STEPS))
+            logger = LoggingConfig(log_to_wandb=True, wandb_log_frequency=5)
+            CLTTrainer(replace(trainer_config(), logger=logger), clt, batches).fit()
+            return rows, clt.log_histograms()["weights/W_dec_norms"]
+    finally:
+        wandb.log = log
 
 
 def trainer_config() -> SAETrainerConfig:

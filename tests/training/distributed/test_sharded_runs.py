@@ -94,7 +94,7 @@ def test_torchrun_trains_a_clt_and_only_the_main_process_speaks(tmp_path: Path) 
     command += ["--output", str(output), "--d-transcoder", "16", "--activation", "topk", "--k", "4"]
     command += ["--training-tokens", "512", "--batch-size", "128"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=400)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Memory: about") == done.stdout.count("CLT written to") == 1
     assert done.stderr.count("Training SAE") >= 1

@@ -66,6 +66,16 @@ def test_weights_and_counts_after_several_steps_are_those_of_one_process(
         assert got.last_losses == pytest.approx(want.last_losses, rel=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["jumprelu, all", "batchtopk"])
+def test_logs_are_those_of_one_process(processes: Processes, kind: str) -> None:
+    rows, norms = cases.logs(kind)
+    assert len(rows) == 2 and rows[0]["metrics/l0"] > 0
+    for got_rows, got_norms in processes.run(4, cases.logs, kind, 2):
+        for got, want in zip(got_rows, rows, strict=True):
+            assert got == pytest.approx(want, rel=1e-5)
+        np.testing.assert_allclose(got_norms, norms, rtol=1e-6)
+
+
 def test_copies_of_weights_in_bfloat16_stay_equal(processes: Processes) -> None:
     results = processes.run(4, cases.train, "jumprelu, all", 2, {"dtype": "bfloat16"})
     for got in results[1:]:
