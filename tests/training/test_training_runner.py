@@ -32,18 +32,28 @@ def test_store_is_saelens_own_and_the_trainer_but_for_its_step() -> None:
     assert runner.CLTTrainer.__mro__[1] is sae_trainer.SAETrainer
     own = {name for name in vars(CLTTrainer) if callable(getattr(CLTTrainer, name))}
     assert own & set(vars(sae_trainer.SAETrainer)) == {"__init__", "_train_step", "_checkpoint_if_needed"}
+    assert {name for name, value in vars(CLTTrainer).items() if isinstance(value, property)} == {"dead_neurons"}
 
 
 @pytest.mark.parametrize(
-    ("activation", "span", "mode"),
-    [("topk", 3, "all"), ("jumprelu", 3, "all"), ("jumprelu", 1, "threshold"), ("relu", 2, "all")],
+    ("activation", "span", "changes"),
+    [
+        ("topk", 3, {}),
+        ("topk", 3, {"topk_across": "all_layers"}),
+        ("batchtopk", 3, {"k_start": 20, "k_anneal_steps": 50}),
+        ("batchtopk", 3, {"topk_across": "all_layers", "far_rank": 4}),
+        ("jumprelu", 3, {"skip": True}),
+        ("jumprelu", 1, {"straight_through": "threshold"}),
+        ("jumprelu", 3, {"sparsity_loss": "l0"}),
+        ("relu", 2, {}),
+    ],
 )
-def test_training_learns_the_mlps(model, tokens, make_config, activation: str, span: int, mode: str) -> None:
+def test_training_learns_the_mlps(model, tokens, make_config, activation: str, span: int, changes: dict) -> None:
     seen: list[TrainingProgress] = []
     cfg = make_config(
+        **changes,
         activation=activation,
         span=span,
-        straight_through=mode,
         training_tokens=64 * 200,
         sparsity_coefficient=0.1,
         lr_decay_steps=50,
@@ -53,10 +63,13 @@ def test_training_learns_the_mlps(model, tokens, make_config, activation: str, s
     assert [p.step for p in seen] == list(range(10, 200, 10))
     assert seen[-1].tokens == 64 * 190 and seen[-1].n_steps == 200
     assert seen[-1].losses["mse_loss"] < 0.5 * seen[0].losses["mse_loss"]
-    assert ("sparsity_loss" in seen[0].losses) == (activation != "topk")
+    assert ("sparsity_loss" in seen[0].losses) == ("topk" not in activation)
     metrics = run.record.metrics
     assert metrics.explained_variance > 0.6
-    assert clt.cfg.span == span and clt.cfg.activation == activation
+    if cfg.k is not None:
+        assert metrics.l0_mean_per_layer == pytest.approx(6, rel=0.2)
+    by_score = activation == "batchtopk" or "topk_across" in changes
+    assert clt.cfg.span == span and clt.cfg.activation == ("jumprelu" if by_score else activation)
     # The record is that of the CLT handed out, on raw activations.
     x, y = layer_io(model, tokens)
     error = (clt(x) - y).square().sum(dim=(0, 2)) / (y - y.mean(dim=0)).square().sum(dim=(0, 2))
@@ -89,6 +102,55 @@ def test_sparsity_coefficient_lowers_l0(model, tokens, make_config) -> None:
         run.run()
         l0.append(run.record.metrics.l0_sum_over_layers)
     assert l0[1] < 0.6 * l0[0]
+
+
+@pytest.mark.parametrize("target", [3.0, 7.0])
+@pytest.mark.parametrize("sparsity_loss", ["tanh", "l0"])
+def test_l0_is_what_was_asked_for(model, tokens, make_config, target: float, sparsity_loss: str) -> None:
+    cfg = make_config(
+        activation="jumprelu",
+        target_l0=target,
+        sparsity_loss=sparsity_loss,
+        training_tokens=64 * 400,
+        lr_decay_steps=100,
+    )
+    run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
+    run.run()
+    assert run.record.metrics.l0_mean_per_layer == pytest.approx(target, rel=0.15)
+    assert run.record.coefficients["sparsity"] not in (0.0, cfg.sparsity_coefficient)
+
+
+def test_quadratic_penalty_draws_l0_to_its_target(model, tokens, make_config) -> None:
+    cfg = make_config(
+        activation="jumprelu",
+        target_l0=5.0,
+        sparsity_loss="quadratic_l0",
+        sparsity_coefficient=300.0,
+        jumprelu_bandwidth=0.3,
+        training_tokens=64 * 400,
+    )
+    run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
+    run.run()
+    assert run.record.metrics.l0_mean_per_layer == pytest.approx(5.0, rel=0.25)
+    assert run.record.coefficients["sparsity"] == pytest.approx(300.0)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_auxk_revives_dead_features(model, tokens, make_config, activation: str) -> None:
+    dead = {}
+    for coefficient in (0.0, 1.0):
+        cfg = make_config(
+            activation=activation,
+            k=2,
+            d_transcoder=60,
+            auxk_coefficient=coefficient,
+            dead_feature_window=10,
+            training_tokens=64 * 200,
+        )
+        run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
+        run.run()
+        dead[coefficient] = run.record.metrics.dead_share
+    assert dead[1.0] < 0.5 * dead[0.0]
 
 
 def test_same_seed_gives_the_same_weights_and_leaves_random_numbers_alone(model, tokens, make_config) -> None:
