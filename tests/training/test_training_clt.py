@@ -132,7 +132,9 @@ def test_running_threshold_is_the_mean_of_the_smallest_kept_scores(activation: s
     torch.testing.assert_close(clt.score_threshold, torch.stack(seen).mean(dim=0))
     if activation == "batchtopk":
         acts = clt.step(given, Workspace()).features
-        lowest = [float((f.dense() * norm.detach())[f.dense() > 0].min()) for f, norm in zip(acts, clt.norms(), strict=True)]
+        lowest = [
+            float((f.dense() * norm.detach())[f.dense() > 0].min()) for f, norm in zip(acts, clt.norms(), strict=True)
+        ]
         want = lowest if across == "layer" else [min(lowest)] * N_LAYERS
         assert seen[-1].tolist() == pytest.approx(want)
     before = clt.score_threshold.clone()
