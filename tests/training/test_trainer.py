@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-from tests.training.test_training_clt import BATCH, build, raw_batch, scale_of
+from tests.training.test_training_clt import BATCH, N_LAYERS, D, F, build, raw_batch, scale_of
 from tl_clt.training import step as step_module
 from tl_clt.training.scaling import apply_scale
-from tl_clt.training.trainer import CLTTrainer
+from tl_clt.training.trainer import CONTROLLER_START, CLTTrainer
 from tl_clt.training.training_clt import TrainingCLT
 
 STEPS = 12
@@ -92,6 +92,50 @@ def test_checkpoints_load_into_saelens_trainer_and_back(tmp_path) -> None:
         again.load_trainer_state(tmp_path / "one")
         again.fit()
         assert again.n_training_steps == 2 * STEPS
+
+
+def run(activation: str, steps: int, window: int, data: Callable = batches, **changes: object) -> CLTTrainer:
+    clt = build(activation, sparsity_warm_up_steps=steps // 2, **changes)
+    if data is weak_batches:
+        with torch.no_grad():
+            for W_dec in clt.W_dec:
+                W_dec[: F // 2] *= 1e-3
+    cfg = trainer_config(total_training_samples=steps * BATCH, dead_feature_window=window, lr=3e-3, lr_decay_steps=0)
+    trainer = CLTTrainer(cfg, clt, data(clt))
+    trainer.fit()
+    return trainer
+
+
+@pytest.mark.parametrize("sparsity_loss", ["tanh", "l0"])
+@pytest.mark.parametrize("target", [1.5, 4.0])
+def test_target_l0_is_reached_by_adjusting_lambda(sparsity_loss: str, target: float) -> None:
+    trainer = run("jumprelu", 250, 48, sparsity_loss=sparsity_loss, target_l0=target)
+    assert float(trainer.density.density.sum()) / N_LAYERS == pytest.approx(target, rel=0.2)
+    assert trainer.get_coefficients()["sparsity"] > CONTROLLER_START * trainer.sae.cfg.sparsity_coefficient
+
+
+def test_quadratic_penalty_draws_l0_to_its_target_with_lambda_as_given() -> None:
+    trainer = run("jumprelu", 250, 48, sparsity_loss="quadratic_l0", target_l0=4.0, sparsity_coefficient=300.0)
+    assert float(trainer.density.density.sum()) / N_LAYERS == pytest.approx(4.0, rel=0.1)
+    assert trainer.get_coefficients()["sparsity"] == 300.0
+
+
+def weak_batches(clt: TrainingCLT) -> Iterator[torch.Tensor]:
+    """Outputs that are a function of inputs, for a CLT of which half the features write next to nothing."""
+    generator = torch.Generator().manual_seed(5)
+    maps = torch.randn(N_LAYERS, D, D, dtype=torch.float64, generator=generator) / D**0.5
+    while True:
+        x = torch.randn(BATCH, N_LAYERS, D, dtype=torch.float64, generator=generator)
+        yield torch.stack([x, torch.einsum("bld,lde->ble", x, maps).relu()], dim=1)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_auxk_brings_features_back_that_others_crowd_out(activation: str) -> None:
+    dead = {}
+    for coefficient in (0.0, 1.0):
+        trainer = run(activation, 200, 16, weak_batches, auxk_coefficient=coefficient, k_aux=3, k=1)
+        dead[coefficient] = int(trainer.dead_neurons.sum())
+    assert dead[0.0] >= N_LAYERS * F / 3 and dead[1.0] < dead[0.0] / 2
 
 
 def test_adam_is_fused() -> None:

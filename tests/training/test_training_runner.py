@@ -44,7 +44,6 @@ def test_store_is_saelens_own_and_the_trainer_but_for_its_step() -> None:
         ("batchtopk", 3, {"topk_across": "all_layers", "far_rank": 4}),
         ("jumprelu", 3, {"skip": True}),
         ("jumprelu", 1, {"straight_through": "threshold"}),
-        ("jumprelu", 3, {"sparsity_loss": "l0"}),
         ("relu", 2, {}),
     ],
 )
@@ -104,53 +103,12 @@ def test_sparsity_coefficient_lowers_l0(model, tokens, make_config) -> None:
     assert l0[1] < 0.6 * l0[0]
 
 
-@pytest.mark.parametrize("target", [3.0, 7.0])
-@pytest.mark.parametrize("sparsity_loss", ["tanh", "l0"])
-def test_l0_is_what_was_asked_for(model, tokens, make_config, target: float, sparsity_loss: str) -> None:
-    cfg = make_config(
-        activation="jumprelu",
-        target_l0=target,
-        sparsity_loss=sparsity_loss,
-        training_tokens=64 * 400,
-        lr_decay_steps=100,
-    )
+def test_l0_is_what_was_asked_for(model, tokens, make_config) -> None:
+    cfg = make_config(activation="jumprelu", target_l0=5.0, training_tokens=64 * 250, lr_decay_steps=50)
     run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
     run.run()
-    assert run.record.metrics.l0_mean_per_layer == pytest.approx(target, rel=0.15)
+    assert run.record.metrics.l0_mean_per_layer == pytest.approx(5.0, rel=0.15)
     assert run.record.coefficients["sparsity"] not in (0.0, cfg.sparsity_coefficient)
-
-
-def test_quadratic_penalty_draws_l0_to_its_target(model, tokens, make_config) -> None:
-    cfg = make_config(
-        activation="jumprelu",
-        target_l0=5.0,
-        sparsity_loss="quadratic_l0",
-        sparsity_coefficient=300.0,
-        jumprelu_bandwidth=0.3,
-        training_tokens=64 * 400,
-    )
-    run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
-    run.run()
-    assert run.record.metrics.l0_mean_per_layer == pytest.approx(5.0, rel=0.25)
-    assert run.record.coefficients["sparsity"] == pytest.approx(300.0)
-
-
-@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
-def test_auxk_revives_dead_features(model, tokens, make_config, activation: str) -> None:
-    dead = {}
-    for coefficient in (0.0, 1.0):
-        cfg = make_config(
-            activation=activation,
-            k=2,
-            d_transcoder=60,
-            auxk_coefficient=coefficient,
-            dead_feature_window=10,
-            training_tokens=64 * 200,
-        )
-        run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
-        run.run()
-        dead[coefficient] = run.record.metrics.dead_share
-    assert dead[1.0] < 0.5 * dead[0.0]
 
 
 def test_same_seed_gives_the_same_weights_and_leaves_random_numbers_alone(model, tokens, make_config) -> None:

@@ -210,7 +210,7 @@ def process_grid(n_data_parallel: int, device: str) -> Iterator[ProcessGrid]:
     Raises:
         ConfigError: the number of processes is no multiple of n_data_parallel.
     """
-    ours = under_torchrun() and not dist.is_initialized()
+    ours = under_torchrun() and not _connected()
     if ours:
         kind = torch.device(device).type
         if kind == "cuda":
@@ -223,8 +223,12 @@ def process_grid(n_data_parallel: int, device: str) -> Iterator[ProcessGrid]:
             dist.destroy_process_group()
 
 
+def _connected() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def _grid(n_data_parallel: int, device_type: str) -> ProcessGrid:
-    n = dist.get_world_size() if dist.is_initialized() else 1
+    n = dist.get_world_size() if _connected() else 1
     if n % n_data_parallel:
         raise ConfigError(
             f"n_data_parallel is {n_data_parallel}, and the number of processes {n}: start a multiple of"
