@@ -2,9 +2,9 @@
 
 The main rank alone runs the model, shuffles, and reads or writes files. The order of tokens is therefore that of a
 single process, a run can go on from a checkpoint on another number of ranks, and the other ranks hold no model. The
-price: the model's forward passes are not split among the ranks. A CLT costs many times as many operations per token
-as the layers of its model, so this pays until there are about as many ranks as that; beyond it, cached activations
-take the model away.
+price: the model's forward passes are not split among the ranks. A token costs 6 operations per weight of the CLT,
+shared by all ranks, and 2 per weight of the model, on one: with N_clt and N_model weights the others wait once there
+are more than about 3 * N_clt / N_model ranks, and then cached activations take the model away.
 """
 
 from __future__ import annotations

@@ -130,8 +130,9 @@ class CLTTrainingRunner:
     def run(self, resume: str | Path | None = None) -> CrossLayerTranscoder:
         """Train, save to `cfg.output_path` where given, and return the CLT, which takes raw activations.
 
-        Of several processes the main one returns it, in main memory where features were split; the others return one
-        without values, on the "meta" device.
+        Where features were split among several processes, the main one returns it in main memory, and the others
+        return one without values, on the "meta" device. An error that one of them alone meets while training ends
+        that one; torchrun then ends the others.
 
         The state of torch's random numbers is afterwards as it was before.
 
