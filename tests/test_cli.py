@@ -87,6 +87,44 @@ def test_train_then_trace(tmp_path):
     run("trace", "--model", "atlas", "--clt", str(folder), "--prompt", PROMPT, "--output", str(tmp_path / "g"))
 
 
+@pytest.fixture
+def small_run(tmp_path) -> list[str]:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(["the capital of Texas is Austin .", "Dallas is a city in Texas ."] * 100))
+    sizes = ("--d-transcoder", "8", "--training-tokens", "2048", "--batch-size", "256", "--context-size", "32")
+    return ["train", "--model", "atlas", "--dataset", str(text), *sizes, "--cache", str(tmp_path / "cache")]
+
+
+def test_train_resumes_and_reads_its_cache(tmp_path, small_run):
+    writing = ("--checkpoints", str(tmp_path / "checkpoints"), "--checkpoint-every", "3")
+    run(*small_run, "--output", str(tmp_path / "whole"), *writing)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
+    cached = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    for given, name in (("checkpoints", "newest"), ("checkpoints/step_00000003", "older")):
+        run(*small_run, "--output", str(tmp_path / name), "--resume", str(tmp_path / given), "--checkpoint-every", "3")
+        for file in ("clt.safetensors", "cfg.json"):
+            assert (tmp_path / name / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == cached
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        (("--resume", "no/such/folder"), "CheckpointError", "holds no checkpoint"),
+        (("--cache-dtype", "int4"), "ConfigError", "give one of float16, int8"),
+        (("--max-norm-ratio", "0.5"), "ConfigError", "max_norm_ratio is 0.5"),
+        (("--checkpoint-every", "0"), "ConfigError", "checkpoint_every is 0"),
+        (("--n-data-parallel", "2"), "ConfigError", "the number of processes 1: start a multiple of 2"),
+    ],
+)
+def test_bad_training_options_are_one_message_and_no_file(tmp_path, small_run, as_users_run_it, options, error, words):
+    before = sorted(tmp_path.rglob("*"))
+    output = run(*small_run, "--output", str(tmp_path / "clt"), *options, status=1)
+    assert error in output and words in output.replace("\n", " ") and "Traceback" not in output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 BAD = {
     "model": ({"--model": "atlass"}, "ModelNotFound", "Nearest|bundled organism"),
     "clt": ({"--clt": "no/such/clt"}, "FormatError", "neither a folder here nor a hub repository"),

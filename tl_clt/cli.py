@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -197,28 +198,62 @@ def train(
     batch_size: Annotated[Optional[int], typer.Option(help="Tokens of a training batch.")] = None,
     input_hook: Annotated[Optional[str], typer.Option(help="Hook that features read.")] = None,
     backend: Annotated[str, typer.Option(help="hooked (HookedTransformer) or bridge (TransformerBridge).")] = "hooked",
-    device: Annotated[str, typer.Option(help="Where to train, for example cuda.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Where to train, for example cuda; under torchrun, a GPU for each process.")
+    ] = "cpu",
+    n_data_parallel: Annotated[
+        int, typer.Option(help="Under torchrun: parts that a batch is split into; features are split within each.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
+    cache: Annotated[
+        Optional[Path],
+        typer.Option(help="Folder of cached activations: read where they are there, else made and added."),
+    ] = None,
+    cache_dtype: Annotated[Optional[str], typer.Option(help="Cached as float16, or as int8 in half the space.")] = None,
+    max_norm_ratio: Annotated[
+        Optional[float], typer.Option(help="Leave out tokens of more than so many times the usual norm.")
+    ] = None,
+    checkpoints: Annotated[
+        Optional[Path], typer.Option(help="New folder for checkpoints. Default: none, or with --resume the same.")
+    ] = None,
+    checkpoint_every: Annotated[Optional[int], typer.Option(help="Steps between checkpoints.")] = None,
+    resume: Annotated[
+        Optional[Path],
+        typer.Option(help="Checkpoint, or folder of them, of a run that was cut off; give its other options again."),
+    ] = None,
     wandb: Annotated[bool, typer.Option(help="Log to Weights & Biases.")] = False,
 ) -> None:
-    """Train a CLT on a model's activations over a text, with SAELens's training loop."""
+    """Train a CLT on a model's activations over a text, with SAELens's training loop.
+
+    On several GPUs: torchrun --nproc-per-node 4 -m tl_clt.cli train --device cuda ...
+    """
     with plain_errors():
         from tl_clt.transcoder.formats.writing import require_new
 
+        # Of several processes the main one speaks; its errors are raised on all.
+        console.quiet = errors.quiet = "LOCAL_RANK" in os.environ and int(os.environ.get("RANK", "0")) > 0
         require_new(output)
         with console.status("Loading the model and the training loop"):
             from tl_clt.lens import load_model
-            from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig
+            from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig, own_device
 
-            hooked: Any = load_model(model, backend=backend, device=device)  # type: ignore[arg-type]
+            device = own_device(device)
+            hooked: Any = None
+            if not console.quiet:
+                hooked = load_model(model, backend=backend, device=device)  # type: ignore[arg-type]
         optional = {
             "k": k,
             "span": span,
             "sparsity_coefficient": sparsity,
             "lr": lr,
-            "context_size": context_size or min(128, hooked.cfg.n_ctx),
+            "context_size": context_size or (None if hooked is None else min(128, hooked.cfg.n_ctx)),
             "train_batch_size_tokens": batch_size,
             "input_hook": input_hook,
+            "cache_path": None if cache is None else str(cache),
+            "cache_dtype": cache_dtype,
+            "max_norm_ratio": max_norm_ratio,
+            "checkpoint_path": _checkpoint_folder(checkpoints, resume),
+            "checkpoint_every": checkpoint_every,
         }
         cfg = CLTTrainingRunnerConfig.from_dict(
             {
@@ -230,12 +265,15 @@ def train(
                 "activation": activation,
                 "backend": backend,
                 "device": device,
+                "n_data_parallel": n_data_parallel,
                 "seed": seed,
                 "log_to_wandb": wandb,
                 **{name: value for name, value in optional.items() if value is not None},
             }
         )
-        CLTTrainingRunner(cfg, model=hooked).run()
+        CLTTrainingRunner(cfg, model=hooked, on_start=lambda memory: console.print(f"Memory: about {memory}")).run(
+            resume
+        )
         console.print(
             f"CLT written to {output}. Trace with it: tl-clt trace --model {model} --clt {output} --prompt ..."
         )
@@ -359,6 +397,13 @@ def tradeoff(
         found.save(output)
         console.print(tradeoff_table(found.table))
         console.print(f"The table and its figure are in {output}.")
+
+
+def _checkpoint_folder(checkpoints: Path | None, resume: Path | None) -> str | None:
+    """Where new checkpoints go: beside the one resumed from, unless another folder is given."""
+    if checkpoints is None and resume is not None:
+        checkpoints = resume.parent if resume.name.startswith("step_") else resume
+    return None if checkpoints is None else str(checkpoints)
 
 
 def show_graph(

@@ -70,6 +70,18 @@ class DatasetError(TlCltError, ValueError):
     """A dataset that cannot be found, read or used."""
 
 
+class NotEnoughMemory(TlCltError, MemoryError):
+    """A training run that would not fit on its device."""
+
+
+class CheckpointError(TlCltError, ValueError):
+    """A training checkpoint that is damaged, or belongs to another run."""
+
+
+class NotWritten(TlCltError, OSError):
+    """A file that could not be written, a full disk above all; nothing of it is left."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`" Nearest: 'x'."` for the known name most like `name`, or nothing where none is alike."""
     close = get_close_matches(name, list(known), n=1)

@@ -83,7 +83,7 @@ def config(**changes: object) -> CLTTrainingRunnerConfig:
         "lr": 1e-2,
     }
     values |= changes
-    if values["activation"] != "topk":
+    if values["activation"] not in ("topk", "batchtopk"):
         values["k"] = None
     return CLTTrainingRunnerConfig(**values)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tl_clt.training.activations import jumprelu
+from tl_clt.training.activations import jumprelu, step_function
 from tl_clt.transcoder.activations import jumprelu as inference_jumprelu
 
 BANDWIDTH = 0.6
@@ -57,3 +57,17 @@ def test_only_the_all_mode_reaches_features_below_their_threshold() -> None:
         slopes[mode] = float(x.grad)
     assert slopes["threshold"] == 0
     assert slopes["all"] == pytest.approx((0.3 + BANDWIDTH / 2) / BANDWIDTH)
+
+
+@pytest.mark.parametrize("mode", ["all", "threshold"])
+def test_step_function_counts_active_features_and_its_gradients_are_the_formulas(mode: str) -> None:
+    x, theta, upstream = batch()
+    active = step_function(x, theta, BANDWIDTH, mode)
+    assert torch.equal(active, (x > theta).double())
+    active.backward(upstream)
+    window = ((x - theta).abs() < BANDWIDTH / 2).double().detach()
+    torch.testing.assert_close(theta.grad, -(upstream * window).sum(dim=0) / BANDWIDTH, rtol=1e-12, atol=1e-12)
+    if mode == "threshold":
+        assert x.grad is None
+    else:
+        torch.testing.assert_close(x.grad, upstream * window / BANDWIDTH, rtol=1e-12, atol=1e-12)

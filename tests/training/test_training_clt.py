@@ -13,15 +13,15 @@ from sae_lens.saes.sae import SAE, TrainCoefficientConfig, TrainingSAE, TrainSte
 from tl_clt.errors import ConfigError
 from tl_clt.training import training_clt
 from tl_clt.training.export import export
-from tl_clt.training.init import init_encoder_biases, initial_firing_rate
+from tl_clt.training.init import init_decoder_biases, init_encoder_biases, initial_firing_rate
 from tl_clt.training.layers import ARCHITECTURE
-from tl_clt.training.losses import dead_feature_loss, decoder_norms, mse_loss, sparsity_loss
 from tl_clt.training.scaling import ActivationScale, apply_scale, estimate_scale
+from tl_clt.training.step import Workspace
 from tl_clt.training.training_clt import InferenceCLT, TrainingCLT, TrainingCLTConfig
 
 N_LAYERS, D, F, BATCH = 3, 8, 10, 7
 EVERY_KIND = list(product(["relu", "jumprelu", "topk"], [1, 2, 3]))
-COEFFICIENTS = {"sparsity": 0.7, "dead_feature": 0.2}
+COEFFICIENTS = {"sparsity": 0.7, "dead_feature": 0.2, "auxk": 0.3}
 
 
 def raw_batch(n: int = BATCH) -> torch.Tensor:
@@ -40,7 +40,7 @@ def build(activation: str = "jumprelu", span: int = N_LAYERS, dtype: str = "floa
         "d_transcoder": F,
         "activation": activation,
         "span": span,
-        "k": 3 if activation == "topk" else None,
+        "k": 3 if activation in ("topk", "batchtopk") else None,
         "dtype": dtype,
         "input_scale": scale.inputs,
         "output_scale": scale.outputs,
@@ -60,56 +60,95 @@ def step_input(clt: TrainingCLT, coefficients: dict[str, float] = COEFFICIENTS) 
     return TrainStepInput(apply_scale(raw_batch(), scale_of(clt)), coefficients, None, 0, True)
 
 
+SHAPES = {"full": {}, "skip": {"skip": True}, "low rank": {"far_rank": 2}, "both": {"far_rank": 3, "skip": True}}
+
+
 @pytest.mark.parametrize(("activation", "span"), EVERY_KIND)
-def test_export_on_raw_activations_equals_training_on_scaled_ones(activation: str, span: int) -> None:
-    clt = build(activation, span)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_export_on_raw_activations_equals_training_on_scaled_ones(activation: str, span: int, shape: str) -> None:
+    clt = build(activation, span, **SHAPES[shape])
     step = clt.training_forward_pass(step_input(clt))
     exported = export(clt)
     s_out = torch.tensor(clt.cfg.output_scale, dtype=torch.float64)
     want = step.sae_out.unflatten(1, (N_LAYERS, D)) / s_out[:, None]
     x = raw_batch()[:, 0]
     torch.testing.assert_close(exported(x), want, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(exported.encode(x).flatten(1), step.feature_acts, rtol=1e-10, atol=1e-12)
+    # topk ranks by activation times norm; exported decoders have norm 1, in units of training.
+    norms = torch.cat(clt.norms()) if activation == "topk" else 1.0
+    torch.testing.assert_close(exported.encode(x).flatten(1), step.feature_acts * norms, rtol=1e-10, atol=1e-12)
     assert (step.feature_acts > 0).any() and (step.feature_acts == 0).any()
+    assert exported.cfg.skip == clt.cfg.skip
 
 
-@pytest.mark.parametrize(("activation", "span"), EVERY_KIND)
+@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+@pytest.mark.parametrize("span", [1, 2, 3])
 def test_folding_is_exact_in_float64(activation: str, span: int) -> None:
-    clt = build(activation, span)
+    clt = build(activation, span, skip=True)
     exported = export(clt)
     for s in range(N_LAYERS):
-        torch.testing.assert_close(exported.W_enc[s] / clt.cfg.input_scale[s], clt.W_enc[s], rtol=1e-12, atol=0)
+        torch.testing.assert_close(exported.W_enc[s] / clt.cfg.input_scale[s], clt.W_enc[s].T, rtol=1e-12, atol=0)
         assert torch.equal(exported.b_enc[s], clt.b_enc[s])
         for slot, t in enumerate(exported.cfg.targets(s)):
             folded = exported.W_dec[s][:, slot] * clt.cfg.output_scale[t]
-            torch.testing.assert_close(folded, clt.W_dec[s][:, slot], rtol=1e-12, atol=0)
+            torch.testing.assert_close(folded, clt.W_dec[s][:, slot * D : (slot + 1) * D], rtol=1e-12, atol=0)
         torch.testing.assert_close(exported.b_dec[s] * clt.cfg.output_scale[s], clt.b_dec[s], rtol=1e-12, atol=0)
     assert (exported.threshold is not None) == (activation == "jumprelu")
     assert exported.cfg.input_scale == clt.cfg.input_scale
     assert exported.cfg.span == span
 
 
+BY_SCORE = [("batchtopk", "layer"), ("batchtopk", "all_layers"), ("topk", "all_layers")]
+
+
+@pytest.mark.parametrize(("activation", "across"), BY_SCORE)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_competes_beyond_a_token_and_layer_is_exported_as_jumprelu(activation, across, shape) -> None:
+    clt = build(activation, topk_across=across, **SHAPES[shape])
+    for step in range(3):
+        given = step_input(clt)
+        given.n_training_steps, given.sae_in = step, given.sae_in + 0.1 * step
+        clt.step(given, Workspace())
+    clt.eval()
+    step = clt.training_forward_pass(step_input(clt))
+    exported = export(clt)
+    assert (exported.cfg.activation, exported.cfg.k) == ("jumprelu", None)
+    norms = torch.stack(clt.norms())
+    torch.testing.assert_close(exported.threshold * norms, clt.score_threshold[:, None].expand_as(norms))
+    x = raw_batch()[:, 0]
+    torch.testing.assert_close(exported.encode(x).flatten(1), step.feature_acts, rtol=1e-10, atol=1e-12)
+    s_out = torch.tensor(clt.cfg.output_scale, dtype=torch.float64)
+    want = step.sae_out.unflatten(1, (N_LAYERS, D)) / s_out[:, None]
+    torch.testing.assert_close(exported(x), want, rtol=1e-10, atol=1e-12)
+    assert 0 < (step.feature_acts > 0).sum() < step.feature_acts.numel()
+
+
+@pytest.mark.parametrize(("activation", "across"), BY_SCORE)
+def test_running_threshold_is_the_mean_of_the_smallest_kept_scores(activation: str, across: str) -> None:
+    clt, seen = build(activation, topk_across=across), []
+    for n in range(4):
+        given = step_input(clt)
+        given.n_training_steps, given.sae_in = n, given.sae_in + 0.1 * n
+        seen.append(clt.step(given, Workspace()).smallest_kept)
+    torch.testing.assert_close(clt.score_threshold, torch.stack(seen).mean(dim=0))
+    if activation == "batchtopk":
+        acts = clt.step(given, Workspace()).features
+        lowest = [
+            float((f.dense() * norm.detach())[f.dense() > 0].min()) for f, norm in zip(acts, clt.norms(), strict=True)
+        ]
+        want = lowest if across == "layer" else [min(lowest)] * N_LAYERS
+        assert seen[-1].tolist() == pytest.approx(want)
+    before = clt.score_threshold.clone()
+    clt.eval()
+    clt.step(given, Workspace())
+    assert torch.equal(clt.score_threshold, before)
+
+
 def test_export_takes_another_dtype() -> None:
     assert export(build(dtype="float32"), dtype="float64").W_enc.dtype == torch.float64
 
 
-@pytest.mark.parametrize("activation", ["relu", "jumprelu", "topk"])
-def test_loss_is_the_sum_of_its_terms(activation: str) -> None:
-    clt = build(activation)
-    coefficients = dict(COEFFICIENTS)
-    if activation == "topk":
-        del coefficients["sparsity"]
-    step = clt.training_forward_pass(step_input(clt, coefficients))
-    inputs, outputs = apply_scale(raw_batch(), scale_of(clt)).unbind(dim=1)
-    norms = decoder_norms(list(clt.W_dec))
-    thresholds = clt.thresholds()
-    hidden_pre = [inputs[:, s] @ clt.W_enc[s] + clt.b_enc[s] for s in range(N_LAYERS)]
-    acts = [clt.activate(h, t) for h, t in zip(hidden_pre, thresholds, strict=True)]
-    want = mse_loss(clt.decode_layers(acts), outputs)
-    want = want + 0.2 * dead_feature_loss(hidden_pre, thresholds, norms)
-    if activation != "topk":
-        want = want + 0.7 * sparsity_loss(acts, norms, 4.0)
-    torch.testing.assert_close(step.loss, want, rtol=1e-12, atol=0)
+def test_l0_is_logged_as_the_mean_per_layer() -> None:
+    step = (clt := build()).training_forward_pass(step_input(clt))
     assert float(step.metrics["l0_mean_per_layer"]) * N_LAYERS == pytest.approx(
         float((step.feature_acts > 0).sum(dim=1).double().mean())
     )
@@ -148,7 +187,7 @@ def test_coefficients_go_through_saelens_schedulers() -> None:
         "sparsity": TrainCoefficientConfig(0.5, 9),
         "dead_feature": 1e-5,
     }
-    assert "sparsity" not in build("topk", **cfg).get_coefficients()
+    assert build("topk", **cfg, auxk_coefficient=0.1).get_coefficients() == {"auxk": 0.1}
 
 
 def test_registering_twice_changes_nothing() -> None:
@@ -189,6 +228,13 @@ def test_encoder_biases_set_the_firing_rate(activation: str) -> None:
     assert (rates - initial_firing_rate(clt.cfg.d_sae)).abs().max() <= 1 / n_tokens + 1e-12
 
 
+def test_decoder_biases_are_the_mean_output() -> None:
+    clt = build()
+    outputs = apply_scale(raw_batch(200), scale_of(clt))[:, 1]
+    init_decoder_biases(clt, outputs)
+    torch.testing.assert_close(clt.b_dec.data, outputs.mean(dim=0))
+
+
 def test_firing_rate_falls_with_the_dictionary() -> None:
     assert initial_firing_rate(30) == 0.5
     assert initial_firing_rate(1_000_000) == 0.01
@@ -209,6 +255,7 @@ def test_fresh_weights_are_within_the_bounds_of_the_paper() -> None:
         ({"normalize_activations": "layer_norm"}, "normalize_activations='none'"),
         ({"span": 4}, "span is 4"),
         ({"activation": "topk", "k": None}, "k is None"),
+        ({"activation": "batchtopk", "k": None}, "k is None"),
     ],
 )
 def test_bad_config_is_refused(changes: dict, message: str) -> None:

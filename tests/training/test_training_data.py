@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from tl_clt.errors import ConfigError, DatasetError, HookNotFound, ModelUnsupported, TokenizerMissing
-from tl_clt.training.batches import activation_batches, check_fits, without_store_noise
+from tl_clt.training.batches import ActivationBatches, check_fits, without_store_noise
 from tl_clt.training.data import open_dataset
 from tl_clt.training.scaling import estimate_scale
 
@@ -24,8 +25,8 @@ LINES = [
 
 
 def first_batch(model, dataset, cfg) -> torch.Tensor:
-    with without_store_noise():
-        return next(activation_batches(model, dataset, cfg))
+    with without_store_noise(), closing(ActivationBatches(model, dataset, cfg)) as batches:
+        return next(batches)
 
 
 @pytest.fixture
@@ -106,8 +107,8 @@ def test_positions_can_be_left_out(model, make_config, tokens) -> None:
 def test_small_datasets_repeat_without_noise(model, make_config, tokens, recwarn) -> None:
     cfg = make_config()
     dataset = open_dataset(tokens, model, cfg)
-    with without_store_noise():
-        n = sum(len(b) for b in islice(activation_batches(model, dataset, cfg), 20))
+    with without_store_noise(), closing(ActivationBatches(model, dataset, cfg)) as batches:
+        n = sum(len(b) for b in islice(batches, 20))
     assert n > 2 * tokens.numel()
     assert not recwarn.list
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tl_clt.training.losses import dead_feature_loss, decoder_norms, mse_loss, sparsity_loss
+from tl_clt.training.losses import dead_feature_loss, decoder_norms, mse_loss, sparsity_loss, tanh_count
 
 BATCH, N_LAYERS, F, D = 3, 2, 4, 5
 
@@ -17,11 +17,16 @@ def rand(*shape: int, seed: int) -> torch.Tensor:
 
 
 def decoders() -> list[torch.Tensor]:
-    return [rand(F, N_LAYERS - s, D, seed=10 + s) for s in range(N_LAYERS)]
+    return [rand(F, (N_LAYERS - s) * D, seed=10 + s) for s in range(N_LAYERS)]
 
 
 def loop_norm(W_dec: torch.Tensor, feature: int) -> float:
-    return math.sqrt(sum(float(v) ** 2 for slot in W_dec[feature] for v in slot))
+    return math.sqrt(sum(float(v) ** 2 for v in W_dec[feature]))
+
+
+def tanh_loss(acts: list[torch.Tensor], norms: list[torch.Tensor], c: float) -> torch.Tensor:
+    counts = [tanh_count(a, norm, c) for a, norm in zip(acts, norms, strict=True)]
+    return sparsity_loss(torch.stack(counts).sum(dim=0), "tanh")
 
 
 def test_norm_is_over_all_decoder_vectors_of_a_feature() -> None:
@@ -49,7 +54,13 @@ def test_sparsity_is_tanh_of_norm_times_activation() -> None:
         for layer in range(N_LAYERS)
         for i in range(F)
     )
-    assert float(sparsity_loss(acts, decoder_norms(W_dec), c)) == pytest.approx(want / BATCH, rel=1e-12)
+    assert float(tanh_loss(acts, decoder_norms(W_dec), c)) == pytest.approx(want / BATCH, rel=1e-12)
+
+
+def test_quadratic_loss_is_the_squared_distance_of_each_tokens_count_from_the_target() -> None:
+    counts = torch.tensor([3.0, 5.0, 4.0], dtype=torch.float64)
+    assert float(sparsity_loss(counts, "quadratic_l0", 4.0)) == pytest.approx((1 / 16 + 1 / 16) / 3)
+    assert float(sparsity_loss(counts, "l0")) == pytest.approx(4.0)
 
 
 def test_dead_feature_loss_is_distance_below_threshold_times_norm() -> None:
@@ -75,6 +86,6 @@ def test_gradients_equal_finite_differences() -> None:
     def total(*tensors: torch.Tensor) -> torch.Tensor:
         w, a, h, t = (tensors[i : i + N_LAYERS] for i in range(0, 4 * N_LAYERS, N_LAYERS))
         norms = decoder_norms(w)
-        return sparsity_loss(a, norms, 4.0) + dead_feature_loss(h, t, norms)
+        return tanh_loss(list(a), norms, 4.0) + dead_feature_loss(h, t, norms)
 
     assert torch.autograd.gradcheck(total, (*W_dec, *acts, *hidden_pre, *thresholds))

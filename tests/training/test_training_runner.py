@@ -14,8 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tl_clt.errors import ConfigError, DatasetError, HookNotFound, OutputNotEmpty
 from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig, TrainingProgress, batches, runner
-from tl_clt.training.export import export
-from tl_clt.training.training_clt import TrainingCLT
+from tl_clt.training.trainer import CLTTrainer
 from tl_clt.transcoder import CrossLayerTranscoder
 
 
@@ -28,21 +27,32 @@ def layer_io(model, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x, y
 
 
-def test_trainer_and_store_are_saelens_own() -> None:
-    assert runner.SAETrainer is sae_trainer.SAETrainer
+def test_store_is_saelens_own_and_the_trainer_but_for_its_step() -> None:
     assert batches.ActivationsStore is ActivationsStore
+    assert runner.CLTTrainer.__mro__[1] is sae_trainer.SAETrainer
+    own = {name for name in vars(CLTTrainer) if callable(getattr(CLTTrainer, name))}
+    assert own & set(vars(sae_trainer.SAETrainer)) == {"__init__", "_train_step", "_checkpoint_if_needed"}
+    assert {name for name, value in vars(CLTTrainer).items() if isinstance(value, property)} == {"dead_neurons"}
 
 
 @pytest.mark.parametrize(
-    ("activation", "span", "mode"),
-    [("topk", 3, "all"), ("jumprelu", 3, "all"), ("jumprelu", 1, "threshold"), ("relu", 2, "all")],
+    ("activation", "span", "changes"),
+    [
+        ("topk", 3, {}),
+        ("topk", 3, {"topk_across": "all_layers"}),
+        ("batchtopk", 3, {"k_start": 20, "k_anneal_steps": 50}),
+        ("batchtopk", 3, {"topk_across": "all_layers", "far_rank": 4}),
+        ("jumprelu", 3, {"skip": True}),
+        ("jumprelu", 1, {"straight_through": "threshold"}),
+        ("relu", 2, {}),
+    ],
 )
-def test_training_learns_the_mlps(model, tokens, make_config, activation: str, span: int, mode: str) -> None:
+def test_training_learns_the_mlps(model, tokens, make_config, activation: str, span: int, changes: dict) -> None:
     seen: list[TrainingProgress] = []
     cfg = make_config(
+        **changes,
         activation=activation,
         span=span,
-        straight_through=mode,
         training_tokens=64 * 200,
         sparsity_coefficient=0.1,
         lr_decay_steps=50,
@@ -52,10 +62,13 @@ def test_training_learns_the_mlps(model, tokens, make_config, activation: str, s
     assert [p.step for p in seen] == list(range(10, 200, 10))
     assert seen[-1].tokens == 64 * 190 and seen[-1].n_steps == 200
     assert seen[-1].losses["mse_loss"] < 0.5 * seen[0].losses["mse_loss"]
-    assert ("sparsity_loss" in seen[0].losses) == (activation != "topk")
+    assert ("sparsity_loss" in seen[0].losses) == ("topk" not in activation)
     metrics = run.record.metrics
     assert metrics.explained_variance > 0.6
-    assert clt.cfg.span == span and clt.cfg.activation == activation
+    if cfg.k is not None:
+        assert metrics.l0_mean_per_layer == pytest.approx(6, rel=0.2)
+    by_score = activation == "batchtopk" or "topk_across" in changes
+    assert clt.cfg.span == span and clt.cfg.activation == ("jumprelu" if by_score else activation)
     # The record is that of the CLT handed out, on raw activations.
     x, y = layer_io(model, tokens)
     error = (clt(x) - y).square().sum(dim=(0, 2)) / (y - y.mean(dim=0)).square().sum(dim=(0, 2))
@@ -88,6 +101,14 @@ def test_sparsity_coefficient_lowers_l0(model, tokens, make_config) -> None:
         run.run()
         l0.append(run.record.metrics.l0_sum_over_layers)
     assert l0[1] < 0.6 * l0[0]
+
+
+def test_l0_is_what_was_asked_for(model, tokens, make_config) -> None:
+    cfg = make_config(activation="jumprelu", target_l0=5.0, training_tokens=64 * 250, lr_decay_steps=50)
+    run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
+    run.run()
+    assert run.record.metrics.l0_mean_per_layer == pytest.approx(5.0, rel=0.15)
+    assert run.record.coefficients["sparsity"] not in (0.0, cfg.sparsity_coefficient)
 
 
 def test_same_seed_gives_the_same_weights_and_leaves_random_numbers_alone(model, tokens, make_config) -> None:
@@ -124,23 +145,16 @@ def test_output_is_a_native_clt_with_a_record(model, tokens, make_config, tmp_pa
     assert list(tmp_path.iterdir()) == [tmp_path / "clt"]
 
 
-def test_checkpoints_are_saelens_own_and_can_be_exported(model, tokens, make_config, tmp_path: Path) -> None:
-    cfg = make_config(activation="jumprelu", n_checkpoints=2, checkpoint_path=str(tmp_path / "checkpoints"))
-    CLTTrainingRunner(cfg, model=model, dataset=tokens).run()
-    folders = sorted((tmp_path / "checkpoints").iterdir())
-    assert len(folders) == 2
-    clt = export(TrainingCLT.load_from_disk(folders[-1]))
-    assert clt.cfg.input_scale is not None
-    x, _ = layer_io(model, tokens)
-    assert clt(x).isfinite().all()
-
-
-def test_float64_and_autocast_train(model, tokens, make_config) -> None:
-    exact = CLTTrainingRunner(make_config(dtype="float64"), model=model, dataset=tokens).run()
-    assert exact.W_enc.dtype == torch.float64
-    cfg = make_config(activation="jumprelu", autocast=True, training_tokens=64 * 200, sparsity_coefficient=0.1)
+@pytest.mark.parametrize("activation", ["jumprelu", "topk"])
+@pytest.mark.parametrize(
+    "precision",
+    [{"dtype": "float64"}, {"autocast": True}, {"dtype": "bfloat16"}],
+    ids=["float64", "autocast", "bfloat16"],
+)
+def test_every_precision_trains(model, tokens, make_config, activation: str, precision: dict) -> None:
+    cfg = make_config(activation=activation, training_tokens=64 * 200, sparsity_coefficient=0.1, **precision)
     run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
-    assert run.run().W_enc.dtype == torch.float32
+    assert run.run().W_enc.dtype == getattr(torch, cfg.dtype)
     assert run.record.metrics.explained_variance > 0.5
 
 
@@ -153,9 +167,8 @@ def test_folder_with_something_in_it_is_refused_before_any_work(
 
     monkeypatch.setattr(runner, "load_model", no_work)
     (tmp_path / "mine.txt").write_text("keep")
-    changes = {which: str(tmp_path), "model_name": "tiny", "n_checkpoints": int(which == "checkpoint_path")}
     with pytest.raises(OutputNotEmpty, match="is not empty"):
-        CLTTrainingRunner(make_config(**changes), dataset=tokens).run()
+        CLTTrainingRunner(make_config(model_name="tiny", **{which: str(tmp_path)}), dataset=tokens).run()
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -198,12 +211,12 @@ def test_bad_runs_are_refused_before_anything_is_written(model, tokens, make_con
 def test_saelens_lambda_ramp_ends_at_the_coefficient(model, tokens, make_config, monkeypatch) -> None:
     trainers = []
 
-    class Spy(sae_trainer.SAETrainer):
+    class Spy(CLTTrainer):
         def __init__(self, *args: object, **kwargs: object) -> None:
             super().__init__(*args, **kwargs)
             trainers.append((self, self.get_coefficients()["sparsity"]))
 
-    monkeypatch.setattr(runner, "SAETrainer", Spy)
+    monkeypatch.setattr(runner, "CLTTrainer", Spy)
     cfg = make_config(activation="relu", sparsity_coefficient=0.7)
     CLTTrainingRunner(cfg, model=model, dataset=tokens).run()
     trainer, at_start = trainers[0]

@@ -1,6 +1,7 @@
 """The only room that imports transformer_lens: models, hooks, freezing, prompts and weights."""
 
 from tl_clt.lens.clean_run import CleanRun, Freeze
+from tl_clt.lens.fingerprint import model_fingerprint
 from tl_clt.lens.freezing import frozen_hooks, hold, is_frozen_hook
 from tl_clt.lens.hooks import (
     FwdHook,
@@ -49,6 +50,7 @@ __all__ = [
     "is_parallel",
     "last_kv_cache",
     "load_model",
+    "model_fingerprint",
     "model_name",
     "neuron_weights",
     "norm_map",

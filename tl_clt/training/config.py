@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from tl_clt.errors import ConfigError, nearest
+from tl_clt.errors import nearest
 from tl_clt.lens import Backend
-from tl_clt.training.activations import StraightThrough
-from tl_clt.transcoder.config import DTYPES
-
-TrainedActivation = Literal["relu", "jumprelu", "topk"]
-Scheduler = Literal["constant", "cosineannealing", "cosineannealingwarmrestarts"]
-
-POSITIVE = (
-    *("d_transcoder", "training_tokens", "context_size", "train_batch_size_tokens", "lr", "tanh_scale"),
-    *("store_batch_size_prompts", "n_batches_in_buffer", "n_batches_for_scale", "n_eval_batches"),
-    *("jumprelu_init_threshold", "jumprelu_bandwidth", "dead_feature_window", "wandb_log_frequency"),
-)
-NOT_NEGATIVE = (
-    *("sparsity_coefficient", "dead_feature_coefficient", "lr_warm_up_steps", "lr_decay_steps"),
-    *("n_checkpoints", "lr_end"),
-)
+from tl_clt.training.activations import StraightThrough, TrainedActivation
+from tl_clt.training.cache import CacheDtype
+from tl_clt.training.config_checks import Scheduler, check, require
+from tl_clt.training.losses import SparsityKind
+from tl_clt.training.selection import Across
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +51,26 @@ class CLTTrainingRunnerConfig:
     """Layers a feature writes to: n_layers (a CLT) where left out, 1 for per-layer transcoders."""
 
     activation: TrainedActivation = "jumprelu"
-    """relu, jumprelu or topk."""
+    """relu, jumprelu, topk, or batchtopk. topk and batchtopk rank features by activation * ||W_dec,i||."""
 
     k: int | None = None
-    """Features kept per layer and token, for topk."""
+    """Features kept per layer and token, in the mean; for topk and batchtopk."""
+
+    topk_across: Across = "layer"
+    """What k is counted over: each layer by itself ("layer"), or all layers together ("all_layers"), so that layers
+    which need more features get them. All layers together, and batchtopk, are exported as jumprelu."""
+
+    k_start: int | None = None
+    """k at the first step, from where it falls linearly to `k` over the first `k_anneal_steps` steps."""
+
+    k_anneal_steps: int = 0
+    """Steps of that."""
+
+    skip: bool = False
+    """Whether each layer adds a linear map of its own input."""
+
+    far_rank: int | None = None
+    """Rank of the decoders to later layers, which are exported as full ones; full where left out."""
 
     input_hook: str = "hook_resid_mid"
     """Hook that features read, within a block."""
@@ -78,16 +83,29 @@ class CLTTrainingRunnerConfig:
 
     # -- losses: see `losses` for their formulas and units
 
+    sparsity_loss: SparsityKind = "tanh"
+    """tanh, l0 or quadratic_l0. The latter two are for jumprelu. No part for topk and batchtopk."""
+
     sparsity_coefficient: float = 1.0
     """lambda at the end; it rises linearly from 0 over the whole run. About the squared error, summed over
-    layers, that a feature must save to be worth firing. No part for topk."""
+    layers, that a feature must save to be worth firing. With target_l0 a guess is enough."""
+
+    target_l0: float | None = None
+    """Active features per layer and token, mean over layers, to ask for in place of a lambda: lambda is adjusted
+    during training until they are reached. "quadratic_l0" needs it, and leaves lambda as it is."""
 
     tanh_scale: float = 4.0
-    """c of the sparsity loss."""
+    """c of the tanh sparsity loss."""
 
     dead_feature_coefficient: float = 3e-6
     """lambda_P. Small dictionaries with lambda near 1 need far more, 0.01 to 0.1, to keep most features alive; more
-    of it raises L0."""
+    of it raises L0. No part for topk and batchtopk."""
+
+    auxk_coefficient: float = 1 / 32
+    """Weight of AuxK, by which dead features learn what the others leave out; for topk and batchtopk."""
+
+    k_aux: int | None = None
+    """Dead features of each layer that it trains at a token; d_model / 2 where left out."""
 
     jumprelu_init_threshold: float = 0.03
     """Threshold of every feature at the start, in units of hidden_pre."""
@@ -101,7 +119,7 @@ class CLTTrainingRunnerConfig:
     # -- data
 
     training_tokens: int = 2_000_000
-    """Tokens to train on, repeats of the dataset included."""
+    """Tokens to train on, repeats of the dataset included. Exactly so many: the last batch may be shorter."""
 
     context_size: int = 128
     """Tokens of a prompt."""
@@ -130,6 +148,21 @@ class CLTTrainingRunnerConfig:
     seqpos_slice: tuple[int | None, ...] = (None,)
     """Positions to train on, as the arguments of `slice`: (1, None) leaves the first out."""
 
+    max_norm_ratio: float | None = None
+    """Leave out tokens at which some layer's input or output has a norm of more than so many times its median over
+    the prompts of a forward pass. None leaves none out; models with huge activations at a few tokens want about 10."""
+
+    cache_path: str | None = None
+    """Folder of cached activations: what is in it is read, what is not is added. Any run of the same model and hooks
+    may use it, whatever its dataset, context size, left-out tokens and seed."""
+
+    cache_dtype: CacheDtype = "float16"
+    """float16, or int8 for half the space. A run with a cache trains on the rounded activations, the first run
+    as well as the next."""
+
+    prefetch: bool = True
+    """Run the model for the next batches on a thread of its own while a step is made. Batches are the same."""
+
     n_batches_for_scale: int = 8
     """First batches, on which scales and encoder biases are set. They are trained on as well."""
 
@@ -156,6 +189,10 @@ class CLTTrainingRunnerConfig:
     adam_beta2: float = 0.999
     """Adam's beta_2."""
 
+    n_data_parallel: int = 1
+    """Under torchrun: parts that each batch's tokens are split into. The processes of each part split the CLT's
+    features among them, all processes where left out. Neither changes the result, but for rounding."""
+
     autocast: bool = False
     """Matrix products of training in bfloat16."""
 
@@ -168,16 +205,22 @@ class CLTTrainingRunnerConfig:
     # -- records
 
     dead_feature_window: int = 1000
-    """Steps without firing after which a feature counts as dead."""
+    """Steps over which the density of features is measured, which tells the dead ones; a quarter of the run at most."""
+
+    dead_feature_density: float = 1e-6
+    """Share of tokens below which a feature counts as dead. Such as fire at no token of the window always do."""
 
     n_eval_batches: int = 8
     """Batches after training on which the final metrics are measured."""
 
-    n_checkpoints: int = 0
-    """Checkpoints of SAELens's trainer on the way."""
-
     checkpoint_path: str | None = None
-    """New or empty folder for them, outside of output_path."""
+    """New or empty folder, outside of output_path, for checkpoints to resume from; none are written where left out."""
+
+    checkpoint_every: int = 1000
+    """Steps between them."""
+
+    keep_checkpoints: int = 2
+    """As many of them are kept, the newest."""
 
     log_to_wandb: bool = False
     """Whether SAELens's trainer logs to Weights & Biases."""
@@ -195,93 +238,18 @@ class CLTTrainingRunnerConfig:
     """Steps between logs there, and between calls of the runner's `on_progress`."""
 
     def __post_init__(self) -> None:
-        self._check_values()
-        self._check_activation()
-        self._check_data()
-        self._check_course()
-        self._check_folders()
-
-    def _check_values(self) -> None:
-        for name in POSITIVE:
-            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}: give more than 0.")
-        for name in NOT_NEGATIVE:
-            _require((getattr(self, name) or 0) >= 0, f"{name} is {getattr(self, name)}: give 0 or more.")
-        for name, choices in {
-            "backend": get_args(Backend),
-            "activation": get_args(TrainedActivation),
-            "straight_through": get_args(StraightThrough),
-            "lr_scheduler_name": get_args(Scheduler),
-            "dtype": DTYPES,
-            "model_dtype": DTYPES,
-        }.items():
-            value = getattr(self, name)
-            _require(
-                value in choices,
-                f"{name} is {value!r}: give one of {', '.join(choices)}.{nearest(str(value), choices)}",
-            )
-        mix = self.activations_mixing_fraction
-        _require(0 <= mix <= 1, f"activations_mixing_fraction is {mix}: give 0 to 1.")
-
-    def _check_activation(self) -> None:
-        _require(
-            (self.k is not None) == (self.activation == "topk"),
-            f"k is {self.k} with activation {self.activation!r}: topk needs k, others take none.",
-        )
-        _require(
-            self.k is None or 1 <= self.k <= self.d_transcoder,
-            f"k is {self.k} for {self.d_transcoder} features per layer: give 1 to {self.d_transcoder}.",
-        )
-        _require(self.span is None or self.span >= 1, f"span is {self.span}: give 1 (PLT) to n_layers (CLT).")
-        _require(
-            self.input_hook != self.output_hook,
-            f"input_hook and output_hook are both {self.input_hook!r}: give two different hooks.",
-        )
-
-    def _check_data(self) -> None:
-        per_prompt = len(range(self.context_size)[slice(*self.seqpos_slice)])
-        _require(
-            per_prompt > 0,
-            f"seqpos_slice {self.seqpos_slice} leaves none of {self.context_size} positions: widen it.",
-        )
-        needed = -(-self.train_batch_size_tokens // per_prompt)
-        _require(
-            self.n_batches_in_buffer >= needed,
-            f"n_batches_in_buffer is {self.n_batches_in_buffer}, which is a buffer of"
-            f" {self.n_batches_in_buffer * per_prompt} tokens for a batch of {self.train_batch_size_tokens}:"
-            f" give at least {needed}, better {4 * needed}, or a smaller train_batch_size_tokens.",
-        )
-        _require(
-            self.training_tokens >= self.train_batch_size_tokens,
-            f"training_tokens is {self.training_tokens}, less than one batch of {self.train_batch_size_tokens}:"
-            " give more tokens or a smaller train_batch_size_tokens.",
-        )
-
-    def _check_course(self) -> None:
-        ramps = self.lr_warm_up_steps + self.lr_decay_steps
-        _require(
-            ramps <= self.n_steps,
-            f"lr_warm_up_steps and lr_decay_steps are {ramps} together, but the run has {self.n_steps} steps:"
-            " shorten them or give more training_tokens.",
-        )
-
-    def _check_folders(self) -> None:
-        _require(
-            (self.n_checkpoints > 0) == (self.checkpoint_path is not None),
-            f"n_checkpoints is {self.n_checkpoints} with checkpoint_path {self.checkpoint_path!r}:"
-            " give both or neither.",
-        )
-        if self.checkpoint_path is not None and self.output_path is not None:
-            output, checkpoints = Path(self.output_path).resolve(), Path(self.checkpoint_path).resolve()
-            _require(
-                output != checkpoints and output not in checkpoints.parents,
-                f"checkpoint_path '{self.checkpoint_path}' is within output_path '{self.output_path}', which must"
-                " be empty when training ends: give a folder outside of it.",
-            )
+        check(self)
 
     @property
     def n_steps(self) -> int:
-        """Whole training steps."""
-        return self.training_tokens // self.train_batch_size_tokens
+        """Training steps; the last may be on fewer tokens."""
+        return -(-self.training_tokens // self.train_batch_size_tokens)
+
+    @property
+    def dead_window_steps(self) -> int:
+        """`dead_feature_window`, or a quarter of a shorter run: at the start every feature fires, so that a longer
+        window would find none dead."""
+        return min(self.dead_feature_window, -(-self.n_steps // 4))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` takes them back."""
@@ -296,12 +264,7 @@ class CLTTrainingRunnerConfig:
         """
         known = {f.name for f in fields(cls)}
         for key in values:
-            _require(key in known, f"'{key}' is no key of CLTTrainingRunnerConfig.{nearest(key, known)}")
-        _require("d_transcoder" in values, "'d_transcoder' is missing: give the features per layer.")
+            require(key in known, f"'{key}' is no key of CLTTrainingRunnerConfig.{nearest(key, known)}")
+        require("d_transcoder" in values, "'d_transcoder' is missing: give the features per layer.")
         as_tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**as_tuples)
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ConfigError(f"CLTTrainingRunnerConfig: {message}")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tl_clt.training.low_rank import full_decoder
 from tl_clt.training.training_clt import InferenceCLT, TrainingCLT
 from tl_clt.transcoder import CrossLayerTranscoder
 from tl_clt.transcoder.decoders import DenseDecoders
@@ -17,7 +18,12 @@ def export(clt: TrainingCLT | InferenceCLT, dtype: str | None = None) -> CrossLa
     """A `CrossLayerTranscoder` with the scaling of training folded into its weights, exactly.
 
     With x_scaled = s_in * x and y_scaled = s_out * y:
-        W_enc[s] * s_in[s],   W_dec[s -> t] / s_out[t],   b_dec[t] / s_out[t];   b_enc and thresholds stay.
+        W_enc[s].T * s_in[s],   W_dec[s -> t] / s_out[t],   b_dec[t] / s_out[t],   W_skip[t] * s_in[t] / s_out[t];
+        b_enc and thresholds stay.
+    Decoders of low rank become full. Where k features of each layer and token are kept, which are ranked by
+    hidden_pre * ||W_dec,i||, that norm moves from the decoder to the encoder: ranking by hidden_pre, as a
+    `CrossLayerTranscoder` does, is then the same. Other selections become JumpReLU, with thresholds
+    score_threshold / ||W_dec,i||.
 
     Args:
         clt: the CLT, with `input_scale` and `output_scale` in its config.
@@ -30,20 +36,37 @@ def export(clt: TrainingCLT | InferenceCLT, dtype: str | None = None) -> CrossLa
     s_out = torch.tensor(cfg.output_scale or [1.0] * cfg.n_layers, **kind)
     final = getattr(torch, cfg.dtype)
     decoders = []
-    for source, W_dec in enumerate(clt.W_dec):
+    moved = _moved_norms(clt)
+    for source, W_dec in enumerate(_full_decoders(clt)):
         targets = cfg.targets(source)
-        decoders.append((W_dec.double() / s_out[targets.start : targets.stop, None]).to(final))
+        slots = (W_dec / moved[source][:, None]).unflatten(1, (len(targets), cfg.d_model))
+        decoders.append((slots / s_out[targets.start : targets.stop, None]).to(final))
     exported = CrossLayerTranscoder(cfg, DenseDecoders(decoders)).to(clt.b_dec.device)
 
     def fill(name: str, value: Tensor) -> None:
         getattr(exported, name).copy_(value)
 
-    fill("W_enc", _stacked(clt.W_enc) * s_in[:, None, None])
-    fill("b_enc", _stacked(clt.b_enc))
+    fill("W_enc", (_stacked(clt.W_enc) * moved[..., None]).mT * s_in[:, None, None])
+    fill("b_enc", _stacked(clt.b_enc) * moved)
     fill("b_dec", clt.b_dec.double() / s_out[:, None])
-    if clt.log_threshold is not None:
+    if cfg.has_threshold:
         fill("threshold", torch.stack([t.double() for t in clt.thresholds()]))
+    if clt.W_skip is not None:
+        fill("W_skip", _stacked(clt.W_skip) * (s_in / s_out)[:, None, None])
     return exported
+
+
+def _full_decoders(clt: TrainingCLT | InferenceCLT) -> list[Tensor]:
+    pairs = [(W.double(), clt.far(s)) for s, W in enumerate(clt.W_dec)]
+    return [W if far is None else full_decoder(W, far.double()) for W, far in pairs]
+
+
+def _moved_norms(clt: TrainingCLT | InferenceCLT) -> Tensor:
+    """The factor [n_layers, d_transcoder] that moves from decoders to encoders."""
+    if clt.cfg.selects and not clt.cfg.has_score_threshold:
+        norms = torch.stack([W.norm(dim=1) for W in _full_decoders(clt)])
+        return torch.where(norms > 0, norms, 1.0)
+    return torch.ones(clt.cfg.n_layers, clt.cfg.d_transcoder, dtype=torch.float64, device=clt.b_dec.device)
 
 
 def _stacked(per_layer: torch.nn.ParameterList) -> Tensor:

@@ -1,4 +1,4 @@
-"""The start of the encoder biases: every feature fires at the same, known rate."""
+"""The start of the biases: every feature fires at the same, known rate, and the CLT writes the mean output."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ def initial_firing_rate(n_features: int) -> float:
 
 @torch.no_grad()
 def init_encoder_biases(clt: TrainingCLT, inputs: Float[Tensor, "batch n_layers d_model"]) -> None:
-    """Set b_enc to theta minus a quantile of `x @ W_enc`, so that each feature fires at `initial_firing_rate`.
+    """Set b_enc to theta minus a quantile of `x @ W_enc.T`, so that each feature fires at `initial_firing_rate`.
 
     Args:
         clt: changed in place.
-        inputs: scaled inputs of some tokens. The fewer there are, the coarser the rate.
+        inputs: scaled inputs of some tokens, on a grid the same for every rank. The fewer there are, the coarser
+            the rate.
     """
     n_tokens = len(inputs)
     n_firing = round(initial_firing_rate(clt.cfg.d_sae) * n_tokens)
@@ -34,7 +35,13 @@ def init_encoder_biases(clt: TrainingCLT, inputs: Float[Tensor, "batch n_layers 
     width = max(1, CHUNK_ELEMENTS // n_tokens)
     for layer, threshold in enumerate(clt.thresholds()):
         x = inputs[:, layer]
-        for start in range(0, clt.cfg.d_transcoder, width):
+        for start in range(0, clt.n_own_features, width):
             part = slice(start, start + width)
-            quantile = (x @ clt.W_enc[layer][:, part]).kthvalue(rank, dim=0).values
+            quantile = (x @ clt.W_enc[layer][part].T).kthvalue(rank, dim=0).values
             clt.b_enc[layer][part] = threshold[part] - quantile
+
+
+@torch.no_grad()
+def init_decoder_biases(clt: TrainingCLT, outputs: Float[Tensor, "batch n_layers d_model"]) -> None:
+    """Set b_dec to the mean of scaled outputs, which is the best that a CLT without features can write."""
+    clt.b_dec.copy_(outputs.double().mean(dim=0))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
+from tl_clt.training.chunks import DataCounts
 from tl_clt.training.scaling import Batch
+from tl_clt.training.step import Workspace
 from tl_clt.training.training_clt import TrainingCLT
 
 
@@ -33,7 +36,8 @@ class Metrics(NamedTuple):
     """Features that fire at a token, of each layer."""
 
     dead_share: float
-    """Share of features that fired at none of the tokens of the last `dead_window_steps` training steps."""
+    """Share of features whose density, over the last `dead_window_steps` training steps, is below
+    `dead_feature_density`; such as fired at no token of them always count."""
 
     dead_window_steps: int
     """`dead_feature_window`, or the last quarter of a run shorter than four times that: at the start every feature
@@ -45,25 +49,30 @@ class Metrics(NamedTuple):
 
 @torch.no_grad()
 def measure(
-    clt: TrainingCLT, batches: Iterable[Batch], silent_steps: Float[Tensor, " d_sae"], dead_window_steps: int
+    clt: TrainingCLT,
+    batches: Iterable[Batch],
+    dead: Bool[Tensor, " d_sae"],
+    dead_window_steps: int,
+    workspace: Workspace,
 ) -> Metrics:
     """The final metrics.
 
     Args:
         clt: the trained CLT.
-        batches: scaled inputs and outputs.
-        silent_steps: for each feature of all layers, the training steps since it fired.
-        dead_window_steps: as many of them make a feature dead.
+        batches: scaled inputs and outputs; on a grid, of this rank's tokens.
+        dead: for each feature of all layers, whether it is dead.
+        dead_window_steps: the training steps by which that was told.
+        workspace: that of the training.
     """
     outputs, errors, fired = [], [], []
+    without_penalties = dict.fromkeys(clt.get_coefficients(), 0.0)
+    clt.eval()
     for batch in batches:
-        step = clt.training_forward_pass(
-            TrainStepInput(batch, dict.fromkeys(clt.get_coefficients(), 0.0), None, 0, False)
-        )
-        layers = (clt.cfg.n_layers, -1)
-        outputs.append(step.sae_in.unflatten(1, layers).double())
-        errors.append((step.sae_out - step.sae_in).double().square().unflatten(1, layers).sum(dim=(0, 2)))
-        fired.append((step.feature_acts > 0).unflatten(1, layers).sum(dim=(0, 2)).double())
+        step = clt.step(TrainStepInput(batch, without_penalties, None, 0, False), workspace)
+        y = clt.grid.all_tokens(batch[:, 1]).double()
+        outputs.append(y)
+        errors.append((clt.grid.all_tokens(step.recons) - y).square().sum(dim=(0, 2)))
+        fired.append(clt.count_firing(step).unflatten(0, (clt.cfg.n_layers, -1)).sum(dim=1).double())
     y = torch.cat(outputs)
     variance = (y - y.mean(dim=0)).square().sum(dim=(0, 2))
     error, l0 = torch.stack(errors).sum(dim=0), torch.stack(fired).sum(dim=0) / len(y)
@@ -73,7 +82,7 @@ def measure(
         l0_sum_over_layers=float(l0.sum()),
         l0_mean_per_layer=float(l0.mean()),
         l0_per_layer=l0.tolist(),
-        dead_share=float((silent_steps >= dead_window_steps).double().mean()),
+        dead_share=float(dead.double().mean()),
         dead_window_steps=dead_window_steps,
         n_tokens=len(y),
     )
@@ -88,15 +97,21 @@ class TrainingRecord(NamedTuple):
     tokens_seen: int
     """Tokens trained on."""
 
+    data: DataCounts
+    """What was read, and what of it was left out; more than `tokens_seen`, for the shuffling buffer and the metrics."""
+
     seconds: float
-    """Wall time of the run, loading and measuring included."""
+    """Wall time of the run, loading and measuring included; of a resumed one, with what it took before."""
 
     sae_lens_version: str
     """Version of SAELens that trained it."""
+
+    coefficients: dict[str, float]
+    """Weights of the loss terms at the last step; "sparsity" is the lambda that `target_l0` came to."""
 
     metrics: Metrics
     """After training."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return self._asdict() | {"metrics": self.metrics._asdict()}
+        return self._asdict() | {"metrics": self.metrics._asdict(), "data": asdict(self.data)}

@@ -5,34 +5,48 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import chain, islice
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import sae_lens
 import torch
 import wandb
-from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.config import LoggingConfig
 from sae_lens.saes.sae import SAEMetadata
-from sae_lens.training.sae_trainer import SAETrainer
 
 from tl_clt.errors import ConfigError
-from tl_clt.lens import HookedModel, load_model, model_name
-from tl_clt.training.batches import activation_batches, check_fits, without_store_noise
+from tl_clt.lens import HookedModel, load_model, model_fingerprint, model_name
+from tl_clt.training import checkpoints
+from tl_clt.training.batches import ActivationBatches, check_fits, without_store_noise
+from tl_clt.training.chunks import DataCounts
 from tl_clt.training.config import CLTTrainingRunnerConfig
-from tl_clt.training.data import DatasetSource, open_dataset
+from tl_clt.training.data import AnyDataset, DatasetSource, open_dataset
 from tl_clt.training.export import export
-from tl_clt.training.init import init_encoder_biases
+from tl_clt.training.gathering import gather_clt
+from tl_clt.training.handout import Handout, from_main
+from tl_clt.training.init import init_decoder_biases, init_encoder_biases
+from tl_clt.training.memory import MemoryEstimate, estimate_memory, require_memory
 from tl_clt.training.record import TrainingRecord, measure
+from tl_clt.training.resuming import (
+    CheckpointWriter,
+    find_checkpoint,
+    require_checkpoint_folder,
+    require_same_model,
+)
 from tl_clt.training.scaling import ActivationScale, Batch, apply_scale, estimate_scale
+from tl_clt.training.sharding import ProcessGrid, only_main_shows, own_device, process_grid
+from tl_clt.training.state import TrainingState, position_of, restore
+from tl_clt.training.trainer import CLTTrainer, CLTTrainerConfig
 from tl_clt.training.training_clt import TrainingCLT, TrainingCLTConfig
 from tl_clt.transcoder import CrossLayerTranscoder
 from tl_clt.transcoder.formats import native
 from tl_clt.transcoder.formats.writing import new_folder, require_new
 
 RECORD = "training.json"
-OWN_PATHS = ("output_path", "checkpoint_path")
+OWN_PATHS = ("output_path", "checkpoint_path", "cache_path")
 """Left out of the record: where a run was written says nothing of it, and folders move."""
 
 
@@ -52,8 +66,31 @@ class TrainingProgress(NamedTuple):
     """Terms of the last step's loss, coefficients included."""
 
 
+class Start(NamedTuple):
+    """What the main process found before training: plain values, which all processes get."""
+
+    n_layers: int
+    """Layers of the model."""
+
+    d_model: int
+    """Width of its residual stream."""
+
+    name: str
+    """The model's, as the CLT's config has it."""
+
+    fingerprint: str | None
+    """Of the model, where the run makes or takes up checkpoints."""
+
+    checkpoint: checkpoints.Checkpoint | None
+    """To go on from."""
+
+
 class CLTTrainingRunner:
-    """Trains a `CrossLayerTranscoder` with SAELens's `SAETrainer` and `ActivationsStore`, both as they are."""
+    """Trains a `CrossLayerTranscoder` with SAELens's activation store and trainer; see `CLTTrainer` for its step.
+
+    Under torchrun, or where the caller has set up torch.distributed, all processes train one CLT together: see
+    `sharding`. The main process alone loads the model and the dataset, calls back, and writes.
+    """
 
     record: TrainingRecord | None = None
     """What `training.json` holds; set when `run` is done."""
@@ -64,6 +101,7 @@ class CLTTrainingRunner:
         model: HookedModel | None = None,
         dataset: DatasetSource | None = None,
         on_progress: Callable[[TrainingProgress], None] | None = None,
+        on_start: Callable[[MemoryEstimate], None] | None = None,
     ) -> None:
         """Take a run's parts; nothing is loaded yet.
 
@@ -72,9 +110,10 @@ class CLTTrainingRunner:
             model: used in place of loading `cfg.model_name`.
             dataset: used in place of `cfg.dataset_path`; see `open_dataset` for what it may be.
             on_progress: called every `cfg.wandb_log_frequency` steps.
+            on_start: told what memory the run will need, before any activations are made.
 
         Raises:
-            ConfigError: there is no model or no dataset.
+            ConfigError: there is no model or no dataset, or one GPU is named for several processes.
         """
         if model is None and cfg.model_name is None:
             raise ConfigError("CLTTrainingRunner: there is no model. Set model_name in the config, or pass model=.")
@@ -82,36 +121,88 @@ class CLTTrainingRunner:
             raise ConfigError(
                 "CLTTrainingRunner: there is no dataset. Set dataset_path in the config, or pass dataset=."
             )
-        self.cfg = cfg
+        self.cfg = replace(cfg, device=own_device(cfg.device))
         self.model = model
         self.dataset = dataset
         self.on_progress = on_progress
+        self.on_start = on_start
 
-    def run(self) -> CrossLayerTranscoder:
+    def run(self, resume: str | Path | None = None) -> CrossLayerTranscoder:
         """Train, save to `cfg.output_path` where given, and return the CLT, which takes raw activations.
+
+        Where features were split among several processes, the main one returns it in main memory, and the others
+        return one without values, on the "meta" device. An error that one of them alone meets while training ends
+        that one; torchrun then ends the others.
 
         The state of torch's random numbers is afterwards as it was before.
 
+        Args:
+            resume: a checkpoint, or a `checkpoint_path` whose newest to take: the run goes on from there, and on the
+                CPU ends with the same weights, to the bit, as if it had never stopped. The config must be the same in
+                all that decides the weights, and model and dataset must hold the same.
+
         Raises:
             OutputNotEmpty: the output or checkpoint folder holds something (found before any work).
-            HookNotFound, DatasetError, TokenizerMissing, ConfigError, ModelNotFound, ModelUnsupported: before
-                training; nothing is written.
+            CheckpointError: the checkpoint is damaged, or of another run.
+            HookNotFound, DatasetError, TokenizerMissing, ConfigError, ModelNotFound, ModelUnsupported,
+                NotEnoughMemory: before training; nothing is written.
+            NotWritten: a disk is full. Checkpoints and cached activations from before stay good.
         """
+        with process_grid(self.cfg.n_data_parallel, self.cfg.device) as grid:
+            return self._run_on(grid, resume)
+
+    def _run_on(self, grid: ProcessGrid, resume: str | Path | None) -> CrossLayerTranscoder:
         started = time.monotonic()
-        for folder in (self.cfg.output_path, self.cfg.checkpoint_path):
-            if folder is not None:
-                require_new(Path(folder))
-        model = self.model or self._load_model()
-        check_fits(model, self.cfg)
-        dataset = open_dataset(
-            self.cfg.dataset_path if self.dataset is None else self.dataset,  # type: ignore[arg-type]
-            model,
-            self.cfg,
-        )
-        with without_store_noise(), _seeded(self.cfg), _wandb(self.cfg):
-            clt = self._train(model, activation_batches(model, dataset, self.cfg), started)
-        self._save(clt)
+        cfg = self.cfg
+        source: list[tuple[HookedModel, AnyDataset]] = []
+        start = grid.on_main(lambda: self._prepare(resume, source))
+        grid.everywhere(lambda: self._check_memory(start, grid))
+        state = None
+        if start.checkpoint is not None:
+            state = checkpoints.read(start.checkpoint, cfg.device, grid)
+            started -= start.checkpoint.about["seconds"]
+        with (
+            without_store_noise(),
+            _seeded(cfg),
+            _wandb(cfg, start, grid),
+            only_main_shows(grid),
+            ExitStack() as opened,
+        ):
+            raw = None
+            for model, dataset in source:
+                batches = ActivationBatches(model, dataset, cfg, None if state is None else position_of(state))
+                raw = opened.enter_context(closing(batches))
+            clt = self._train(start, raw, grid, started, state)
+        if grid.is_main:
+            self._save(clt)
         return clt
+
+    def _prepare(self, resume: str | Path | None, source: list[tuple[HookedModel, AnyDataset]]) -> Start:
+        """Check what the main process can check before the work, and add the model and the dataset to `source`."""
+        cfg = self.cfg
+        if cfg.output_path is not None:
+            require_new(Path(cfg.output_path))
+        checkpoint = None if resume is None else find_checkpoint(cfg, Path(resume))
+        require_checkpoint_folder(cfg, checkpoint)
+        model = self.model or self._load_model()
+        check_fits(model, cfg)
+        dataset = open_dataset(cfg.dataset_path if self.dataset is None else self.dataset, model, cfg)  # type: ignore[arg-type]
+        fingerprint = None
+        if checkpoint is not None or cfg.checkpoint_path is not None:
+            fingerprint = model_fingerprint(model)
+        if checkpoint is not None and fingerprint is not None:
+            require_same_model(checkpoint, fingerprint)
+        source.append((model, dataset))
+        return Start(
+            model.cfg.n_layers, model.cfg.d_model, cfg.model_name or model_name(model), fingerprint, checkpoint
+        )
+
+    def _check_memory(self, start: Start, grid: ProcessGrid) -> None:
+        shape = replace(self._sae_config(start, None), device="meta")
+        estimate = estimate_memory(TrainingCLT(shape, grid=grid), self.cfg)
+        if self.on_start is not None and grid.is_main:
+            self.on_start(estimate)
+        require_memory(estimate, torch.device(self.cfg.device))
 
     def _load_model(self) -> HookedModel:
         cfg = self.cfg
@@ -119,26 +210,59 @@ class CLTTrainingRunner:
         dtype = getattr(torch, cfg.model_dtype)
         return load_model(cfg.model_name, backend=cfg.backend, device=cfg.device, dtype=dtype)
 
-    def _train(self, model: HookedModel, raw: Iterator[Batch], started: float) -> CrossLayerTranscoder:
+    def _train(
+        self,
+        start: Start,
+        raw: ActivationBatches | None,
+        grid: ProcessGrid,
+        started: float,
+        state: TrainingState | None,
+    ) -> CrossLayerTranscoder:
         cfg = self.cfg
-        first = list(islice(raw, cfg.n_batches_for_scale))
-        scale = estimate_scale(first)
-        scaled = (apply_scale(batch, scale) for batch in chain(first, raw))
-        sae = TrainingCLT(self._sae_config(model, scale))
-        init_encoder_biases(sae, torch.cat([apply_scale(batch, scale)[:, 0] for batch in first]))
-        trainer = SAETrainer(cfg=self._trainer_config(), sae=sae, data_provider=self._reporting(scaled, sae))
+        sae, scale = self._new_clt(start, raw, grid) if state is None else self._clt_to_restore(start, state, grid)
+        trainer = CLTTrainer(cfg=self._trainer_config(), sae=sae, data_provider=None)
+        if state is not None:
+            restore(trainer, state)
+
+        def own_part(batches: Iterator[Batch] | None) -> Iterator[Batch]:
+            handed_out = Handout(batches, grid, (2, start.n_layers, start.d_model), sae.dtype, sae.device)
+            return (apply_scale(batch, scale) for batch in handed_out)
+
+        trainer.data_provider = own_part(None if raw is None else self._for_training(raw, trainer))
+        about = {"model_fingerprint": start.fingerprint}
+        trainer.after_step = CheckpointWriter(cfg, about, lambda: None if raw is None else raw.position, started)
         trainer.fit()
-        window = min(cfg.dead_feature_window, -(-trainer.n_training_steps // 4))
-        silent_steps = trainer.n_forward_passes_since_fired
-        metrics = measure(sae, islice(scaled, cfg.n_eval_batches), silent_steps, window)
+        last = islice(own_part(raw), cfg.n_eval_batches)
+        metrics = measure(sae, last, trainer.dead_neurons, cfg.dead_window_steps, trainer.workspace)
         self.record = TrainingRecord(
             config={k: v for k, v in cfg.to_dict().items() if k not in OWN_PATHS},
             tokens_seen=trainer.n_training_samples,
+            data=grid.on_main(lambda: raw.position.counts if raw is not None else DataCounts()),
             seconds=round(time.monotonic() - started, 1),
             sae_lens_version=sae_lens.__version__,
+            coefficients=trainer.get_coefficients(),
             metrics=metrics,
         )
-        return export(sae)
+        return export(gather_clt(sae))
+
+    def _new_clt(
+        self, start: Start, raw: ActivationBatches | None, grid: ProcessGrid
+    ) -> tuple[TrainingCLT, ActivationScale]:
+        first = [] if raw is None else raw.peek(self.cfg.n_batches_for_scale)
+        scale = grid.on_main(lambda: estimate_scale(first))
+        sae = TrainingCLT(self._sae_config(start, scale), grid=grid)
+        scaled = [apply_scale(batch, scale) for batch in first]
+        inputs = torch.cat([batch[:, 0] for batch in scaled]) if scaled else None
+        init_encoder_biases(sae, from_main(inputs, grid, sae.dtype, sae.device))
+        outputs = torch.cat([batch[:, 1] for batch in scaled]) if scaled else None
+        init_decoder_biases(sae, from_main(outputs, grid, sae.dtype, sae.device))
+        return sae, scale
+
+    def _clt_to_restore(
+        self, start: Start, state: TrainingState, grid: ProcessGrid
+    ) -> tuple[TrainingCLT, ActivationScale]:
+        scale = ActivationScale(*(tuple(side) for side in state.values["scale"].values()))
+        return TrainingCLT(self._sae_config(start, scale), grid=grid), scale
 
     def _save(self, clt: CrossLayerTranscoder) -> None:
         assert self.record is not None
@@ -147,20 +271,21 @@ class CLTTrainingRunner:
                 native.save(clt, unfinished)
                 (unfinished / RECORD).write_text(json.dumps(self.record.to_dict(), indent=2) + "\n")
 
-    def _reporting(self, batches: Iterator[Batch], sae: TrainingCLT) -> Iterator[Batch]:
-        """The batches as they are, with a call of `on_progress` between steps."""
-        for step, batch in enumerate(batches):
-            if self.on_progress is not None and step > 0 and step % self.cfg.wandb_log_frequency == 0:
-                losses = {name: float(value) for name, value in sae.last_losses.items()}
-                tokens = step * self.cfg.train_batch_size_tokens
-                self.on_progress(TrainingProgress(step, self.cfg.n_steps, tokens, losses))
-            yield batch
+    def _for_training(self, raw: ActivationBatches, trainer: CLTTrainer) -> Iterator[Batch]:
+        """The batches, the last cut to the tokens that are left, with a call of `on_progress` between steps."""
+        cfg, resumed_at = self.cfg, trainer.n_training_steps
+        for step, batch in enumerate(raw, start=resumed_at):
+            tokens = trainer.n_training_samples
+            if self.on_progress is not None and step > resumed_at and step % cfg.wandb_log_frequency == 0:
+                losses = {name: float(value) for name, value in trainer.sae.last_losses.items()}
+                with raw.paused():
+                    self.on_progress(TrainingProgress(step, cfg.n_steps, tokens, losses))
+            yield batch[: cfg.training_tokens - tokens]
 
-    def _sae_config(self, model: HookedModel, scale: ActivationScale) -> TrainingCLTConfig:
-        cfg, n_layers = self.cfg, model.cfg.n_layers
-        name = cfg.model_name or model_name(model)
+    def _sae_config(self, start: Start, scale: ActivationScale | None) -> TrainingCLTConfig:
+        cfg, n_layers, name = self.cfg, start.n_layers, start.name
         return TrainingCLTConfig(
-            d_in=model.cfg.d_model,
+            d_in=start.d_model,
             d_sae=n_layers * cfg.d_transcoder,
             dtype=cfg.dtype,
             device=cfg.device,
@@ -169,18 +294,29 @@ class CLTTrainingRunner:
             span=cfg.span,
             activation=cfg.activation,
             k=cfg.k,
+            topk_across=cfg.topk_across,
+            k_start=cfg.k_start,
+            k_anneal_steps=cfg.k_anneal_steps,
+            auxk_coefficient=cfg.auxk_coefficient,
+            k_aux=cfg.k_aux,
+            skip=cfg.skip,
+            far_rank=cfg.far_rank,
             jumprelu_init_threshold=cfg.jumprelu_init_threshold,
             jumprelu_bandwidth=cfg.jumprelu_bandwidth,
             straight_through=cfg.straight_through,
+            sparsity_loss=cfg.sparsity_loss,
             sparsity_coefficient=cfg.sparsity_coefficient,
-            sparsity_warm_up_steps=cfg.n_steps,
+            # lambda rises over the whole run; a controller's target is reached by the middle, and then kept.
+            sparsity_warm_up_steps=cfg.n_steps if cfg.target_l0 is None else cfg.n_steps // 2,
+            target_l0=cfg.target_l0,
             tanh_scale=cfg.tanh_scale,
             dead_feature_coefficient=cfg.dead_feature_coefficient,
+            dead_feature_density=cfg.dead_feature_density,
             model_name=name,
             input_hook=cfg.input_hook,
             output_hook=cfg.output_hook,
-            input_scale=scale.inputs,
-            output_scale=scale.outputs,
+            input_scale=None if scale is None else scale.inputs,
+            output_scale=None if scale is None else scale.outputs,
             metadata=SAEMetadata(
                 model_name=name,
                 hook_name=cfg.input_hook,
@@ -190,9 +326,9 @@ class CLTTrainingRunner:
             ),
         )
 
-    def _trainer_config(self) -> SAETrainerConfig:
+    def _trainer_config(self) -> CLTTrainerConfig:
         cfg = self.cfg
-        return SAETrainerConfig(
+        return CLTTrainerConfig(
             total_training_samples=cfg.training_tokens,
             train_batch_size_samples=cfg.train_batch_size_tokens,
             lr=cfg.lr,
@@ -204,9 +340,7 @@ class CLTTrainingRunner:
             adam_beta2=cfg.adam_beta2,
             device=cfg.device,
             autocast=cfg.autocast,
-            dead_feature_window=cfg.dead_feature_window,
-            n_checkpoints=cfg.n_checkpoints,
-            checkpoint_path=cfg.checkpoint_path,
+            dead_feature_window=cfg.dead_window_steps,
             logger=LoggingConfig(
                 log_to_wandb=cfg.log_to_wandb,
                 wandb_project=cfg.wandb_project,
@@ -228,11 +362,23 @@ def _seeded(cfg: CLTTrainingRunnerConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _wandb(cfg: CLTTrainingRunnerConfig) -> Iterator[None]:
-    """Within, a Weights & Biases run is open where the config asks for one."""
+def _wandb(cfg: CLTTrainingRunnerConfig, start: Start, grid: ProcessGrid) -> Iterator[None]:
+    """Within, a Weights & Biases run is open where the config asks for one: that of a resumed run goes on.
+
+    What other processes than the main one log goes nowhere.
+    """
     if not cfg.log_to_wandb:
         yield
         return
-    run = wandb.init(project=cfg.wandb_project, entity=cfg.wandb_entity, name=cfg.run_name, config=cfg.to_dict())
+    run_id = None if start.checkpoint is None else start.checkpoint.about["wandb_run_id"]
+    run = wandb.init(
+        project=cfg.wandb_project,
+        entity=cfg.wandb_entity,
+        name=cfg.run_name,
+        config=cfg.to_dict(),
+        mode=None if grid.is_main else "disabled",
+        id=run_id,
+        resume=None if run_id is None else "must",
+    )
     with run:
         yield

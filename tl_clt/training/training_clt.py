@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from sae_lens import registry
 from sae_lens.saes.sae import (
     SAE,
@@ -21,8 +21,14 @@ from sae_lens.saes.sae import (
 from torch import Tensor
 
 from tl_clt.errors import ConfigError
+from tl_clt.training.activations import step_function
 from tl_clt.training.layers import ARCHITECTURE, CLTLayers, CLTShape
-from tl_clt.training.losses import dead_feature_loss, decoder_norms, mse_loss, sparsity_loss
+from tl_clt.training.losses import SparsityKind, dead_feature_loss, sparsity_loss, tanh_count
+from tl_clt.training.sharding import SINGLE, ProcessGrid
+from tl_clt.training.step import CLTStep, Workspace, clt_step
+
+THRESHOLD_RATE = 0.01
+"""Weight of a step in the running mean of the smallest kept score."""
 
 
 @dataclass(kw_only=True)
@@ -55,17 +61,38 @@ class TrainingCLTConfig(CLTShape, TrainingSAEConfig):
     decoder_init_norm: float | None = None
     """Always None: the decoder starts uniform."""
 
+    sparsity_loss: SparsityKind = "tanh"
+    """Form of the sparsity loss; no part for topk and batchtopk."""
+
     sparsity_coefficient: float = 1.0
-    """lambda at the end of training; no part for topk."""
+    """lambda at the end of training, or where the controller of `target_l0` begins."""
 
     sparsity_warm_up_steps: int = 0
-    """Steps over which lambda rises linearly from 0."""
+    """Steps over which lambda rises linearly from 0, or the controller's L0 falls to its target."""
+
+    target_l0: float | None = None
+    """Active features per layer and token, mean over layers, that training is to reach."""
 
     tanh_scale: float = 4.0
-    """c of the sparsity loss."""
+    """c of the tanh sparsity loss."""
 
     dead_feature_coefficient: float = 3e-6
     """lambda_P."""
+
+    k_start: int | None = None
+    """k at the first step; `k` where left out."""
+
+    k_anneal_steps: int = 0
+    """Steps over which k falls linearly from `k_start`."""
+
+    auxk_coefficient: float = 1 / 32
+    """Weight of AuxK, for topk and batchtopk."""
+
+    k_aux: int | None = None
+    """Dead features of each layer that AuxK trains at a token; d_model / 2 where left out."""
+
+    dead_feature_density: float = 1e-6
+    """Share of tokens, over the dead-feature window, below which a feature counts as dead."""
 
     @classmethod
     def architecture(cls) -> str:
@@ -94,8 +121,13 @@ class InferenceCLT(CLTLayers, SAE[InferenceCLTConfig]):
 
     def encode(self, x: Float[Tensor, "batch n_layers d_model"]) -> Float[Tensor, "batch d_sae"]:
         """Feature activations of scaled inputs, flattened over layers."""
-        encodings = self.encode_layers(x.to(self.dtype).unbind(dim=1), self.thresholds())
+        encodings = self.encode_layers(x.to(self.dtype).unbind(dim=1))
         return torch.cat([e.feature_acts for e in encodings], dim=1)
+
+    @property
+    def selects_in_batch(self) -> bool:
+        """Never."""
+        return False
 
 
 class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
@@ -104,24 +136,35 @@ class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
     last_losses: dict[str, Tensor]
     """Terms of the last step's loss, without gradients."""
 
-    def __init__(self, cfg: TrainingCLTConfig, use_error_term: bool = False) -> None:
+    def __init__(self, cfg: TrainingCLTConfig, use_error_term: bool = False, grid: ProcessGrid = SINGLE) -> None:
+        """Make a CLT with fresh weights.
+
+        Args:
+            cfg: of the whole CLT.
+            use_error_term: SAELens's; no part in training.
+            grid: the processes that its features are split among. This one's share of them is made.
+
+        Raises:
+            ConfigError: the features cannot be split equally.
+        """
+        self.grid = grid
         super().__init__(cfg, use_error_term)
         self.last_losses = {}
 
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
-        """lambda (none for topk) and lambda_P, for SAELens's schedulers."""
-        coefficients: dict[str, float | TrainCoefficientConfig] = {"dead_feature": self.cfg.dead_feature_coefficient}
-        if self.cfg.activation != "topk":
-            coefficients["sparsity"] = TrainCoefficientConfig(
-                self.cfg.sparsity_coefficient, self.cfg.sparsity_warm_up_steps
-            )
-        return coefficients
+        """lambda and lambda_P for SAELens's schedulers, or the weight of AuxK."""
+        if self.cfg.selects:
+            return {"auxk": self.cfg.auxk_coefficient}
+        return {
+            "dead_feature": self.cfg.dead_feature_coefficient,
+            "sparsity": TrainCoefficientConfig(self.cfg.sparsity_coefficient, self.cfg.sparsity_warm_up_steps),
+        }
 
     def encode_with_hidden_pre(
         self, x: Float[Tensor, "batch n_layers d_model"]
     ) -> tuple[Float[Tensor, "batch d_sae"], Float[Tensor, "batch d_sae"]]:
         """(feature_acts, hidden_pre) of scaled inputs, flattened over layers."""
-        encodings = self.encode_layers(x.to(self.dtype).unbind(dim=1), self.thresholds())
+        encodings = self.encode_layers(x.to(self.dtype).unbind(dim=1))
         feature_acts, hidden_pre = zip(*encodings, strict=True)
         return torch.cat(feature_acts, dim=1), torch.cat(hidden_pre, dim=1)
 
@@ -132,61 +175,81 @@ class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
         [batch, n_layers * d_model]; `feature_acts` and `hidden_pre` are [batch, n_layers * d_transcoder] and
         carry no gradient (the loss does).
         """
-        inputs, outputs = step_input.sae_in.to(self.dtype).unbind(dim=1)
-        thresholds = self.thresholds()
-        feature_acts, hidden_pre = zip(*self.encode_layers(inputs.unbind(dim=1), thresholds), strict=True)
-        recons = self.decode_layers(feature_acts)
-        losses = {"mse_loss": mse_loss(recons, outputs)}
-        losses |= self._aux_losses(feature_acts, hidden_pre, thresholds, step_input.coefficients)
-        self.last_losses = {name: value.detach() for name, value in losses.items()}
-        flat_acts = torch.cat([a.detach() for a in feature_acts], dim=1)
+        step = self.step(step_input, Workspace())
+        acts = torch.cat([f.dense() for f in step.features], dim=1)
+        hidden_pre = torch.cat(step.hidden_pre, dim=1)
+        return self.step_output(step, step_input, acts, hidden_pre)
+
+    def step(self, step_input: TrainStepInput, workspace: Workspace) -> CLTStep:
+        """One step's losses and activations, layer by layer. In training mode the running threshold follows."""
+        step = clt_step(self, step_input, workspace)
+        if self.cfg.has_score_threshold and self.training and step.smallest_kept is not None:
+            rate = max(1 / (step_input.n_training_steps + 1), THRESHOLD_RATE)
+            self.score_threshold.lerp_(step.smallest_kept.to(self.score_threshold.dtype), rate)
+        self.last_losses = {name: value.detach() for name, value in step.losses.items()}
+        return step
+
+    def count_firing(self, step: CLTStep) -> Int[Tensor, " d_sae"]:
+        """Tokens of a step at which each feature fires: of all layers, all ranks' features, all ranks' tokens."""
+        own = torch.stack([features.fired for features in step.features])
+        return self.grid.all_features(self.grid.add_over_data(own), dim=1).flatten()
+
+    def step_output(
+        self, step: CLTStep, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor
+    ) -> TrainStepOutput:
+        """A step as SAELens's trainer takes it, with the flattened activations given."""
         metrics: dict[str, Any] = {}
+        outputs = step_input.sae_in[:, 1].to(self.sum_dtype).flatten(start_dim=1)
+        recons = step.recons.detach().flatten(start_dim=1)
         if step_input.is_logging_step:
-            metrics["l0_mean_per_layer"] = (flat_acts > 0).sum() / (len(flat_acts) * self.cfg.n_layers)
+            # SAELens logs what it is given here: on a grid, of the whole batch and all features.
+            outputs, recons = self.grid.all_tokens(outputs), self.grid.all_tokens(recons)
+            metrics["l0"] = self.count_firing(step).sum() / len(recons)
+            metrics["l0_mean_per_layer"] = metrics["l0"] / self.cfg.n_layers
         return TrainStepOutput(
-            sae_in=outputs.flatten(start_dim=1),
-            sae_out=recons.detach().flatten(start_dim=1),
-            feature_acts=flat_acts,
-            hidden_pre=torch.cat([h.detach() for h in hidden_pre], dim=1),
-            loss=torch.stack(list(losses.values())).sum(),
-            losses=losses,
+            sae_in=outputs,
+            sae_out=recons,
+            feature_acts=feature_acts,
+            hidden_pre=hidden_pre,
+            loss=step.loss,
+            losses=step.losses,
             metrics=metrics,
         )
 
     def calculate_aux_loss(
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
-        """Sparsity and dead-feature terms of flattened activations, times their coefficients."""
-        shape = (self.cfg.n_layers, self.cfg.d_transcoder)
+        """Sparsity and dead-feature terms of flattened activations, times their coefficients. AuxK is the step's."""
+        if self.cfg.selects:
+            return {}
+        cfg, coefficients = self.cfg, step_input.coefficients
+        shape = (cfg.n_layers, self.n_own_features)
         acts, pre = (flat.unflatten(-1, shape).unbind(dim=1) for flat in (feature_acts, hidden_pre))
-        return self._aux_losses(acts, pre, self.thresholds(), step_input.coefficients)
-
-    def _aux_losses(
-        self,
-        feature_acts: tuple[Tensor, ...],
-        hidden_pre: tuple[Tensor, ...],
-        thresholds: list[Tensor],
-        coefficients: dict[str, float],
-    ) -> dict[str, Tensor]:
-        norms = decoder_norms(list(self.W_dec))
-        losses = {}
-        if "sparsity" in coefficients:
-            sparsity = sparsity_loss(feature_acts, norms, self.cfg.tanh_scale)
-            losses["sparsity_loss"] = coefficients["sparsity"] * sparsity
+        norms, thresholds = self.norms(), self.thresholds()
+        if cfg.sparsity_loss == "tanh":
+            counts = [tanh_count(a, norm, cfg.tanh_scale) for a, norm in zip(acts, norms, strict=True)]
+        else:
+            gradient = (cfg.jumprelu_bandwidth, cfg.straight_through)
+            counts = [step_function(h, t, *gradient).sum(dim=1) for h, t in zip(pre, thresholds, strict=True)]
+        sparsity = sparsity_loss(torch.stack(counts).sum(dim=0), cfg.sparsity_loss, self.l0_target)
+        losses = {"sparsity_loss": coefficients["sparsity"] * sparsity}
         if coefficients["dead_feature"] > 0:
-            dead = dead_feature_loss(hidden_pre, thresholds, norms)
-            losses["dead_feature_loss"] = coefficients["dead_feature"] * dead
+            losses["dead_feature_loss"] = coefficients["dead_feature"] * dead_feature_loss(pre, thresholds, norms)
         return losses
+
+    @property
+    def l0_target(self) -> float | None:
+        """`target_l0`, summed over layers."""
+        return None if self.cfg.target_l0 is None else self.cfg.target_l0 * self.cfg.n_layers
 
     @torch.no_grad()
     def log_histograms(self) -> dict[str, Any]:
         """Norms of the decoder, for wandb."""
-        norms = torch.cat(decoder_norms(list(self.W_dec)))
-        return {"weights/W_dec_norms": norms.float().cpu().numpy()}
+        return {"weights/W_dec_norms": self.get_W_dec_norm().float().cpu().numpy()}
 
     def get_W_dec_norm(self) -> Float[Tensor, " d_sae"]:
-        """||W_dec,i|| of every feature, flattened over layers."""
-        return torch.cat(decoder_norms(list(self.W_dec))).detach()
+        """||W_dec,i|| of every feature, on whatever rank, flattened over layers."""
+        return torch.cat([self.grid.all_features(norms.detach(), dim=0) for norms in self.norms()])
 
     def fold_W_dec_norm(self) -> None:
         """Not offered.

@@ -1,0 +1,256 @@
+"""How fast a CLT trains: `python -m tests.benchmarks.training` prints a table. Not collected by pytest.
+
+A full step is forward, losses, backward, clipping by the global norm, and Adam. Ours runs through `fit` of SAELens's
+trainer on synthetic activations; beside it run the steps of `plain_steps`. Every case has a process of its own, so
+that its peak memory is its own. Pin the cores where others use the machine (`taskset -c 0,1`).
+
+The floor is what the matrix products of a dense step take at the rate of one large product: 6 FLOPs per weight and
+token (2 forward, 4 backward). A sparse step does less than that, so its share exceeds 100%. The rate is measured
+between the steps of each case, because it changes where others use the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from io import StringIO
+from itertools import pairwise
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from tests.benchmarks.plain_steps import LR, SPARSITY, PlainCLT, plain_step
+
+K = 32
+GIB = 2**30
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is trained."""
+
+    n_layers: int
+    d_model: int
+    d_transcoder: int
+    batch: int
+
+    @property
+    def n_weights(self) -> int:
+        """Of encoders and decoders."""
+        return self.d_transcoder * self.d_model * (self.n_layers + self.n_layers * (self.n_layers + 1) // 2)
+
+    @property
+    def dense_flops(self) -> float:
+        """6 per weight and token."""
+        return 6.0 * self.n_weights * self.batch
+
+
+SIZES = {
+    "cpu": Size(n_layers=6, d_model=512, d_transcoder=4096, batch=1024),
+    "cuda": Size(n_layers=12, d_model=768, d_transcoder=16384, batch=4096),
+}
+
+
+def synthetic_batch(size: Size, device: str) -> Tensor:
+    """Inputs and outputs [batch, 2, n_layers, d_model] of norm about sqrt(d_model), as after scaling."""
+    torch.manual_seed(0)
+    return torch.randn(size.batch, 2, size.n_layers, size.d_model, device=device)
+
+
+class Clock:
+    """Times steps, and one large matrix product before and after each."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        n = 2048 if device == "cpu" else 8192
+        self.flops = 2 * n**3
+        self.a, self.b, self.out = (torch.randn(n, n, device=device) for _ in range(3))
+        self.seconds: list[float] = []
+        self.rates: list[float] = []
+        self.started: float | None = None
+
+    def tick(self) -> None:
+        """A step has ended (or none has begun yet), and the next one begins."""
+        now = self._now()
+        if self.started is not None:
+            self.seconds.append(now - self.started)
+        torch.mm(self.a, self.b, out=self.out)
+        before = self._now()
+        torch.mm(self.a, self.b, out=self.out)
+        self.started = self._now()
+        self.rates.append(self.flops / (self.started - before))
+
+    def _now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def plain(size: Size, clock: Clock, n_steps: int, topk: bool) -> None:
+    """Steps in plain torch."""
+    batch = synthetic_batch(size, clock.device)
+    clt = PlainCLT(size.n_layers, size.d_model, size.d_transcoder, clock.device)
+    step = plain_step(clt, partial(clt.topk_loss, k=K) if topk else clt.dense_loss, batch)
+    for _ in range(n_steps):
+        clock.tick()
+        step()
+    clock.tick()
+
+
+def ours(
+    size: Size, clock: Clock, n_steps: int, topk: bool, saelens: bool = False, autocast: bool = False, **changes: float
+) -> None:
+    """Steps of the trainer's `fit`, from one request of a batch to the next."""
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    from tl_clt.training.init import init_encoder_biases
+    from tl_clt.training.trainer import CLTTrainer
+    from tl_clt.training.training_clt import TrainingCLT, TrainingCLTConfig
+
+    batch = synthetic_batch(size, clock.device)
+    values: dict[str, Any] = {
+        "d_in": size.d_model,
+        "d_sae": size.n_layers * size.d_transcoder,
+        "device": clock.device,
+        "n_layers": size.n_layers,
+        "d_transcoder": size.d_transcoder,
+        "activation": "topk" if topk else "jumprelu",
+        "k": K if topk else None,
+        "sparsity_coefficient": SPARSITY,
+        "dead_feature_coefficient": 0.0,
+    }
+    clt = TrainingCLT(TrainingCLTConfig(**(values | changes)))
+    init_encoder_biases(clt, batch[:, 0])
+
+    def provider() -> Iterator[Tensor]:
+        while True:
+            clock.tick()
+            yield batch
+
+    cfg = SAETrainerConfig(
+        total_training_samples=n_steps * size.batch,
+        train_batch_size_samples=size.batch,
+        lr=LR,
+        lr_end=LR,
+        lr_scheduler_name="constant",
+        lr_warm_up_steps=0,
+        lr_decay_steps=0,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        device=clock.device,
+        autocast=autocast,
+        dead_feature_window=1000,
+        n_checkpoints=0,
+        checkpoint_path=None,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    with redirect_stderr(StringIO()):  # its progress bar
+        trainer = SAETrainer if saelens else CLTTrainer
+        trainer(cfg=cfg, sae=clt, data_provider=provider()).fit()
+    clock.tick()
+
+
+CASES: dict[str, Callable[[Size, Clock, int], None]] = {
+    "dense JumpReLU + tanh, plain torch": partial(plain, topk=False),
+    "dense JumpReLU + tanh, ours": partial(ours, topk=False),
+    "  and dead-feature loss": partial(ours, topk=False, dead_feature_coefficient=3e-6),
+    "  on SAELens's own step": partial(ours, topk=False, saelens=True),
+    "  in bfloat16 autocast": partial(ours, topk=False, autocast=True),
+    f"TopK k={K}, plain torch": partial(plain, topk=True),
+    f"TopK k={K}, ours": partial(ours, topk=True),
+    "  TopK on SAELens's own step": partial(ours, topk=True, saelens=True),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case's figures: medians over the steps after the warm-up."""
+
+    seconds: float
+    """Of a step."""
+
+    rate: float
+    """FLOP/s of one large product, between the steps."""
+
+    share: float
+    """Of a step that its dense floor takes, at the rate of the same moment."""
+
+    peak: float
+    """Bytes: on the CPU of the whole process, imports included; on a GPU of tensors."""
+
+
+def run_case(name: str, device: str, n_steps: int) -> Result:
+    """A case in this process."""
+    clock = Clock(device)
+    CASES[name](SIZES[device], clock, n_steps + WARM_UP)
+    seconds, rates = clock.seconds[WARM_UP:], [(a + b) / 2 for a, b in pairwise(clock.rates[WARM_UP:])]
+    shares = [SIZES[device].dense_flops / rate / s for rate, s in zip(rates, seconds, strict=True)]
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _peak_resident()
+    return Result(statistics.median(seconds), statistics.median(rates), statistics.median(shares), peak)
+
+
+def main(
+    device: Annotated[str, typer.Option(help="cpu or cuda; each has a size of its own.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    steps: Annotated[int, typer.Option(help="Steps measured, after three that are not.")] = 4,
+    only: Annotated[str, typer.Option(help="Run the cases whose names contain this.")] = "",
+    case: Annotated[str, typer.Option(help="Used by the benchmark itself: print one case as JSON.")] = "",
+) -> None:
+    """Time full training steps, ours beside plain torch."""
+    torch.set_num_threads(threads)
+    if case:
+        print(json.dumps(asdict(run_case(case, device, steps))))
+        return
+    size = SIZES[device]
+    place = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {threads} threads"
+    title = (
+        f"{size.n_layers} layers, d_model {size.d_model}, {size.d_transcoder} features per layer, batch {size.batch},"
+        f" float32; {size.dense_flops / 1e9:,.0f} GFLOP\n"
+        f"{place}, torch {torch.__version__}, sae-lens {version('sae-lens')}"
+    )
+    table = Table(title=title, title_justify="left")
+    for heading in ("full step", "s/step", "tokens/s", "GFLOP/s of a product", "floor / step", "peak GiB"):
+        table.add_column(heading, justify="left" if heading == "full step" else "right")
+    for name in (n for n in CASES if only in n):
+        result = _in_own_process(name, device, threads, steps)
+        table.add_row(
+            name,
+            f"{result.seconds:.3f}",
+            f"{size.batch / result.seconds:,.0f}",
+            f"{result.rate / 1e9:,.0f}",
+            f"{result.share:.0%}",
+            f"{result.peak / GIB:.2f}",
+        )
+    Console(width=120).print(table)
+
+
+def _in_own_process(name: str, device: str, threads: int, steps: int) -> Result:
+    options = ["--device", device, "--threads", str(threads), "--steps", str(steps), "--case", name]
+    command = [sys.executable, "-m", "tests.benchmarks.training", *options]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return Result(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _peak_resident() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,167 @@
+"""The fast step against its definition: `CLTLayers`' plain passes, `losses`, and autograd, in float64."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from sae_lens.saes.sae import TrainStepInput
+
+from tests.training.definition import define
+from tests.training.test_training_clt import N_LAYERS, F, build, step_input
+from tl_clt.training import step as step_module
+from tl_clt.training import terms
+from tl_clt.training.step import Workspace
+from tl_clt.training.training_clt import TrainingCLT
+
+KINDS = {
+    "relu": {"activation": "relu"},
+    "jumprelu, all": {"activation": "jumprelu", "straight_through": "all"},
+    "jumprelu, threshold": {"activation": "jumprelu", "straight_through": "threshold"},
+    "jumprelu, l0, all": {"activation": "jumprelu", "sparsity_loss": "l0"},
+    "jumprelu, l0, threshold": {"activation": "jumprelu", "sparsity_loss": "l0", "straight_through": "threshold"},
+    "jumprelu, quadratic": {"activation": "jumprelu", "sparsity_loss": "quadratic_l0", "target_l0": 2.0},
+    "topk": {"activation": "topk"},
+    "topk, all layers": {"activation": "topk", "topk_across": "all_layers"},
+    "batchtopk": {"activation": "batchtopk"},
+    "batchtopk, all layers": {"activation": "batchtopk", "topk_across": "all_layers"},
+}
+SHAPES = {
+    "clt": {},
+    "plt": {"span": 1},
+    "span 2": {"span": 2},
+    "skip": {"skip": True},
+    "low rank": {"far_rank": 2},
+    "low rank, span 2, skip": {"far_rank": 3, "span": 2, "skip": True},
+}
+SPARSE = {"dense": 0.0, "sparse": 1.1}
+
+
+def with_dead(clt: TrainingCLT, share: float = 0.4) -> TrainStepInput:
+    """A step at which some features count as dead, among them none of layer 0."""
+    given = step_input(clt)
+    given.dead_neuron_mask = torch.rand(clt.cfg.d_sae, generator=torch.Generator().manual_seed(6)) < share
+    given.dead_neuron_mask[:F] = False
+    return given
+
+
+def gradients(clt: TrainingCLT, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    loss.backward()
+    grads = {name: p.grad.clone() for name, p in clt.named_parameters() if p.grad is not None}
+    clt.zero_grad(set_to_none=True)
+    return grads
+
+
+def assert_same_gradients(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, grad in want.items():
+        torch.testing.assert_close(got[name], grad, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.fixture(params=SPARSE)
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Products over all features, or over active ones only; blocks of two tokens."""
+    monkeypatch.setitem(step_module.SPARSE_BELOW, "cpu", SPARSE[request.param])
+    monkeypatch.setitem(terms.BLOCK_ELEMENTS, "cpu", 20)
+    return request.param
+
+
+@pytest.mark.parametrize(("kind", "shape"), product(KINDS, SHAPES))
+def test_loss_and_every_gradient_are_those_of_the_definition(products: str, kind: str, shape: str) -> None:
+    clt = build(**KINDS[kind], **SHAPES[shape])
+    ours, defined = clt.step(step_input(clt), Workspace()), define(clt, step_input(clt))
+    torch.testing.assert_close(ours.loss, defined.loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours.recons, defined.recons, rtol=1e-11, atol=1e-12)
+    assert ours.losses.keys() == defined.losses.keys()
+    got, want = gradients(clt, ours.loss), gradients(clt, defined.loss)
+    assert got.keys() == dict(clt.named_parameters()).keys()
+    assert_same_gradients(got, want)
+
+
+@pytest.mark.parametrize(("kind", "shape"), product([k for k in KINDS if "topk" in k], SHAPES))
+@pytest.mark.parametrize("k_aux", [2, 9])
+def test_auxk_is_that_of_the_definition(products: str, kind: str, shape: str, k_aux: int) -> None:
+    clt = build(**KINDS[kind], **SHAPES[shape], k_aux=k_aux)
+    ours, defined = clt.step(with_dead(clt), Workspace()), define(clt, with_dead(clt))
+    torch.testing.assert_close(ours.losses["auxk_loss"], defined.losses["auxk_loss"], rtol=1e-12, atol=0)
+    assert_same_gradients(gradients(clt, ours.loss), gradients(clt, defined.loss))
+
+
+def test_auxk_reaches_dead_features_and_no_encoder_of_the_others() -> None:
+    clt = build("topk", k_aux=2)
+    given = with_dead(clt)
+    clt.step(given, Workspace()).losses["auxk_loss"].backward()
+    dead = given.dead_neuron_mask.unflatten(0, (N_LAYERS, F))
+    touched = torch.stack([b.grad != 0 for b in clt.b_enc[1:]])
+    assert clt.b_enc[0].grad is None
+    assert touched.any() and not (touched & ~dead[1:]).any()
+
+
+def test_without_dead_features_auxk_costs_nothing() -> None:
+    clt = build("topk")
+    given = step_input(clt)
+    given.dead_neuron_mask = torch.zeros(clt.cfg.d_sae, dtype=torch.bool)
+    assert set(clt.step(given, Workspace()).losses) == {"mse_loss"}
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_k_falls_from_k_start(activation: str) -> None:
+    clt = build(activation, k=2, k_start=8, k_anneal_steps=4)
+    for step, k in enumerate([8, 6, 5, 4, 2, 2]):
+        given = step_input(clt)
+        given.n_training_steps = step
+        k_now = 8 - 1.5 * step if step < 4 else 2
+        assert k == round(k_now)
+        defined = define(clt, given, k)
+        torch.testing.assert_close(clt.step(given, Workspace()).loss, defined.loss, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_add_up_over_backward_passes(products: str, kind: str) -> None:
+    clt = build(**KINDS[kind])
+    want = gradients(clt, clt.step(step_input(clt), Workspace()).loss)
+    workspace = Workspace()
+    for _ in range(3):
+        clt.step(step_input(clt), workspace).loss.backward()
+    for name, parameter in clt.named_parameters():
+        torch.testing.assert_close(parameter.grad, 3 * want[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_and_firing_counts_are_those_of_the_definition(products: str, kind: str) -> None:
+    clt = build(**KINDS[kind])
+    ours = clt.step(step_input(clt), Workspace())
+    acts, hidden_pre = clt.encode_with_hidden_pre(step_input(clt).sae_in[:, 0])
+    torch.testing.assert_close(acts, torch.cat(define(clt, step_input(clt)).acts, dim=1))
+    torch.testing.assert_close(torch.cat([f.dense() for f in ours.features], dim=1), acts)
+    torch.testing.assert_close(torch.cat(ours.hidden_pre, dim=1), hidden_pre)
+    assert torch.equal(ours.fired, (acts > 0).sum(dim=0))
+
+
+def test_no_dead_feature_loss_where_its_coefficient_is_zero() -> None:
+    clt = build("jumprelu")
+    coefficients = {"sparsity": 0.7, "dead_feature": 0.0}
+    ours = clt.step(step_input(clt, coefficients), Workspace())
+    assert set(ours.losses) == {"mse_loss", "sparsity_loss"}
+    defined = define(clt, step_input(clt, coefficients))
+    assert_same_gradients(gradients(clt, ours.loss), gradients(clt, defined.loss))
+
+
+def test_steps_of_one_workspace_share_memory_and_say_so_when_backward_comes_too_late() -> None:
+    clt, workspace = build("jumprelu"), Workspace()
+    first = clt.step(step_input(clt), workspace)
+    second = clt.step(step_input(clt), workspace)
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(first.hidden_pre, second.hidden_pre, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        first.loss.backward()
+
+
+def test_every_call_from_saelens_has_tensors_of_its_own() -> None:
+    clt = build("jumprelu")
+    first = clt.training_forward_pass(step_input(clt))
+    kept = first.feature_acts.clone()
+    with torch.no_grad():
+        clt.b_enc[0].add_(1.0)
+    clt.training_forward_pass(step_input(clt))
+    assert torch.equal(first.feature_acts, kept)
