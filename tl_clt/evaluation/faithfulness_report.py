@@ -50,6 +50,8 @@ class FaithfulnessReport:
         parts = [part for _, part in means.groupby(["transcoder", "real_freeze"], sort=False)]
         figure = Figure(figsize=(10, 3.4 * len(parts) + 0.8), layout="constrained")
         panels = figure.subplots(len(parts), 2, squeeze=False, sharex=True, sharey="col")
+        # Errors of 0.1 and of 10 are to be told apart, and an error of 0 drawn.
+        panels[0][1].set_yscale("symlog", linthresh=0.1)
         for ours, row in zip(parts, panels, strict=True):
             name, freeze = ours["transcoder"].iloc[0], ours["real_freeze"].iloc[0]
             _lines(row[0], ours, "cosine", "carried_cosine")
@@ -57,8 +59,6 @@ class FaithfulnessReport:
             against = f"{name} against the model" + ("" if freeze == "none" else f" with {freeze} held")
             row[0].set(title=against, ylabel="cosine (mean)", ylim=(None, 1.02))
             row[1].set(title=against, ylabel="normalised error (mean)")
-        # Errors of 0.1 and of 10 are to be told apart, and an error of 0 drawn.
-        panels[0][1].set_yscale("symlog", linthresh=0.1)
         panels[0][1].set_ylim(bottom=0)
         for axes in panels[-1]:
             axes.set_xlabel("distance (layers)")
