@@ -367,7 +367,7 @@ def tradeoff(
 ) -> None:
     """Sparsity against fidelity of neurons, PLTs and CLTs, on the same held-out text."""
     with plain_errors():
-        from tl_clt.evaluation.tradeoff import check_training, compare, train_transcoders, training_config
+        from tl_clt.evaluation.tradeoff import check_training, compare, short_names, train_transcoders, training_config
         from tl_clt.transcoder.formats.writing import require_new
 
         require_new(output)
@@ -377,7 +377,8 @@ def tradeoff(
             from tl_clt.transcoder import CrossLayerTranscoder
             from tl_clt.viewer.tables import tradeoff_table
 
-            given = {path: CrossLayerTranscoder.from_pretrained(path, device=device) for path in clt or ()}
+            loaded = [CrossLayerTranscoder.from_pretrained(path, device=device) for path in clt or ()]
+            given = dict(zip(short_names(clt or ()), loaded, strict=True))
             hooked: Any = load_model(model, backend=backend, device=device)  # type: ignore[arg-type]
         if train_on is not None:
             base = training_config(hooked, training_tokens, lr, context_size, device, seed)

@@ -16,7 +16,7 @@ from tl_clt.cli import app
 from tl_clt.errors import ConfigError
 from tl_clt.evaluation import EvaluationReport
 from tl_clt.evaluation.neurons import thresholded_neurons
-from tl_clt.evaluation.tradeoff import compare, train_transcoders, training_config
+from tl_clt.evaluation.tradeoff import compare, short_names, train_transcoders, training_config
 from tl_clt.organisms import organism_folder
 
 ATLAS_CLT = str(organism_folder("atlas") / "clt")
@@ -85,6 +85,11 @@ def test_the_figure_has_a_line_for_each_kind_and_size(found):
 def test_without_graphs_their_columns_are_empty(model, tokens, transcoders):
     table = compare(model, tokens, transcoders, n_graphs=0).table
     assert table["replacement"].isna().all()
+
+
+def test_names_are_short_unless_two_are_alike():
+    assert short_names(["a/clt", "b/plt/"]) == ["clt", "plt"]
+    assert short_names(["a/clt", "b/clt"]) == ["a/clt", "b/clt"]
 
 
 def test_nothing_to_compare(model, tokens):

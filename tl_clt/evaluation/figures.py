@@ -56,7 +56,7 @@ def _density(report: EvaluationReport) -> Figure:
     for layer, of_layer in enumerate(counts):
         colour = _shade(layer, len(counts))
         widths = [b - a for a, b in pairwise(edges)]
-        axes.bar(edges[:-1], of_layer, widths, bottom=below, align="edge", color=colour, label=f"layer {layer}")
+        axes.bar(edges[:-1], of_layer, widths, bottom=below, align="edge", color=colour)
         below = [a + b for a, b in zip(below, of_layer, strict=True)]
     axes.set_xscale("log")
     seen = [i for i, n in enumerate(below) if n]
@@ -64,10 +64,8 @@ def _density(report: EvaluationReport) -> Figure:
         axes.set_xlim(edges[seen[0]], edges[seen[-1] + 1])
     axes.set(xlabel=f"share of {report.n_tokens} tokens on which a feature is active", ylabel="features")
     axes.set_title(f"{report.model}: feature density ({report.dead_share:.1%} of features are dead, not shown)")
-    if len(counts) <= 8:
-        axes.legend()
-    else:
-        axes.legend([axes.containers[0], axes.containers[-1]], ["layer 0", f"layer {len(counts) - 1}"])
+    shown = range(len(counts)) if len(counts) <= 8 else (0, len(counts) - 1)
+    axes.legend([axes.containers[i] for i in shown], [f"layer {i}" for i in shown], loc="upper left")
     return figure
 
 

@@ -154,6 +154,12 @@ def train_transcoders(
     return {name: CLTTrainingRunner(cfg, model=model, dataset=dataset).run() for name, cfg in runs.items()}
 
 
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The last parts of paths, or all of them where two end alike."""
+    names = [Path(path).name for path in paths]
+    return names if len(set(names)) == len(names) else list(paths)
+
+
 def check_training(dataset: str | None, sizes: Sequence[int] | None, l0s: Sequence[int] | None) -> None:
     """Raise unless there is all that training needs, or nothing of it.
 
