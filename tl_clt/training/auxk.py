@@ -3,8 +3,9 @@
     auxk_loss = sum over layers ||e - e_hat||^2, mean over tokens,   e = outputs - recons (without gradient)
     e_hat     = what the `k_aux` dead features of each layer with the largest hidden_pre would write, without b_dec
 
-Times min(1, dead features / (n_layers * k_aux)). Negative pre-activations count as 0: such a feature, trained with
-its decoder reversed, would fit without ever firing. Without dead features nothing is computed.
+Times min(1, dead features / (n_layers * k_aux)). A chosen feature counts with its pre-activation even where that is
+negative, as in SAELens: on atlas 3% of the features were dead at the end, and 17% with negative ones set to 0, which
+leaves features without a gradient at most tokens. Without dead features nothing is computed.
 """
 
 from __future__ import annotations
@@ -31,14 +32,13 @@ def auxk_features(
     dead: Bool[Tensor, " d_transcoder"],
     k_aux: int,
 ) -> tuple[Values, Support] | None:
-    """One layer's chosen dead features: their activations, with gradients, and places. None where none is dead."""
+    """One layer's chosen dead features: their pre-activations, with gradients, and places. None where none is dead."""
     numbers = dead.nonzero().flatten()
     if len(numbers) == 0:
         return None
     chosen = torch.topk(hidden_pre.detach()[:, numbers], min(k_aux, len(numbers)), dim=1, sorted=False).indices
     places = support_of_topk(numbers[chosen], clt.cfg.d_transcoder)
-    values = pick(hidden_pre.detach(), x, clt.W_enc[layer], clt.b_enc[layer], places)
-    return torch.relu(values), places
+    return pick(hidden_pre.detach(), x, clt.W_enc[layer], clt.b_enc[layer], places), places
 
 
 def auxk_loss(

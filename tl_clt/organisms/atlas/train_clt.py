@@ -63,7 +63,7 @@ RECIPES: dict[Recipe, dict[str, Any]] = {
 
 def clt_config(model_name: str, output: Path, seed: int, recipe: Recipe = Recipe.bundled) -> CLTTrainingRunnerConfig:
     """A recipe's run."""
-    values = {"training_tokens": TRAINING_TOKENS} | RECIPES[recipe]
+    values: dict[str, Any] = {"training_tokens": TRAINING_TOKENS} | RECIPES[recipe]
     n_steps = values["training_tokens"] // 1024
     return CLTTrainingRunnerConfig(
         model_name=model_name,
