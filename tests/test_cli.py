@@ -69,6 +69,18 @@ def test_train_needs_no_more_than_model_dataset_and_output(tmp_path):
     assert record["config"]["context_size"] == 64
 
 
+def test_train_takes_recipes(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(["the capital of Texas is Austin ."] * 200))
+    sizes = ("--d-transcoder", "16", "--training-tokens", "2048", "--batch-size", "256", "--context-size", "32")
+    recipe = ("--activation", "batchtopk", "--k", "4", "--topk-across", "all_layers", "--far-rank", "8", "--skip")
+    run("train", "--model", "atlas", "--dataset", str(text), "--output", str(tmp_path / "clt"), *sizes, *recipe)
+    clt = CrossLayerTranscoder.from_pretrained(tmp_path / "clt")
+    assert (clt.cfg.activation, clt.cfg.skip) == ("jumprelu", True)
+    record = json.loads((tmp_path / "clt" / "training.json").read_text())
+    assert record["config"]["far_rank"] == 8 and record["config"]["topk_across"] == "all_layers"
+
+
 def test_train_refuses_a_full_folder_before_it_loads_anything(tmp_path):
     (tmp_path / "mine").write_text("kept")
     output = run("train", "--model", "none", "--dataset", "none", "--output", str(tmp_path), status=1)

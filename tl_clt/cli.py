@@ -186,10 +186,29 @@ def train(
     output: Annotated[Path, typer.Option(help="New folder for the CLT.")],
     d_transcoder: Annotated[int, typer.Option(help="Features per layer.")] = 1024,
     training_tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 1_000_000,
-    activation: Annotated[str, typer.Option(help="relu, jumprelu or topk.")] = "jumprelu",
-    k: Annotated[Optional[int], typer.Option(help="Features per layer and token, for topk.")] = None,
+    activation: Annotated[str, typer.Option(help="relu, jumprelu, topk or batchtopk.")] = "jumprelu",
+    k: Annotated[
+        Optional[int], typer.Option(help="Features per layer and token, for topk; their mean, for batchtopk.")
+    ] = None,
+    topk_across: Annotated[
+        Optional[str], typer.Option(help="What k is counted over: layer (the default), or all_layers together.")
+    ] = None,
+    k_start: Annotated[Optional[int], typer.Option(help="k at the first step, from where it falls to k.")] = None,
+    k_anneal_steps: Annotated[Optional[int], typer.Option(help="Steps over which it falls.")] = None,
     span: Annotated[Optional[int], typer.Option(help="Layers a feature writes to. Default: all later ones.")] = None,
+    target_l0: Annotated[
+        Optional[float],
+        typer.Option(help="Active features per layer and token to reach, for relu and jumprelu: lambda is adjusted."),
+    ] = None,
     sparsity: Annotated[Optional[float], typer.Option(help="Sparsity coefficient lambda.")] = None,
+    sparsity_loss: Annotated[Optional[str], typer.Option(help="tanh (the default), l0 or quadratic_l0.")] = None,
+    straight_through: Annotated[
+        Optional[str], typer.Option(help="What JumpReLU's gradient reaches: all (the default) or threshold.")
+    ] = None,
+    skip: Annotated[bool, typer.Option(help="A linear map of each layer's input beside the features.")] = False,
+    far_rank: Annotated[
+        Optional[int], typer.Option(help="Rank of the decoders to later layers. Default: full.")
+    ] = None,
     lr: Annotated[Optional[float], typer.Option(help="Learning rate.")] = None,
     context_size: Annotated[
         Optional[int],
@@ -204,6 +223,10 @@ def train(
     n_data_parallel: Annotated[
         int, typer.Option(help="Under torchrun: parts that a batch is split into; features are split within each.")
     ] = 1,
+    dtype: Annotated[
+        Optional[str], typer.Option(help="Number type of the weights; bfloat16 is rounded at random.")
+    ] = None,
+    autocast: Annotated[bool, typer.Option(help="Matrix products in bfloat16.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
     cache: Annotated[
         Optional[Path],
@@ -244,7 +267,15 @@ def train(
         optional = {
             "k": k,
             "span": span,
+            "topk_across": topk_across,
+            "k_start": k_start,
+            "k_anneal_steps": k_anneal_steps,
+            "target_l0": target_l0,
             "sparsity_coefficient": sparsity,
+            "sparsity_loss": sparsity_loss,
+            "straight_through": straight_through,
+            "far_rank": far_rank,
+            "dtype": dtype,
             "lr": lr,
             "context_size": context_size or (None if hooked is None else min(128, hooked.cfg.n_ctx)),
             "train_batch_size_tokens": batch_size,
@@ -263,6 +294,8 @@ def train(
                 "d_transcoder": d_transcoder,
                 "training_tokens": training_tokens,
                 "activation": activation,
+                "skip": skip,
+                "autocast": autocast,
                 "backend": backend,
                 "device": device,
                 "n_data_parallel": n_data_parallel,

@@ -113,7 +113,7 @@ def plain(size: Size, clock: Clock, n_steps: int, topk: bool) -> None:
 
 
 def ours(
-    size: Size, clock: Clock, n_steps: int, topk: bool, saelens: bool = False, autocast: bool = False, **changes: float
+    size: Size, clock: Clock, n_steps: int, topk: bool, saelens: bool = False, autocast: bool = False, **changes: Any
 ) -> None:
     """Steps of the trainer's `fit`, from one request of a batch to the next."""
     from sae_lens.config import LoggingConfig, SAETrainerConfig
@@ -175,6 +175,8 @@ CASES: dict[str, Callable[[Size, Clock, int], None]] = {
     f"TopK k={K}, plain torch": partial(plain, topk=True),
     f"TopK k={K}, ours": partial(ours, topk=True),
     "  TopK on SAELens's own step": partial(ours, topk=True, saelens=True),
+    f"BatchTopK k={K}, ours": partial(ours, topk=True, activation="batchtopk"),
+    "  across layers": partial(ours, topk=True, activation="batchtopk", topk_across="all_layers"),
 }
 
 

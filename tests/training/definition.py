@@ -106,7 +106,7 @@ def auxk(clt: TrainingCLT, h: list[Tensor], residual: Tensor, step_input: TrainS
     for a, mask in zip(h, dead.unflatten(0, (clt.cfg.n_layers, -1)), strict=True):
         ranked = torch.where(mask, a.detach(), -torch.inf).argsort(dim=1, descending=True)
         keep = torch.zeros_like(a).scatter(1, ranked[:, : min(clt.cfg.k_aux, int(mask.sum()))], 1.0)
-        chosen.append(a.relu() * keep)
+        chosen.append(a * keep)
     share = min(1.0, int(dead.sum()) / (clt.cfg.n_layers * clt.cfg.k_aux))
     error = (residual - write(clt, chosen)).square().sum() / len(residual)
     return {"auxk_loss": step_input.coefficients["auxk"] * share * error}

@@ -3,8 +3,9 @@
     auxk_loss = sum over layers ||e - e_hat||^2, mean over tokens,   e = outputs - recons (without gradient)
     e_hat     = what the `k_aux` dead features of each layer with the largest hidden_pre would write, without b_dec
 
-Times min(1, dead features / (n_layers * k_aux)). Negative pre-activations count as 0: such a feature, trained with
-its decoder reversed, would fit without ever firing. Without dead features nothing is computed.
+Times min(1, dead features / (n_layers * k_aux)). A chosen feature counts with its pre-activation even where that is
+negative, as in SAELens: on atlas 3% of the features were dead at the end, and 17% with negative ones set to 0, which
+leaves features without a gradient at most tokens. Without dead features nothing is computed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def auxk_features(
     dead: Bool[Tensor, " all_features"],
     k_aux: int,
 ) -> tuple[Values, Support] | None:
-    """One layer's chosen dead features: their activations, with gradients, and places. None where none is dead.
+    """One layer's chosen dead features: their pre-activations, with gradients, and places. None where none is dead.
 
     Args:
         clt: on a grid, one rank's share of it.
@@ -57,8 +58,7 @@ def auxk_features(
         kept = kept[:, : offers.values.shape[1]]
         offsets = F.pad(kept.sum(dim=1).cumsum(dim=0), (1, 0))
         places = Support(numbers[offers.indices][kept], offsets, clt.n_own_features)
-    values = pick(hidden_pre.detach(), x, clt.W_enc[layer], clt.b_enc[layer], places)
-    return torch.relu(values), places
+    return pick(hidden_pre.detach(), x, clt.W_enc[layer], clt.b_enc[layer], places), places
 
 
 def auxk_loss(

@@ -306,8 +306,8 @@ class CLTTrainingRunner:
             straight_through=cfg.straight_through,
             sparsity_loss=cfg.sparsity_loss,
             sparsity_coefficient=cfg.sparsity_coefficient,
-            # lambda rises over the whole run; a controller's target is reached by the middle, and then kept.
-            sparsity_warm_up_steps=cfg.n_steps if cfg.target_l0 is None else cfg.n_steps // 2,
+            # lambda rises over the whole run; a controller's target is kept for the last quarter.
+            sparsity_warm_up_steps=cfg.n_steps if cfg.target_l0 is None else cfg.n_steps * 3 // 4,
             target_l0=cfg.target_l0,
             tanh_scale=cfg.tanh_scale,
             dead_feature_coefficient=cfg.dead_feature_coefficient,

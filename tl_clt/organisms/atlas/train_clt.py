@@ -7,9 +7,10 @@ the CLT in the native layout, `training.json` (the run), and `metrics.json` (the
 
 from __future__ import annotations
 
+from enum import Enum
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -28,17 +29,44 @@ TEXT_SEED_OFFSET = 1
 """Added to the seed, so that the CLT is not trained on the text that the model was trained on."""
 
 
-def clt_config(model_name: str, output: Path, seed: int) -> CLTTrainingRunnerConfig:
-    """The recipe: JumpReLU, 256 features a layer, of which fewer than 10 are active on a token."""
-    n_steps = TRAINING_TOKENS // 1024
+class Recipe(str, Enum):
+    """What is trained. All have 256 features a layer."""
+
+    bundled = "bundled"
+    """JumpReLU, fewer than 10 features active on a token: the CLT that comes with the package."""
+
+    jumprelu = "jumprelu"
+    """JumpReLU, about 16 features active, few of them dead."""
+
+    topk = "topk"
+    """TopK, 16 features active, few of them dead; half of the tokens are enough."""
+
+
+RECIPES: dict[Recipe, dict[str, Any]] = {
+    Recipe.bundled: {"activation": "jumprelu", "sparsity_coefficient": 0.3, "dead_feature_coefficient": 1e-2},
+    Recipe.jumprelu: {
+        "activation": "jumprelu",
+        "target_l0": 16.5,
+        "sparsity_coefficient": 0.3,
+        "dead_feature_coefficient": 2e-2,
+    },
+    Recipe.topk: {
+        "activation": "topk",
+        "k": 16,
+        "dead_feature_window": 100,
+        "training_tokens": TRAINING_TOKENS // 2,
+    },
+}
+
+
+def clt_config(model_name: str, output: Path, seed: int, recipe: Recipe = Recipe.bundled) -> CLTTrainingRunnerConfig:
+    """A recipe's run."""
+    values: dict[str, Any] = {"training_tokens": TRAINING_TOKENS} | RECIPES[recipe]
+    n_steps = values["training_tokens"] // 1024
     return CLTTrainingRunnerConfig(
         model_name=model_name,
         output_path=str(output),
         d_transcoder=256,
-        activation="jumprelu",
-        sparsity_coefficient=0.3,
-        dead_feature_coefficient=1e-2,
-        training_tokens=TRAINING_TOKENS,
         context_size=TrainOptions.n_ctx,
         train_batch_size_tokens=1024,
         store_batch_size_prompts=64,
@@ -48,6 +76,7 @@ def clt_config(model_name: str, output: Path, seed: int) -> CLTTrainingRunnerCon
         lr_warm_up_steps=50,
         lr_decay_steps=n_steps // 4,
         seed=seed,
+        **values,
     )
 
 
@@ -70,13 +99,15 @@ def held_out_sentences() -> list[str]:
 def main(
     output: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
     model: Annotated[str, typer.Option(help="Folder of the model; the bundled one by default.")] = "atlas",
+    recipe: Annotated[Recipe, typer.Option(help="What to train.")] = Recipe.bundled,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the text.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads to use.")] = 1,
 ) -> None:
     """Train atlas's CLT and write it, with what it reaches on held-out questions, to a folder."""
     torch.set_num_threads(threads)
     atlas = load_model(model)
-    runner = CLTTrainingRunner(clt_config("atlas", output, seed), model=atlas, dataset=training_tokens(atlas, seed))
+    cfg = clt_config("atlas", output, seed, recipe)
+    runner = CLTTrainingRunner(cfg, model=atlas, dataset=training_tokens(atlas, seed))
     clt = runner.run()
     report = evaluate(atlas, clt, held_out_sentences(), n_graphs=0)
     (output / "metrics.json").write_text(report.to_json())
