@@ -36,19 +36,20 @@ class Recipe(str, Enum):
     """JumpReLU, fewer than 10 features active on a token: the CLT that comes with the package."""
 
     jumprelu = "jumprelu"
-    """JumpReLU, about 16 features active, few of them dead."""
+    """JumpReLU, about 16 features active on a token."""
 
     topk = "topk"
-    """TopK, 16 features active, few of them dead; half of the tokens are enough."""
+    """TopK, 16 features active, few of them dead."""
 
 
 RECIPES: dict[Recipe, dict[str, Any]] = {
     Recipe.bundled: {"activation": "jumprelu", "sparsity_coefficient": 0.3, "dead_feature_coefficient": 1e-2},
     Recipe.jumprelu: {
         "activation": "jumprelu",
-        "target_l0": 16.5,
+        "target_l0": 17.3,
         "sparsity_coefficient": 0.3,
-        "dead_feature_coefficient": 2e-2,
+        "dead_feature_coefficient": 8e-3,
+        "training_tokens": TRAINING_TOKENS // 2,
     },
     Recipe.topk: {
         "activation": "topk",
