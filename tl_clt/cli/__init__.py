@@ -1,0 +1,9 @@
+"""The command line `tl-clt`: one file a group of commands."""
+
+from tl_clt.cli.app import app
+from tl_clt.cli.demo import demo
+from tl_clt.cli.measure import evaluate, tradeoff
+from tl_clt.cli.prompts import intervene, trace
+from tl_clt.cli.train import train
+
+__all__ = ["app", "demo", "evaluate", "intervene", "trace", "tradeoff", "train"]

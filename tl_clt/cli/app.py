@@ -1,0 +1,40 @@
+"""The app, and what its commands share: consoles, errors, options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tl_clt.errors import TlCltError
+
+app = typer.Typer(
+    name="tl-clt",
+    help="Cross-layer transcoders for TransformerLens: train one, and trace how a model arrives at its answer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+ModelName = Annotated[str, typer.Option(help="Bundled organism, model folder, .gguf file, or hub name.")]
+CLTName = Annotated[str, typer.Option(help="CLT folder or hub repository.")]
+Backend = Annotated[str, typer.Option(help="hooked (HookedTransformer) or bridge (TransformerBridge).")]
+Device = Annotated[str, typer.Option(help="Where to compute, for example cuda.")]
+LazyDecoder = Annotated[bool, typer.Option(help="Leave decoders on disk, reading only what is needed.")]
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Show an error of ours as one message, without a traceback, and end with status 1."""
+    try:
+        yield
+    except TlCltError as error:
+        errors.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        errors.print(str(error), markup=False)
+        raise typer.Exit(1) from error
