@@ -10,7 +10,8 @@ import torch
 from tl_clt import attribute, evaluate, load_organism
 from tl_clt.errors import ModelNotFound
 from tl_clt.organisms import default_prompt, organism_folder
-from tl_clt.organisms.atlas.text import direct_questions, held_out_questions, sentence_of, train_questions
+from tl_clt.organisms.atlas.text import direct_questions, held_out_questions, train_questions
+from tl_clt.organisms.atlas.train_clt import held_out_sentences
 
 FOLDER = organism_folder("atlas")
 CARD = (FOLDER / "card.md").read_text()
@@ -54,12 +55,10 @@ def test_accuracy(atlas, name, questions):
 
 
 def test_the_clt_reaches_what_its_metrics_say(atlas):
-    report = evaluate(atlas.model, atlas.clt, [sentence_of(q) for q in held_out_questions()[::3]], n_graphs=0)
+    report = evaluate(atlas.model, atlas.clt, held_out_sentences()[::12], n_graphs=0)
     assert report.explained_variance == pytest.approx(CLT_METRICS["explained_variance"], abs=0.01)
-    assert report.l0_sum_over_layers == pytest.approx(
-        CLT_METRICS["l0_per_layer"] and sum(CLT_METRICS["l0_per_layer"]), rel=0.25
-    )
-    assert report.top1_agreement == pytest.approx(CLT_METRICS["top1_agreement"], abs=0.04)
+    assert report.l0_sum_over_layers == pytest.approx(CLT_METRICS["l0_sum_over_layers"], rel=0.1)
+    assert report.top1_agreement == pytest.approx(CLT_METRICS["top1_agreement"], abs=0.02)
     assert report.explained_variance >= 0.95
 
 
