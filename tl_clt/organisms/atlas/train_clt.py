@@ -30,26 +30,26 @@ TEXT_SEED_OFFSET = 1
 
 
 class Recipe(str, Enum):
-    """What is trained. All have 256 features a layer."""
+    """What is trained."""
 
     bundled = "bundled"
-    """JumpReLU, fewer than 10 features active on a token: the CLT that comes with the package."""
+    """JumpReLU, 256 features a layer, fewer than 10 active on a token: the CLT that comes with the package."""
 
     jumprelu = "jumprelu"
-    """JumpReLU, about 16 features active on a token."""
+    """JumpReLU for a named L0: 128 features a layer, about 16 active on a token, hardly any dead."""
 
     topk = "topk"
-    """TopK, 16 features active, few of them dead."""
+    """TopK, 256 features a layer, 16 active, few dead."""
 
 
 RECIPES: dict[Recipe, dict[str, Any]] = {
     Recipe.bundled: {"activation": "jumprelu", "sparsity_coefficient": 0.3, "dead_feature_coefficient": 1e-2},
     Recipe.jumprelu: {
         "activation": "jumprelu",
-        "target_l0": 17.3,
+        "d_transcoder": 128,
+        "target_l0": 17.0,
         "sparsity_coefficient": 0.3,
-        "dead_feature_coefficient": 8e-3,
-        "training_tokens": TRAINING_TOKENS // 2,
+        "dead_feature_coefficient": 3e-3,
     },
     Recipe.topk: {
         "activation": "topk",
@@ -62,12 +62,11 @@ RECIPES: dict[Recipe, dict[str, Any]] = {
 
 def clt_config(model_name: str, output: Path, seed: int, recipe: Recipe = Recipe.bundled) -> CLTTrainingRunnerConfig:
     """A recipe's run."""
-    values: dict[str, Any] = {"training_tokens": TRAINING_TOKENS} | RECIPES[recipe]
+    values: dict[str, Any] = {"training_tokens": TRAINING_TOKENS, "d_transcoder": 256} | RECIPES[recipe]
     n_steps = values["training_tokens"] // 1024
     return CLTTrainingRunnerConfig(
         model_name=model_name,
         output_path=str(output),
-        d_transcoder=256,
         context_size=TrainOptions.n_ctx,
         train_batch_size_tokens=1024,
         store_batch_size_prompts=64,
