@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -163,22 +164,27 @@ def test_shards_of_other_tokens_or_models_are_refused(tmp_path: Path) -> None:
             a_cache(tmp_path).read(TOKENS, make())
 
 
-@pytest.fixture
-def small_disk(monkeypatch):
-    """No file can grow beyond 4 KiB, which the system says as it would of a full disk."""
+@contextmanager
+def small_disk() -> Iterator[None]:
+    """No file can grow beyond 4 KiB, which the system says as it would of a full disk.
+
+    Within a test only: what pytest itself writes between tests may go to a larger file.
+    """
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_full_disk_leaves_nothing_half_written(tmp_path: Path, small_disk) -> None:
+def test_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     good = a_cache(tmp_path).read(TOKENS, make())
     before = sorted(tmp_path.rglob("*"))
     big = torch.ones(12, 2, 2, 500)
-    with pytest.raises(NotWritten, match="could not be written .* Nothing half-written is left"):
+    with small_disk(), pytest.raises(NotWritten, match="could not be written .* Nothing half-written is left"):
         a_cache(tmp_path).read(TOKENS + 1, make(values=big))
     assert sorted(tmp_path.rglob("*")) == before
     assert torch.equal(a_cache(tmp_path).read(TOKENS, make()), good)
