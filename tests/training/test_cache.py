@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import resource
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.training.conftest import tiny_model
+from tests.training.conftest import small_disk, tiny_model
 from tl_clt.errors import FormatError, ModelUnsupported, NotWritten
 from tl_clt.training import CLTTrainingRunner, cache
 from tl_clt.training.batches import ActivationBatches, without_store_noise
@@ -162,22 +159,6 @@ def test_shards_of_other_tokens_or_models_are_refused(tmp_path: Path) -> None:
         path.write_bytes(wrong.read_bytes())
         with pytest.raises(FormatError, match="holds other activations"):
             a_cache(tmp_path).read(TOKENS, make())
-
-
-@contextmanager
-def small_disk() -> Iterator[None]:
-    """No file can grow beyond 4 KiB, which the system says as it would of a full disk.
-
-    Within a test only: what pytest itself writes between tests may go to a larger file.
-    """
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:

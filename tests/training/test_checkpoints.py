@@ -16,8 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.conftest import tiny_model
-from tests.training.test_cache import small_disk  # noqa: F401
+from tests.training.conftest import small_disk, tiny_model
 from tl_clt.errors import CheckpointError, DatasetError, NotWritten, OutputNotEmpty
 from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig, TrainingProgress, checkpoints, resuming
 from tl_clt.transcoder import CrossLayerTranscoder
@@ -283,11 +282,13 @@ def test_checkpoint_folder_of_another_run_is_not_written_to(cfg, model, tokens, 
         CLTTrainingRunner(elsewhere, model=model, dataset=tokens).run(resume=folder)
 
 
-def test_full_disk_leaves_the_earlier_checkpoint_good(cfg, model, tokens, request) -> None:
+def test_full_disk_leaves_the_earlier_checkpoint_good(cfg, model, tokens) -> None:
     folder = interrupted(cfg, model, tokens, 6)
     before = sorted(folder.rglob("*"))
-    request.getfixturevalue("small_disk")
-    with pytest.raises(NotWritten, match="step_00000010' could not be written .* Earlier checkpoints stay good"):
+    with (
+        small_disk(),
+        pytest.raises(NotWritten, match="step_00000010' could not be written .* Earlier checkpoints stay good"),
+    ):
         CLTTrainingRunner(cfg, model=model, dataset=tokens).run(resume=folder)
     assert sorted(folder.rglob("*")) == before
     assert checkpoints.find(folder).step == 5
