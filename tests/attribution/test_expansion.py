@@ -51,7 +51,7 @@ def test_no_more_is_traced_than_the_bound_asks_for(model, clt, graph):
     assert counts[0] < counts[-1] <= int(graph.expanded.sum())
 
 
-def test_lazy_decoders_read_each_active_feature_once(model, clt, graph, tmp_path, monkeypatch):
+def test_lazy_decoders_read_active_features_alone(model, clt, graph, tmp_path, monkeypatch):
     clt.save_pretrained(tmp_path / "clt")
     lazy = CrossLayerTranscoder.from_pretrained(tmp_path / "clt", lazy_decoder=True)
     read, rows = [], LazyDecoders.rows

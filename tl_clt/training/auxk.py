@@ -4,8 +4,8 @@
     e_hat     = what the `k_aux` dead features of each layer with the largest hidden_pre would write, without b_dec
 
 Times min(1, dead features / (n_layers * k_aux)). A chosen feature counts with its pre-activation even where that is
-negative, as in SAELens: on atlas 3% of the features were dead at the end, and 17% with negative ones set to 0, which
-leaves features without a gradient at most tokens. Without dead features nothing is computed.
+negative, as in SAELens: set to 0, it would leave most dead features without a gradient at most tokens. Without dead
+features nothing is computed.
 """
 
 from __future__ import annotations
