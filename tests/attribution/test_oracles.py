@@ -13,9 +13,10 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from tl_clt import AttributionGraph, CrossLayerTranscoder, NodeKind, attribute
 
 ORACLES = Path(__file__).parents[1] / "data" / "oracles"
+CASES = ["gpt2", "llama", "gemma", "neox", "gpt2-mlpin", "llama-mlpin", "gemma-mlpin", "neox-mlpin", "llama-plt-skip"]
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama", "gemma", "neox"])
+@pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest) -> tuple[AttributionGraph, dict[str, torch.Tensor]]:
     """Our graph and circuit-tracer's numbers."""
     folder = ORACLES / request.param

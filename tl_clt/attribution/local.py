@@ -19,12 +19,14 @@ from torch import Tensor
 from tl_clt.attribution.streams import ActiveFeatures, Biases, Bos, Reads, Sites, Stream, Streams, Writes
 from tl_clt.errors import LocalModelMismatch, ModelUnsupported
 from tl_clt.lens import (
+    MLP_OUT,
     FwdHook,
     HookedModel,
     block_hook,
     dtype_of,
     frozen_hooks,
     is_frozen_hook,
+    mlp_norms,
     model_name,
     run_with_cache,
     run_with_hooks,
@@ -100,8 +102,13 @@ class LocalReplacementModel:
         zero = torch.zeros_like(self.sites.embed)
         points: dict[str, Tensor] = {}
         attn: list[Tensor] = [zero] * self.n_layers
+        behind: list[Tensor] = [zero] * self.n_layers
 
         def silence_mlp(mlp_out: Tensor, hook: object, layer: int) -> Tensor:
+            return torch.zeros_like(mlp_out)
+
+        def note_behind(mlp_out: Tensor, hook: object, layer: int) -> Tensor:
+            behind[layer] = mlp_out[0].to(self.dtype)
             return torch.zeros_like(mlp_out)
 
         def note_attn(attn_out: Tensor, hook: object, layer: int) -> Tensor:
@@ -110,16 +117,44 @@ class LocalReplacementModel:
 
         pos_zero = None if self.sites.pos_embed is None else zero
         with torch.no_grad():
-            reads = self._run(Sites(zero, pos_zero, attn, attn), silence_mlp, note_attn, points)
+            nothing = Sites(zero, pos_zero, attn, attn)
+            reads = self._run(nothing, silence_mlp, note_attn, points, note_behind)
             skips = [skip_output(self.clt, x, t, self.bos) for t, x in enumerate(reads.points[: self.n_layers])]
             mlp = torch.stack(skips)
             mlp[:, decoded_positions(self.bos)] += self.clt.b_dec[:, None, :].to(mlp.dtype)
+            if any(bool(added.any()) for added in behind):
+                added = torch.stack(behind)
+
+                def put_ones(mlp_out: Tensor, hook: object, layer: int) -> Tensor:
+                    return torch.ones_like(mlp_out)
+
+                self._run(nothing, put_ones, note_attn, {}, note_behind)
+                mlp += self._before_norm(added, torch.stack(behind) - added)
         return Biases(torch.stack(attn), mlp, reads.points)
+
+    def _before_norm(self, added: Streams, gain: Streams) -> Streams:
+        """What a norm behind the MLP adds by itself, as a vector in front of it that gives the same.
+
+        Args:
+            added: what it gives for zeros.
+            gain: what it gives for ones, beyond that: with its scale held, gain / scale; zeros if it takes means off.
+        """
+        if bool(((gain == 0) & (added != 0)).any()):
+            raise ModelUnsupported(
+                f"The norm behind the MLPs of {model_name(self.model)} has a bias, which no node in front of it can"
+                " carry. Use a CLT that writes hook_mlp_out."
+            )
+        return torch.where(added == 0, added, added / gain)
 
     @torch.no_grad()
     def follow(self, other: LocalReplacementModel) -> Biases:
         """What another prompt of the same length has beyond this one's held map: run along the other's residual
         stream with this prompt's patterns and scales, and note what its own attention and norms gave more."""
+        if self.clt.cfg.output_hook == MLP_OUT and mlp_norms(self.model, 0).behind is not None:
+            raise ModelUnsupported(
+                f"contrast= does not know CLTs that write {MLP_OUT} in front of a norm, as this one of"
+                f" {model_name(self.model)}. Trace the prompts by themselves, or use a CLT that writes hook_mlp_out."
+            )
         points: dict[str, Tensor] = {}
         attn: list[Tensor] = [other.attn_out[0]] * self.n_layers
 
@@ -143,7 +178,14 @@ class LocalReplacementModel:
         pos_embed = at.pos_embed if bias_nodes else None
         return Writes(self.features, self.features.activation, self.errors, at.embed, pos_embed, biases)
 
-    def _run(self, sites: Sites, on_mlp: Callable, on_attn: Callable, points: dict[str, Tensor]) -> Reads:
+    def _run(
+        self,
+        sites: Sites,
+        on_mlp: Callable,
+        on_attn: Callable,
+        points: dict[str, Tensor],
+        on_mlp_written: Callable | None = None,
+    ) -> Reads:
         cfg, dtype = self.clt.cfg, self.dtype
         names = [*(block_hook(t, cfg.input_hook) for t in self.clt.layers), *self.extra_points]
 
@@ -160,6 +202,8 @@ class LocalReplacementModel:
         for t in self.clt.layers:
             hooks.append((block_hook(t, "hook_attn_out"), partial(on_attn, layer=t)))
             hooks.append((block_hook(t, cfg.output_hook), partial(on_mlp, layer=t)))
+            if on_mlp_written is not None and cfg.output_hook == MLP_OUT:
+                hooks.append((block_hook(t, "hook_mlp_out"), partial(on_mlp_written, layer=t)))
         with user_hooks_aside(self.model), tap_unembedding(self.model) as tap:
             run_with_hooks(self.model, self.tokens[None], hooks)
         seen = tap.get()

@@ -18,7 +18,7 @@ from tl_clt.interventions.intervention import (
     positions_of,
     within,
 )
-from tl_clt.lens import CleanRun, Freeze, FwdHook, HookedModel, HookPoint, PromptBatch, block_hook, to_token_batch
+from tl_clt.lens import CleanRun, Freeze, FwdHook, HookedModel, HookPoint, PromptBatch, block_hook, plain_hooks, to_token_batch
 from tl_clt.replacement import check_fit, is_replaced, not_read
 from tl_clt.shapes import TokenBatch
 from tl_clt.transcoder import CrossLayerTranscoder
@@ -73,7 +73,8 @@ def intervention_hooks(
         CLTMismatch, HookNotFound: the CLT is of another model.
         PromptError, TokenizerMissing, ConfigError: an argument out of range.
     """
-    return Steering(model, clt, to_token_batch(model, tokens), interventions, through_layer, freeze).hooks
+    steering = Steering(model, clt, to_token_batch(model, tokens), interventions, through_layer, freeze)
+    return plain_hooks(model, steering.hooks)
 
 
 class Chosen(NamedTuple):

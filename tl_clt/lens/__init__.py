@@ -14,8 +14,9 @@ from tl_clt.lens.hooks import (
     user_hooks_aside,
 )
 from tl_clt.lens.kv_cache import CleanCaches, last_kv_cache
-from tl_clt.lens.linear import NormMap, OVWeights, is_parallel, norm_map, ov_weights
+from tl_clt.lens.linear import NormMap, OVWeights, is_parallel, mlp_norms, norm_map, ov_weights
 from tl_clt.lens.loading import Backend, bundled_organisms, load_model
+from tl_clt.lens.mlp_points import MLP_IN, MLP_OUT, mlp_hook_points, names_mlp_points, plain_hooks
 from tl_clt.lens.neurons import NeuronWeights, neuron_weights
 from tl_clt.lens.prompts import Prompt, PromptBatch, require_tokenizer, to_token_batch, to_tokens, token_strings
 from tl_clt.lens.running import Unembedding, run_with_cache, run_with_hooks, tap_unembedding
@@ -27,6 +28,8 @@ __all__ = [
     "Backend",
     "CleanCaches",
     "CleanRun",
+    "MLP_IN",
+    "MLP_OUT",
     "Freeze",
     "FwdHook",
     "HookPoint",
@@ -50,11 +53,15 @@ __all__ = [
     "is_parallel",
     "last_kv_cache",
     "load_model",
+    "mlp_hook_points",
+    "mlp_norms",
     "model_fingerprint",
     "model_name",
     "neuron_weights",
+    "names_mlp_points",
     "norm_map",
     "ov_weights",
+    "plain_hooks",
     "remove_hook_points",
     "require_hooks",
     "require_tokenizer",

@@ -13,6 +13,7 @@ from torch import Tensor
 from tl_clt.errors import ModelUnsupported, PromptError
 from tl_clt.lens.freezing import FROZEN_HOOKS, hold, is_frozen_hook
 from tl_clt.lens.hooks import FwdHook, block_hook, find_hook, model_name, require_hooks, user_hooks_aside
+from tl_clt.lens.mlp_points import mlp_hook_points
 from tl_clt.lens.running import run_with_cache, run_with_hooks
 from tl_clt.lens.types import HookedModel, HookPoint
 
@@ -39,7 +40,8 @@ class CleanRun:
     """
 
     def __init__(self, model: HookedModel, names: Collection[str], freeze: Freeze) -> None:
-        require_hooks(model, [START, FIRST_PATTERN, *names])
+        with mlp_hook_points(model):
+            require_hooks(model, [START, FIRST_PATTERN, *names])
         known = model.hook_dict
         patterns = [n for n in known if n.endswith(FROZEN_HOOKS[0])]
         # Norms of queries and keys act on patterns only, which are held themselves.

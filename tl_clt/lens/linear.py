@@ -94,6 +94,26 @@ def ov_weights(model: HookedModel, layer: int) -> OVWeights:
     return OVWeights(W_V.detach(), W_O.detach())
 
 
+class MLPNorms(NamedTuple):
+    """The norms around one MLP, by name, for example `blocks.3.ln2`; None where there is none."""
+
+    before: str | None
+    """Gives what the MLP is given (`mlp.hook_in`). Blocks that norm once for attention and MLP have it at ln1."""
+
+    behind: str | None
+    """Takes what the MLP returns (`mlp.hook_out`) and gives `hook_mlp_out`."""
+
+
+def mlp_norms(model: HookedModel, layer: int) -> MLPNorms:
+    """The norms in front of and behind one layer's MLP, as far as they have a scale to hold."""
+    known = model.hook_dict
+    before = ("ln2", "ln1") if is_parallel(model) else ("ln2",)
+    names = [f"blocks.{layer}.{name}" for name in (*before, "ln2_post")]
+    found = [name for name in names if f"{name}.hook_scale" in known]
+    behind = found.pop() if found and found[-1].endswith("ln2_post") else None
+    return MLPNorms(found[0] if found else None, behind)
+
+
 def is_parallel(model: HookedModel) -> bool:
     """Whether attention and MLP of a block both read its input."""
     return "blocks.0.hook_resid_mid" not in model.hook_dict

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_clt.lens.hooks import FwdHook
+from tl_clt.lens.mlp_points import mlp_hook_points, names_mlp_points
 from tl_clt.lens.types import ActivationCache, HookedModel
 from tl_clt.shapes import Logits, TokenBatch
 
@@ -55,29 +56,32 @@ def tap_unembedding(model: HookedModel) -> Iterator[UnembeddingTap]:
 def run_with_cache(
     model: HookedModel, tokens: TokenBatch, names: Callable[[str], bool]
 ) -> tuple[Logits, ActivationCache]:
-    """`model.run_with_cache` without gradients, keeping the hooks that `names` lets through."""
-    with torch.no_grad():
+    """`model.run_with_cache` without gradients, keeping the hooks that `names` lets through, `mlp.hook_in` and
+    `mlp.hook_out` of a HookedTransformer among them."""
+    with torch.no_grad(), mlp_hook_points(model):
         logits, cache = model.run_with_cache(tokens, names_filter=names)
     return logits, cache  # type: ignore[return-value]
 
 
 def run_with_hooks(model: HookedModel, tokens: TokenBatch, hooks: Sequence[FwdHook]) -> Logits:
-    """As `model.run_with_hooks`, with gradients where the caller has them on.
+    """As `model.run_with_hooks`, with gradients where the caller has them on; hooks may be at `mlp.hook_in` and
+    `mlp.hook_out` of a HookedTransformer too.
 
     A bridge's own builds its dictionary of hooks anew for each hook in the list, which takes longer than the pass;
     here it is built once. A bridge warns that norms with held scales round otherwise than its own; that is known
     to callers here.
     """
-    known = model.hook_dict
-    points = [known[name] for name, _ in hooks]
-    model.context_level += 1
-    try:
-        for point, (_, function) in zip(points, hooks, strict=True):
-            point.add_hook(function, level=model.context_level)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
-            return model(tokens)
-    finally:
-        for point in dict.fromkeys(points):
-            point.remove_hooks("fwd", level=model.context_level)
-        model.context_level -= 1
+    with mlp_hook_points(model) if names_mlp_points(name for name, _ in hooks) else nullcontext():
+        known = model.hook_dict
+        points = [known[name] for name, _ in hooks]
+        model.context_level += 1
+        try:
+            for point, (_, function) in zip(points, hooks, strict=True):
+                point.add_hook(function, level=model.context_level)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
+                return model(tokens)
+        finally:
+            for point in dict.fromkeys(points):
+                point.remove_hooks("fwd", level=model.context_level)
+            model.context_level -= 1

@@ -23,6 +23,8 @@ from tl_clt.lens import (
     block_hook,
     find_hook,
     last_kv_cache,
+    mlp_hook_points,
+    names_mlp_points,
     remove_hook_points,
     user_hooks_aside,
 )
@@ -153,6 +155,8 @@ def attach(model: HookedModel, clt: CrossLayerTranscoder, mode: Mode = "observe"
     check_fit(model, clt)
     attachment = Attachment(model, clt, mode)
     with ExitStack() as undo:
+        if names_mlp_points(block_hook(0, name) for name in (clt.cfg.input_hook, clt.cfg.output_hook)):
+            undo.enter_context(mlp_hook_points(model))
         for layer in clt.layers:
             reads = find_hook(model, block_hook(layer, clt.cfg.input_hook))
             writes = find_hook(model, block_hook(layer, clt.cfg.output_hook))

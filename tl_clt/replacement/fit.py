@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tl_clt.errors import CLTMismatch
-from tl_clt.lens import HookedModel, block_hook, model_name, require_hooks
+from tl_clt.lens import HookedModel, block_hook, mlp_hook_points, model_name, require_hooks
 from tl_clt.transcoder import CrossLayerTranscoder, CrossLayerTranscoderConfig
 
 
@@ -30,7 +30,8 @@ def check_fit(model: HookedModel, clt: CrossLayerTranscoder) -> None:
             f"The CLT is on {clt.W_enc.device}, but {name} is on {model.W_E.device}."
             f" Move it: clt.to('{model.W_E.device}')."
         )
-    require_hooks(model, [block_hook(t, h) for t in clt.layers for h in (cfg.input_hook, cfg.output_hook)])
+    with mlp_hook_points(model):
+        require_hooks(model, [block_hook(t, h) for t in clt.layers for h in (cfg.input_hook, cfg.output_hook)])
 
 
 def not_read(cfg: CrossLayerTranscoderConfig, layer: int) -> CLTMismatch:

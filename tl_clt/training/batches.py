@@ -15,7 +15,7 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
 from tl_clt.errors import ConfigError
-from tl_clt.lens import HookedModel, block_hook, model_fingerprint, model_name, require_hooks, require_tokenizer
+from tl_clt.lens import HookedModel, block_hook, mlp_hook_points, model_fingerprint, model_name, require_hooks, require_tokenizer
 from tl_clt.training.cache import ActivationCache
 from tl_clt.training.chunks import Activations, Chunk, Chunks, Prompts, Rules
 from tl_clt.training.config import CLTTrainingRunnerConfig
@@ -41,7 +41,8 @@ def hook_names(model: HookedModel, cfg: CLTTrainingRunnerConfig) -> list[str]:
     """
     layers = range(model.cfg.n_layers)
     names = [block_hook(layer, hook) for hook in (cfg.input_hook, cfg.output_hook) for layer in layers]
-    require_hooks(model, names)
+    with mlp_hook_points(model):
+        require_hooks(model, names)
     return names
 
 

@@ -18,7 +18,7 @@ from sae_lens.config import LoggingConfig
 from sae_lens.saes.sae import SAEMetadata
 
 from tl_clt.errors import ConfigError
-from tl_clt.lens import HookedModel, load_model, model_fingerprint, model_name
+from tl_clt.lens import HookedModel, load_model, mlp_hook_points, model_fingerprint, model_name
 from tl_clt.training import checkpoints
 from tl_clt.training.batches import ActivationBatches, check_fits, without_store_noise
 from tl_clt.training.chunks import DataCounts
@@ -170,6 +170,7 @@ class CLTTrainingRunner:
         ):
             raw = None
             for model, dataset in source:
+                opened.enter_context(mlp_hook_points(model))
                 batches = ActivationBatches(model, dataset, cfg, None if state is None else position_of(state))
                 raw = opened.enter_context(closing(batches))
             clt = self._train(start, raw, grid, started, state)

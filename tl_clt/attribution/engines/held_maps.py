@@ -16,10 +16,22 @@ from torch import Tensor
 
 from tl_clt.attribution.local import LocalReplacementModel, tracing_dtype
 from tl_clt.errors import ModelUnsupported
-from tl_clt.lens import HookedModel, NormMap, block_hook, is_parallel, model_name, norm_map, ov_weights
+from tl_clt.lens import (
+    MLP_IN,
+    MLP_OUT,
+    HookedModel,
+    NormMap,
+    block_hook,
+    is_parallel,
+    mlp_norms,
+    model_name,
+    norm_map,
+    ov_weights,
+)
 from tl_clt.transcoder import CrossLayerTranscoder
 
-INPUT_HOOKS = ("hook_resid_mid", "hook_resid_pre", "ln2.hook_normalized")
+INPUT_HOOKS = ("hook_resid_mid", "hook_resid_pre", "ln2.hook_normalized", MLP_IN)
+OUTPUT_HOOKS = ("hook_mlp_out", MLP_OUT)
 
 
 class FoldedOV(NamedTuple):
@@ -33,13 +45,24 @@ class FoldedOV(NamedTuple):
     n_key_value_heads: int
 
 
+class NamedNorm(NamedTuple):
+    """A norm of the model's, and the part of it that is linear once its scale is held."""
+
+    name: str
+    """For example `blocks.3.ln2`."""
+    map: NormMap
+
+
 class FoldedModel(NamedTuple):
     """What the sweep needs of a model, whatever the prompt."""
 
     attention: list[FoldedOV]
     ln_final: NormMap | None
-    ln2: list[NormMap | None]
-    """Of CLTs that read `ln2.hook_normalized`: its centring; there the gain comes after the hook."""
+    read_norms: list[NamedNorm | None]
+    """Between the residual stream and the CLT's inputs: for `mlp.hook_in` the whole norm, for `ln2.hook_normalized`
+    without its gain, which comes after that hook; None for CLTs that read the residual stream."""
+    write_norms: list[NamedNorm | None]
+    """Between the CLT's outputs and the residual stream: for `mlp.hook_out` the norm behind the MLP (Gemma)."""
     parallel: bool
     reads_mid: bool
     """Whether the CLT reads after attention, rather than at the block's input."""
@@ -52,26 +75,38 @@ def fold_model(model: HookedModel, clt: CrossLayerTranscoder) -> FoldedModel:
         ModelUnsupported: norms, attention or hooks that the sweep does not know.
     """
     cfg, name = clt.cfg, model_name(model)
-    if cfg.input_hook not in INPUT_HOOKS or cfg.output_hook != "hook_mlp_out":
+    if cfg.input_hook not in INPUT_HOOKS or cfg.output_hook not in OUTPUT_HOOKS:
         raise ModelUnsupported(
-            f"The sweep knows CLTs that read {', '.join(INPUT_HOOKS)} and write hook_mlp_out; this one reads"
-            f" {cfg.input_hook} and writes {cfg.output_hook}. Trace with engine='autograd'."
+            f"The sweep knows CLTs that read {', '.join(INPUT_HOOKS)} and write {' or '.join(OUTPUT_HOOKS)}; this one"
+            f" reads {cfg.input_hook} and writes {cfg.output_hook}. Trace with engine='autograd'."
         )
-    if cfg.output_hook == "hook_mlp_out" and getattr(model.cfg, "use_hook_mlp_in", False):
+    if getattr(model.cfg, "use_hook_mlp_in", False):
         raise ModelUnsupported(f"{name} splits its MLP inputs (use_hook_mlp_in). Trace with engine='autograd'.")
     dtype, parallel = tracing_dtype(model), is_parallel(model)
-    ln2: list[NormMap | None] = [None] * cfg.n_layers
-    if cfg.input_hook == "ln2.hook_normalized":
-        for t in clt.layers:
-            norm = norm_map(model, f"blocks.{t}.ln2")
-            ln2[t] = None if norm is None else norm._replace(gain=None)
+    read_norms: list[NamedNorm | None] = [None] * cfg.n_layers
+    write_norms: list[NamedNorm | None] = [None] * cfg.n_layers
+    for t in clt.layers:
+        norms = mlp_norms(model, t)
+        if cfg.input_hook in ("ln2.hook_normalized", MLP_IN):
+            norm = _named_norm(model, norms.before)
+            if norm is not None and cfg.input_hook != MLP_IN:
+                norm = NamedNorm(norm.name, norm.map._replace(gain=None))
+            read_norms[t] = norm
+        if cfg.output_hook == MLP_OUT:
+            write_norms[t] = _named_norm(model, norms.behind)
     return FoldedModel(
         [_fold_attention(model, t, dtype) for t in clt.layers],
         norm_map(model, "ln_final"),
-        ln2,
+        read_norms,
+        write_norms,
         parallel,
         not parallel and cfg.input_hook != "hook_resid_pre",
     )
+
+
+def _named_norm(model: HookedModel, name: str | None) -> NamedNorm | None:
+    found = None if name is None else norm_map(model, name)
+    return None if name is None or found is None else NamedNorm(name, found)
 
 
 def _fold_attention(model: HookedModel, layer: int, dtype: torch.dtype) -> FoldedOV:
@@ -105,7 +140,8 @@ class HeldMaps:
         self.n_layers = local.n_layers
         self.patterns = [self._scaled_pattern(t) for t in range(local.n_layers)]
         self.final_scale = self._scale("ln_final")
-        self.ln2_scales = [self._scale(f"blocks.{t}.ln2") for t in range(local.n_layers)]
+        self.read_scales = [self._scale_of(norm) for norm in folded.read_norms]
+        self.write_scales = [self._scale_of(norm) for norm in folded.write_norms]
 
     def _scale(self, norm: str) -> Float[Tensor, " pos"]:
         name, like = f"{norm}.hook_scale", self.local.sites.embed
@@ -113,6 +149,9 @@ class HeldMaps:
             return torch.ones_like(like[:, 0])
         # Split query, key and value inputs give a scale a head, all the same.
         return self.local.held[name][0].reshape(len(like), -1)[:, 0].to(like.dtype)
+
+    def _scale_of(self, norm: NamedNorm | None) -> Float[Tensor, " pos"] | None:
+        return None if norm is None else self._scale(norm.name)
 
     def _scaled_pattern(self, layer: int) -> Float[Tensor, "n_heads key query"]:
         pattern = self.local.held[block_hook(layer, "attn.hook_pattern")][0].to(self.local.dtype)
@@ -144,7 +183,7 @@ class HeldMaps:
         if len(at_end):
             back = transposed_norm(self.folded.ln_final, directions[at_end])
             seeds[at_end] = back / self.final_scale[pos[at_end], None]
-        if self.local.clt.cfg.input_hook == "ln2.hook_normalized":
+        if any(self.folded.read_norms):
             for t in point[point < self.n_layers].unique().tolist():
                 at = torch.nonzero(point == t).flatten()
                 seeds[at] = self.input_transposed(t, directions[at], pos[at])
@@ -154,10 +193,30 @@ class HeldMaps:
         self, layer: int, directions: Float[Tensor, "*n d_model"], pos: Int[Tensor, " m"] | slice
     ) -> Float[Tensor, "*n d_model"]:
         """From a CLT's input at one layer back to the residual stream."""
-        norm = self.folded.ln2[layer]
-        if norm is None:
+        norm, scale = self.folded.read_norms[layer], self.read_scales[layer]
+        if norm is None or scale is None:
             return directions
-        return transposed_norm(norm, directions) / self.ln2_scales[layer][pos, None]
+        return transposed_norm(norm.map, directions) / scale[pos, None]
+
+    def output_transposed(
+        self, layer: int, directions: Float[Tensor, "*n pos d_model"]
+    ) -> Float[Tensor, "*n pos d_model"]:
+        """From the residual stream behind one layer's MLP back to the CLT's output."""
+        norm, scale = self.folded.write_norms[layer], self.write_scales[layer]
+        if norm is None or scale is None:
+            return directions
+        return transposed_norm(norm.map, directions) / scale[: directions.shape[-2], None]
+
+    def written(self, layer: int, vectors: Float[Tensor, "n d_model"], pos: int) -> Float[Tensor, "n d_model"]:
+        """What vectors at the CLT's output of one layer and position write into the residual stream."""
+        norm, scale = self.folded.write_norms[layer], self.write_scales[layer]
+        if norm is None or scale is None:
+            return vectors
+        if norm.map.centred:
+            vectors = vectors - vectors.mean(dim=-1, keepdim=True)
+        if norm.map.gain is not None:
+            vectors = vectors * norm.map.gain.to(vectors.dtype)
+        return vectors / scale[pos]
 
     def carried(self, x: Float[Tensor, "pos d_model"]) -> list[Float[Tensor, "_ d_model"]]:
         """What embeddings write through the first attention layer: to each position, from every one up to it."""

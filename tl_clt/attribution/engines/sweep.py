@@ -126,7 +126,7 @@ class SweepEngine(Engine):
         self.columns = Columns.of(sources.nodes)
         at, n_pos = sources.sites, len(local.tokens)
         self.carries = n_pos * n_pos * at.embed[0].vectors.shape[1] <= CARRIED_NUMBERS
-        self.mlp = [self._placed(segments) for segments in at.mlp]
+        self.mlp = [self._placed(self._behind_norm(segments, t)) for t, segments in enumerate(at.mlp)]
         self.attn = [self._placed(segments) for segments in at.attn]
         self.embed = [self._placed(at.embed), self._placed(at.pos_embed)]
         self.carried = [self._carried(at.embed), self._carried(at.pos_embed)] if self.carries else []
@@ -197,7 +197,7 @@ class SweepEngine(Engine):
         W_skip = self.local.clt.W_skip
         if W_skip is None:
             return batch.R[:0]
-        back = batch.R[: batch.joined] @ W_skip[t].detach().to(batch.R.dtype).T
+        back = self.maps.output_transposed(t, batch.R[: batch.joined]) @ W_skip[t].detach().to(batch.R.dtype).T
         if self.local.bos == "error":
             back[:, 0] = 0
         return self.maps.input_transposed(t, back, slice(0, back.shape[1]))
@@ -230,6 +230,10 @@ class SweepEngine(Engine):
             z = rearrange(z, "n (g h d_head) -> g (n h) d_head", g=groups, h=ov.n_heads // groups)
             by_head = rearrange(z @ to_in, "g (n h) d_model -> n (g h) d_model", n=stop - start)
             batch.R[start:stop, : pos + 1] += self.maps.patterns[t][:, : pos + 1, pos].T @ by_head
+
+    def _behind_norm(self, segments: list[Segment], t: int) -> list[Segment]:
+        """What is written at a CLT's output, as the norm behind it (if there is one) passes it on."""
+        return [s._replace(vectors=self.maps.written(t, s.vectors, s.pos)) for s in segments]
 
     def _placed(self, segments: list[Segment]) -> list[Placed]:
         return [self._place(s.pos, s.nodes, s.vectors, s.n_features) for s in segments]

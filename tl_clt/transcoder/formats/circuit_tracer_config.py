@@ -18,7 +18,7 @@ from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 
 CONFIG = "config.yaml"
 OURS = "tl_clt"
-MLP_INPUT = {"mlp.hook_in": "ln2.hook_normalized"}
+MLP_INPUT = {}
 """Their names of hooks -> TransformerLens's."""
 
 
