@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tl_clt.lens import load_model
+from tl_clt.lens import load_model, run_with_cache
 from tl_clt.transcoder import CrossLayerTranscoder, CrossLayerTranscoderConfig
 
 Model: TypeAlias = HookedTransformer | TransformerBridge
@@ -196,12 +196,13 @@ def tiny_clt(
     seed: int = 0,
     l0: int = 4,
     input_hook: str | None = None,
+    output_hook: str = "hook_mlp_out",
 ) -> CrossLayerTranscoder:
     """A random CLT of which about `l0` features fire per token and layer, on random tokens of the model.
 
     Args:
         model_or_dims: the model that it reads, or (n_layers, d_model) for inputs that are normal numbers.
-        activation, span, skip, d_transcoder, dtype, input_hook: as in its config.
+        activation, span, skip, d_transcoder, dtype, input_hook, output_hook: as in its config.
         seed: of the weights.
         l0: features that fire per token and layer; what topk and batchtopk call k.
     """
@@ -226,6 +227,7 @@ def tiny_clt(
         k=l0 if activation in ("topk", "batchtopk") else None,
         skip=skip,
         input_hook=input_hook or "hook_resid_mid",
+        output_hook=output_hook,
         model_name="tiny",
         dtype=str(dtype).removeprefix("torch."),
     )
@@ -264,7 +266,7 @@ def _activations(model: Model, input_hook: str) -> tuple[Tensor, float]:
 def _run_for_activations(model: Model, input_hook: str) -> tuple[Tensor, float]:
     tokens = random_tokens(model, batch=8, pos=16, seed=99)
     with torch.no_grad():
-        _, cache = model.run_with_cache(tokens, names_filter=lambda n: n.endswith((input_hook, "hook_mlp_out")))
+        _, cache = run_with_cache(model, tokens, lambda n: n.endswith((input_hook, "hook_mlp_out")))
     layers = range(model.cfg.n_layers)
     x = torch.stack([cache[f"blocks.{t}.{input_hook}"].flatten(0, 1) for t in layers], dim=1)
     out = torch.stack([cache[f"blocks.{t}.hook_mlp_out"].flatten(0, 1) for t in layers], dim=1)

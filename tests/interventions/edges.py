@@ -9,9 +9,10 @@ from tests.models import Model
 from tl_clt import AttributionGraph, CrossLayerTranscoder, Intervention, NodeKind, intervene
 from tl_clt.attribution import build_local_model
 from tl_clt.interventions import AnyIntervention, DirectionIntervention
+from tl_clt.lens import norm_map
 
 Vectors = dict[NodeKind, Tensor]
-"""What errors [n_layers, pos, d_model], tokens and positions [pos, d_model] write."""
+"""What errors [n_layers, pos, d_model], tokens and positions [pos, d_model] write into the residual stream."""
 
 
 def measured_column(model: Model, clt: CrossLayerTranscoder, graph: AttributionGraph, what: AnyIntervention) -> Tensor:
@@ -40,7 +41,13 @@ def increased(graph: AttributionGraph, node: int, vectors: Vectors, by: float = 
 
 def vectors_of(model: Model, clt: CrossLayerTranscoder, graph: AttributionGraph) -> Vectors:
     local = build_local_model(model, clt, graph.tokens, graph.info["bos"])
-    vectors = {NodeKind.ERROR: local.errors, NodeKind.TOKEN: local.sites.embed}
+    errors = local.errors
+    if clt.cfg.output_hook == "mlp.hook_out" and "blocks.0.ln2_post.hook_scale" in local.held:
+        # The residual stream gets what the norm behind the MLP makes of an error.
+        gains = torch.stack([norm_map(model, f"blocks.{t}.ln2_post").gain for t in clt.layers])
+        scales = torch.stack([local.held[f"blocks.{t}.ln2_post.hook_scale"][0] for t in clt.layers])
+        errors = errors * gains[:, None] / scales
+    vectors = {NodeKind.ERROR: errors, NodeKind.TOKEN: local.sites.embed}
     if local.sites.pos_embed is not None:
         vectors[NodeKind.POSITION] = local.sites.pos_embed
     return vectors

@@ -18,7 +18,17 @@ from tl_clt.interventions.intervention import (
     positions_of,
     within,
 )
-from tl_clt.lens import CleanRun, Freeze, FwdHook, HookedModel, HookPoint, PromptBatch, block_hook, plain_hooks, to_token_batch
+from tl_clt.lens import (
+    CleanRun,
+    Freeze,
+    FwdHook,
+    HookedModel,
+    HookPoint,
+    PromptBatch,
+    block_hook,
+    plain_hooks,
+    to_token_batch,
+)
 from tl_clt.replacement import check_fit, is_replaced, not_read
 from tl_clt.shapes import TokenBatch
 from tl_clt.transcoder import CrossLayerTranscoder

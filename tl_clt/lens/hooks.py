@@ -14,6 +14,7 @@ from tl_clt.lens.types import HookedModel, HookedTransformer, HookPoint
 FwdHook = tuple[str, Callable]
 """(hook name, function(tensor, hook) -> tensor or None), as `run_with_hooks` takes them."""
 
+
 def block_hook(layer: int, name: str) -> str:
     """Full name of a hook within a block."""
     return f"blocks.{layer}.{name}"

@@ -12,15 +12,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from transformer_lens.components import transformer_block
 from transformer_lens.components.layer_norm import LayerNorm
 from transformer_lens.components.rms_norm import RMSNorm
-from transformer_lens.components.transformer_block import POST_NORM_ARCHITECTURES
 
 from tl_clt.errors import ModelUnsupported
 from tl_clt.lens.hooks import FwdHook, block_hook, model_name
 from tl_clt.lens.types import HookedModel, HookedTransformer, HookPoint
 
 MLP_IN, MLP_OUT = "mlp.hook_in", "mlp.hook_out"
+POST_NORM_ARCHITECTURES = getattr(transformer_block, "POST_NORM_ARCHITECTURES", ())
+"""Whose ln2 comes behind the MLP and not before it (OLMo 2); earlier TransformerLens has none."""
 
 
 @contextmanager

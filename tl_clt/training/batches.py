@@ -15,7 +15,15 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
 from tl_clt.errors import ConfigError
-from tl_clt.lens import HookedModel, block_hook, mlp_hook_points, model_fingerprint, model_name, require_hooks, require_tokenizer
+from tl_clt.lens import (
+    HookedModel,
+    block_hook,
+    mlp_hook_points,
+    model_fingerprint,
+    model_name,
+    require_hooks,
+    require_tokenizer,
+)
 from tl_clt.training.cache import ActivationCache
 from tl_clt.training.chunks import Activations, Chunk, Chunks, Prompts, Rules
 from tl_clt.training.config import CLTTrainingRunnerConfig
