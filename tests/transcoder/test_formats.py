@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.models import oracle_model, tiny_clt
+from tl_clt.lens import run_with_cache
 from tl_clt.transcoder import CrossLayerTranscoder
 
 N_LAYERS, D_MODEL, F = 3, 8, 24
@@ -91,7 +92,7 @@ def test_circuit_tracer_folder_is_as_circuit_tracer_reads_it(tmp_path: Path):
     clt.save_pretrained(tmp_path / "theirs", "circuit-tracer")
     config = yaml.safe_load((tmp_path / "theirs" / "config.yaml").read_text())
     assert config["model_kind"] == "cross_layer_transcoder"
-    assert config["feature_input_hook"] == "mlp.hook_in"
+    assert config["feature_input_hook"] == "ln2.hook_normalized"
     assert config["feature_output_hook"] == "hook_mlp_out"
     for i in range(N_LAYERS):
         encoder = load_file(tmp_path / "theirs" / f"W_enc_{i}.safetensors")
@@ -159,9 +160,24 @@ def test_a_foreign_clt_folder_computes_their_formula(threshold: bool, tmp_path: 
     torch.testing.assert_close(clt(x), expected)
 
 
-def test_their_mlp_input_is_ln2_normalized(tmp_path: Path):
-    write_clt_folder(tmp_path / "clt", threshold=True, hook="mlp.hook_in")
-    assert CrossLayerTranscoder.from_pretrained(tmp_path / "clt").cfg.input_hook == "ln2.hook_normalized"
+@pytest.mark.parametrize("hook", ["mlp.hook_in", "ln2.hook_normalized", "hook_resid_mid"])
+def test_hooks_keep_their_names_both_ways(hook: str, tmp_path: Path):
+    """`mlp.hook_in` comes after the norm's gain and bias, `ln2.hook_normalized` before: two places."""
+    write_clt_folder(tmp_path / "clt", threshold=True, hook=hook)
+    clt = CrossLayerTranscoder.from_pretrained(tmp_path / "clt")
+    assert clt.cfg.input_hook == hook
+    config = yaml.safe_load((clt.save_pretrained(tmp_path / "again", "circuit-tracer") / "config.yaml").read_text())
+    assert (config["feature_input_hook"], config["feature_output_hook"]) == (hook, "hook_mlp_out")
+
+
+def test_folders_saved_before_keep_their_meaning(tmp_path: Path):
+    """They named `ln2.hook_normalized` as `mlp.hook_in` to circuit-tracer, and rightly under our own key."""
+    clt = tiny_clt((N_LAYERS, D_MODEL), input_hook="ln2.hook_normalized")
+    path = clt.save_pretrained(tmp_path / "saved", "circuit-tracer") / "config.yaml"
+    path.write_text(
+        path.read_text().replace("feature_input_hook: ln2.hook_normalized", "feature_input_hook: mlp.hook_in")
+    )
+    assert CrossLayerTranscoder.from_pretrained(tmp_path / "saved").cfg.input_hook == "ln2.hook_normalized"
 
 
 @pytest.mark.parametrize("threshold", [False, True])
@@ -184,7 +200,7 @@ def test_a_foreign_plt_folder_computes_their_formula(threshold: bool, skip: bool
     x = torch.randn(5, N_LAYERS, D_MODEL)
     for lazy in (False, True):
         clt = CrossLayerTranscoder.from_pretrained(tmp_path, lazy_decoder=lazy)
-        assert (clt.cfg.span, clt.cfg.skip, clt.cfg.input_hook) == (1, skip, "ln2.hook_normalized")
+        assert (clt.cfg.span, clt.cfg.skip, clt.cfg.input_hook) == (1, skip, "mlp.hook_in")
         for i, w in enumerate(layers):
             pre = x[:, i] @ w["W_enc"].T + w["b_enc"]
             acts = pre * (pre > w["activation_function.threshold"]) if threshold else pre.relu()
@@ -212,6 +228,7 @@ def test_gemma_scope_files_compute_their_formula(skip: bool, lazy: bool, tmp_pat
         layers.append(w)
     clt = CrossLayerTranscoder.from_pretrained(tmp_path, lazy_decoder=lazy)
     assert (clt.cfg.n_layers, clt.cfg.span, clt.cfg.skip, clt.cfg.activation) == (N_LAYERS, N_LAYERS, skip, "jumprelu")
+    assert (clt.cfg.input_hook, clt.cfg.output_hook) == ("mlp.hook_in", "hook_mlp_out")
     x = torch.randn(5, N_LAYERS, D_MODEL)
     expected = torch.stack([w["b_dec"] for w in layers]).repeat(5, 1, 1)
     for source, w in enumerate(layers):
@@ -232,14 +249,13 @@ def test_gemma_scope_hooks_come_from_a_config_beside_the_files(tmp_path: Path):
     save_file(w, tmp_path / "params_layer_0.safetensors")
     (tmp_path / "config.yaml").write_text("model_name: google/gemma-3-270m\nfeature_input_hook: mlp.hook_in\n")
     cfg = CrossLayerTranscoder.from_pretrained(tmp_path).cfg
-    assert (cfg.model_name, cfg.input_hook) == ("google/gemma-3-270m", "ln2.hook_normalized")
+    assert (cfg.model_name, cfg.input_hook) == ("google/gemma-3-270m", "mlp.hook_in")
 
 
 def test_oracle_clts_find_the_active_features_of_circuit_tracer(oracle: Path):
     model, tokens = oracle_model(oracle)
     clt = CrossLayerTranscoder.from_pretrained(oracle / "clt")
-    with torch.no_grad():
-        _, cache = model.run_with_cache(tokens)
+    _, cache = run_with_cache(model, tokens, lambda name: name.endswith(clt.cfg.input_hook))
     x = torch.stack([cache[f"blocks.{t}.{clt.cfg.input_hook}"][0] for t in clt.layers], dim=-2)
     acts = clt.encode(x)
     acts[0] = 0  # circuit-tracer leaves out the first position

@@ -47,7 +47,12 @@ def train(
         typer.Option(help="Tokens of a training context. Default: 128, or the model's own where that is less."),
     ] = None,
     batch_size: Annotated[Optional[int], typer.Option(help="Tokens of a training batch.")] = None,
-    input_hook: Annotated[Optional[str], typer.Option(help="Hook that features read.")] = None,
+    input_hook: Annotated[
+        Optional[str], typer.Option(help="Hook that features read: hook_resid_mid, mlp.hook_in, ...")
+    ] = None,
+    output_hook: Annotated[
+        Optional[str], typer.Option(help="Hook that features write: hook_mlp_out, mlp.hook_out.")
+    ] = None,
     backend: Backend = "hooked",
     device: Annotated[
         str, typer.Option(help="Where to train, for example cuda; under torchrun, a GPU for each process.")
@@ -112,6 +117,7 @@ def train(
             "context_size": context_size or (None if hooked is None else min(128, hooked.cfg.n_ctx)),
             "train_batch_size_tokens": batch_size,
             "input_hook": input_hook,
+            "output_hook": output_hook,
             "cache_path": None if cache is None else str(cache),
             "cache_dtype": cache_dtype,
             "max_norm_ratio": max_norm_ratio,

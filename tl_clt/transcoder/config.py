@@ -51,10 +51,12 @@ class CrossLayerTranscoderConfig:
     """Whether each layer adds a linear map of its own input, `x[t] @ W_skip[t]`."""
 
     input_hook: str = "hook_resid_mid"
-    """Hook that features read, within a block."""
+    """Hook that features read, within a block: `hook_resid_mid` (before the norm), `hook_resid_pre` (parallel blocks),
+    `ln2.hook_normalized` (before the norm's gain and bias) or `mlp.hook_in` (after both: what the MLP is given)."""
 
     output_hook: str = "hook_mlp_out"
-    """Hook that features write, within a block."""
+    """Hook that features write, within a block: `hook_mlp_out` (what the residual stream gets) or `mlp.hook_out` (what
+    the MLP returns, before a norm behind it)."""
 
     model_name: str = "unknown"
     """The model that it was trained on."""

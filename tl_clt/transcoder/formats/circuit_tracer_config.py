@@ -18,15 +18,16 @@ from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 
 CONFIG = "config.yaml"
 OURS = "tl_clt"
-MLP_INPUT = {}
-"""Their names of hooks -> TransformerLens's."""
 
 
-def read(folder: Path, **from_files: Any) -> CrossLayerTranscoderConfig:
+def read(
+    folder: Path, input_hook: str = "hook_resid_mid", output_hook: str = "hook_mlp_out", **from_files: Any
+) -> CrossLayerTranscoderConfig:
     """The config of a circuit-tracer folder.
 
     Args:
         folder: where `config.yaml` lies.
+        input_hook, output_hook: what the layout reads and writes where no `config.yaml` says so.
         from_files: what the weight files say (n_layers, d_model, d_transcoder, span, activation, skip, dtype).
     """
     values = read_config(folder / CONFIG)
@@ -39,11 +40,10 @@ def read(folder: Path, **from_files: Any) -> CrossLayerTranscoderConfig:
                 f"'{folder / CONFIG}' says {key} {ours[key]}, but the weight files have {from_files[key]}."
                 " Files of two CLTs are mixed: copy or download it again."
             )
-    input_hook = values.get("feature_input_hook", "hook_resid_mid")
     stated = {
         "model_name": values.get("model_name", "unknown"),
-        "input_hook": MLP_INPUT.get(input_hook, input_hook),
-        "output_hook": values.get("feature_output_hook", "hook_mlp_out"),
+        "input_hook": values.get("feature_input_hook", input_hook),
+        "output_hook": values.get("feature_output_hook", output_hook),
         "scan": values.get("scan"),
     }
     return CrossLayerTranscoderConfig.from_dict({**from_files, **stated, **ours})
@@ -51,11 +51,10 @@ def read(folder: Path, **from_files: Any) -> CrossLayerTranscoderConfig:
 
 def write(clt: CrossLayerTranscoder, folder: Path, model_kind: str) -> None:
     """Write `config.yaml`."""
-    theirs = {ours: name for name, ours in MLP_INPUT.items()}
     values = {
         "model_kind": model_kind,
         "model_name": clt.cfg.model_name,
-        "feature_input_hook": theirs.get(clt.cfg.input_hook, clt.cfg.input_hook),
+        "feature_input_hook": clt.cfg.input_hook,
         "feature_output_hook": clt.cfg.output_hook,
         "scan": clt.cfg.scan or clt.cfg.model_name,
         OURS: {k: list(v) if isinstance(v, tuple) else v for k, v in clt.cfg.to_dict().items()},

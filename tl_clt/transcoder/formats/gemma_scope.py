@@ -2,7 +2,8 @@
 
 w_enc [d_model, d_transcoder], w_dec [d_transcoder, n_layers, d_model] (slot t writes layer t; those before the
 source are unused), b_enc, b_dec, threshold, and where present affine_skip_connection [d_model, d_model] used as
-`x @ W`. Hooks and model name are taken from a `config.yaml` beside them where there is one.
+`x @ W`. They read `mlp.hook_in`, what the MLP is given after the norm's gain, and write `hook_mlp_out`, after the norm
+behind the MLP. Hooks and model name are taken from a `config.yaml` beside them where there is one.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder:
         decoder_file,
         span=len(files),
         always_threshold=True,
+        input_hook="mlp.hook_in",
         device=device,
         dtype=dtype,
         lazy_decoder=lazy_decoder,

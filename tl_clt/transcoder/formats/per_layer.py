@@ -47,6 +47,7 @@ def load_layers(
     *,
     span: int,
     always_threshold: bool = False,
+    input_hook: str = "hook_resid_mid",
     device: torch.device,
     dtype: str | None,
     lazy_decoder: bool,
@@ -60,6 +61,7 @@ def load_layers(
         decoder_file: where a source layer's decoder lies.
         span: the layout's own; `config.yaml` may say less.
         always_threshold: JumpReLU whatever the first file holds.
+        input_hook: what features read where no `config.yaml` says so.
         device, dtype, lazy_decoder: as in `from_pretrained`.
     """
     first = names.of(0)
@@ -68,6 +70,7 @@ def load_layers(
         d_transcoder, d_model = shape if names.outputs_first else shape[::-1]
         cfg = circuit_tracer_config.read(
             folder,
+            input_hook=input_hook,
             n_layers=len(files),
             d_model=d_model,
             d_transcoder=d_transcoder,
