@@ -60,6 +60,26 @@ def test_trace_with_a_named_target_on_a_bridge(tmp_path):
     assert "influence not traced" in output
 
 
+@pytest.mark.parametrize("options", [("--keep-edges", "0.9"), ("--keep-edges", "0.9", "--max-feature-nodes", "20")])
+def test_trace_shows_and_writes_a_sparse_graph(tmp_path, options):
+    path = tmp_path / "g.safetensors"
+    output = run("trace", "--model", "atlas", "--clt", ATLAS_CLT, "--prompt", PROMPT, "--output", str(path), *options)
+    graph = AttributionGraph.load(path)
+    assert graph.is_sparse
+    assert f"{len(graph.nodes)} and {graph.n_edges}" in output
+
+
+def test_a_graph_is_written_before_it_is_shown(tmp_path, monkeypatch):
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("the terminal is gone")
+
+    monkeypatch.setattr("tl_clt.cli.prompts.show_graph", broken)
+    path = tmp_path / "g.safetensors"
+    args = ["trace", "--model", "atlas", "--clt", ATLAS_CLT, "--prompt", PROMPT, "--output", str(path)]
+    assert CliRunner().invoke(app, args).exit_code != 0
+    assert len(AttributionGraph.load(path).nodes) > 100
+
+
 def test_train_needs_no_more_than_model_dataset_and_output(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(["the capital of Texas is Austin ."] * 900))

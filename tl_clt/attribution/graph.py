@@ -63,8 +63,14 @@ class AttributionGraph:
     """Model, CLT and options that it was made with."""
 
     def __repr__(self) -> str:
-        n_edges = self.adjacency.values().numel() if self.is_sparse else int(self.adjacency.count_nonzero())
-        return f"AttributionGraph({len(self.nodes)} nodes, {n_edges} edges, prompt {self.info.get('prompt', '')!r})"
+        return (
+            f"AttributionGraph({len(self.nodes)} nodes, {self.n_edges} edges, prompt {self.info.get('prompt', '')!r})"
+        )
+
+    @property
+    def n_edges(self) -> int:
+        """Edges that are held and not 0."""
+        return int((self.adjacency.values() if self.is_sparse else self.adjacency).count_nonzero())
 
     @property
     def is_sparse(self) -> bool:

@@ -39,13 +39,13 @@ def demo(
             graph = attribute(model, clt, prompt or default_prompt("atlas"))
         if "<unk>" in graph.prompt_tokens:
             errors.print("Words that atlas does not know became <unk>: it has read of US states and cities only.")
+        write(graph, output)
         show_graph(graph, graph.prune(), model, clt)
         with console.status("Measuring how well the CLT stands in for the MLPs"):
             from tl_clt.viewer.tables import evaluation_table
 
             report = _evaluate_on_atlas(model, clt)
         console.print(evaluation_table(report))
-        write(graph, output)
 
 
 def _evaluate_on_atlas(model: HookedModel, clt: CrossLayerTranscoder) -> EvaluationReport:

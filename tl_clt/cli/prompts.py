@@ -74,8 +74,8 @@ def trace(
             bos=bos,  # type: ignore[arg-type]
             bias_nodes=bias_nodes,
         )
-        show_graph(graph, graph.prune(node_threshold, edge_threshold), hooked, transcoder)
         write(graph, output)
+        show_graph(graph, graph.prune(node_threshold, edge_threshold), hooked, transcoder)
 
 
 @app.command()

@@ -14,8 +14,8 @@ def graph_table(graph: AttributionGraph, pruned: AttributionGraph) -> Table:
     """Sizes and scores of a graph."""
     scores, shares = graph.scores(), graph.shares()
     table = Table(title="The graph", title_justify="left", show_header=False)
-    table.add_row("nodes and edges", f"{len(graph.nodes)} and {int(graph.adjacency.count_nonzero())}")
-    table.add_row("shown (pruned)", f"{len(pruned.nodes)} and {int(pruned.adjacency.count_nonzero())}")
+    table.add_row("nodes and edges", f"{len(graph.nodes)} and {graph.n_edges}")
+    table.add_row("shown (pruned)", f"{len(pruned.nodes)} and {pruned.n_edges}")
     table.add_row("replacement score", f"{scores.replacement:.3f} (tokens against errors)")
     table.add_row("completeness score", f"{scores.completeness:.3f} (inputs that are not errors)")
     table.add_row("influence from biases", f"{shares.bias:.3f}, positions {shares.position:.3f}")
