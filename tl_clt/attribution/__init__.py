@@ -5,10 +5,11 @@ from tl_clt.attribution.graph import AttributionGraph
 from tl_clt.attribution.influence import GraphScores, InfluenceShares
 from tl_clt.attribution.local import LocalReplacementModel, build_local_model
 from tl_clt.attribution.nodes import NodeKind, Nodes
-from tl_clt.attribution.pruning import PruneMasks
+from tl_clt.attribution.pruning import PruneMasks, check_thresholds
 from tl_clt.attribution.targets import DifferenceTarget, DirectionTarget, FeatureTarget, TokenTarget
 
 __all__ = [
+    "check_thresholds",
     "AttributionGraph",
     "DifferenceTarget",
     "DirectionTarget",

@@ -46,9 +46,7 @@ def prune_graph(
     Raises:
         ConfigError: a threshold is not between 0 and 1.
     """
-    for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
-        if not 0 < value <= 1:
-            raise ConfigError(f"{name} is {value}: give a share, more than 0 and at most 1.")
+    check_thresholds(node_threshold, edge_threshold)
     influence = node_influence(adjacency, nodes, weights, dropped)
     stays = nodes.is_kind(NodeKind.TOKEN, NodeKind.LOGIT)
     kept = (influence >= _smallest_of_share(influence, node_threshold)) | stays
@@ -89,3 +87,10 @@ def _smallest_of_share(values: Float[Tensor, " n"], share: float) -> Float[Tenso
     running = ordered.cumsum(dim=0) / ordered.sum().clamp_min(torch.finfo(values.dtype).tiny)
     at = torch.searchsorted(running, share)
     return ordered[min(int(at), len(ordered) - 1)]
+
+
+def check_thresholds(node_threshold: float, edge_threshold: float) -> None:
+    """Raise `ConfigError` unless both are shares, more than 0 and at most 1."""
+    for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
+        if not 0 < value <= 1:
+            raise ConfigError(f"{name} is {value}: give a share, more than 0 and at most 1.")

@@ -52,10 +52,11 @@ def trace(
         if output.exists():
             raise OutputNotEmpty(f"'{output}' exists. Give another --output, or remove it first.")
         with console.status("Loading the model and the CLT"):
-            from tl_clt.attribution import attribute
+            from tl_clt.attribution import attribute, check_thresholds
             from tl_clt.lens import load_model
             from tl_clt.transcoder import CrossLayerTranscoder
 
+            check_thresholds(node_threshold, edge_threshold)
             transcoder = CrossLayerTranscoder.from_pretrained(clt, device=device, lazy_decoder=lazy_decoder)
             hooked: Any = load_model(model, backend=backend, device=device)  # type: ignore[arg-type]
         graph = attribute(
