@@ -8,15 +8,16 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
 from torch import Tensor, nn
+
+from tl_clt.transcoder.tensor_files import TensorFile, open_tensors
 
 
 class DecoderFile(NamedTuple):
-    """Where one source layer's decoder lies on disk."""
+    """One tensor holds all that a source layer writes."""
 
     path: Path
-    """safetensors file."""
+    """safetensors or .npz file."""
 
     key: str
     """Name of a tensor [d_transcoder, slots, d_model] in it, or [d_transcoder, d_model] for one slot."""
@@ -26,6 +27,43 @@ class DecoderFile(NamedTuple):
 
     unused_slots: int = 0
     """Slots after the last one that this CLT writes (a span below n_layers in a layout without spans)."""
+
+    def check(self, tensors: TensorFile, d_transcoder: int, n_writes: int, d_model: int) -> None:
+        """Raise unless the open file holds a decoder of this shape."""
+        wanted = (d_transcoder, self.first_slot + n_writes + self.unused_slots, d_model)
+        if wanted[1] > 1 or tensors.shape(self.key) != (d_transcoder, d_model):
+            tensors.require_shape(self.key, wanted)
+
+    def read(self, tensors: TensorFile, rows: slice, n_writes: int) -> Float[Tensor, "n n_writes d_model"]:
+        """Some neighbouring rows, one vector for each layer written."""
+        if len(tensors.shape(self.key)) == 2:
+            return tensors.part(self.key, (rows,))[:, None, :]
+        return tensors.part(self.key, (rows, slice(self.first_slot, self.first_slot + n_writes)))
+
+
+class DecodersByTarget(NamedTuple):
+    """A tensor for each target layer, which holds what every source layer up to it writes there."""
+
+    path: Path
+
+    keys: tuple[str, ...]
+    """Names of tensors [n_sources, d_transcoder, d_model], of this source layer's targets in order."""
+
+    n_sources: tuple[int, ...]
+    """Source layers that each of them holds."""
+
+    source: int
+
+    def check(self, tensors: TensorFile, d_transcoder: int, n_writes: int, d_model: int) -> None:
+        for key, n_sources in zip(self.keys, self.n_sources, strict=True):
+            tensors.require_shape(key, (n_sources, d_transcoder, d_model))
+
+    def read(self, tensors: TensorFile, rows: slice, n_writes: int) -> Float[Tensor, "n n_writes d_model"]:
+        return torch.stack([tensors.part(key, (self.source, rows)) for key in self.keys[:n_writes]], dim=1)
+
+
+DecoderSource = DecoderFile | DecodersByTarget
+"""Where one source layer's decoder lies on disk."""
 
 
 class DenseDecoders(nn.Module):
@@ -50,42 +88,42 @@ class LazyDecoders(nn.Module):
     """Decoders left in their files. `rows` reads what it is asked for; indexing reads a whole layer."""
 
     def __init__(
-        self, files: Sequence[DecoderFile], n_writes: Sequence[int], dtype: torch.dtype, device: torch.device
+        self,
+        sources: Sequence[DecoderSource],
+        n_writes: Sequence[int],
+        d_transcoder: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         super().__init__()
-        self.files = list(files)
+        self.sources = list(sources)
         self.n_writes = list(n_writes)
+        self.d_transcoder = d_transcoder
         self.dtype = dtype
         self.register_buffer("place", torch.zeros(0, dtype=dtype, device=device), persistent=False)
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.sources)
 
     def __getitem__(self, source: int) -> Float[Tensor, "d_transcoder n_writes d_model"]:
-        file = self.files[source]
-        with safe_open(file.path, framework="pt") as opened:
-            whole = opened.get_tensor(file.key)
-        return self._window(whole, source)
+        return self._read(source, [slice(0, self.d_transcoder)])
 
     def rows(self, source: int, features: Int[Tensor, " n"]) -> Float[Tensor, "n n_writes d_model"]:
         """Decoder vectors of the features named, read from disk in runs of neighbouring rows."""
-        file = self.files[source]
         wanted, back = torch.unique(features.cpu(), return_inverse=True)
-        with safe_open(file.path, framework="pt") as opened:
-            stored = opened.get_slice(file.key)
-            if len(wanted) == 0:
-                return self._window(stored[0:0], source)
-            breaks = torch.nonzero(wanted.diff() != 1).flatten().add(1).tolist()
-            runs = [stored[int(r[0]) : int(r[-1]) + 1] for r in torch.tensor_split(wanted, breaks)]
-        return self._window(torch.cat(runs)[back], source)
+        if len(wanted) == 0:
+            return self._read(source, [slice(0, 0)])
+        breaks = torch.nonzero(wanted.diff() != 1).flatten().add(1).tolist()
+        runs = [slice(int(run[0]), int(run[-1]) + 1) for run in torch.tensor_split(wanted, breaks)]
+        return self._read(source, runs)[back.to(self.place.device)]
 
-    def _window(self, stored: Tensor, source: int) -> Float[Tensor, "n n_writes d_model"]:
-        """The slots that this CLT writes, in its dtype and on its device."""
-        if stored.ndim == 2:
-            stored = stored[:, None, :]
-        first = self.files[source].first_slot
+    def _read(self, source: int, runs: list[slice]) -> Float[Tensor, "n n_writes d_model"]:
+        """Rows in this CLT's dtype and on its device."""
         place: Tensor = self.place  # type: ignore[assignment]
-        return stored[:, first : first + self.n_writes[source]].to(place.device, place.dtype)
+        where = self.sources[source]
+        with open_tensors(where.path) as tensors:
+            parts = [where.read(tensors, run, self.n_writes[source]) for run in runs]
+        return torch.cat(parts).to(place.device, place.dtype)
 
 
 Decoders = DenseDecoders | LazyDecoders

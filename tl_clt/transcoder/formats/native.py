@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from tl_clt.transcoder.config import CrossLayerTranscoderConfig
 from tl_clt.transcoder.decoders import DecoderFile
-from tl_clt.transcoder.formats.reading import open_tensors, read_config, read_decoders
+from tl_clt.transcoder.formats.reading import read_config, read_decoders
+from tl_clt.transcoder.tensor_files import open_tensors
 from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 
 CONFIG = "cfg.json"

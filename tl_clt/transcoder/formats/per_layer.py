@@ -12,7 +12,8 @@ import torch
 from tl_clt.transcoder.config import CrossLayerTranscoderConfig
 from tl_clt.transcoder.decoders import DecoderFile
 from tl_clt.transcoder.formats import circuit_tracer_config
-from tl_clt.transcoder.formats.reading import TensorFile, open_tensors, read_decoders
+from tl_clt.transcoder.formats.reading import read_decoders
+from tl_clt.transcoder.tensor_files import TensorFile, open_tensors
 from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 
 
