@@ -56,13 +56,14 @@ class CrossLayerTranscoder(nn.Module):
         def zeros(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(n_layers, *shape, dtype=dtype))
 
-        self.W_enc = zeros(d_model, d_transcoder)
+        # Weights from files come next: filling what they replace would take as long as reading them.
+        self.W_enc = nn.Parameter(torch.empty(n_layers, d_model, d_transcoder, dtype=dtype))
         self.b_enc = zeros(d_transcoder)
         self.b_dec = zeros(d_model)
         self.threshold = zeros(d_transcoder) if cfg.has_threshold else None
         self.W_skip = zeros(d_model, d_model) if cfg.skip else None
-        nn.init.uniform_(self.W_enc, -(d_transcoder**-0.5), d_transcoder**-0.5)
         if decoders is None:
+            nn.init.uniform_(self.W_enc, -(d_transcoder**-0.5), d_transcoder**-0.5)
             bound = (n_layers * d_model) ** -0.5
             shapes = [(d_transcoder, len(cfg.targets(s)), d_model) for s in range(n_layers)]
             decoders = DenseDecoders([torch.empty(*s, dtype=dtype).uniform_(-bound, bound) for s in shapes])

@@ -6,15 +6,28 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from tl_clt.errors import FormatError
-from tl_clt.transcoder.formats import circuit_tracer_clt, circuit_tracer_plt, gemma_scope, native
+from tl_clt.transcoder import hub
+from tl_clt.transcoder.formats import (
+    circuit_tracer_clt,
+    circuit_tracer_plt,
+    gemma_scope,
+    llamascopium,
+    native,
+    sparsify,
+)
 from tl_clt.transcoder.formats.writing import new_folder
 from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 
-LAYOUTS: tuple[ModuleType, ...] = (native, circuit_tracer_clt, circuit_tracer_plt, gemma_scope)
+LAYOUTS: tuple[ModuleType, ...] = (
+    native,
+    circuit_tracer_clt,
+    circuit_tracer_plt,
+    gemma_scope,
+    sparsify,
+    llamascopium,
+)
 SAVE_LAYOUTS = ("native", "circuit-tracer")
 
 
@@ -33,8 +46,9 @@ def load(
             return layout.load(folder, device=device, dtype=name, lazy_decoder=lazy_decoder)
     raise FormatError(
         f"'{folder}' holds no CLT in a known layout: native (cfg.json and clt.safetensors), circuit-tracer CLT"
-        " (W_enc_0.safetensors, W_dec_0.safetensors), circuit-tracer PLT set (layer_0.safetensors), or Gemma Scope 2"
-        " (params_layer_0.safetensors). Check the path."
+        " (W_enc_0.safetensors, W_dec_0.safetensors), circuit-tracer PLT set (layer_0.safetensors, or a config.yaml"
+        " that lists transcoders), Gemma Scope 2 CLT (params_layer_0.safetensors), sparsify"
+        f" (layers.0.mlp/sae.safetensors) or llamascopium (config.json of sae_type clt).{_unverified(folder)} Check the path."
     )
 
 
@@ -58,10 +72,18 @@ def _local_folder(folder_or_hub_repo: str | Path) -> Path:
         return folder
     if folder.is_file():
         raise FormatError(f"'{folder}' is a file: give the folder that holds the CLT's files.")
-    try:
-        return Path(snapshot_download(str(folder_or_hub_repo), allow_patterns=["*.safetensors", "*.json", "*.yaml"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FormatError(
-            f"'{folder_or_hub_repo}' is neither a folder here nor a hub repository that can be reached"
-            f" ({type(error).__name__}). Check the path or name, and the connection."
-        ) from error
+    return hub.fetch_folder(hub.parse(str(folder_or_hub_repo)), ["*.safetensors", "*.npz", "*.json", "*.yaml"])
+
+
+UNVERIFIED = {
+    "model_config.json": "a single-file CLT with model_config.json",
+    "manifest.json": "a CLT with a manifest.json",
+}
+"""Layouts that are said to be in use, but whose tensors' names no public loader states: refused, not guessed."""
+
+
+def _unverified(folder: Path) -> str:
+    for name, what in UNVERIFIED.items():
+        if (folder / name).is_file():
+            return f" It looks like {what}, whose names and orientations this package could not verify: convert it."
+    return ""

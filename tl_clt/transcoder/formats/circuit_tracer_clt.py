@@ -7,6 +7,7 @@ writing layer i + j. A span below n_layers is written with zero slots, and read 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from tl_clt.transcoder.formats.reading import numbered_files
 from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 
 MODEL_KIND = "cross_layer_transcoder"
-NAMES = LayerNames("W_enc_{i}", "b_enc_{i}", "b_dec_{i}", "threshold_{i}", W_skip=None, outputs_first=True)
+NAMES = LayerNames("W_enc_{i}", "b_enc_{i}", "b_dec_{i}", "threshold_{i}", None, True, True)
 
 
 def recognises(folder: Path) -> bool:
@@ -39,7 +40,14 @@ def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder:
         return DecoderFile(folder / f"W_dec_{source}.safetensors", f"W_dec_{source}", unused_slots=unused)
 
     return load_layers(
-        folder, files, NAMES, decoder_file, span=n_layers, device=device, dtype=dtype, lazy_decoder=lazy_decoder
+        files,
+        lambda _: NAMES,
+        decoder_file,
+        partial(circuit_tracer_config.read, folder),
+        span=n_layers,
+        device=device,
+        dtype=dtype,
+        lazy_decoder=lazy_decoder,
     )
 
 

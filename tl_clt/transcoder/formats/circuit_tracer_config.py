@@ -13,6 +13,7 @@ import yaml
 
 from tl_clt.errors import FormatError
 from tl_clt.transcoder.config import CrossLayerTranscoderConfig
+from tl_clt.transcoder.formats.hooks import hook_of_hf
 from tl_clt.transcoder.formats.reading import read_config
 from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 
@@ -21,13 +22,19 @@ OURS = "tl_clt"
 
 
 def read(
-    folder: Path, input_hook: str = "hook_resid_mid", output_hook: str = "hook_mlp_out", **from_files: Any
+    folder: Path,
+    input_hook: str = "hook_resid_mid",
+    output_hook: str = "hook_mlp_out",
+    beside: Path | None = None,
+    **from_files: Any,
 ) -> CrossLayerTranscoderConfig:
     """The config of a circuit-tracer folder.
 
     Args:
         folder: where `config.yaml` lies.
-        input_hook, output_hook: what the layout reads and writes where no `config.yaml` says so.
+        input_hook, output_hook: what the layout reads and writes where no config says so.
+        beside: folder of the first layer's file, whose `config.json` may give hooks by their Hugging Face names
+            (Gemma Scope 2).
         from_files: what the weight files say (n_layers, d_model, d_transcoder, span, activation, skip, dtype).
     """
     values = read_config(folder / CONFIG)
@@ -40,8 +47,13 @@ def read(
                 f"'{folder / CONFIG}' says {key} {ours[key]}, but the weight files have {from_files[key]}."
                 " Files of two CLTs are mixed: copy or download it again."
             )
+    makers = read_config(beside / "config.json") if beside is not None else {}
+    for key in ("hf_hook_point_in", "hf_hook_point_out"):
+        if key in makers:
+            hook = hook_of_hf(str(makers[key]), f"{beside}/config.json")
+            input_hook, output_hook = (hook, output_hook) if key.endswith("_in") else (input_hook, hook)
     stated = {
-        "model_name": values.get("model_name", "unknown"),
+        "model_name": values.get("model_name", makers.get("model_name", "unknown")),
         "input_hook": values.get("feature_input_hook", input_hook),
         "output_hook": values.get("feature_output_hook", output_hook),
         "scan": values.get("scan"),

@@ -57,4 +57,4 @@ def read_decoders(
         with open_tensors(source.path) as tensors:
             source.check(tensors, d_transcoder, slots, d_model)
     on_disk = LazyDecoders(sources, n_writes, d_transcoder, dtype, device)
-    return on_disk if lazy else DenseDecoders([on_disk[s].clone() for s in range(len(sources))])
+    return on_disk if lazy else DenseDecoders([on_disk[s] for s in range(len(sources))])

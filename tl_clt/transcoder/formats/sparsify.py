@@ -1,0 +1,75 @@
+"""sparsify's transcoders, for reading: a folder `layers.{i}.mlp` a layer with `cfg.json` and `sae.safetensors`.
+
+encoder.weight [d_transcoder, d_model], encoder.bias, W_dec [d_transcoder, d_model], b_dec and where present W_skip
+[d_model, d_model], used as `x @ W_skip.T`; the k largest positive pre-activations of a token are kept. They read and
+write the MLP module itself (`mlp.hook_in`, `mlp.hook_out`).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tl_clt.errors import FormatError
+from tl_clt.transcoder.config import CrossLayerTranscoderConfig
+from tl_clt.transcoder.decoders import DecoderFile
+from tl_clt.transcoder.formats.per_layer import LayerNames, load_layers
+from tl_clt.transcoder.formats.reading import read_config
+from tl_clt.transcoder.transcoder import CrossLayerTranscoder
+
+WEIGHTS = "sae.safetensors"
+NAMES = LayerNames("encoder.weight", "encoder.bias", "b_dec", None, "W_skip", True, True)
+
+
+def recognises(folder: Path) -> bool:
+    """Whether the folder holds this layout's files."""
+    return any(folder.glob(f"layers.*.mlp/{WEIGHTS}"))
+
+
+def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder: bool) -> CrossLayerTranscoder:
+    """Read a set of per-layer transcoders from this layout."""
+    found = {int(m[1]): p for p in folder.iterdir() if (m := re.fullmatch(r"layers\.(\d+)\.mlp", p.name))}
+    missing = sorted(set(range(max(found) + 1)) - set(found))
+    if missing:
+        raise FormatError(
+            f"'{folder}' lacks layers.{missing[0]}.mlp: a graph needs a transcoder of every layer. Copy or download"
+            " the set again, whole, or train the layers that are missing."
+        )
+    configs = [read_config(found[layer] / "cfg.json") for layer in range(len(found))]
+    for layer, values in enumerate(configs):
+        _check(values, found[layer] / "cfg.json")
+    k = {values.get("k") for values in configs}
+    if len(k) > 1:
+        raise FormatError(f"'{folder}': layers keep different numbers of features ({sorted(map(str, k))}): one k only.")
+    files = [found[layer] / WEIGHTS for layer in range(len(found))]
+
+    def decoder_file(source: int, cfg: CrossLayerTranscoderConfig) -> DecoderFile:
+        return DecoderFile(files[source], "W_dec")
+
+    def config(**from_files: Any) -> CrossLayerTranscoderConfig:
+        return CrossLayerTranscoderConfig(input_hook="mlp.hook_in", output_hook="mlp.hook_out", **from_files)
+
+    return load_layers(
+        files,
+        lambda _: NAMES,
+        decoder_file,
+        config,
+        span=1,
+        activation="topk",
+        k=k.pop(),
+        device=device,
+        dtype=dtype,
+        lazy_decoder=lazy_decoder,
+    )
+
+
+def _check(values: dict[str, Any], path: Path) -> None:
+    if values.get("transcode") is not True:
+        raise FormatError(f"'{path}' is a sparse autoencoder (transcode is not true): a transcoder is needed.")
+    if values.get("activation", "topk") != "topk":
+        raise FormatError(f"'{path}': activation {values['activation']!r} is not supported; only topk is.")
+    if not isinstance(values.get("k"), int):
+        raise FormatError(f"'{path}' gives no k, the number of features kept a token. Copy or download it again.")
