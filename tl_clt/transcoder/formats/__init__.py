@@ -48,7 +48,8 @@ def load(
         f"'{folder}' holds no CLT in a known layout: native (cfg.json and clt.safetensors), circuit-tracer CLT"
         " (W_enc_0.safetensors, W_dec_0.safetensors), circuit-tracer PLT set (layer_0.safetensors, or a config.yaml"
         " that lists transcoders), Gemma Scope 2 CLT (params_layer_0.safetensors), sparsify"
-        f" (layers.0.mlp/sae.safetensors) or llamascopium (config.json of sae_type clt).{_unverified(folder)} Check the path."
+        f" (layers.0.mlp/sae.safetensors) or llamascopium (config.json of sae_type clt)."
+        f"{_unverified(folder)} Check the path."
     )
 
 

@@ -88,7 +88,7 @@ def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder:
     for path in files:
         with open_tensors(path) as tensors:
             names.append(names_in(tensors))
-    defaults = {"beside": files[0].parent}
+    defaults: dict[str, Any] = {"beside": files[0].parent}
     if names[0] is GEMMA_SCOPE_2:
         defaults["input_hook"] = "mlp.hook_in"
     if names[0] is GEMMA_SCOPE_1:
