@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tl_clt.organisms import load_organism
     from tl_clt.replacement import attach
     from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig
-    from tl_clt.transcoder import CrossLayerTranscoder, CrossLayerTranscoderConfig
+    from tl_clt.transcoder import CrossLayerTranscoder, CrossLayerTranscoderConfig, public_transcoders
 
 __version__ = "0.1.0"
 
@@ -47,6 +47,7 @@ _ROOMS = {
     "load_organism": "organisms",
     "measure_faithfulness": "evaluation",
     "measure_interaction": "interventions",
+    "public_transcoders": "transcoder",
     "sweep_end_layer": "interventions",
     "sweep_strength": "interventions",
     "validate": "interventions",
@@ -70,6 +71,7 @@ __all__ = [
     "load_organism",
     "measure_faithfulness",
     "measure_interaction",
+    "public_transcoders",
     "sweep_end_layer",
     "sweep_strength",
     "validate",

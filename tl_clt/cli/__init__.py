@@ -3,7 +3,8 @@
 from tl_clt.cli.app import app
 from tl_clt.cli.demo import demo
 from tl_clt.cli.measure import evaluate, tradeoff
+from tl_clt.cli.pair import list_transcoders
 from tl_clt.cli.prompts import intervene, trace
 from tl_clt.cli.train import train
 
-__all__ = ["app", "demo", "evaluate", "intervene", "trace", "tradeoff", "train"]
+__all__ = ["app", "demo", "evaluate", "intervene", "list_transcoders", "trace", "tradeoff", "train"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 from rich.console import Console
@@ -23,7 +23,11 @@ errors = Console(stderr=True, highlight=False)
 
 
 ModelName = Annotated[str, typer.Option(help="Bundled organism, model folder, .gguf file, or hub name.")]
-CLTName = Annotated[str, typer.Option(help="CLT folder or hub repository.")]
+ModelOfCLT = Annotated[
+    Optional[str],
+    typer.Option(help="Bundled organism, model folder, .gguf file, or hub name. Default: the model the CLT is for."),
+]
+CLTName = Annotated[str, typer.Option(help="CLT folder, name from `tl-clt list`, or hub repository.")]
 Backend = Annotated[str, typer.Option(help="hooked (HookedTransformer) or bridge (TransformerBridge).")]
 Device = Annotated[str, typer.Option(help="Where to compute, for example cuda.")]
 LazyDecoder = Annotated[bool, typer.Option(help="Leave decoders on disk, reading only what is needed.")]

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from tl_clt.cli.app import Backend, CLTName, Device, LazyDecoder, ModelName, app, console, plain_errors
+from tl_clt.cli.app import Backend, CLTName, Device, LazyDecoder, ModelName, ModelOfCLT, app, console, plain_errors
+from tl_clt.cli.pair import load_pair
 
 HeldOutText = Annotated[str, typer.Option(help="Held-out text: a text file, dataset folder, or hub dataset.")]
 MaxTokens = Annotated[int, typer.Option(help="Measure on so many tokens of it.")]
@@ -23,10 +24,10 @@ MaxUnexplored = Annotated[
 
 @app.command()
 def evaluate(
-    model: ModelName,
     clt: CLTName,
     dataset: HeldOutText,
     output: Annotated[Path, typer.Option(help="New folder for report.json and figures.")],
+    model: ModelOfCLT = None,
     max_tokens: MaxTokens = 65_536,
     context_size: ContextSize = None,
     n_graphs: NGraphs = 8,
@@ -44,12 +45,9 @@ def evaluate(
         require_new(output)
         with console.status("Loading the model and the CLT"):
             from tl_clt.evaluation import evaluate as measure
-            from tl_clt.lens import load_model
-            from tl_clt.transcoder import CrossLayerTranscoder
             from tl_clt.viewer.tables import evaluation_table, layer_table
 
-            transcoder = CrossLayerTranscoder.from_pretrained(clt, device=device, lazy_decoder=lazy_decoder)
-            hooked: Any = load_model(model, backend=backend, device=device)  # type: ignore[arg-type]
+            hooked, transcoder = load_pair(model, clt, backend, device, lazy_decoder)
         report = measure(
             hooked,
             transcoder,

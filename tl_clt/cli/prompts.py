@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
-from tl_clt.cli.app import Backend, CLTName, Device, LazyDecoder, ModelName, app, console, plain_errors
+from tl_clt.cli.app import Backend, CLTName, Device, LazyDecoder, ModelOfCLT, app, console, plain_errors
+from tl_clt.cli.pair import load_pair
 from tl_clt.cli.show import show_effect, show_graph, write
 from tl_clt.errors import InterventionError, OutputNotEmpty
 
 
 @app.command()
 def trace(
-    model: ModelName,
     clt: CLTName,
     prompt: Annotated[str, typer.Option(help="Text whose next token to explain.")],
+    model: ModelOfCLT = None,
     output: Annotated[Path, typer.Option(help="Graph file to write.")] = Path("graph.safetensors"),
     backend: Backend = "hooked",
     device: Device = "cpu",
@@ -53,12 +54,9 @@ def trace(
             raise OutputNotEmpty(f"'{output}' exists. Give another --output, or remove it first.")
         with console.status("Loading the model and the CLT"):
             from tl_clt.attribution import attribute, check_thresholds
-            from tl_clt.lens import load_model
-            from tl_clt.transcoder import CrossLayerTranscoder
 
             check_thresholds(node_threshold, edge_threshold)
-            transcoder = CrossLayerTranscoder.from_pretrained(clt, device=device, lazy_decoder=lazy_decoder)
-            hooked: Any = load_model(model, backend=backend, device=device)  # type: ignore[arg-type]
+            hooked, transcoder = load_pair(model, clt, backend, device, lazy_decoder)
         graph = attribute(
             hooked,
             transcoder,
@@ -81,9 +79,9 @@ def trace(
 
 @app.command()
 def intervene(
-    model: ModelName,
     clt: CLTName,
     prompt: Annotated[str, typer.Option(help="Text whose next token to change.")],
+    model: ModelOfCLT = None,
     value: Annotated[
         Optional[list[str]],
         typer.Option(help="Set features: layer:pos:feature=number. pos may be all; feature may be 17,30. Repeatable."),
@@ -105,14 +103,11 @@ def intervene(
         with console.status("Loading the model and the CLT"):
             from tl_clt.interventions import intervene as change
             from tl_clt.interventions import parse_intervention
-            from tl_clt.lens import load_model
-            from tl_clt.transcoder import CrossLayerTranscoder
 
             given = {"value": value, "scale": scale, "add": add}
             changes = [parse_intervention(text, setter) for setter, texts in given.items() for text in texts or ()]
             if not changes:
                 raise InterventionError("Nothing is changed: give --value, --scale or --add, for example 2:-1:17=0.")
-            transcoder = CrossLayerTranscoder.from_pretrained(clt, device=device, lazy_decoder=lazy_decoder)
-            hooked: Any = load_model(model, backend=backend, device=device)  # type: ignore[arg-type]
+            hooked, transcoder = load_pair(model, clt, backend, device, lazy_decoder)
         effect = change(hooked, transcoder, prompt, changes, through_layer, freeze)  # type: ignore[arg-type]
         show_effect(effect, top)

@@ -15,7 +15,7 @@ from tl_clt.lens.hooks import (
 )
 from tl_clt.lens.kv_cache import CleanCaches, last_kv_cache
 from tl_clt.lens.linear import NormMap, OVWeights, is_parallel, mlp_norms, norm_map, ov_weights
-from tl_clt.lens.loading import Backend, bundled_organisms, load_model
+from tl_clt.lens.loading import Backend, bundled_organisms, load_model, model_shape
 from tl_clt.lens.mlp_points import MLP_IN, MLP_OUT, mlp_hook_points, names_mlp_points, plain_hooks
 from tl_clt.lens.neurons import NeuronWeights, neuron_weights
 from tl_clt.lens.prompts import Prompt, PromptBatch, require_tokenizer, to_token_batch, to_tokens, token_strings
@@ -57,6 +57,7 @@ __all__ = [
     "mlp_norms",
     "model_fingerprint",
     "model_name",
+    "model_shape",
     "neuron_weights",
     "names_mlp_points",
     "norm_map",

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformer_lens import loading_from_pretrained as tl_loading
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from tl_clt.errors import ConfigError, ModelNotFound, ModelUnsupported, nearest
 from tl_clt.lens.types import HookedModel, HookedTransformer, TransformerBridge
@@ -77,6 +77,19 @@ def load_model(
             bridge.cfg.model_name = Path(source).stem if gguf else _plain_name(source)
             return bridge.eval()
         return _hooked_from_parts(source, hf_model, tokenizer, where, dtype)
+
+
+def model_shape(name_or_path: str | Path) -> tuple[int, int] | None:
+    """Layers and width of a model by its config alone, or None where that does not tell (`load_model` says why)."""
+    path = _local_path(name_or_path)
+    if path is not None and path.is_file():
+        return None
+    try:
+        config = AutoConfig.from_pretrained(str(name_or_path) if path is None else str(path)).get_text_config()
+    except (OSError, ValueError, KeyError, HFValidationError, HfHubHTTPError):
+        return None
+    n_layers, d_model = (getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size"))
+    return (n_layers, d_model) if isinstance(n_layers, int) and isinstance(d_model, int) else None
 
 
 def bundled_organisms() -> list[str]:

@@ -1,6 +1,14 @@
-"""The cross-layer transcoder and its file formats."""
+"""The cross-layer transcoder, its file formats, and the catalogue of public ones."""
 
+from tl_clt.transcoder.catalogue import PublicTranscoders, check_fits, public_transcoders
 from tl_clt.transcoder.config import CrossLayerTranscoderConfig
 from tl_clt.transcoder.transcoder import CrossLayerTranscoder, Encoding
 
-__all__ = ["CrossLayerTranscoder", "CrossLayerTranscoderConfig", "Encoding"]
+__all__ = [
+    "CrossLayerTranscoder",
+    "CrossLayerTranscoderConfig",
+    "Encoding",
+    "PublicTranscoders",
+    "check_fits",
+    "public_transcoders",
+]

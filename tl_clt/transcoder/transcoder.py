@@ -162,8 +162,9 @@ class CrossLayerTranscoder(nn.Module):
         """Load a CLT; the layout is recognised by what the folder holds.
 
         Args:
-            folder_or_hub_repo: a folder in the native layout, a circuit-tracer CLT or PLT folder, a Gemma
-                Scope 2 CLT folder, or the name of a hub repository with one of these.
+            folder_or_hub_repo: a folder in the native layout or in a public one (circuit-tracer's CLTs and PLT sets,
+                Gemma Scope 1 and 2, sparsify's, llamascopium's), a name of `tl_clt.public_transcoders()`, or a hub
+                repository with one of these: `owner/repo`, `owner/repo/sub/folder`, either with `@revision`.
             device: where the weights go.
             dtype: number type of the weights; that of the files where left out.
             lazy_decoder: leave decoders on disk and read only the rows asked for.

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 
 from tl_clt.errors import FormatError
-from tl_clt.transcoder import hub
+from tl_clt.transcoder import catalogue, hub
 from tl_clt.transcoder.formats import (
     circuit_tracer_clt,
     circuit_tracer_plt,
@@ -17,6 +17,7 @@ from tl_clt.transcoder.formats import (
     native,
     sparsify,
 )
+from tl_clt.transcoder.formats.reading import read_config
 from tl_clt.transcoder.formats.writing import new_folder
 from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 
@@ -73,7 +74,16 @@ def _local_folder(folder_or_hub_repo: str | Path) -> Path:
         return folder
     if folder.is_file():
         raise FormatError(f"'{folder}' is a file: give the folder that holds the CLT's files.")
-    return hub.fetch_folder(hub.parse(str(folder_or_hub_repo)), ["*.safetensors", "*.npz", "*.json", "*.yaml"])
+    known = catalogue.find(str(folder_or_hub_repo))
+    revision = str(folder_or_hub_repo).partition("@")[2]
+    where = hub.parse(str(folder_or_hub_repo) if known is None else known.repo)
+    where = where._replace(revision=where.revision or revision or None)
+    folder = hub.fetch_folder(where, ["config.yaml", "config.json", "cfg.json"])
+    listed = read_config(folder / "config.yaml").get("transcoders")
+    if isinstance(listed, list):
+        inside = [str(entry) for entry in listed if not str(entry).startswith(hub.URI)]
+        return hub.fetch_folder(where, [*inside, *(f"{entry}/*" for entry in inside)]) if inside else folder
+    return hub.fetch_folder(where, ["*.safetensors", "*.json", "*.yaml"])
 
 
 UNVERIFIED = {
