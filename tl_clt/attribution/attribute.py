@@ -11,7 +11,7 @@ from tl_clt.attribution.engines import EngineChoice
 from tl_clt.attribution.expansion import Limits
 from tl_clt.attribution.graph import AttributionGraph
 from tl_clt.attribution.streams import Bos
-from tl_clt.attribution.targets import Target
+from tl_clt.attribution.targets import TargetsGiven, as_targets
 from tl_clt.attribution.tracing import Tracer, TracingOptions
 from tl_clt.errors import ConfigError, PromptError
 from tl_clt.lens import HookedModel, Prompt, to_tokens
@@ -34,7 +34,7 @@ def attribute(
     model: HookedModel,
     clt: CrossLayerTranscoder,
     prompt_or_tokens: Prompt | Prompts,
-    targets: Sequence[Target] | None = None,
+    targets: TargetsGiven = None,
     max_n_logits: int = 10,
     desired_logit_prob: float = 0.95,
     max_feature_nodes: int | None = None,
@@ -52,6 +52,8 @@ def attribute(
 
         edge(s -> t) = act_s * sum_{target layers l of s, below t} W_dec[s -> l] . J(l, pos_s -> input of t) . W_enc[t]
 
+    Two identical calls in one process give identical graphs.
+
     J is the linear map through the residual stream and attention's OV circuits with patterns and norm scales held.
     A logit node k reads `W_U[:, k] - mean W_U` of ln_final's output with its scale held, before any soft-cap. The
     in-edges of a traced node sum to its pre-activation minus b_enc (features) or its logit minus the mean logit,
@@ -65,7 +67,7 @@ def attribute(
         clt: a CLT of this model.
         prompt_or_tokens: text, or token ids [pos]; or a list of such.
         targets: token ids or one-token strings whose logits to explain, or any of `TokenTarget`, `DifferenceTarget`,
-            `FeatureTarget`, `DirectionTarget`; None for the most probable tokens.
+            `FeatureTarget`, `DirectionTarget`; one or several; None for the most probable tokens.
         max_n_logits: at most so many logit nodes.
         desired_logit_prob: as many logit nodes as reach this probability together.
         max_feature_nodes: trace in-edges of at most so many features, the most influential; None for all.
@@ -98,7 +100,7 @@ def attribute(
     prompts = _as_list(model, prompt_or_tokens)
     others = _contrasts(model, contrast, len(prompts))
     options = TracingOptions(
-        targets=targets,
+        targets=as_targets(targets),
         max_n_logits=max_n_logits,
         desired_logit_prob=desired_logit_prob,
         limits=limits,

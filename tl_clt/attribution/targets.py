@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -65,7 +67,47 @@ class DirectionTarget:
 
 
 NamedTarget: TypeAlias = TokenTarget | DifferenceTarget | FeatureTarget | DirectionTarget
+NAMED_TARGETS = (TokenTarget, DifferenceTarget, FeatureTarget, DirectionTarget)
 Target: TypeAlias = int | str | NamedTarget
+_One: TypeAlias = Target | np.integer | Int[Tensor, ""] | Int[np.ndarray, ""]
+TargetsGiven: TypeAlias = _One | Sequence[_One] | Int[Tensor, " n"] | Int[np.ndarray, " n"] | None
+"""What a caller may name: one target, several, or token ids as a tensor or array."""
+
+
+def as_targets(given: Any) -> list[Target] | None:
+    """The targets meant, one by one, or None for the most probable tokens. A string is one token, not its letters.
+
+    Raises:
+        TargetError: something else was given.
+    """
+    if given is None:
+        return None
+    if isinstance(given, (Tensor, np.ndarray)):
+        if given.ndim > 1:
+            raise TargetError(f"targets has shape {list(given.shape)}: give token ids along one dimension.")
+        given = given.tolist()
+    if isinstance(given, (str, bool, numbers.Number, *NAMED_TARGETS)):
+        given = [given]
+    if not isinstance(given, (list, tuple)):
+        raise TargetError(_no_target("targets", given))
+    return [_as_target(entry, f"targets[{i}]") for i, entry in enumerate(given)]
+
+
+def _as_target(given: Any, name: str) -> Target:
+    value: Any = given.item() if isinstance(given, (Tensor, np.ndarray)) and given.ndim == 0 else given
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    if not isinstance(value, (str, *NAMED_TARGETS)):
+        raise TargetError(_no_target(name, given))
+    return value
+
+
+def _no_target(name: str, given: Any) -> str:
+    kinds = ", ".join(kind.__name__ for kind in NAMED_TARGETS)
+    return (
+        f"{name} is {given!r:.80}, of type {type(given).__name__}: give token ids or one-token strings, one or several,"
+        f" or {kinds}."
+    )
 
 
 class Targets(NamedTuple):
