@@ -18,12 +18,22 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import NormalizationBridge
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -33,7 +43,7 @@ from tl_clt.transcoder import CrossLayerTranscoder, CrossLayerTranscoderConfig
 
 Model: TypeAlias = HookedTransformer | TransformerBridge
 Arch = Literal["gpt2", "llama", "gemma", "neox"]
-Family = Literal["gpt2", "llama", "gemma3"]
+Family = Literal["gpt2", "llama", "gemma3", "granite", "cohere", "gptj", "gptneo", "opt"]
 
 HOOKED = ("gpt2", "llama", "gemma", "neox")
 FAMILIES = ("gpt2", "llama", "gemma3")
@@ -130,6 +140,28 @@ def tiny_hf(family: Family, seed: int = 0, *, n_layers: int = N_LAYERS) -> PreTr
         )
     elif family == "llama":
         model = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2, **special))
+    elif family == "granite":
+        # Factors behind embeddings, on what attention and MLP write, on scores and behind the unembedding.
+        factors = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}
+        special |= {"pad_token_id": 2, "logits_scaling": 4.0}
+        model = GraniteForCausalLM(GraniteConfig(**shape, num_key_value_heads=2, **factors, **special))
+    elif family == "cohere":
+        special |= {"pad_token_id": 2, "logit_scale": 0.25}
+        model = CohereForCausalLM(CohereConfig(**shape, num_key_value_heads=2, **special))
+    elif family == "gptj":
+        model = GPTJForCausalLM(
+            GPTJConfig(n_layer=n_layers, n_embd=D_MODEL, n_head=N_HEADS, n_positions=N_CTX, rotary_dim=4, **special)
+        )
+    elif family == "gptneo":
+        kinds = [[["global", "local"], n_layers]]
+        names = {"num_layers": n_layers, "num_heads": N_HEADS, "attention_types": kinds, "window_size": 8}
+        shape = {"hidden_size": D_MODEL, "intermediate_size": 2 * D_MODEL, "max_position_embeddings": N_CTX}
+        config = GPTNeoConfig(**{**names, **shape, **special, "num_layers": 2 * n_layers})
+        model = GPTNeoForCausalLM(config)
+    elif family == "opt":
+        del shape["intermediate_size"]
+        width = {"ffn_dim": 2 * D_MODEL, "word_embed_proj_dim": D_MODEL, "pad_token_id": 2}
+        model = OPTForCausalLM(OPTConfig(**shape, **width, **special))
     else:
         model = Gemma3ForCausalLM(
             Gemma3TextConfig(

@@ -26,8 +26,10 @@ from tl_clt.lens import (
     dtype_of,
     frozen_hooks,
     is_frozen_hook,
+    logit_scale,
     mlp_norms,
     model_name,
+    require_held,
     run_with_cache,
     run_with_hooks,
     tap_unembedding,
@@ -62,6 +64,10 @@ class LocalReplacementModel:
     """Clean outputs of norms that a bridge computes by Hugging Face's own code."""
     extra_points: list[str]
     """Residual-stream hooks that targets read, in the order of their read points after ln_final's."""
+    logit_scale: float = 1.0
+    """What the model multiplies its unembedding's output by (Cohere, Granite)."""
+    embed_scale: float = 1.0
+    """What it multiplies token embeddings by behind `hook_embed` (Granite)."""
     rounding: dict[str, Tensor] = field(default_factory=dict)
     """Their difference from scale-held norms, a constant that counts as a bias. Filled by the first run."""
     _biases: Biases | None = None
@@ -239,10 +245,12 @@ def build_local_model(
         extra_points: residual-stream hooks to read besides the CLT's inputs.
 
     Raises:
-        ModelUnsupported: the model lacks a hook that tracing needs, or normalises its embeddings.
+        ModelUnsupported: the model lacks a hook that tracing needs, normalises its embeddings, or does something
+            between unembedding and logits that is no scale and no soft-cap; or hooks do not hold what is to be held.
         LocalModelMismatch: the local replacement model does not give the model's logits.
     """
     _require_traceable(model)
+    require_held(model, tokens[None], anew=True)
     cfg, dtype = clt.cfg, tracing_dtype(model)
     in_hooks = [block_hook(t, cfg.input_hook) for t in clt.layers]
     out_hooks = [block_hook(t, cfg.output_hook) for t in clt.layers]
@@ -250,7 +258,8 @@ def build_local_model(
     known = model.hook_dict
     norms = {n.removesuffix("hook_scale") + "hook_out" for n in known if n.endswith("hook_scale")}
     norms &= set(known)
-    wanted = {"hook_embed", "hook_pos_embed", *in_hooks, *out_hooks, *attn_hooks, *norms, *extra_points}
+    start = block_hook(0, "hook_resid_pre")
+    wanted = {"hook_embed", "hook_pos_embed", start, *in_hooks, *out_hooks, *attn_hooks, *norms, *extra_points}
     with user_hooks_aside(model), tap_unembedding(model) as tap:
         logits, cache = run_with_cache(model, tokens[None], lambda n: n in wanted or is_frozen_hook(n))
     seen = tap.get()
@@ -277,6 +286,8 @@ def build_local_model(
         held={name: cache[name] for name in cache.keys() if is_frozen_hook(name)},
         norm_outputs={name: cache[name] for name in norms},
         extra_points=list(extra_points),
+        logit_scale=logit_scale(model, seen, logits),
+        embed_scale=_embed_scale(embed, clean(start) if pos_embed is None else clean(start) - pos_embed),
     )
     _check_logits(local)
     return local
@@ -285,6 +296,12 @@ def build_local_model(
 def tracing_dtype(model: HookedModel) -> torch.dtype:
     """float64 for models in float64, else float32: half-precision models are traced with float32 sums."""
     return torch.float64 if dtype_of(model) == torch.float64 else torch.float32
+
+
+def _embed_scale(embed: Stream, into_blocks: Stream) -> float:
+    """The one factor between token embeddings and what goes into block 0; 1 where there is none."""
+    scale = float((embed * into_blocks).sum() / embed.square().sum().clamp_min(1e-30))
+    return scale if abs(scale - 1) > torch.finfo(embed.dtype).eps ** 0.5 else 1.0
 
 
 class _MLPParts(NamedTuple):

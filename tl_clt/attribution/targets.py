@@ -239,8 +239,9 @@ def _logit_reads(local: LocalReplacementModel, targets: Sequence[NamedTarget]) -
     if not ids:
         return {}
     tokens = torch.tensor(ids, device=local.tokens.device)
-    directions = unembedding_directions(local.model, tokens).to(local.dtype)
-    biases = unembedding_biases(local.model, tokens).tolist()
+    scale = local.logit_scale
+    directions = scale * unembedding_directions(local.model, tokens).to(local.dtype)
+    biases = (scale * unembedding_biases(local.model, tokens)).tolist()
     texts = token_strings(local.model, tokens)
     reads = zip(directions, biases, texts, strict=True)
     return {token: _LogitRead(*read) for token, read in zip(ids, reads, strict=True)}

@@ -27,6 +27,7 @@ from tl_clt.lens import (
     PromptBatch,
     block_hook,
     plain_hooks,
+    require_held,
     to_token_batch,
 )
 from tl_clt.replacement import check_fit, is_replaced, not_read
@@ -82,6 +83,7 @@ def intervention_hooks(
         InterventionError: a layer, feature, position, prompt or width that is not there.
         CLTMismatch, HookNotFound: the CLT is of another model.
         PromptError, TokenizerMissing, ConfigError: an argument out of range.
+        ModelUnsupported: hooks do not hold this model's patterns (GPT-J, GPT-Neo and OPT as bridges).
     """
     steering = Steering(model, clt, to_token_batch(model, tokens), interventions, through_layer, freeze)
     return plain_hooks(model, steering.hooks)
@@ -120,6 +122,8 @@ class Steering:
         n_prompts, n_pos = tokens.shape
         for what in given:
             check(what, clt.cfg, n_prompts, through_layer)
+        if freeze != "none":
+            require_held(model, tokens[:1])
         self.model, self.clt = model, clt
         self.constrained = through_layer is not None
         self.steered = range(clt.cfg.n_layers if through_layer is None else through_layer + 1)

@@ -2,7 +2,7 @@
 
 from tl_clt.lens.clean_run import CleanRun, Freeze
 from tl_clt.lens.fingerprint import model_fingerprint
-from tl_clt.lens.freezing import frozen_hooks, hold, is_frozen_hook
+from tl_clt.lens.freezing import frozen_hooks, hold, is_frozen_hook, require_held
 from tl_clt.lens.hooks import (
     FwdHook,
     add_hook_points,
@@ -19,7 +19,7 @@ from tl_clt.lens.loading import Backend, bundled_organisms, load_model, model_sh
 from tl_clt.lens.mlp_points import MLP_IN, MLP_OUT, mlp_hook_points, names_mlp_points, plain_hooks
 from tl_clt.lens.neurons import NeuronWeights, neuron_weights
 from tl_clt.lens.prompts import Prompt, PromptBatch, require_tokenizer, to_token_batch, to_tokens, token_strings
-from tl_clt.lens.running import Unembedding, run_with_cache, run_with_hooks, tap_unembedding
+from tl_clt.lens.running import Unembedding, logit_scale, run_with_cache, run_with_hooks, tap_unembedding
 from tl_clt.lens.types import ActivationCache, HookedModel, HookedTransformer, HookPoint, TransformerBridge
 from tl_clt.lens.weights import dtype_of, unembedding_biases, unembedding_directions
 
@@ -53,6 +53,7 @@ __all__ = [
     "is_parallel",
     "last_kv_cache",
     "load_model",
+    "logit_scale",
     "mlp_hook_points",
     "mlp_norms",
     "model_fingerprint",
@@ -64,6 +65,7 @@ __all__ = [
     "ov_weights",
     "plain_hooks",
     "remove_hook_points",
+    "require_held",
     "require_hooks",
     "require_tokenizer",
     "run_with_cache",

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from weakref import WeakSet
 
+import torch
 from torch import Tensor
 
-from tl_clt.errors import HookNotFound, PromptError
-from tl_clt.lens.hooks import FwdHook
-from tl_clt.lens.types import ActivationCache, HookPoint
+from tl_clt.errors import HookNotFound, ModelUnsupported, PromptError
+from tl_clt.lens.hooks import FwdHook, block_hook, model_name, user_hooks_aside
+from tl_clt.lens.running import run_with_cache, run_with_hooks, tap_unembedding
+from tl_clt.lens.types import ActivationCache, HookedModel, HookPoint
+from tl_clt.shapes import TokenBatch
 
 FROZEN_HOOKS = ("attn.hook_pattern", "hook_scale")
+NOT_LINEAR = 1e-3
+"""Second differences, as a share of first ones, that rounding does not reach (1e-6 where values are held) and a model
+whose patterns or scales move does (0.3 and more)."""
 
 
 def is_frozen_hook(name: str) -> bool:
@@ -24,7 +32,8 @@ def frozen_hooks(
     """Hooks that hold attention patterns and every norm's scale at a cache's values.
 
     With them the model is linear between its MLPs: what moves in the residual stream moves everything
-    after it in proportion.
+    after it in proportion. That is tested on the model that the cache came from: on some bridges (GPT-J, GPT-Neo,
+    OPT) a hook on a pattern changes nothing.
 
     Args:
         cache: activations of the prompt to hold, from `model.run_with_cache`.
@@ -36,7 +45,12 @@ def frozen_hooks(
 
     Raises:
         HookNotFound: the cache has neither patterns nor scales (a names_filter left them out).
+        ModelUnsupported: hooks at this model's patterns and scales do not hold them.
     """
+    model = getattr(cache, "model", None)
+    if model is not None:
+        n_pos = next((cache[name].shape[-1] for name in cache.keys() if name.endswith(FROZEN_HOOKS[0])), 4)
+        require_held(model, torch.arange(n_pos)[None] % model.cfg.d_vocab)
     held = [
         name
         for name in cache.keys()
@@ -67,3 +81,65 @@ def hold(value: Tensor) -> Callable:
         return held.to(tensor.dtype).clone()
 
     return put_in_place
+
+
+_HELD: WeakSet[HookedModel] = WeakSet()
+"""Models that `require_held` has found to hold."""
+
+
+@torch.no_grad()
+def require_held(model: HookedModel, tokens: TokenBatch, *, anew: bool = False) -> None:
+    """Raise unless hooks on patterns and scales take effect: with them and the MLPs' outputs held, what goes into
+    block 0 must reach every attention layer's output and the unembedding linearly.
+
+    Args:
+        tokens: a prompt to test on.
+        anew: test a model again that has passed before.
+
+    Raises:
+        ModelUnsupported: something is not held; the message names the first layer where that shows.
+    """
+    if model in _HELD and not anew:
+        return
+    blocks = range(model.cfg.n_layers)
+    start, attn_outs = block_hook(0, "hook_resid_pre"), [block_hook(t, "hook_attn_out") for t in blocks]
+    mlp_outs = [block_hook(t, "hook_mlp_out") for t in blocks]
+    missing = [name for name in (start, *attn_outs, *mlp_outs) if name not in model.hook_dict]
+    if missing:
+        raise ModelUnsupported(f"{model_name(model)} has no {missing[0]}, without which its MLPs cannot be held.")
+    with user_hooks_aside(model):
+        wanted = {start, *mlp_outs}
+        _, cache = run_with_cache(model, tokens.to(model.W_E.device), lambda n: n in wanted or is_frozen_hook(n))
+        held = [(name, hold(cache[name])) for name in cache.keys() if name != start]
+        outcomes = [_moved(model, tokens, held, cache[start], strength, attn_outs) for strength in range(3)]
+    for place in (*attn_outs, UNEMBEDDING):
+        first, second = (outcomes[k + 1][place] - outcomes[k][place] for k in range(2))
+        allowed = max(NOT_LINEAR, 16 * torch.finfo(cache[start].dtype).eps) * first.abs().max()
+        if not bool((second - first).abs().max() <= allowed):
+            raise ModelUnsupported(
+                f"Hooks on attention patterns and norm scales do not hold them in {model_name(model)}: {place} moves"
+                " out of proportion to what goes in, so that nothing frozen would be frozen. Load the model with"
+                " load_model(..., backend='hooked') where TransformerLens has it that way."
+            )
+    _HELD.add(model)
+
+
+UNEMBEDDING = "the unembedding's input"
+
+
+def _moved(
+    model: HookedModel, tokens: TokenBatch, held: list[FwdHook], x: Tensor, strength: int, places: list[str]
+) -> dict[str, Tensor]:
+    """What passes some places when a number of steps of noise, as large as the residual stream, go into block 0."""
+    # A generator of its own: a caller's random numbers stay as they were.
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    into = x + strength * (noise * float(x.double().square().mean().sqrt())).to(x)
+    seen: dict[str, Tensor] = {}
+
+    def keep(value: Tensor, hook: HookPoint, name: str) -> None:
+        seen[name] = value.double()
+
+    record = [(name, partial(keep, name=name)) for name in places]
+    with tap_unembedding(model) as tap:
+        run_with_hooks(model, tokens.to(x.device), [*held, (block_hook(0, "hook_resid_pre"), hold(into)), *record])
+    return {**seen, UNEMBEDDING: tap.get().final.double()}

@@ -91,7 +91,9 @@ def ov_weights(model: HookedModel, layer: int) -> OVWeights:
     )
     if not shapes_fit:
         raise _no_ov(model, layer)
-    return OVWeights(W_V.detach(), W_O.detach())
+    # Granite multiplies what attention writes, and its hook_attn_out comes after that.
+    scale = getattr(_part(model, f"blocks.{layer}"), "residual_contribution_scale", 1.0)
+    return OVWeights(W_V.detach(), W_O.detach() if scale == 1.0 else W_O.detach() * scale)
 
 
 class MLPNorms(NamedTuple):

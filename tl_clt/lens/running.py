@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_clt.lens.hooks import FwdHook
+from tl_clt.errors import ModelUnsupported
+from tl_clt.lens.hooks import FwdHook, model_name
 from tl_clt.lens.mlp_points import mlp_hook_points, names_mlp_points
 from tl_clt.lens.types import ActivationCache, HookedModel
 from tl_clt.shapes import Logits, TokenBatch
@@ -51,6 +52,37 @@ def tap_unembedding(model: HookedModel) -> Iterator[UnembeddingTap]:
         yield tap
     finally:
         handle.remove()
+
+
+def logit_scale(model: HookedModel, seen: Unembedding, logits: Logits) -> float:
+    """What the model multiplies its unembedding's output by (Cohere, Granite) before a soft-cap, from one run: mostly 1.
+
+    Args:
+        seen, logits: what went into and came out of the unembedding, and the model's output.
+
+    Raises:
+        ModelUnsupported: the output is no multiple of the unembedding's, soft-capped or not.
+    """
+    u, out = seen.logits.detach().double(), logits.detach().double()
+    cap = getattr(model.cfg, "output_logits_soft_cap", None) or 0.0
+    cap = cap if cap > 0 else None
+    # Near the cap its inverse is all rounding.
+    at = u.isfinite() & out.isfinite() & (out.abs() < (0.5 * cap if cap else float("inf")))
+    uncapped = out if cap is None else cap * torch.atanh((out / cap).clamp(-0.5, 0.5))
+    scale = float((uncapped[at] * u[at]).sum() / u[at].square().sum().clamp_min(1e-30)) if bool(at.any()) else 1.0
+    eps = torch.finfo(logits.dtype).eps
+    # A logit is the sum of many products that round: the root of eps, as for all logits that are computed twice.
+    scale = 1.0 if abs(scale - 1) < eps**0.5 else scale
+    made = scale * u
+    made = made if cap is None else cap * torch.tanh(made / cap)
+    finite = u.isfinite()
+    worst = (made - out)[finite].abs().max()
+    if not bool(worst <= eps**0.5 * out[finite].abs().max().clamp_min(1)):
+        raise ModelUnsupported(
+            f"{model_name(model)} does something between its unembedding and its logits that is no scale and no"
+            f" soft-cap (off by {float(worst):.2g}): its logits cannot be traced."
+        )
+    return scale
 
 
 def run_with_cache(

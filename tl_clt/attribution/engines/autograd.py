@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_clt.attribution.engines.engine import EdgeRows, Engine
 from tl_clt.attribution.local import LocalReplacementModel
 from tl_clt.attribution.sources import Segment, Sources
-from tl_clt.attribution.streams import Readouts, Sites
+from tl_clt.attribution.streams import Readouts, Sites, Stream
 
 
 class AutogradEngine(Engine):
@@ -26,10 +26,10 @@ class AutogradEngine(Engine):
         with torch.enable_grad():
             at = local.sites
             self.sites = Sites(
-                at.embed.clone().requires_grad_(),
-                None if at.pos_embed is None else at.pos_embed.clone().requires_grad_(),
-                [x.clone().requires_grad_() for x in at.attn],
-                [x.clone().requires_grad_() for x in at.mlp],
+                _elsewhere(at.embed),
+                None if at.pos_embed is None else _elsewhere(at.pos_embed),
+                [_elsewhere(x) for x in at.attn],
+                [_elsewhere(x) for x in at.mlp],
             )
             self.reads = local.run(self.sites)
 
@@ -74,6 +74,12 @@ class AutogradEngine(Engine):
             if adjoint is not None:
                 _contract(adjoint, segments, rows)
         return rows
+
+
+def _elsewhere(x: Stream) -> Stream:
+    """A leaf for gradients. A linear map has one gradient everywhere; it is not taken at the clean values, since some
+    bridges (Granite's) leave out a write that equals what is there, and with it the way back."""
+    return (2 * x + 1).requires_grad_()
 
 
 def _contract(adjoint: Float[Tensor, "n_targets pos d_model"], segments: list[Segment], edges: EdgeRows) -> None:

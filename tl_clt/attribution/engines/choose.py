@@ -43,31 +43,39 @@ class EngineMaker:
             warnings.warn(f"{error} Doing so.", stacklevel=4)
 
     def make(self, local: LocalReplacementModel, sources: Sources, targets: Readouts) -> Engine:
-        """The engine of one prompt.
+        """The engine of one prompt, tested on it.
 
         Raises:
-            LocalModelMismatch: "sweep" was asked for, and does not give what the model's own code gives.
+            LocalModelMismatch: it does not give what the model's own code gives.
         """
-        if self.folded is None:
-            return AutogradEngine(local, sources)
-        try:
-            _check_sweep(local, targets, self.folded)
-        except LocalModelMismatch as error:
+        whole = _one_source(local)
+        if self.folded is not None:
+            off = _how_far_off(SweepEngine(local, whole, self.folded), targets)
+            if off <= 1:
+                return SweepEngine(local, sources, self.folded)
+            message = (
+                f"The sweep does not know the architecture of {model_name(local.model)}: what it carries to the targets"
+                f" is off by {off:.1g} times what rounding explains. Trace with engine='autograd'."
+            )
             if self.choice == "sweep":
-                raise
-            warnings.warn(f"{error} Doing so.", stacklevel=4)
+                raise LocalModelMismatch(message)
+            warnings.warn(f"{message} Doing so.", stacklevel=4)
             self.folded = None
-            return AutogradEngine(local, sources)
-        return SweepEngine(local, sources, self.folded)
+        engine = AutogradEngine(local, whole)
+        off = _how_far_off(engine, targets)
+        if not off <= 1:
+            raise LocalModelMismatch(
+                f"Gradients through {model_name(local.model)} do not carry what is written to the targets: the sums of"
+                f" in-edges would be off by {off:.1g} times what rounding explains. Its graph would be wrong. Please"
+                " report the model."
+            )
+        engine.sources = sources
+        return engine
 
 
 @torch.no_grad()
-def _check_sweep(local: LocalReplacementModel, targets: Readouts, folded: FoldedModel) -> None:
-    """Raise unless the sweep's maps carry all that is written to what is read, for the targets and one feature a layer.
-
-    All that is written at a position of a site counts as one node here, so that each target has one in-edge from all.
-    """
-    readouts = _probes(local, targets)
+def _one_source(local: LocalReplacementModel) -> Sources:
+    """All that is written, as one node: each target then has one in-edge from everything."""
     biases = local.biases()
     skips = biases.mlp.clone()
     skips[:, decoded_positions(local.bos)] -= local.clt.b_dec[:, None, :].to(skips.dtype)
@@ -81,19 +89,23 @@ def _check_sweep(local: LocalReplacementModel, targets: Readouts, folded: Folded
     )
     none = local.tokens[:1]
     node = Nodes.build([(NodeKind.BIAS, none * 0, none * 0, none * 0, at.embed[:1, 0])])
-    writes = local.writes(bias_nodes=False)._replace(biases=None)
-    found = SweepEngine(local, Sources(node, whole, writes), folded).rows(readouts)[:, 0]
+    return Sources(node, whole, local.writes(bias_nodes=False)._replace(biases=None))
+
+
+@torch.no_grad()
+def _how_far_off(engine: Engine, targets: Readouts) -> float:
+    """By how many times what rounding explains an engine that carries everything as one source misses what is read,
+    at the targets and one feature a layer."""
+    local = engine.local
+    readouts, biases = _probes(local, targets), local.biases()
+    found = engine.rows(readouts)[:, 0]
     where = zip(readouts.point.tolist(), readouts.pos.tolist(), strict=True)
     read_biases = torch.stack([biases.reads[point][pos] for point, pos in where])
     wanted = read_values(local, readouts) - readouts.constants - (read_biases * readouts.directions).sum(dim=-1)
     size = torch.stack([local.clean.points[p].norm(dim=-1).max() for p in readouts.point.tolist()])
     allowed = torch.finfo(dtype_of(local.model)).eps ** 0.5 * size * readouts.directions.norm(dim=-1)
-    if not bool(((found - wanted).abs() <= allowed).all()):
-        worst = float(((found - wanted).abs() / allowed).max())
-        raise LocalModelMismatch(
-            f"The sweep does not know the architecture of {model_name(local.model)}: what it carries to the targets is"
-            f" off by {worst:.1g} times what rounding explains. Trace with engine='autograd'."
-        )
+    off = float(((found - wanted).abs() / allowed.clamp_min(1e-30)).max())
+    return off if off == off else float("inf")
 
 
 def _probes(local: LocalReplacementModel, targets: Readouts) -> Readouts:

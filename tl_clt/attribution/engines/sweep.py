@@ -128,8 +128,11 @@ class SweepEngine(Engine):
         self.carries = n_pos * n_pos * at.embed[0].vectors.shape[1] <= CARRIED_NUMBERS
         self.mlp = [self._placed(self._behind_norm(segments, t)) for t, segments in enumerate(at.mlp)]
         self.attn = [self._placed(segments) for segments in at.attn]
-        self.embed = [self._placed(at.embed), self._placed(at.pos_embed)]
-        self.carried = [self._carried(at.embed), self._carried(at.pos_embed)] if self.carries else []
+        embed = at.embed
+        if local.embed_scale != 1:
+            embed = [s._replace(vectors=local.embed_scale * s.vectors) for s in embed]
+        self.embed = [self._placed(embed), self._placed(at.pos_embed)]
+        self.carried = [self._carried(embed), self._carried(at.pos_embed)] if self.carries else []
 
     def batches(
         self, point: Int[Tensor, " n_targets"], pos: Int[Tensor, " n_targets"], size: int
