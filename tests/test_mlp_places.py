@@ -5,6 +5,7 @@ A HookedTransformer has no such hook points, so what is expected there is found 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -199,6 +200,8 @@ def test_plain_hooks_anywhere_do_what_the_attached_clt_does(model: Model, tokens
         with attach(model, clt, "replace_with_error"):
             inside = intervention_hooks(model, clt, tokens, change, freeze="none")
             within = model.run_with_hooks(tokens, fwd_hooks=inside)
+    del inside
+    gc.collect()
     assert {k: v for k, v in snapshot(model).items() if k != "attributes"} == {
         k: v for k, v in before.items() if k != "attributes"
     }

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pandas import DataFrame
 from torch import Tensor
 
 from tl_clt.errors import InterventionError
-from tl_clt.lens import HookedModel, token_strings
+from tl_clt.lens import HookedModel, PromptRows, token_strings
 from tl_clt.shapes import Logits, TokenBatch
 from tl_clt.transcoder import CrossLayerTranscoder
 
@@ -36,7 +36,10 @@ class InterventionEffect:
     """A run with an intervention (no prefix) and the clean run (`baseline_`) of the same prompts."""
 
     tokens: TokenBatch
-    """The prompts."""
+    """The prompts, padded where their lengths differ."""
+
+    attention_mask: Int[Tensor, "batch pos"] | None = None
+    """1 where a row has its own tokens, 0 at padding; None where nothing is padded."""
 
     logits: Logits
     """Of the intervened run, as the model gives them."""
@@ -86,7 +89,7 @@ class InterventionEffect:
 
         Args:
             k: rows for each prompt.
-            pos: position after which the token comes; the last one unless said otherwise.
+            pos: position within each prompt after which the token comes; the last one unless said otherwise.
 
         Returns:
             Columns prompt (number in the batch), token (text, or #id without a tokenizer), token_id, before and
@@ -95,17 +98,21 @@ class InterventionEffect:
         Raises:
             InterventionError: k or pos is out of range.
         """
-        n_pos, d_vocab = self.logits.shape[1:]
+        d_vocab = self.logits.shape[-1]
+        rows = PromptRows(self.tokens, self.attention_mask)
+        n_pos = min(rows.lengths)
         if not 1 <= k <= d_vocab:
             raise InterventionError(f"k is {k}: give 1 to {d_vocab}, the size of the vocabulary.")
         if not -n_pos <= pos < n_pos:
             raise InterventionError(f"pos is {pos}: the prompts have positions 0 to {n_pos - 1}.")
-        before, after = (x[:, pos].double().softmax(dim=-1) for x in (self.baseline_logits, self.logits))
-        logit_change = (self.logits - self.baseline_logits)[:, pos]
-        rows = []
+        columns = [offset + pos % n for offset, n in zip(rows.offsets, rows.lengths, strict=True)]
+        at = (range(len(columns)), columns)
+        before, after = (x[at].double().softmax(dim=-1) for x in (self.baseline_logits, self.logits))
+        logit_change = (self.logits - self.baseline_logits)[at]
+        table = []
         for prompt, ids in enumerate((after - before).abs().topk(k).indices):
             for token, text in zip(ids.tolist(), token_strings(self.model, ids), strict=True):
                 b, a = float(before[prompt, token]), float(after[prompt, token])
-                rows.append((prompt, text, token, b, a, a - b, float(logit_change[prompt, token])))
+                table.append((prompt, text, token, b, a, a - b, float(logit_change[prompt, token])))
         names = ["prompt", "token", "token_id", "before", "after", "change", "logit_change"]
-        return DataFrame(rows, columns=names)
+        return DataFrame(table, columns=names)

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_clt.errors import ConfigError, InterventionError, ModelUnsupported
 from tl_clt.interventions.intervention import (
     DirectionIntervention,
     Intervention,
-    Positions,
+    Place,
     check,
     positions_of,
     within,
@@ -25,13 +25,13 @@ from tl_clt.lens import (
     HookedModel,
     HookPoint,
     PromptBatch,
+    PromptRows,
     block_hook,
     plain_hooks,
     require_held,
     to_token_batch,
 )
 from tl_clt.replacement import check_fit, is_replaced, not_read
-from tl_clt.shapes import TokenBatch
 from tl_clt.transcoder import CrossLayerTranscoder
 
 Acts = Float[Tensor, "batch pos d_transcoder"]
@@ -46,6 +46,7 @@ def intervention_hooks(
     interventions: Iterable[AnyIntervention],
     through_layer: int | None = None,
     freeze: Freeze = "attention",
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
 ) -> list[FwdHook]:
     """Hooks that change features, for `run_with_hooks`, `model.hooks` and `generate`, also within `attach`.
 
@@ -66,15 +67,20 @@ def intervention_hooks(
     MLP's output must come after these in the list, since these put the output there (the iterative kind within
     `attach`, where the same CLT stands in for the MLPs, adds to what is there). Gradients flow.
 
+    Attention masks and position ids of a call hold for its clean run too. Positions count within each prompt, padding
+    left out: 0 is a prompt's first token and -1 its last, whichever side is padded. What notes masks is one forward
+    pre-hook of torch's on the model, which no hook point could do; it goes when the list does.
+
     Args:
         model: a HookedTransformer or TransformerBridge.
         clt: a CLT of this model.
-        tokens: the prompt or prompts of one length that positions refer to, as text or token ids.
+        tokens: the prompt or prompts that positions refer to, as text or token ids.
         interventions: what to change.
         through_layer: last layer whose MLP output is held (-1 for none: the model itself runs everywhere, for
             directions); None for the iterative kind.
         freeze: hold at the clean run's values, in every layer: "attention" patterns, "all" (patterns and the
             scales of norms), or "none".
+        attention_mask: where `tokens` are padded already, 1 at their own tokens; the call itself needs it too.
 
     Returns:
         Plain (name, function) pairs.
@@ -85,7 +91,8 @@ def intervention_hooks(
         PromptError, TokenizerMissing, ConfigError: an argument out of range.
         ModelUnsupported: hooks do not hold this model's patterns (GPT-J, GPT-Neo and OPT as bridges).
     """
-    steering = Steering(model, clt, to_token_batch(model, tokens), interventions, through_layer, freeze)
+    prompts = to_token_batch(model, tokens, attention_mask)
+    steering = Steering(model, clt, prompts, interventions, through_layer, freeze)
     return plain_hooks(model, steering.hooks)
 
 
@@ -93,9 +100,8 @@ class Chosen(NamedTuple):
     """What an intervention changes in the activations of one pass."""
 
     what: Intervention
-    positions: list[int]
-    """In the whole text."""
-    index: tuple[slice, Tensor, Tensor]
+    place: Place
+    index: tuple[Tensor, Tensor, Tensor]
     """Into feature_acts [batch, pos, d_transcoder] of the pass."""
 
 
@@ -106,7 +112,7 @@ class Steering:
         self,
         model: HookedModel,
         clt: CrossLayerTranscoder,
-        tokens: TokenBatch,
+        prompts: PromptRows,
         interventions: Iterable[AnyIntervention],
         through_layer: int | None,
         freeze: Freeze,
@@ -119,17 +125,17 @@ class Steering:
                 f"through_layer is {through_layer}: give -1 to {clt.cfg.n_layers - 1}, or None for the iterative kind."
             )
         given = list(interventions)
-        n_prompts, n_pos = tokens.shape
         for what in given:
-            check(what, clt.cfg, n_prompts, through_layer)
+            check(what, clt.cfg, prompts.lengths, through_layer)
         if freeze != "none":
-            require_held(model, tokens[:1])
+            require_held(model, prompts.tokens[:1])
+        self.prompts = prompts
         self.model, self.clt = model, clt
         self.constrained = through_layer is not None
         self.steered = range(clt.cfg.n_layers if through_layer is None else through_layer + 1)
         """Layers whose MLP outputs are written here."""
-        self.features = [(what, positions_of(what, n_pos)) for what in given if isinstance(what, Intervention)]
-        self.directions = [(what, positions_of(what, n_pos)) for what in given if not isinstance(what, Intervention)]
+        self.features = [what for what in given if isinstance(what, Intervention)]
+        self.directions = [what for what in given if not isinstance(what, Intervention)]
         self.clean = CleanRun(model, [hook(t) for t in clt.layers for hook in (self._in, self._out)], freeze)
         self.inputs: dict[int, Tensor] = {}
         self.written: dict[int, Tensor] = {}
@@ -138,7 +144,7 @@ class Steering:
     @property
     def hooks(self) -> list[FwdHook]:
         """All hooks, in the order in which they must be added."""
-        hooks = [*self.clean.begin, *(self._direction_hook(*d) for d in self.directions), *self.clean.frozen]
+        hooks = [*self.clean.begin, *map(self._direction_hook, self.directions), *self.clean.frozen]
         for t in self.steered:
             hooks.append((self._in(t), at_layer(self._read, t)))
             hooks.append((self._out(t), at_layer(self._write, t)))
@@ -147,24 +153,40 @@ class Steering:
     def delta(self, feature_acts: Acts, layer: int) -> Acts:
         """What the interventions at a layer add to its activations, one after another."""
         total = torch.zeros_like(feature_acts)
-        for what, positions, index in self._chosen(feature_acts, layer):
-            total[index] += what.delta(feature_acts[index] + total[index], positions)
+        for what, place, index in self._chosen(feature_acts, layer):
+            total[index] += what.delta(feature_acts[index] + total[index], place)
         return total
 
     def changed(self, feature_acts: Acts, layer: int) -> Bool[Tensor, "batch pos d_transcoder"]:
         """Which activations of a layer the interventions name."""
         mask = torch.zeros_like(feature_acts, dtype=torch.bool)
-        for _, _, index in self._chosen(feature_acts, layer):
-            mask[index] = True
+        for chosen in self._chosen(feature_acts, layer):
+            mask[chosen.index] = True
         return mask
 
     def _chosen(self, feature_acts: Acts, layer: int) -> Iterator[Chosen]:
-        first, n_pos = self.clean.first, feature_acts.shape[1]
-        for what, held in self.features:
-            if what.layer == layer and (positions := within(held, first, n_pos)):
-                at = torch.tensor(positions, device=feature_acts.device)[:, None] - first
-                features = torch.tensor(what.features, device=feature_acts.device)
-                yield Chosen(what, positions, (what.rows, at, features))
+        for what in self.features:
+            if what.layer == layer:
+                for place in self.places(what, feature_acts.shape[1]):
+                    rows, columns = place.index(feature_acts.device)
+                    features = torch.tensor(what.features, device=feature_acts.device)
+                    yield Chosen(what, place, (rows[:, :, None], columns[:, :, None], features))
+
+    def places(self, what: AnyIntervention, n_pos: int) -> list[Place]:
+        """Where an intervention acts in the present pass over `n_pos` tokens: rows padded alike together."""
+        offsets, lengths = self.clean.offsets, self.prompts.lengths
+        if self.prompts.mask is None:
+            # Token ids that were given with their padding, which only the pass has told.
+            lengths = [n - offset for n, offset in zip(lengths, offsets, strict=False)]
+        alike: dict[tuple[int, int], list[int]] = {}
+        for row in range(len(offsets)) if what.prompt is None else [what.prompt]:
+            alike.setdefault((offsets[row], lengths[row] if row < len(lengths) else lengths[0]), []).append(row)
+        found = []
+        for (offset, length), rows in alike.items():
+            positions = within(positions_of(what, length), self.clean.first - offset, n_pos)
+            if positions:
+                found.append(Place(rows, positions, [p + offset - self.clean.first for p in positions]))
+        return found
 
     def _read(self, x: Stream, layer: int) -> None:
         if layer == 0:
@@ -200,13 +222,16 @@ class Steering:
             return torch.zeros_like(change)
         written = self.clt.skip(change, layer)
         if self.constrained and self.clean.first == 0:
-            return torch.cat([torch.zeros_like(written[:, :1]), written[:, 1:]], dim=1)
+            # Padding has no meaning, and each prompt's first token counts as error.
+            column = torch.arange(written.shape[1], device=written.device)
+            after_first = column > torch.tensor(self.clean.offsets, device=written.device)[:, None]
+            return torch.where(after_first[..., None], written, torch.zeros_like(written))
         return written
 
     def _changed_acts(self, x: Stream, clean_x: Stream, layer: int) -> Acts | None:
         """Activations of a layer less those of the clean run, or None where none changes."""
         if self.constrained:
-            if not any(what.layer == layer for what, _ in self.features):
+            if not any(what.layer == layer for what in self.features):
                 return None
             return self.delta(self.clt.encode_layer(clean_x, layer).feature_acts, layer)
         acts = self.clt.encode_layer(x, layer).feature_acts
@@ -226,16 +251,17 @@ class Steering:
             before = self.written.get(target)
             self.written[target] = written[..., slot, :] if before is None else before + written[..., slot, :]
 
-    def _direction_hook(self, what: DirectionIntervention, held: Positions) -> FwdHook:
+    def _direction_hook(self, what: DirectionIntervention) -> FwdHook:
         name = block_hook(0, "hook_resid_pre") if what.layer == -1 else block_hook(what.layer, "hook_resid_post")
 
         def write_direction(x: Stream, hook: HookPoint) -> Stream | None:
-            positions = within(held, self.clean.first, x.shape[1])
-            if not positions:
+            places = self.places(what, x.shape[1])
+            if not places:
                 return None
-            at = [p - self.clean.first for p in positions]
             x = x.clone()
-            x[what.rows, at] += what.change(x[what.rows, at], positions)
+            for place in places:
+                at = place.index(x.device)
+                x[at] += what.change(x[at], place)
             return x
 
         return name, write_direction

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from tl_clt.interventions.effect import InactiveFeature, InterventionEffect
 from tl_clt.interventions.hooks import AnyIntervention, Steering
-from tl_clt.interventions.intervention import within
 from tl_clt.lens import (
     Freeze,
     FwdHook,
@@ -31,6 +31,7 @@ def intervene(
     interventions: Iterable[AnyIntervention],
     through_layer: int | None = None,
     freeze: Freeze = "attention",
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
 ) -> InterventionEffect:
     """Run prompts with features changed, and without, and compare.
 
@@ -39,13 +40,15 @@ def intervene(
     every logit (less the mean logit, before any soft-cap) by exactly the graph's edge.
 
     Args:
-        model, clt, tokens, interventions, through_layer, freeze: as for `intervention_hooks`.
+        model, clt, tokens, interventions, through_layer, freeze, attention_mask: as for `intervention_hooks`. Prompts
+            of unequal lengths are padded, on the tokenizer's side, and masked.
 
     Raises:
         InterventionError, CLTMismatch, HookNotFound, PromptError, TokenizerMissing, ConfigError: as there.
     """
-    tokens = to_token_batch(model, tokens)
-    steering = Steering(model, clt, tokens, interventions, through_layer, freeze)
+    prompts = to_token_batch(model, tokens, attention_mask)
+    steering = Steering(model, clt, prompts, interventions, through_layer, freeze)
+    call = {} if prompts.mask is None else {"attention_mask": prompts.mask}
     seen: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Callable:
@@ -56,14 +59,18 @@ def intervene(
 
     names = [block_hook(t, clt.cfg.input_hook) for t in clt.layers]
     record: list[FwdHook] = [(name, keep(t)) for t, name in enumerate(names)]
-    with user_hooks_aside(model):
-        logits = run_with_hooks(model, tokens, [*steering.hooks, *record])
+    try:
+        with user_hooks_aside(model):
+            logits = run_with_hooks(model, prompts.tokens, [*steering.hooks, *record], **call)
+    finally:
+        steering.clean.close()
     dtype = clt.W_enc.dtype
     inputs = torch.stack([seen[t] for t in clt.layers], dim=-2).to(dtype)
     baseline_inputs = torch.stack([steering.clean.at(name) for name in names], dim=-2).to(dtype)
     baseline_feature_acts = clt.encode(baseline_inputs)
     return InterventionEffect(
-        tokens=tokens,
+        tokens=prompts.tokens,
+        attention_mask=prompts.mask,
         logits=logits,
         baseline_logits=steering.clean.logits,
         feature_acts=_measured(steering, clt.encode(inputs), baseline_feature_acts),
@@ -78,7 +85,7 @@ def intervene(
 
 def _measured(steering: Steering, acts: Tensor, baseline: Tensor) -> Tensor:
     """What features read in the intervened run, the changed ones at the values they were set to."""
-    for layer in {what.layer for what, _ in steering.features}:
+    for layer in {what.layer for what in steering.features}:
         if steering.constrained:
             set_to = steering.delta(baseline[..., layer, :], layer) + baseline[..., layer, :]
             changed = steering.changed(acts[..., layer, :], layer)
@@ -89,12 +96,10 @@ def _measured(steering: Steering, acts: Tensor, baseline: Tensor) -> Tensor:
 
 
 def _inactive(steering: Steering, baseline: Tensor) -> list[InactiveFeature]:
-    n_pos = baseline.shape[1]
     found = []
-    for what, held in steering.features:
-        active = (baseline[:, within(held, 0, n_pos), what.layer][..., what.features] != 0).any(dim=1)
-        if what.prompt is not None:
-            active[torch.arange(len(active), device=active.device) != what.prompt] = True
-        for prompt, place in torch.nonzero(~active).tolist():
-            found.append(InactiveFeature(prompt, what.layer, what.features[place]))
+    for what in steering.features:
+        for place in steering.places(what, baseline.shape[1]):
+            acts = baseline[..., what.layer, what.features][place.index(baseline.device)]
+            for row, feature in torch.nonzero(~(acts != 0).any(dim=1)).tolist():
+                found.append(InactiveFeature(place.rows[row], what.layer, what.features[feature]))
     return list(dict.fromkeys(found))

@@ -8,10 +8,10 @@ import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_clt.errors import InterventionError
@@ -64,27 +64,24 @@ class _Change:
             if not math.isfinite(number):
                 raise InterventionError(f"{self}: {given[0]} is {number}. Give a finite number.")
 
-    @property
-    def rows(self) -> slice:
-        """The rows of the batch that are changed."""
-        return slice(None) if self.prompt is None else slice(self.prompt, self.prompt + 1)
-
-    def delta(self, before: Float[Tensor, "batch pos n"], positions: Sequence[int]) -> Float[Tensor, "batch pos n"]:
-        """What to add to the amounts at some positions."""
+    def delta(self, before: Float[Tensor, "batch pos n"], place: Place) -> Float[Tensor, "batch pos n"]:
+        """What to add to the amounts at a place."""
         if self.noise is not None:
-            return self.noise * torch.stack([self._draw(before, p) for p in positions], dim=1)
+            return self.noise * torch.stack([self._draw(before, p, place.rows) for p in place.positions], dim=1)
         if self.add is not None:
             return before.new_tensor(self.add).expand_as(before)
         if self.scale is not None:
             return (before.new_tensor(self.scale) - 1) * before
         return before.new_tensor(self.value) - before
 
-    def _draw(self, like: Float[Tensor, "batch pos n"], position: int) -> Float[Tensor, "batch n"]:
+    def _draw(self, like: Float[Tensor, "batch pos n"], position: int, rows: list[int]) -> Float[Tensor, "batch n"]:
         # torch's generator on the CPU takes 32 bits of a seed.
         key = f"{self.seed} {self.layer} {getattr(self, 'features', '')} {position}"
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-        drawn = torch.randn(like.shape[0], like.shape[2], generator=generator, dtype=torch.float64)
-        return drawn.to(like)
+        # The same for a row however rows are padded; a single prompt that is named draws as row 0.
+        chosen = [0] if self.prompt is not None else rows
+        drawn = torch.randn(max(chosen) + 1, like.shape[2], generator=generator, dtype=torch.float64)
+        return drawn[chosen].to(like)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,17 +161,31 @@ class DirectionIntervention(_Change):
         if not bool(torch.isfinite(self.vector).all()) or not bool(self.vector.any()):
             raise InterventionError("The vector of a DirectionIntervention is zero or not finite.")
 
-    def change(
-        self, x: Float[Tensor, "batch pos d_model"], positions: Sequence[int]
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """What to add to the residual stream at some positions."""
+    def change(self, x: Float[Tensor, "batch pos d_model"], place: Place) -> Float[Tensor, "batch pos d_model"]:
+        """What to add to the residual stream at a place."""
         v = self.vector.to(x)
         coefficient = (x @ v / v.square().sum())[..., None]
-        return self.delta(coefficient, positions) * v
+        return self.delta(coefficient, place) * v
 
 
 Positions: TypeAlias = range | frozenset[int]
 """Positions in a text; a range without an end is one up to sys.maxsize."""
+
+
+class Place(NamedTuple):
+    """Where an intervention acts in one pass, in prompts that are padded alike."""
+
+    rows: list[int]
+    """Prompts of the batch."""
+    positions: list[int]
+    """In each prompt's own text."""
+    columns: list[int]
+    """The same in the tensors of the pass."""
+
+    def index(self, device: torch.device) -> tuple[Int[Tensor, "rows 1"], Int[Tensor, "1 columns"]]:
+        """Into tensors [batch, pos, ...] of the pass."""
+        rows, columns = (torch.tensor(numbers, device=device) for numbers in (self.rows, self.columns))
+        return rows[:, None], columns[None]
 
 
 def within(positions: Positions, first: int, n_pos: int) -> list[int]:
@@ -185,16 +196,19 @@ def within(positions: Positions, first: int, n_pos: int) -> list[int]:
 def check(
     what: Intervention | DirectionIntervention,
     cfg: CrossLayerTranscoderConfig,
-    n_prompts: int,
+    lengths: Sequence[int],
     through_layer: int | None,
 ) -> None:
-    """Check an intervention against a CLT and a batch of prompts.
+    """Check an intervention against a CLT and the lengths of a batch of prompts.
 
     Raises:
-        InterventionError: a layer, feature, width or prompt that is not there, or a feature above `through_layer`.
+        InterventionError: a layer, feature, width, prompt or position that is not there, or a feature above
+            `through_layer`.
     """
-    if what.prompt is not None and what.prompt >= n_prompts:
-        raise InterventionError(f"There is no prompt {what.prompt}: the batch has prompts 0 to {n_prompts - 1}.")
+    if what.prompt is not None and what.prompt >= len(lengths):
+        raise InterventionError(f"There is no prompt {what.prompt}: the batch has prompts 0 to {len(lengths) - 1}.")
+    for length in sorted(set(lengths)) if what.prompt is None else [lengths[what.prompt]]:
+        positions_of(what, length)
     if isinstance(what, Intervention):
         _check_feature(what, cfg, through_layer)
     else:

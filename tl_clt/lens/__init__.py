@@ -18,7 +18,16 @@ from tl_clt.lens.linear import NormMap, OVWeights, is_parallel, mlp_norms, norm_
 from tl_clt.lens.loading import Backend, bundled_organisms, load_model, model_shape
 from tl_clt.lens.mlp_points import MLP_IN, MLP_OUT, mlp_hook_points, names_mlp_points, plain_hooks
 from tl_clt.lens.neurons import NeuronWeights, neuron_weights
-from tl_clt.lens.prompts import Prompt, PromptBatch, require_tokenizer, to_token_batch, to_tokens, token_strings
+from tl_clt.lens.prompts import (
+    Prompt,
+    PromptBatch,
+    PromptRows,
+    padding_before,
+    require_tokenizer,
+    to_token_batch,
+    to_tokens,
+    token_strings,
+)
 from tl_clt.lens.running import Unembedding, logit_scale, run_with_cache, run_with_hooks, tap_unembedding
 from tl_clt.lens.types import ActivationCache, HookedModel, HookedTransformer, HookPoint, TransformerBridge
 from tl_clt.lens.weights import dtype_of, unembedding_biases, unembedding_directions
@@ -40,6 +49,7 @@ __all__ = [
     "OVWeights",
     "Prompt",
     "PromptBatch",
+    "PromptRows",
     "TransformerBridge",
     "Unembedding",
     "add_hook_points",
@@ -63,6 +73,7 @@ __all__ = [
     "names_mlp_points",
     "norm_map",
     "ov_weights",
+    "padding_before",
     "plain_hooks",
     "remove_hook_points",
     "require_held",

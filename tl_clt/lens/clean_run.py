@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from tl_clt.errors import ModelUnsupported, PromptError
 from tl_clt.lens.freezing import FROZEN_HOOKS, hold, is_frozen_hook
 from tl_clt.lens.hooks import FwdHook, block_hook, find_hook, model_name, require_hooks, user_hooks_aside
 from tl_clt.lens.mlp_points import mlp_hook_points
+from tl_clt.lens.prompts import padding_before
 from tl_clt.lens.running import run_with_cache, run_with_hooks
-from tl_clt.lens.types import HookedModel, HookPoint
+from tl_clt.lens.types import HookedModel, HookedTransformer, HookPoint
 
 Freeze = Literal["attention", "all", "none"]
 START = block_hook(0, "hook_resid_pre")
@@ -57,6 +59,12 @@ class CleanRun:
         """Of the whole text so far, [batch, pos, d_vocab]."""
         self.first = 0
         """Position of the first token of the present pass."""
+        self.offsets: list[int] = []
+        """Columns of padding before each prompt of the present pass."""
+        self._call = _Call(model)
+        weakref.finalize(self, self._call.handle.remove)
+        self._mask: Tensor | None = None
+        self._position_ids: Tensor | None = None
         self._text: Tensor | None = None
         self._kept: dict[str, Tensor] = {}
         self._rounding: dict[str, Tensor] = {}
@@ -89,18 +97,41 @@ class CleanRun:
             self.first = before.shape[1]
             text = torch.cat([before, text], dim=1)
         self._text = text
+        self._note_call(text)
         self._run(text)
+
+    def _note_call(self, text: Tensor) -> None:
+        """Take over the attention mask and positions that the pass was called with."""
+        batch, n_pos = text.shape[:2]
+        mask, position_ids = self._call.mask, self._call.position_ids
+        if mask is not None and mask.shape[-1] != n_pos:
+            raise ModelUnsupported(
+                f"The pass has an attention mask of shape {list(mask.shape)}, but the text so far has {n_pos} tokens:"
+                " give masks over the whole text, [batch, pos]."
+            )
+        self._mask = mask
+        self.offsets = padding_before(mask if mask is not None and mask.ndim == 2 else None, batch)
+        if self.first and self._position_ids is not None and position_ids is not None:
+            position_ids = torch.cat([self._position_ids, position_ids], dim=1)
+        known = position_ids is not None and position_ids.shape[-1] == n_pos
+        self._position_ids = position_ids if known else None
+
+    def close(self) -> None:
+        """Take off what listens to the model's calls; it also goes with the last hook of the list."""
+        self._call.handle.remove()
 
     @torch.no_grad()
     def _run(self, text: Tensor) -> None:
         tokens = torch.full(text.shape[:2], _plain_token(self.model), device=text.device)
+        call = {"attention_mask": self._mask, "position_ids": self._position_ids}
+        call = {name: value for name, value in call.items() if value is not None}
         with user_hooks_aside(self.model), _reading(self.model, text):
-            self.logits, cache = run_with_cache(self.model, tokens, lambda name: name in self.wanted)
+            self.logits, cache = run_with_cache(self.model, tokens, lambda name: name in self.wanted, **call)
             self._kept = {name: cache[name] for name in cache.keys()}
             if self.norm_outs:
                 held = [(name, hold(self._kept[name])) for name in (*self.patterns, *self.scales)]
                 note = [(name, partial(self._note_rounding, name=name)) for name in self.norm_outs]
-                run_with_hooks(self.model, tokens, [*held, *note])
+                run_with_hooks(self.model, tokens, [*held, *note], **call)
 
     def _check_cache(self, pattern: Tensor, hook: HookPoint) -> None:
         """Compare what the attention sees with the text that these hooks have seen."""
@@ -130,6 +161,34 @@ class CleanRun:
         return out + self._rounding[name][:, self.first :]
 
 
+class _Call:
+    """Notes the attention mask and positions of each call of a model, which no hook point is given.
+
+    By a hook of torch's own: on the Hugging Face model within a bridge, on the first block of a HookedTransformer
+    (which calls itself without torch's hooks while it generates, and has made its mask by then).
+    """
+
+    def __init__(self, model: HookedModel) -> None:
+        self.mask: Tensor | None = None
+        """[batch, pos] over the text so far, or as the caller gave it to a bridge."""
+        self.position_ids: Tensor | None = None
+        """[batch, pos] of the tokens of this pass; None where the model counts them itself."""
+        self.model = weakref.ref(model)
+        called = model.blocks[0] if isinstance(model, HookedTransformer) else model.original_model
+        self.handle = called.register_forward_pre_hook(self.note, with_kwargs=True)
+
+    def note(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A clean run, of these hooks or of others, is no call of the user's."""
+        if id(self.model()) in _CLEAN:
+            return
+        self.mask = kwargs.get("attention_mask")
+        self.position_ids = kwargs.get("position_ids")
+
+
+_CLEAN: set[int] = set()
+"""Models, by id, that are within a clean run."""
+
+
 def _plain_token(model: HookedModel) -> int:
     """A token that no mask treats apart; its embedding is not used."""
     special = set(getattr(getattr(model, "tokenizer", None), "all_special_ids", None) or [])
@@ -146,7 +205,11 @@ def _reading(model: HookedModel, text: Tensor) -> Iterator[None]:
     By a hook of torch's own, which stays where users' hooks are set aside (as an attached CLT does by itself).
     """
     handle = find_hook(model, START).register_forward_hook(lambda *_: text.clone(), prepend=True)
+    outermost = id(model) not in _CLEAN
+    _CLEAN.add(id(model))
     try:
         yield
     finally:
         handle.remove()
+        if outermost:
+            _CLEAN.discard(id(model))

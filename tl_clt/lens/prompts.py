@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from tl_clt.errors import PromptError, TokenizerMissing
@@ -58,24 +59,80 @@ def to_tokens(model: HookedModel, prompt: Prompt) -> Tokens:
     return tokens
 
 
-def to_token_batch(model: HookedModel, prompts: PromptBatch) -> TokenBatch:
-    """Token ids [batch, pos] of one prompt or of several that are equally long.
+class PromptRows(NamedTuple):
+    """Several prompts as rows of one batch."""
+
+    tokens: TokenBatch
+    mask: Int[Tensor, "batch pos"] | None
+    """1 where a row has its own tokens, 0 where it is padded; None where nothing is known to be padded."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt, padding not counted."""
+        batch, n_pos = self.tokens.shape
+        return [n_pos] * batch if self.mask is None else self.mask.sum(dim=1).tolist()
+
+    @property
+    def offsets(self) -> list[int]:
+        """Columns of padding before each prompt."""
+        return padding_before(self.mask, len(self.tokens))
+
+
+def padding_before(mask: Int[Tensor, "batch pos"] | None, n_prompts: int) -> list[int]:
+    """Columns of padding before each prompt's first token."""
+    return [0] * n_prompts if mask is None else (mask != 0).long().argmax(dim=1).tolist()
+
+
+def to_token_batch(
+    model: HookedModel, prompts: PromptBatch, attention_mask: Int[Tensor, "batch pos"] | None = None
+) -> PromptRows:
+    """Token ids [batch, pos] of one prompt or of several. Unequal ones are padded on the tokenizer's side.
+
+    Args:
+        prompts: text, token ids, or several of either.
+        attention_mask: for prompts that are padded already, as a tensor: 1 at their own tokens, 0 at padding.
 
     Raises:
-        TokenizerMissing, PromptError: as `to_tokens`; or the lengths differ.
+        TokenizerMissing, PromptError: as `to_tokens`; or a mask of another shape, or with gaps.
     """
+    if attention_mask is not None:
+        return _masked(model, prompts, attention_mask)
     several = isinstance(prompts, Tensor) and prompts.ndim == 2
     several = several or (isinstance(prompts, Sequence) and len(prompts) > 0 and not isinstance(prompts[0], int))
     if isinstance(prompts, str) or not several:
-        return to_tokens(model, prompts)[None]  # type: ignore[arg-type]
+        return PromptRows(to_tokens(model, prompts)[None], None)  # type: ignore[arg-type]
     rows = [to_tokens(model, prompt) for prompt in prompts]  # type: ignore[arg-type]
-    lengths = [len(row) for row in rows]
-    if len(set(lengths)) != 1:
-        raise PromptError(
-            f"The prompts have {', '.join(map(str, lengths)) or 'no'} tokens: give prompts of one length, or one at a"
-            " time. Nothing is padded, since positions would then mean different tokens."
-        )
-    return torch.stack(rows)
+    if not rows:
+        raise PromptError("There is no prompt in the batch.")
+    longest = max(map(len, rows))
+    if min(map(len, rows)) == longest:
+        return PromptRows(torch.stack(rows), None)
+    tokenizer = getattr(model, "tokenizer", None)
+    left = getattr(tokenizer, "padding_side", "right") == "left"
+    pad = getattr(tokenizer, "pad_token_id", None) or 0
+    padded, masks = [], []
+    for row in rows:
+        padding = row.new_full((longest - len(row),), pad)
+        own, none = torch.ones_like(row), torch.zeros_like(padding)
+        padded.append(torch.cat([padding, row] if left else [row, padding]))
+        masks.append(torch.cat([none, own] if left else [own, none]))
+    return PromptRows(torch.stack(padded), torch.stack(masks))
+
+
+def _masked(model: HookedModel, prompts: PromptBatch, attention_mask: Tensor) -> PromptRows:
+    """Prompts that are padded already."""
+    if not isinstance(prompts, Tensor) or prompts.ndim != 2:
+        raise PromptError("attention_mask is for token ids [batch, pos] that are padded already: give such a tensor.")
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != prompts.shape:
+        shape = list(getattr(attention_mask, "shape", []))
+        raise PromptError(f"attention_mask has shape {shape}, but the token ids have {list(prompts.shape)}.")
+    tokens, mask = prompts.to(model.W_E.device), (attention_mask != 0).long().to(model.W_E.device)
+    for row, own in zip(tokens, mask.bool(), strict=True):
+        where = torch.nonzero(own).flatten()
+        if len(where) and len(where) != int(where[-1] - where[0]) + 1:
+            raise PromptError("attention_mask has a gap: padding is before a prompt, or behind it.")
+        to_tokens(model, row[own])
+    return PromptRows(tokens, mask)
 
 
 def _check(model: HookedModel, tokens: Tensor) -> None:

@@ -55,7 +55,7 @@ def tap_unembedding(model: HookedModel) -> Iterator[UnembeddingTap]:
 
 
 def logit_scale(model: HookedModel, seen: Unembedding, logits: Logits) -> float:
-    """What the model multiplies its unembedding's output by (Cohere, Granite) before a soft-cap, from one run: mostly 1.
+    """What the model multiplies its unembedding's output by (Cohere, Granite) before a soft-cap, told from one run.
 
     Args:
         seen, logits: what went into and came out of the unembedding, and the model's output.
@@ -86,18 +86,18 @@ def logit_scale(model: HookedModel, seen: Unembedding, logits: Logits) -> float:
 
 
 def run_with_cache(
-    model: HookedModel, tokens: TokenBatch, names: Callable[[str], bool]
+    model: HookedModel, tokens: TokenBatch, names: Callable[[str], bool], **call: Tensor
 ) -> tuple[Logits, ActivationCache]:
     """`model.run_with_cache` without gradients, keeping the hooks that `names` lets through, `mlp.hook_in` and
-    `mlp.hook_out` of a HookedTransformer among them."""
+    `mlp.hook_out` of a HookedTransformer among them; `call` goes to the model (`attention_mask`)."""
     with torch.no_grad(), mlp_hook_points(model):
-        logits, cache = model.run_with_cache(tokens, names_filter=names)
+        logits, cache = model.run_with_cache(tokens, names_filter=names, **call)  # type: ignore[arg-type]
     return logits, cache  # type: ignore[return-value]
 
 
-def run_with_hooks(model: HookedModel, tokens: TokenBatch, hooks: Sequence[FwdHook]) -> Logits:
+def run_with_hooks(model: HookedModel, tokens: TokenBatch, hooks: Sequence[FwdHook], **call: Tensor) -> Logits:
     """As `model.run_with_hooks`, with gradients where the caller has them on; hooks may be at `mlp.hook_in` and
-    `mlp.hook_out` of a HookedTransformer too.
+    `mlp.hook_out` of a HookedTransformer too; `call` goes to the model (`attention_mask`).
 
     A bridge's own builds its dictionary of hooks anew for each hook in the list, which takes longer than the pass;
     here it is built once. A bridge warns that norms with held scales round otherwise than its own; that is known
@@ -112,7 +112,7 @@ def run_with_hooks(model: HookedModel, tokens: TokenBatch, hooks: Sequence[FwdHo
                 point.add_hook(function, level=model.context_level)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
-                return model(tokens)
+                return model(tokens, **call)  # type: ignore[arg-type]
         finally:
             for point in dict.fromkeys(points):
                 point.remove_hooks("fwd", level=model.context_level)
