@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast, get_args, overload
 
+import torch
 from torch import Tensor
 
 from tl_clt.attribution.engines import EngineChoice
@@ -111,8 +112,11 @@ def attribute(
         memory_limit=memory_limit,
         progress=progress,
     )
-    tracer = Tracer(model, clt, engine, options)
-    graphs = [tracer.trace(tokens, other) for tokens, other in zip(prompts, others, strict=True)]
+    # Gradients, and graphs whose tensors can be used anywhere, need normal tensors.
+    with torch.inference_mode(False):
+        tracer = Tracer(model, clt, engine, options)
+        pairs = zip(prompts, others, strict=True)
+        graphs = [tracer.trace(tokens.clone(), None if other is None else other.clone()) for tokens, other in pairs]
     return graphs if several else graphs[0]
 
 

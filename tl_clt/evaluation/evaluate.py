@@ -16,7 +16,7 @@ from tl_clt.evaluation.graphs import graph_numbers
 from tl_clt.evaluation.prompts import HeldOut, batches, held_out_prompts, up_to
 from tl_clt.evaluation.report import EvaluationReport
 from tl_clt.evaluation.sums import LayerSums, PredictionSums, add_batch
-from tl_clt.lens import HookedModel, model_name
+from tl_clt.lens import HookedModel, model_name, user_hooks_aside
 from tl_clt.replacement import check_fit, require_free
 from tl_clt.shapes import Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
@@ -39,6 +39,8 @@ def evaluate(
     progress: bool = True,
 ) -> EvaluationReport:
     """Measure reconstruction, sparsity, next-token predictions and graphs of a CLT.
+
+    Hooks of the user's own are set aside, as in `attribute` and `intervene`: the model itself is measured.
 
     Position 0 of each prompt is left out of all numbers, and keeps its own MLP outputs where MLPs are replaced or
     silenced. The text is read no further than it is needed.
@@ -69,7 +71,7 @@ def evaluate(
     require_free(model)
     layers, predictions, seen = LayerSums(clt), PredictionSums(), []
     prompts = _noting(up_to(held_out_prompts(model, dataset, context_size), max_tokens), seen)
-    with tqdm(desc="Evaluating", unit=" tokens", delay=2.0, disable=not progress) as bar:
+    with user_hooks_aside(model), tqdm(desc="Evaluating", unit=" tokens", delay=2.0, disable=not progress) as bar:
         for tokens in batches(model, prompts):
             add_batch(layers, predictions, model, clt, tokens)
             bar.update(tokens[:, 1:].numel())

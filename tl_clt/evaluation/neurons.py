@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_clt.errors import ConfigError
-from tl_clt.lens import HookedModel, block_hook, dtype_of, model_name, neuron_weights, run_with_cache
+from tl_clt.lens import HookedModel, block_hook, dtype_of, model_name, neuron_weights, run_with_cache, user_hooks_aside
 from tl_clt.lens.neurons import NORMALISED
 from tl_clt.shapes import TokenBatch
 from tl_clt.transcoder import CrossLayerTranscoder, CrossLayerTranscoderConfig
@@ -79,7 +79,8 @@ def thresholded_neurons(
         if not 0 < l0 <= d_mlp:
             raise ConfigError(f"An L0 of {l0} is asked for, but a layer has {d_mlp} neurons: give 1 to {d_mlp}.")
     names = {block_hook(layer, NORMALISED) for layer in layers}
-    caches = [run_with_cache(model, tokens, lambda name: name in names)[1] for tokens in batches]
+    with user_hooks_aside(model):
+        caches = [run_with_cache(model, tokens, lambda name: name in names)[1] for tokens in batches]
     norms = torch.stack([layer.W_out.norm(dim=-1) for layer in weights])
     limits: dict[float | int, list[Tensor]] = {l0: [] for l0 in l0s}
     for layer in layers:

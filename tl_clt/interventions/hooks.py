@@ -91,6 +91,7 @@ def intervention_hooks(
         PromptError, TokenizerMissing, ConfigError: an argument out of range.
         ModelUnsupported: hooks do not hold this model's patterns (GPT-J, GPT-Neo and OPT as bridges).
     """
+    check_fit(model, clt)
     prompts = to_token_batch(model, tokens, attention_mask)
     steering = Steering(model, clt, prompts, interventions, through_layer, freeze)
     return plain_hooks(model, steering.hooks)
@@ -117,7 +118,6 @@ class Steering:
         through_layer: int | None,
         freeze: Freeze,
     ) -> None:
-        check_fit(model, clt)
         if freeze not in get_args(Freeze):
             raise ConfigError(f"freeze is {freeze!r}: give one of {', '.join(get_args(Freeze))}.")
         if through_layer is not None and not -1 <= through_layer < clt.cfg.n_layers:

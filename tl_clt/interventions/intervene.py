@@ -20,6 +20,7 @@ from tl_clt.lens import (
     to_token_batch,
     user_hooks_aside,
 )
+from tl_clt.replacement import check_fit
 from tl_clt.transcoder import CrossLayerTranscoder
 
 
@@ -46,6 +47,7 @@ def intervene(
     Raises:
         InterventionError, CLTMismatch, HookNotFound, PromptError, TokenizerMissing, ConfigError: as there.
     """
+    check_fit(model, clt)
     prompts = to_token_batch(model, tokens, attention_mask)
     steering = Steering(model, clt, prompts, interventions, through_layer, freeze)
     call = {} if prompts.mask is None else {"attention_mask": prompts.mask}

@@ -11,6 +11,7 @@ from tl_clt.lens.hooks import (
     model_name,
     remove_hook_points,
     require_hooks,
+    require_model,
     user_hooks_aside,
 )
 from tl_clt.lens.kv_cache import CleanCaches, last_kv_cache
@@ -78,6 +79,7 @@ __all__ = [
     "remove_hook_points",
     "require_held",
     "require_hooks",
+    "require_model",
     "require_tokenizer",
     "run_with_cache",
     "run_with_hooks",

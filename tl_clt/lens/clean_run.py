@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tl_clt.errors import ModelUnsupported, PromptError
-from tl_clt.lens.freezing import FROZEN_HOOKS, hold, is_frozen_hook
+from tl_clt.lens.freezing import FROZEN_HOOKS, for_each_head, hold, is_frozen_hook
 from tl_clt.lens.hooks import FwdHook, block_hook, find_hook, model_name, require_hooks, user_hooks_aside
 from tl_clt.lens.mlp_points import mlp_hook_points
 from tl_clt.lens.prompts import padding_before
@@ -147,6 +147,7 @@ class CleanRun:
         whole = self._kept[name]
         pattern = name in self.patterns
         value = whole[:, :, self.first :, -tensor.shape[-1] :] if pattern else whole[:, self.first :]
+        value = for_each_head(value, tensor)
         if tensor.shape != value.shape:
             raise PromptError(f"{name} has shape {list(tensor.shape)}, but in the clean run {list(value.shape)}.")
         # A copy: a bridge takes the same object, returned, for a hook that changed nothing.

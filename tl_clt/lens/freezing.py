@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -72,19 +72,28 @@ def hold(value: Tensor) -> Callable:
     held = value.detach()
 
     def put_in_place(tensor: Tensor, hook: HookPoint) -> Tensor:
-        if tensor.shape != held.shape:
+        value = for_each_head(held, tensor)
+        if tensor.shape != value.shape:
             raise PromptError(
                 f"{hook.name} has shape {list(tensor.shape)}, but the values to hold have {list(held.shape)}."
                 " Hold values of the same prompt, or of as many prompts of the same length."
             )
         # A copy: a bridge takes the same object, returned, for a hook that changed nothing.
-        return held.to(tensor.dtype).clone()
+        return value.to(tensor.dtype).clone()
 
     return put_in_place
 
 
-_HELD: WeakSet[HookedModel] = WeakSet()
-"""Models that `require_held` has found to hold."""
+def for_each_head(held: Tensor, like: Tensor) -> Tensor:
+    """A norm's scale for as many heads as pass: with `use_split_qkv_input` and grouped heads the norm runs once for
+    queries and once for each of keys and values, with the same scale but for other numbers of heads."""
+    a_head = held.ndim == like.ndim == 4 and held.shape[-1] == like.shape[-1] == 1
+    return held[:, :, :1].expand_as(like) if a_head and held.shape[:2] == like.shape[:2] else held
+
+
+_HELD: WeakKeyDictionary[HookedModel, set[tuple[bool, ...]]] = WeakKeyDictionary()
+"""Models that `require_held` has found to hold, with what their flags were."""
+FLAGS = ("use_split_qkv_input", "use_attn_in", "use_attn_result", "use_hook_mlp_in")
 
 
 @torch.no_grad()
@@ -99,7 +108,8 @@ def require_held(model: HookedModel, tokens: TokenBatch, *, anew: bool = False) 
     Raises:
         ModelUnsupported: something is not held; the message names the first layer where that shows.
     """
-    if model in _HELD and not anew:
+    flags = tuple(bool(getattr(model.cfg, flag, False)) for flag in FLAGS)
+    if flags in _HELD.get(model, ()) and not anew:
         return
     blocks = range(model.cfg.n_layers)
     start, attn_outs = block_hook(0, "hook_resid_pre"), [block_hook(t, "hook_attn_out") for t in blocks]
@@ -116,12 +126,14 @@ def require_held(model: HookedModel, tokens: TokenBatch, *, anew: bool = False) 
         first, second = (outcomes[k + 1][place] - outcomes[k][place] for k in range(2))
         allowed = max(NOT_LINEAR, 16 * torch.finfo(cache[start].dtype).eps) * first.abs().max()
         if not bool((second - first).abs().max() <= allowed):
+            on = [flag for flag, is_on in zip(FLAGS, flags, strict=True) if is_on]
             raise ModelUnsupported(
                 f"Hooks on attention patterns and norm scales do not hold them in {model_name(model)}: {place} moves"
-                " out of proportion to what goes in, so that nothing frozen would be frozen. Load the model with"
-                " load_model(..., backend='hooked') where TransformerLens has it that way."
+                " out of proportion to what goes in, so that nothing frozen would be frozen."
+                + (f" Try it without {on[0]}." if on else "")
+                + " Load the model with load_model(..., backend='hooked') where TransformerLens has it that way."
             )
-    _HELD.add(model)
+    _HELD.setdefault(model, set()).add(flags)
 
 
 UNEMBEDDING = "the unembedding's input"

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch._dynamo import OptimizedModule
 
-from tl_clt.errors import HookNotFound, nearest
-from tl_clt.lens.types import HookedModel, HookedTransformer, HookPoint
+from tl_clt.errors import HookNotFound, ModelUnsupported, nearest
+from tl_clt.lens.types import HookedModel, HookedTransformer, HookPoint, TransformerBridge
 
 FwdHook = tuple[str, Callable]
 """(hook name, function(tensor, hook) -> tensor or None), as `run_with_hooks` takes them."""
@@ -23,6 +24,29 @@ def block_hook(layer: int, name: str) -> str:
 def model_name(model: HookedModel) -> str:
     """The model's name, for messages and records."""
     return getattr(model.cfg, "model_name", None) or "custom"
+
+
+def require_model(model: object) -> None:
+    """Raise unless this is a model whose hooks act.
+
+    Raises:
+        ModelUnsupported: it is no HookedTransformer or TransformerBridge, or torch.compile has compiled it or a part of
+            it: hooks that are added later then act now and then, or never.
+    """
+    if isinstance(model, OptimizedModule):
+        raise ModelUnsupported("The model is compiled by torch.compile. Give the model itself, model._orig_mod.")
+    if not isinstance(model, HookedTransformer | TransformerBridge):
+        raise ModelUnsupported(
+            f"The model is {model!r:.60}, of type {type(model).__name__}: give a HookedTransformer or a"
+            " TransformerBridge, then the CLT."
+        )
+    inner = [] if isinstance(model, HookedTransformer) else [model.original_model]
+    for name, part in (pair for module in (model, *inner) for pair in module.named_modules()):
+        if isinstance(part, OptimizedModule) or getattr(part, "_compiled_call_impl", None) is not None:
+            raise ModelUnsupported(
+                f"{name or 'The model'} is compiled by torch.compile, so that hooks would not act in it: load the model"
+                " again and leave it uncompiled."
+            )
 
 
 def find_hook(model: HookedModel, name: str) -> HookPoint:
@@ -55,9 +79,8 @@ def add_hook_points(model: HookedModel, parent: str, child: str, points: nn.Modu
         child: name that the module gets there.
         points: module whose attributes are `HookPoint`s.
     """
-    owner = model.get_submodule(parent)
+    owner, registry = model.get_submodule(parent), _registry(model)
     owner.add_module(child, points)
-    registry = _registry(model)
     for name, point in points.named_children():
         full_name = f"{parent}.{child}.{name}"
         point.name = full_name  # type: ignore[assignment]

@@ -151,8 +151,8 @@ def attach(model: HookedModel, clt: CrossLayerTranscoder, mode: Mode = "observe"
     """
     if mode not in get_args(Mode):
         raise ConfigError(f"mode is {mode!r}: give one of {', '.join(get_args(Mode))}.")
-    require_free(model)
     check_fit(model, clt)
+    require_free(model)
     attachment = Attachment(model, clt, mode)
     with ExitStack() as undo:
         if names_mlp_points(block_hook(0, name) for name in (clt.cfg.input_hook, clt.cfg.output_hook)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tl_clt.errors import CLTMismatch
-from tl_clt.lens import HookedModel, block_hook, mlp_hook_points, model_name, require_hooks
+from tl_clt.lens import HookedModel, block_hook, mlp_hook_points, model_name, require_hooks, require_model
 from tl_clt.transcoder import CrossLayerTranscoder, CrossLayerTranscoderConfig
 
 
@@ -11,9 +11,15 @@ def check_fit(model: HookedModel, clt: CrossLayerTranscoder) -> None:
     """Raise unless depth, width, hooks and device of the CLT are the model's.
 
     Raises:
-        CLTMismatch: n_layers, d_model or device differ.
+        ModelUnsupported: the model is none, or is compiled.
+        CLTMismatch: the CLT is none, or n_layers, d_model or device differ.
         HookNotFound: the model lacks a hook that the CLT reads or writes.
     """
+    require_model(model)
+    if not isinstance(clt, CrossLayerTranscoder):
+        raise CLTMismatch(
+            f"The CLT is {clt!r:.60}, of type {type(clt).__name__}: give a CrossLayerTranscoder, after the model."
+        )
     cfg, name = clt.cfg, model_name(model)
     if cfg.n_layers != model.cfg.n_layers:
         raise CLTMismatch(

@@ -14,6 +14,7 @@ from tl_clt.attribution.engines.engine import EdgeRows, Engine
 from tl_clt.attribution.local import LocalReplacementModel
 from tl_clt.attribution.sources import Segment, Sources
 from tl_clt.attribution.streams import Readouts, Sites, Stream
+from tl_clt.errors import ModelUnsupported
 
 
 class AutogradEngine(Engine):
@@ -23,6 +24,11 @@ class AutogradEngine(Engine):
 
     def __init__(self, local: LocalReplacementModel, sources: Sources) -> None:
         super().__init__(local, sources)
+        if any(weight.is_inference() for of in (local.model, local.clt) for weight in of.parameters()):
+            raise ModelUnsupported(
+                "Weights that were made within torch.inference_mode() let no gradients through. Load model and CLT"
+                " outside of it, or trace with engine='sweep'."
+            )
         with torch.enable_grad():
             at = local.sites
             self.sites = Sites(
