@@ -39,9 +39,9 @@ def test_compiled_models_are_refused_before_any_work(one_of_each: Model, call: s
     clt, tokens = tiny_clt(one_of_each), random_tokens(one_of_each)
     model = one_of_each if isinstance(one_of_each, torch.nn.Module) else None
     assert model is not None
-    before = snapshot(model)
     part = model if how != "a block" else model.blocks[1]
     given = torch.compile(model, backend="eager") if how == "whole" else model
+    before = snapshot(model)
     if how != "whole":
         part.compile(backend="eager")
     try:
