@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.attribution.conftest import TOKENS
-from tl_clt import AttributionGraph, NodeKind, attribute
-from tl_clt.attribution import expansion, memory, row_store
+from tl_clt import AttributionGraph, NodeKind, attribute, machine
+from tl_clt.attribution import expansion, memory, row_store, tracing
 from tl_clt.attribution.edges import csr
 from tl_clt.errors import ConfigError, MemoryLimit
 from tl_clt.viewer.text import graph_tree
@@ -90,34 +90,107 @@ def test_a_share_out_of_range_is_named(model, clt, share):
         attribute(model, clt, TOKENS, keep_edges=share)
 
 
-def test_what_does_not_fit_is_refused_before_any_row_is_traced(model, clt, monkeypatch):
+@pytest.fixture
+def limited(monkeypatch):
+    """Traces as if this many bytes were left for rows and batches, by a process whose size does not waver."""
+    monkeypatch.setattr(memory, "MARGIN", 0)
+    monkeypatch.setattr(memory.Budget, "taken", lambda self: 0)
+
+    def trace(model, clt, n_bytes, **options):
+        return attribute(model, clt, TOKENS, memory_limit=n_bytes / 2**30, **options)
+
+    return trace
+
+
+def test_what_does_not_fit_is_refused_before_any_row_is_traced(model, clt, limited, monkeypatch):
     monkeypatch.setattr(expansion.Expansion, "__init__", lambda *a: pytest.fail("tracing began"))
-    with pytest.raises(MemoryLimit, match=r"GiB for edges.*the limit is 0\.00.*keep_edges=0\.9"):
-        attribute(model, clt, TOKENS, memory_limit=1e-3)
+    with pytest.raises(MemoryLimit, match=r"active features write \d+ vectors.*limit of 0\.00.*shorter prompt"):
+        attribute(model, clt, TOKENS, memory_limit=1e-6)
+    with pytest.raises(MemoryLimit, match=r"GiB for edges.*the limit is 0\.00.*keep_edges=0\.9.* max_unexplored"):
+        limited(model, clt, 1e6)
+    with pytest.raises(MemoryLimit, match="Give a higher memory_limit"):
+        limited(model, clt, 1e6, keep_edges=0.9, max_unexplored=0.5)
     with pytest.raises(ConfigError, match="memory_limit is 0"):
         attribute(model, clt, TOKENS, memory_limit=0.0)
 
 
-def test_the_batch_size_follows_the_limit(model, clt, graph, monkeypatch):
+def test_the_batch_size_follows_the_limit(model, clt, graph, limited, monkeypatch):
     sizes, trace = [], expansion.Expansion.trace
 
     def note(self, features, batch_size, bar, ranked):
         sizes.append(batch_size)
-        trace(self, features, batch_size, bar, ranked)
+        return trace(self, features, batch_size, bar, ranked)
 
     monkeypatch.setattr(expansion.Expansion, "trace", note)
-    monkeypatch.setattr(memory, "MARGIN", 0)
     rows = int(graph.expanded.sum()) * len(graph.nodes) * 8
     for extra in (1.9e6, 2.0e6, 1e9):
-        found = attribute(model, clt, TOKENS, memory_limit=(rows + extra) / 2**30)
+        found = limited(model, clt, rows + extra)
         torch.testing.assert_close(found.adjacency, graph.adjacency)
     assert 1 <= sizes[0] < sizes[1] < sizes[2]
     assert sizes[2] == min(memory.CPU_BATCH, int(graph.expanded.sum()))
 
 
-def test_a_sparse_graph_that_outgrows_its_room_ends_early_and_says_so(model, clt, graph, monkeypatch):
-    monkeypatch.setattr(row_store.SparseRows, "nbytes", property(lambda self: 10**12 * len(self.held)))
-    with pytest.warns(UserWarning, match="Tracing ended after .* unexplored share"):
-        part = attribute(model, clt, TOKENS, keep_edges=0.9, max_unexplored=0.0, batch_size=4)
+@pytest.mark.parametrize(("options", "mend"), [({"keep_edges": 0.9}, "smaller keep_edges"), ({}, "a higher memory_l")])
+def test_a_trace_that_outgrows_its_room_ends_early_with_the_most_influential(
+    model, clt, graph, limited, monkeypatch, options, mend
+):
+    at_work = memory._at_work(engine_of(model, clt, monkeypatch), 4)
+    with pytest.warns(UserWarning, match=f"Tracing ended after .* unexplored share.*{mend}"):
+        part = limited(model, clt, at_work + 3e4, max_unexplored=0.0, batch_size=4, **options)
     assert 0 < part.shares().unexplored < 1
-    assert part.expanded.sum() < graph.expanded.sum()
+    assert 10 < part.expanded.sum() < graph.expanded.sum()
+    whole = graph.influence() / graph.logit_probs.sum()
+    assert ((whole - part.influence() / part.logit_probs.sum()).abs() <= part.unexplored + 1e-12).all()
+    features = graph.nodes.where(NodeKind.FEATURE)
+    traced = part.expanded[features]
+    assert whole[features][traced].mean() > whole[features][~traced].mean()
+
+
+def engine_of(model, clt, monkeypatch):
+    """The engine that such a trace uses."""
+    found, plan = [], tracing.plan_memory
+    with monkeypatch.context() as patched:
+        patched.setattr(tracing, "plan_memory", lambda *a, **k: found.append(a[0]) or plan(*a, **k))
+        attribute(model, clt, TOKENS)
+    return found[0]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_strongest_are_those_that_sorting_finds(share, dtype):
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.rand(50, 300, generator=generator, dtype=dtype).pow(8) * torch.logspace(-30, 20, 50, dtype=dtype)[:, None]
+    sizes[:, ::7] = 0
+    sizes[3] = 0  # Nothing comes in.
+    sizes[4] = 1  # All alike.
+    sizes[5, 1:] = 0  # One edge.
+    kept = row_store.strongest(sizes, share)
+    ordered = sizes.double().sort(dim=1, descending=True).values
+    sums = ordered.cumsum(dim=1)
+    # Rounding of sums of 300 numbers may move the end by one.
+    wanted = share * sums[:, -1:]
+    rounding = 300 * torch.finfo(dtype).eps * sums[:, -1:]
+    least, most = (sums < wanted - rounding).sum(dim=1) + 1, (sums < wanted + rounding).sum(dim=1) + 1
+    n = kept.sum(dim=1)
+    some = ordered[:, 0] > 0
+    if share < 1:
+        assert ((least <= n) & (n <= most))[some].all()
+    assert not kept[sizes == 0].any() and n[3] == 0 and n[5] == 1
+    weakest_kept = torch.where(kept, sizes, torch.inf).amin(dim=1)
+    strongest_left = torch.where(kept, 0, sizes).amax(dim=1)
+    assert (weakest_kept >= strongest_left).all()
+
+
+def test_what_was_not_traced_takes_no_memory_when_it_is_read_and_no_room_on_disk(model, clt, graph, tmp_path):
+    part = attribute(model, clt, TOKENS, max_feature_nodes=5)
+    path = part.save(tmp_path / "graph.safetensors")
+    loaded = AttributionGraph.load(path)
+    assert torch.equal(loaded.adjacency, part.adjacency)
+    assert path.stat().st_size < 0.5 * graph.save(tmp_path / "whole.safetensors").stat().st_size
+    n = 2**14
+    before = machine.held_memory(torch.device("cpu"))
+    rows = row_store.zero_rows(n, torch.float32, torch.device("cpu"))
+    assert float(rows[::2].sum()) == 0
+    rows[5] = 1
+    assert float(rows.sum()) == n
+    assert machine.held_memory(torch.device("cpu")) - before < 2**29 + 2**27  # rows[::2] is a copy of half.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from tests.training.test_training_clt import build
 from tl_clt.errors import NotEnoughMemory
 from tl_clt.training import CLTTrainingRunner, MemoryEstimate, memory
-from tl_clt.training.memory import estimate_memory, free_memory
+from tl_clt.training.memory import estimate_memory
 
 
 @pytest.mark.parametrize(("dtype", "weight", "moment"), [("float32", 4, 4), ("float64", 8, 8), ("bfloat16", 2, 4)])
@@ -44,15 +43,3 @@ def test_the_run_tells_its_estimate(model, tokens, make_config) -> None:
     told: list[MemoryEstimate] = []
     CLTTrainingRunner(make_config(training_tokens=64), model=model, dataset=tokens, on_start=told.append).run()
     assert told[0].weights == 4 * (3 * (24 * 16 + 24) + 24 * 16 * 6 + 3 * 16)
-
-
-def test_free_memory_is_the_least_of_system_and_container(monkeypatch, tmp_path) -> None:
-    assert free_memory(torch.device("cpu")) is None or free_memory(torch.device("cpu")) > 0
-    limit, used = tmp_path / "max", tmp_path / "current"
-    limit.write_text("5000\n")
-    used.write_text("1000\n")
-    monkeypatch.setattr(memory, "GROUP_LIMIT", (limit, used))
-    assert free_memory(torch.device("cpu")) == 4000
-    limit.write_text("max\n")
-    assert free_memory(torch.device("cpu")) != 4000
-    assert free_memory(torch.device("meta")) is None

@@ -14,9 +14,9 @@ from tl_clt.attribution.engines import Engine
 from tl_clt.attribution.influence import SMALLEST_ROW_SUM, logit_weights
 from tl_clt.attribution.memory import MemoryPlan
 from tl_clt.attribution.nodes import NodeKind
-from tl_clt.attribution.row_store import RowStore
+from tl_clt.attribution.row_store import RowStore, SparseRows
 from tl_clt.attribution.targets import Targets, feature_readouts
-from tl_clt.errors import ConfigError
+from tl_clt.errors import ConfigError, MemoryLimit
 from tl_clt.shapes import NodeMask, NodeValues
 
 ROUND_SHARE, FIRST_ROUND = 0.25, 64
@@ -54,20 +54,33 @@ class Expansion:
         self.visits: NodeValues = weights / weights.sum()
         """The probability that a walk from the targets upstream along normalised |edges| visits each node."""
         ends = self.nodes.where(NodeKind.LOGIT)
-        store.put(ends, engine.rows(targets.readouts))
+        put = store.put(ends, engine.rows(targets.readouts))
+        if not bool(put[ends].all()):
+            raise MemoryLimit(
+                f"memory_limit leaves no room for the in-edges of the {len(ends)} targets: raise it, or ask for fewer."
+            )
         self._reached(ends)
 
-    def trace(self, features: Int[Tensor, " n"], batch_size: int, bar: tqdm, ranked: bool) -> None:
-        """Trace the in-edges of some features; where `ranked`, bring `visits` up to date."""
+    def trace(self, features: Int[Tensor, " n"], batch_size: int, bar: tqdm, ranked: bool) -> int:
+        """Trace the in-edges of some features; where `ranked`, bring `visits` up to date.
+
+        Returns:
+            How many there was room for.
+        """
+        put = torch.zeros_like(self.expanded)
         for batch in self.engine.batches(self.nodes.layer[features], self.nodes.pos[features], batch_size):
             at = self.nodes.take(features[batch])
             readouts = feature_readouts(self.engine.local, at.layer, at.pos, at.index)
-            self.store.put(features[batch], self.engine.rows(readouts))
+            kept = self.store.put(features[batch], self.engine.rows(readouts))
+            put |= kept
             bar.update(len(batch))
+            if not bool(kept[features[batch]].all()):
+                break
         if ranked:
-            self._reached(features)
+            self._reached(torch.nonzero(put).flatten())
         else:
-            self.expanded[features] = True
+            self.expanded |= put
+        return int(put.sum())
 
     def open_shares(self) -> Float[Tensor, " n_features"]:
         """For each feature, the share of walks that end there for want of a row."""
@@ -105,7 +118,7 @@ def expand(
 
     Args:
         store: where the rows go.
-        plan: batch size, and what the rows may take; tracing ends with a warning where they would take more.
+        plan: batch size, and whether all rows are sure to fit; tracing ends with a warning where they do not.
 
     Returns:
         Which nodes have a row.
@@ -113,7 +126,8 @@ def expand(
     traced = Expansion(engine, targets, store)
     features = traced.features
     limit = limits.n_rows(len(features))
-    ranked = limit < len(features) or limits.max_unexplored is not None
+    # Where room may end before the features do, the most influential come first.
+    ranked = limit < len(features) or limits.max_unexplored is not None or not plan.all_fit
     done = 0
     desc = f"Tracing features ({plan})"
     with tqdm(total=limit, desc=desc, unit=" rows", delay=2.0, disable=not progress) as bar:
@@ -125,13 +139,14 @@ def expand(
                 chosen = features[:limit]
             if len(chosen) == 0:
                 break
-            traced.trace(chosen, plan.batch_size, bar, ranked)
-            done += len(chosen)
-            if store.nbytes > plan.rows and done < limit:
+            n_traced = traced.trace(chosen, plan.batch_size, bar, ranked)
+            done += n_traced
+            if n_traced < len(chosen):
                 warnings.warn(
                     f"Tracing ended after {done} of {limit} features: their edges take {store.nbytes / 2**30:.2f} GiB,"
-                    " which is what memory_limit leaves. The graph's unexplored share says what that means; a smaller"
-                    " keep_edges makes room for more.",
+                    " which is what memory_limit leaves. The graph's unexplored share says what that means;"
+                    f" {'a smaller' if isinstance(store, SparseRows) else 'keep_edges=0.9 or a higher'}"
+                    f" {'keep_edges' if isinstance(store, SparseRows) else 'memory_limit'} makes room for more.",
                     stacklevel=3,
                 )
                 break

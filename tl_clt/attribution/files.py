@@ -13,11 +13,13 @@ from torch import Tensor
 from tl_clt.attribution.edges import CSR, csr, from_csr, is_sparse
 from tl_clt.attribution.graph import AttributionGraph
 from tl_clt.attribution.nodes import Nodes
+from tl_clt.attribution.row_store import zero_rows
 from tl_clt.errors import FormatError
 from tl_clt.transcoder.formats.writing import new_file
 
 FORMAT = "tl_clt.attribution_graph"
-VERSION = 1
+VERSION = 2
+"""1: all rows of dense graphs. 2: of those with few traced rows, these alone."""
 SPARSE = {"adjacency_starts": "starts", "adjacency_cols": "cols", "adjacency_values": "values"}
 
 
@@ -25,7 +27,7 @@ def save_graph(graph: AttributionGraph, path: Path) -> Path:
     """Write a graph, all or nothing."""
     tensors = {
         **graph.nodes.tensors(),
-        **_edges_out(graph.adjacency),
+        **_edges_out(graph.adjacency, graph.expanded),
         "expanded": graph.expanded,
         "tokens": graph.tokens,
         "logit_probs": graph.logit_probs,
@@ -76,9 +78,10 @@ def load_graph(path: Path) -> AttributionGraph:
     )
 
 
-def _edges_out(adjacency: Tensor) -> dict[str, Tensor]:
+def _edges_out(adjacency: Tensor, expanded: Tensor) -> dict[str, Tensor]:
     if not is_sparse(adjacency):
-        return {"adjacency": adjacency}
+        few = int(expanded.sum()) < len(expanded) / 2
+        return {"adjacency_of_expanded": adjacency[expanded]} if few else {"adjacency": adjacency}
     parts = csr(adjacency)
     return {name: getattr(parts, part) for name, part in SPARSE.items()}
 
@@ -86,4 +89,9 @@ def _edges_out(adjacency: Tensor) -> dict[str, Tensor]:
 def _edges_in(tensors: dict[str, Tensor]) -> Tensor:
     if "adjacency" in tensors:
         return tensors["adjacency"]
+    if "adjacency_of_expanded" in tensors:
+        expanded, rows = tensors["expanded"], tensors["adjacency_of_expanded"]
+        adjacency = zero_rows(len(expanded), rows.dtype, rows.device)
+        adjacency[expanded] = rows
+        return adjacency
     return from_csr(CSR(*(tensors[name] for name in SPARSE)))

@@ -81,6 +81,11 @@ class LocalReplacementModel:
         """Number type that graphs are computed in."""
         return tracing_dtype(self.model)
 
+    @property
+    def has_norm_behind(self) -> bool:
+        """Whether a norm passes on what the CLT writes."""
+        return self.clt.cfg.output_hook == MLP_OUT and mlp_norms(self.model, 0).behind is not None
+
     def run(self, sites: Sites) -> Reads:
         """The linear model: reads of given writes, through held patterns and scales. Differentiable."""
         points: dict[str, Tensor] = {}
@@ -156,7 +161,7 @@ class LocalReplacementModel:
     def follow(self, other: LocalReplacementModel) -> Biases:
         """What another prompt of the same length has beyond this one's held map: run along the other's residual
         stream with this prompt's patterns and scales, and note what its own attention and norms gave more."""
-        if self.clt.cfg.output_hook == MLP_OUT and mlp_norms(self.model, 0).behind is not None:
+        if self.has_norm_behind:
             raise ModelUnsupported(
                 f"contrast= does not know CLTs that write {MLP_OUT} in front of a norm, as this one of"
                 f" {model_name(self.model)}. Trace the prompts by themselves, or use a CLT that writes hook_mlp_out."
@@ -315,22 +320,23 @@ class _MLPParts(NamedTuple):
 @torch.no_grad()
 def _split(clt: CrossLayerTranscoder, inputs: list[Stream], mlp_out: Streams, bos: Bos) -> _MLPParts:
     """Encode the clean run and split each MLP's output into features, b_dec, skip connection and error."""
-    x = torch.stack(inputs, dim=1).to(clt.W_enc.dtype)
-    feature_acts = clt.encode(x)
-    if bos != "features":
-        feature_acts[0] = 0
     recons = torch.zeros_like(mlp_out)
+    found = []
     for source in clt.layers:
+        feature_acts = clt.encode_layer(inputs[source].to(clt.W_enc.dtype), source).feature_acts
+        if bos != "features":
+            feature_acts[0] = 0
         targets = clt.cfg.targets(source)
-        written = clt.decode_source(feature_acts[:, source], source)
+        written = clt.decode_source(feature_acts, source)
         recons[targets.start : targets.stop] += written.transpose(0, 1)
+        pos, feature = torch.nonzero(feature_acts, as_tuple=True)
+        found.append((torch.full_like(pos, source), pos, feature, feature_acts[pos, feature].to(mlp_out.dtype)))
     recons[:, decoded_positions(bos)] += clt.b_dec[:, None, :]
     skipped = torch.stack([skip_output(clt, inputs[t], t, bos) for t in clt.layers])
     errors = mlp_out - recons - skipped
     if bos == "drop":
         errors[:, 0] = 0
-    layer, pos, feature = torch.nonzero(feature_acts.transpose(0, 1), as_tuple=True)
-    active = ActiveFeatures(layer, pos, feature, feature_acts[pos, layer, feature].to(mlp_out.dtype))
+    active = ActiveFeatures(*(torch.cat(parts) for parts in zip(*found, strict=True)))
     return _MLPParts(active, errors, list(mlp_out - skipped))
 
 

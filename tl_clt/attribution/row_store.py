@@ -8,69 +8,95 @@ from contextlib import suppress
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_clt.attribution.edges import CSR, from_csr, spread
 from tl_clt.attribution.nodes import NodeKind, Nodes
-from tl_clt.shapes import Adjacency, NodeValues
+from tl_clt.shapes import Adjacency, NodeMask, NodeValues
 
-BISECTIONS = 24
-"""Halvings of the threshold between kept and dropped edges: to 1e-7 of the strongest."""
+CHUNK_EDGES = 2**20
+"""Edges whose sizes are ranked at a time."""
+KEY_SHIFT, N_KEYS = 20, 2**11
+"""The upper bits of a float32 that is not negative, 8 of its exponent and 3 behind the point, as a number."""
+
+
+def dense_bytes(n_rows: int, n_nodes: int, dtype: torch.dtype, device: torch.device) -> int:
+    """What dense rows take: on a CPU, only those that are written."""
+    return (n_nodes if device.type != "cpu" else n_rows) * n_nodes * dtype.itemsize
+
+
+def sparse_bytes(n_rows: int, n_nodes: int, dtype: torch.dtype) -> int:
+    """What sparse rows take, if every edge is held."""
+    return n_rows * n_nodes * (dtype.itemsize + torch.int32.itemsize)
 
 
 class RowStore(ABC):
-    """Takes rows in any order; hands on influence along them at any time."""
+    """Takes rows in any order, as many as there is room for; hands on influence along them at any time."""
 
-    def __init__(self, nodes: Nodes, dtype: torch.dtype) -> None:
+    def __init__(self, nodes: Nodes, dtype: torch.dtype, room: int) -> None:
         self.nodes = nodes
+        self.room = room
+        """Bytes that rows may take."""
+        self.nbytes = 0
+        """Bytes that the rows so far take."""
+        self.n_features = len(nodes.where(NodeKind.FEATURE))
+        layers = torch.arange(max(int(nodes.layer.max()), 0) + 2, device=nodes.layer.device)
+        self.below = torch.searchsorted(nodes.layer[: self.n_features], layers).tolist()
+        """How many features lie below each layer: they come first, and they alone can reach it."""
         zeros = torch.zeros(len(nodes), dtype=dtype, device=nodes.kind.device)
         self.sums = zeros
         """Absolute input of each node traced."""
         self.dropped = zeros.clone()
         """The part of it in edges that are not held."""
 
+    def put(self, targets: Int[Tensor, " n"], rows: Float[Tensor, "n n_nodes"]) -> NodeMask:
+        """Keep the in-edges of some nodes; of so many, from the lowest layer on, as there is room for.
+
+        Returns:
+            Of all nodes, which of these have a row now.
+        """
+        kept = torch.zeros_like(self.nodes.kind, dtype=torch.bool)
+        layers = self.nodes.layer[targets]
+        for layer in layers.unique().tolist():
+            at = torch.nonzero(layers == layer).flatten()
+            for some in at.split(max(1, CHUNK_EDGES // rows.shape[1])):
+                n = self._put(layer, targets[some], rows[some])
+                kept[targets[some[:n]]] = True
+                if n < len(some):
+                    return kept
+        return kept
+
     @abstractmethod
-    def put(self, targets: Int[Tensor, " n"], rows: Float[Tensor, "n n_nodes"]) -> None:
-        """Keep the in-edges of some nodes."""
+    def _put(self, layer: int, targets: Int[Tensor, " n"], rows: Float[Tensor, "n n_nodes"]) -> int:
+        """Keep rows of one layer; returns how many there was room for."""
 
     @abstractmethod
     def spread(self, targets: Int[Tensor, " n"], amounts: Float[Tensor, " n"]) -> NodeValues:
-        """`sum_t amounts[t] |row of t|`."""
+        """`sum_t amounts[t] |row of t|`, for targets of one layer."""
 
     @abstractmethod
     def adjacency(self) -> Adjacency:
         """All rows; those not traced are empty. The store is of no use afterwards."""
-
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Memory that the rows so far take."""
 
 
 class DenseRows(RowStore):
     """One tensor [n_nodes, n_nodes]. On a CPU, what is never written takes no memory: rows that are not traced, and
     the columns of features at a target's own layer or above, which cannot reach it."""
 
-    def __init__(self, nodes: Nodes, dtype: torch.dtype) -> None:
-        super().__init__(nodes, dtype)
-        self.edges = _zeros(len(nodes), dtype, nodes.kind.device)
-        features = nodes.where(NodeKind.FEATURE)
-        self.n_features = len(features)
-        n_layers = max(int(nodes.layer.max()), 0) + 1
-        layers = torch.arange(n_layers + 1, device=features.device)
-        self.below = torch.searchsorted(nodes.layer[features], layers).tolist()
-        """How many features lie below each layer: they come first."""
-        self.n_traced = 0
+    def __init__(self, nodes: Nodes, dtype: torch.dtype, room: int) -> None:
+        super().__init__(nodes, dtype, room)
+        self.edges = zero_rows(len(nodes), dtype, nodes.kind.device)
 
-    def put(self, targets: Int[Tensor, " n"], rows: Float[Tensor, "n n_nodes"]) -> None:
-        layers = self.nodes.layer[targets]
-        for layer in layers.unique().tolist():
-            at = torch.nonzero(layers == layer).flatten()
-            self.edges[targets[at], : self.below[layer]] = rows[at, : self.below[layer]]
+    def _put(self, layer: int, targets: Int[Tensor, " n"], rows: Float[Tensor, "n n_nodes"]) -> int:
+        row_bytes = self.edges.shape[1] * self.edges.element_size()
+        n = min(len(targets), max(0, self.room - self.nbytes) // row_bytes)
+        targets, rows = targets[:n], rows[:n]
+        self.edges[targets, : self.below[layer]] = rows[:, : self.below[layer]]
         self.edges[targets, self.n_features :] = rows[:, self.n_features :]
         self.sums[targets] = rows.abs().sum(dim=1)
-        self.n_traced += len(targets)
+        self.nbytes += n * row_bytes
+        return n
 
     def spread(self, targets: Int[Tensor, " n"], amounts: Float[Tensor, " n"]) -> NodeValues:
         return spread(self.edges, targets, amounts)
@@ -78,16 +104,14 @@ class DenseRows(RowStore):
     def adjacency(self) -> Adjacency:
         return self.edges
 
-    @property
-    def nbytes(self) -> int:
-        return self.n_traced * self.edges.shape[1] * self.edges.element_size()
 
-
-def _zeros(n_nodes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros [n_nodes, n_nodes]; on a CPU, small pages of memory that are taken when they are first written."""
+def zero_rows(n_nodes: int, dtype: torch.dtype, device: torch.device) -> Adjacency:
+    """Zeros [n_nodes, n_nodes]; on a CPU, small pages of memory that are taken when they are first written, and not
+    when they are read."""
     if device.type != "cpu":
         return torch.zeros(n_nodes, n_nodes, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, max(n_nodes * n_nodes * torch.finfo(dtype).bits // 8, 1))
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    pages = mmap.mmap(-1, max(n_nodes * n_nodes * dtype.itemsize, 1), **private)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         with suppress(OSError):  # A kernel without huge pages knows no such advice.
             pages.madvise(mmap.MADV_NOHUGEPAGE)
@@ -106,42 +130,57 @@ class _Held(NamedTuple):
 class SparseRows(RowStore):
     """Each row's strongest edges up to a share of its absolute input; the rest is known by its sum."""
 
-    def __init__(self, nodes: Nodes, dtype: torch.dtype, share: float) -> None:
-        super().__init__(nodes, dtype)
+    def __init__(self, nodes: Nodes, dtype: torch.dtype, room: int, share: float) -> None:
+        super().__init__(nodes, dtype, room)
         self.share = share
-        self.held: list[_Held] = []
+        self.held: dict[int, list[_Held]] = {}
+        """By the targets' layer."""
 
-    def put(self, targets: Int[Tensor, " n"], rows: Float[Tensor, "n n_nodes"]) -> None:
+    def _put(self, layer: int, targets: Int[Tensor, " n"], rows: Float[Tensor, "n n_nodes"]) -> int:
+        below = self.below[layer]
+        rows = torch.cat([rows[:, :below], rows[:, self.n_features :]], dim=1)
         sizes = rows.abs()
-        self.sums[targets] = sizes.sum(dim=1)
         kept = strongest(sizes, self.share)
-        self.dropped[targets] = sizes.masked_fill_(kept, 0).sum(dim=1)
         row, cols = torch.nonzero(kept, as_tuple=True)
         counts = torch.bincount(row, minlength=len(targets))
-        self.held.append(_Held(targets, counts, cols.int(), rows[row, cols]))
+        edge_bytes = rows.element_size() + torch.int32.itemsize
+        ends = counts.cumsum(0)
+        n = int((self.nbytes + ends * edge_bytes <= self.room).sum())
+        n_edges = int(ends[n - 1]) if n else 0
+        row, cols, targets = row[:n_edges], cols[:n_edges], targets[:n]
+        self.nbytes += n_edges * edge_bytes
+        self.sums[targets] = sizes.sum(dim=1)[:n]
+        self.dropped[targets] = sizes.masked_fill_(kept, 0).sum(dim=1)[:n]
+        values = rows[row, cols]
+        cols += (cols >= below) * (self.n_features - below)
+        self.held.setdefault(layer, []).append(_Held(targets, counts[:n], cols.int(), values))
+        return n
 
     def spread(self, targets: Int[Tensor, " n"], amounts: Float[Tensor, " n"]) -> NodeValues:
         by_node = torch.zeros_like(self.sums)
         by_node[targets] = amounts
         given = torch.zeros_like(self.sums)
-        for held in self.held:
-            amount = by_node[held.targets]
-            if amount.any():
-                each = torch.repeat_interleave(amount, held.counts)
-                given.index_add_(0, held.cols, held.values.abs() * each)
+        for layer in self.nodes.layer[targets].unique().tolist():
+            for held in self.held.get(layer, ()):
+                amount = by_node[held.targets]
+                if amount.any():
+                    each = torch.repeat_interleave(amount, held.counts)
+                    given.index_add_(0, held.cols, held.values.abs() * each)
         return given
 
     def adjacency(self) -> Adjacency:
+        everything = [held for of_layer in self.held.values() for held in of_layer]
+        self.held.clear()
         counts = torch.zeros(len(self.nodes), dtype=torch.long, device=self.sums.device)
-        for held in self.held:
+        for held in everything:
             counts[held.targets] = held.counts
         ends = counts.cumsum(0)
         starts = torch.cat([ends.new_zeros(1), ends])
         n_edges = int(ends[-1])
         cols = torch.empty(n_edges, dtype=torch.int32, device=counts.device)
         values = torch.empty(n_edges, dtype=self.sums.dtype, device=counts.device)
-        while self.held:
-            held = self.held.pop()
+        while everything:
+            held = everything.pop()
             within = torch.arange(len(held.cols), device=counts.device)
             within -= torch.repeat_interleave(held.counts.cumsum(0) - held.counts, held.counts)
             place = torch.repeat_interleave(starts[held.targets], held.counts) + within
@@ -149,22 +188,33 @@ class SparseRows(RowStore):
         index = torch.int32 if n_edges < 2**31 else torch.int64
         return from_csr(CSR(starts.to(index), cols.to(index), values))
 
-    @property
-    def nbytes(self) -> int:
-        return sum(h.cols.nbytes + h.values.nbytes for h in self.held)
 
+def strongest(sizes: Float[Tensor, "n n_edges"], share: float) -> Bool[Tensor, "n n_edges"]:
+    """Mask of each row's fewest largest values that together reach a share of its sum, and of no 0.
 
-def strongest(sizes: Float[Tensor, "n n_nodes"], share: float) -> Tensor:
-    """Mask [n, n_nodes] of each row's largest values that together reach a share of its sum, and of no 0.
-
-    By halving the interval in which the smallest kept value lies: cheaper than sorting every row.
+    Sorting every row would take most of the tracing: values are counted into buckets by their upper bits, and only
+    the bucket in which a row's sum crosses the share is sorted.
     """
     if share >= 1:
         return sizes > 0
-    wanted = share * sizes.sum(dim=1, keepdim=True)
-    low, high = torch.zeros_like(wanted), sizes.amax(dim=1, keepdim=True)
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        enough = torch.where(sizes >= middle, sizes, 0).sum(dim=1, keepdim=True) >= wanted
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return (sizes >= low) & (sizes > 0)
+    n = len(sizes)
+    largest = sizes.amax(dim=1, keepdim=True).clamp_min(torch.finfo(sizes.dtype).tiny)
+    key = ((sizes / largest).float().view(torch.int32) >> KEY_SHIFT).long()
+    totals = sizes.new_zeros(n, N_KEYS).scatter_add_(1, key, sizes)
+    wanted = share * totals.sum(dim=1, keepdim=True)
+    above = totals.flip(1).cumsum(dim=1).flip(1) - totals
+    # Buckets from the top until the share is reached; `above` falls as keys rise.
+    crossing = (above >= wanted).sum(dim=1, keepdim=True)
+    kept = key > crossing
+    row, col = torch.nonzero(key == crossing, as_tuple=True)
+    value = sizes[row, col]
+    order = torch.argsort(value, descending=True, stable=True)
+    order = order[torch.argsort(row[order], stable=True)]
+    row, col, value = row[order], col[order], value[order]
+    before = value.cumsum(0) - value
+    first = torch.searchsorted(row, torch.arange(n, device=row.device))
+    start = torch.cat([before, before.new_zeros(1)])[first]
+    missing = (wanted - above.gather(1, crossing)).flatten()
+    needed = (before - start[row] < missing[row]) & (value > 0)
+    kept[row[needed], col[needed]] = True
+    return kept

@@ -18,6 +18,9 @@ from tl_clt.attribution.streams import Stream, Writes
 from tl_clt.attribution.targets import Targets
 from tl_clt.transcoder import CrossLayerTranscoder
 
+NUMBERS_AT_ONCE = 2**22
+"""Of decoder rows in memory besides the vectors that are made of them."""
+
 
 class Segment(NamedTuple):
     """Vectors that are written at one position of one site."""
@@ -134,11 +137,13 @@ def _put_features(clt: CrossLayerTranscoder, writes: Writes, mlp: list[_MLPSite]
     features = writes.features
     for source in clt.layers:
         nodes = torch.nonzero(features.layer == source).flatten()
-        unique, back = torch.unique(features.feature[nodes], return_inverse=True)
-        rows = clt.decoder_rows(source, unique)
-        for slot, target in enumerate(clt.cfg.targets(source)):
-            vectors = rows[:, slot].to(writes.strengths.dtype)[back]
-            mlp[target].put(nodes, vectors.mul_(writes.strengths[nodes, None]))
+        nodes = nodes[torch.argsort(features.feature[nodes], stable=True)]
+        for some in nodes.split(max(1, NUMBERS_AT_ONCE // (len(clt.cfg.targets(source)) * clt.cfg.d_model))):
+            unique, back = torch.unique_consecutive(features.feature[some], return_inverse=True)
+            rows = clt.decoder_rows(source, unique)
+            for slot, target in enumerate(clt.cfg.targets(source)):
+                vectors = rows[:, slot].to(writes.strengths.dtype)[back]
+                mlp[target].put(some, vectors.mul_(writes.strengths[some, None]))
 
 
 def _everywhere(nodes: Int[Tensor, " pos"], vectors: Stream) -> list[Segment]:

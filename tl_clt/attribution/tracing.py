@@ -15,7 +15,7 @@ from tl_clt.attribution.engines import Engine, EngineChoice, EngineMaker
 from tl_clt.attribution.expansion import Limits, expand
 from tl_clt.attribution.graph import AttributionGraph
 from tl_clt.attribution.local import LocalReplacementModel, build_local_model
-from tl_clt.attribution.memory import MemoryPlan, plan_memory
+from tl_clt.attribution.memory import Budget, MemoryPlan, plan_memory
 from tl_clt.attribution.row_store import DenseRows, SparseRows
 from tl_clt.attribution.sources import build_sources
 from tl_clt.attribution.streams import Bos
@@ -56,6 +56,7 @@ class Tracer:
     def trace(self, tokens: Tokens, other: Int[Tensor, " other_pos"] | None) -> AttributionGraph:
         """The graph of one prompt, or of what it has beyond another."""
         options = self.options
+        budget = Budget(tokens.device, options.memory_limit)
         local = self._local(tokens)
         targets = find_targets(local, options.targets, options.max_n_logits, options.desired_logit_prob)
         read, elsewhere = targets.readouts, None
@@ -63,14 +64,16 @@ class Tracer:
             writes = local.writes(options.bias_nodes)
         else:
             writes, targets, elsewhere = contrast(local, self._local(other), targets, options.bias_nodes)
+        budget.require_sources(self.clt, writes, local.has_norm_behind)
         sources = build_sources(local, writes, targets)
         engine = self.engines.make(local, sources, read)
         n_rows = options.limits.n_rows(len(writes.strengths)) + len(targets.labels)
-        plan = plan_memory(engine, n_rows, options.keep_edges, options.batch_size, options.memory_limit)
+        adaptive = options.limits.max_unexplored is not None
+        plan = plan_memory(engine, n_rows, options.keep_edges, options.batch_size, budget, adaptive)
         if options.keep_edges is None:
-            store = DenseRows(sources.nodes, local.dtype)
+            store = DenseRows(sources.nodes, local.dtype, plan.rows)
         else:
-            store = SparseRows(sources.nodes, local.dtype, options.keep_edges)
+            store = SparseRows(sources.nodes, local.dtype, plan.rows, options.keep_edges)
         expanded = expand(engine, targets, store, options.limits, plan, options.progress)
         if elsewhere is not None:
             # Features are the first nodes.

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from tl_clt.errors import NotEnoughMemory
+from tl_clt.machine import GIB, free_memory
 from tl_clt.training.config import CLTTrainingRunnerConfig
 from tl_clt.training.training_clt import TrainingCLT
-
-GIB = 2**30
-GROUP_LIMIT = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
 
 
 class MemoryEstimate(NamedTuple):
@@ -83,31 +80,3 @@ def require_memory(estimate: MemoryEstimate, device: torch.device) -> None:
             f"Training needs about {estimate} on {device}, but {free / GIB:.2f} GiB are free."
             " Lower d_transcoder, span, train_batch_size_tokens or n_batches_in_buffer, or set dtype='bfloat16'."
         )
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had on a device; None where the system does not say."""
-    if device.type == "cuda":
-        unused_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused_by_torch
-    if device.type != "cpu":
-        return None
-    known = [value for value in (_free_of_system(), _free_of_group()) if value is not None]
-    return min(known, default=None)
-
-
-def _free_of_system() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _free_of_group() -> int | None:
-    """What a container's limit leaves."""
-    try:
-        limit, used = (path.read_text().strip() for path in GROUP_LIMIT)
-    except OSError:
-        return None
-    return int(limit) - int(used) if limit.isdigit() else None
