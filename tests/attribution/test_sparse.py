@@ -21,7 +21,8 @@ def sparse(model, clt):
 def test_it_holds_the_strongest_edges_and_knows_the_rest(sparse, graph):
     held = sparse.adjacency.to_dense()
     kept = held != 0
-    assert torch.equal(held[kept], graph.adjacency[kept])
+    # Traced apart, in batches that may have other sizes: float64 rounding of sums of d_model products.
+    torch.testing.assert_close(held[kept], graph.adjacency[kept], rtol=1e-9, atol=1e-13)
     sizes, inputs = graph.adjacency.abs(), graph.adjacency.abs().sum(dim=1)
     rows = graph.expanded
     assert (held.abs().sum(dim=1)[rows] >= 0.9 * inputs[rows] - 1e-12).all()

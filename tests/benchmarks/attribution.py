@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Optional
@@ -28,10 +29,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.benchmarks.attribution_cases import Case, gemma, gpt2, read_case, write_case
 from tl_clt import CrossLayerTranscoder, attribute
+from tl_clt.machine import GIB, held_memory
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(width=150)
 HERE = Path(__file__).parent
+MEMORY_CASES = [
+    {},
+    {"keep_edges": 0.9},
+    {"max_feature_nodes": 100},
+    {"max_unexplored": 0.3},
+    {"keep_edges": 0.9, "memory_limit": 0.8},
+    {"max_unexplored": 0.3, "memory_limit": 0.8},
+    {"max_feature_nodes": 1000, "memory_limit": 0.8},
+    {"keep_edges": 0.9, "max_unexplored": 0.3, "memory_limit": 0.6},
+    {"keep_edges": 0.9, "memory_limit": 0.3},
+]
 IN_PLACE = {torch.ops.aten.addmm_: lambda out, a, b, *_, out_shape=None, **__: 2 * a[0] * a[1] * b[1]}
 """torch's counter leaves out the in-place product."""
 
@@ -185,6 +198,78 @@ def peers(
             f"max_unexplored=0.05: unexplored {bound['unexplored']:.3f}; its pruned graph keeps"
             f" {bound['kept_influence']:.1%} of the node influence that the full pruned graph has."
         )
+
+
+@app.command()
+def measure(folder: Path, output: Path, options: str, threads: int = 2) -> None:
+    """One case traced with some of `attribute`'s options, as JSON; prints what it planned and what it took."""
+    torch.set_num_threads(threads)
+    model, tokens = read_case(folder)
+    clt = CrossLayerTranscoder.from_pretrained(folder / "clt")
+    before = held_memory(torch.device("cpu"))
+    Path("/proc/self/clear_refs").write_text("5")  # The peak counts from here on.
+    started = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Tracing may end early: that is counted below.
+        graph = attribute(model, clt, tokens, progress=False, **json.loads(options))
+    seconds = time.perf_counter() - started
+    peak, held = peak_memory(), held_memory(torch.device("cpu"))
+    graph.influence()
+    after = held_memory(torch.device("cpu"))
+    found = {
+        "seconds": seconds,
+        "planned": graph.info["planned_gib"],
+        "peak": (peak - before) / GIB,
+        "graph": (held - before) / GIB,
+        "influence": (after - held) / GIB,
+        "file": graph.save(output).stat().st_size / GIB,
+        "traced": int((graph.expanded & (graph.nodes.kind == 0)).sum()),
+        "features": int((graph.nodes.kind == 0).sum()),
+        "unexplored": graph.unexplored,
+    }
+    typer.echo(json.dumps(found))
+
+
+def peak_memory() -> int:
+    """Bytes that this process held at most since its peak was last cleared."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+@app.command()
+def memory(
+    case: Annotated[Optional[Path], typer.Option(help="Folder of a case, instead of making one.")] = None,
+    threads: int = 2,
+) -> None:
+    """What traces plan to take and what they take, the 12-layer case; Linux alone tells peaks. Beside it what the graph
+    costs afterwards: in memory, in memory once its influence was asked for, and on disk."""
+    about(threads)
+    columns = ("options", "seconds", "traced of", "unexplored", "planned GiB", "measured GiB", "ratio")
+    table = Table(*columns, "graph GiB", "+ influence GiB", "file GiB")
+    with tempfile.TemporaryDirectory() as temp:
+        folder = case or Path(temp) / "case"
+        if case is None:
+            write_case(gpt2(24, 3072, 29.7), folder)
+        for options in MEMORY_CASES:
+            command = [sys.executable, "-m", "tests.benchmarks.attribution", "measure", str(folder)]
+            command += [f"{temp}/graph.safetensors", json.dumps(options), "--threads", str(threads)]
+            try:
+                found = run(command)
+            except SystemExit as error:
+                # A refusal is a result, too: the last line of what the process said.
+                table.add_row(str(options), "refused: " + str(error).strip().splitlines()[-1][:90])
+                continue
+            table.add_row(
+                ", ".join(f"{name}={value}" for name, value in options.items()) or "dense",
+                f"{found['seconds']:.1f}",
+                f"{found['traced']} of {found['features']}",
+                f"{found['unexplored']:.3f}",
+                *(f"{found[name]:.2f}" for name in ("planned", "peak")),
+                f"{found['peak'] / found['planned']:.2f}",
+                *(f"{found[name]:.3f}" for name in ("graph", "influence", "file")),
+            )
+            console.print(f"{options}: {found['seconds']:.1f} s")
+    console.print(table)
 
 
 @app.command()

@@ -170,7 +170,8 @@ def test_saelens_own_calls_agree_with_the_step() -> None:
     clt = build("jumprelu")
     step = clt.training_forward_pass(step_input(clt))
     feature_acts, hidden_pre = clt.encode_with_hidden_pre(step_input(clt).sae_in[:, 0])
-    assert torch.equal(feature_acts, step.feature_acts) and torch.equal(hidden_pre, step.hidden_pre)
+    torch.testing.assert_close(feature_acts, step.feature_acts)
+    torch.testing.assert_close(hidden_pre, step.hidden_pre)
     torch.testing.assert_close(clt.decode(feature_acts).flatten(1), step.sae_out)
     aux = clt.calculate_aux_loss(step_input(clt), feature_acts, hidden_pre, step.sae_out)
     for name in ("sparsity_loss", "dead_feature_loss"):
