@@ -115,7 +115,8 @@ class ActivationCache:
         self.folder = folder / self.key[:16]
         self._dtype: CacheDtype = dtype
         self._model_name = model_name
-        self._errors: dict[str, RoundingError] | None = None
+        self._counted: set[str] | None = None
+        self._error: RoundingError | None = None
 
     def read(self, tokens: Prompts, make: Callable[[Prompts], Activations]) -> Activations:
         """The activations of prompts, rounded: from disk, or where they are not there from `make`, and then written.
@@ -160,44 +161,57 @@ class ActivationCache:
             "sha256": _checksum(tensors),
             "error": json.dumps({name: value.tolist() for name, value in error._asdict().items()}),
         }
-        errors = self._errors_of_shards()
+        self._count_shards()
         try:
             with new_file(path) as unfinished:
                 save_file(tensors, unfinished, metadata)
-            errors[path.stem] = error
+            self._count(path.stem, error)
             with new_file(self.folder / INDEX) as unfinished:
-                unfinished.write_text(json.dumps(self._index(errors), indent=2) + "\n")
+                unfinished.write_text(json.dumps(self._index(), indent=2) + "\n")
         except (OSError, SafetensorError) as cause:
             raise NotWritten(
                 f"'{path}' could not be written ({cause}). Nothing half-written is left, and what was cached before"
                 " stays good. Make room, give a cache_path on another disk, use cache_dtype='int8', or train without."
             ) from cause
 
-    def _errors_of_shards(self) -> dict[str, RoundingError]:
-        """Of each shard by name; read from their headers once, so that it holds whatever happened to an index."""
-        if self._errors is None:
-            self._errors = {}
-            for path in sorted(self.folder.glob("*" + SUFFIX)):
-                try:
-                    with safe_open(path, framework="pt") as opened:
-                        values = json.loads((opened.metadata() or {})["error"])
-                except (SafetensorError, OSError, KeyError, ValueError):
-                    continue  # told by name when it is read
-                self._errors[path.stem] = RoundingError(
+    def _count_shards(self) -> None:
+        """Count what is in the folder: from headers, once a run, so that it holds whatever happened to an index."""
+        if self._counted is not None:
+            return
+        self._counted = set()
+        for path in sorted(self.folder.glob("*" + SUFFIX)):
+            try:
+                with safe_open(path, framework="pt") as opened:
+                    values = json.loads((opened.metadata() or {})["error"])
+                error = RoundingError(
                     *(torch.tensor(values[name], dtype=torch.float64) for name in RoundingError._fields)
                 )
-        return self._errors
+            except (SafetensorError, OSError, KeyError, ValueError):
+                continue  # told by name when it is read
+            self._count(path.stem, error)
 
-    def _index(self, errors: dict[str, RoundingError]) -> dict[str, Any]:
-        stacked = RoundingError(
-            *(torch.stack([v.double().cpu() for v in one]) for one in zip(*errors.values(), strict=True))
+    def _count(self, name: str, error: RoundingError) -> None:
+        """Add a shard to the running sums: however many there are, the index of one more costs the same."""
+        assert self._counted is not None
+        if name in self._counted:  # deleted under this run, and made again
+            return
+        self._counted.add(name)
+        new = RoundingError(*(value.double().cpu() for value in error))
+        old = self._error
+        self._error = (
+            new
+            if old is None
+            else RoundingError(torch.maximum(old.largest, new.largest), old.squared + new.squared, old.of + new.of)
         )
-        relative = (stacked.squared.sum(dim=0) / stacked.of.sum(dim=0)).sqrt()
-        largest = stacked.largest.amax(dim=0)
+
+    def _index(self) -> dict[str, Any]:
+        assert self._counted is not None and self._error is not None
+        relative = (self._error.squared / self._error.of).sqrt()
+        largest = self._error.largest
         return {
             **self._about,
             "model_name": self._model_name,
-            "shards": len(errors),
+            "shards": len(self._counted),
             "bound_of_error": f"{BOUND[self._dtype]:.6f} of the largest activation of a token and layer",
             "largest_error_per_layer": {"inputs": largest[0].tolist(), "outputs": largest[1].tolist()},
             "relative_error_per_layer": {"inputs": relative[0].tolist(), "outputs": relative[1].tolist()},
