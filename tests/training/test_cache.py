@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.training.conftest import small_disk, tiny_model
+from tests.conftest import small_disk
+from tests.training.conftest import tiny_model
 from tl_clt.errors import FormatError, ModelUnsupported, NotWritten
 from tl_clt.training import CLTTrainingRunner, cache
 from tl_clt.training.batches import ActivationBatches, without_store_noise

@@ -24,7 +24,11 @@ SPARSE = {"adjacency_starts": "starts", "adjacency_cols": "cols", "adjacency_val
 
 
 def save_graph(graph: AttributionGraph, path: Path) -> Path:
-    """Write a graph, all or nothing."""
+    """Write a graph, all or nothing.
+
+    Raises:
+        NotWritten: the path is a folder, or the disk is full, for example; nothing half-written is left.
+    """
     tensors = {
         **graph.nodes.tensors(),
         **_edges_out(graph.adjacency, graph.expanded),
@@ -49,6 +53,8 @@ def save_graph(graph: AttributionGraph, path: Path) -> Path:
 
 def load_graph(path: Path) -> AttributionGraph:
     """Read a graph."""
+    if path.is_dir():
+        raise FormatError(f"'{path}' is a folder. Give the graph file within it.")
     if not path.is_file():
         raise FormatError(f"'{path}' does not exist. Check the path of the graph file.")
     try:

@@ -162,7 +162,8 @@ class ValidationReport:
         and each figure as a PNG.
 
         Raises:
-            OutputNotEmpty: the folder holds something already.
+            OutputNotEmpty: the folder holds something already, or is a file.
+            NotWritten: the disk is full, for example; nothing is left.
         """
         folder = Path(folder)
         names = ("summary", "controls", "switched_on")

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tl_clt.errors import FormatError, ModelUnsupported, NotWritten
+from tl_clt.errors import FormatError, ModelUnsupported
 from tl_clt.training.chunks import Activations, Prompts
 from tl_clt.transcoder.formats.writing import new_file
 
@@ -39,6 +39,11 @@ LARGEST = {"int8": 127.0, "float16": 1.0}
 
 BOUND = {"int8": 0.5 / 127, "float16": 2.0**-12}
 """Largest rounding error of an activation, as a share of the largest of its token, side and layer: half a step."""
+
+MEND = (
+    "What was cached before stays good. Make room, give a cache_path on another disk, use cache_dtype='int8', or train"
+    " without."
+)
 
 
 class Packed(NamedTuple):
@@ -162,17 +167,11 @@ class ActivationCache:
             "error": json.dumps({name: value.tolist() for name, value in error._asdict().items()}),
         }
         self._count_shards()
-        try:
-            with new_file(path) as unfinished:
-                save_file(tensors, unfinished, metadata)
-            self._count(path.stem, error)
-            with new_file(self.folder / INDEX) as unfinished:
-                unfinished.write_text(json.dumps(self._index(), indent=2) + "\n")
-        except (OSError, SafetensorError) as cause:
-            raise NotWritten(
-                f"'{path}' could not be written ({cause}). Nothing half-written is left, and what was cached before"
-                " stays good. Make room, give a cache_path on another disk, use cache_dtype='int8', or train without."
-            ) from cause
+        with new_file(path, MEND) as unfinished:
+            save_file(tensors, unfinished, metadata)
+        self._count(path.stem, error)
+        with new_file(self.folder / INDEX, MEND) as unfinished:
+            unfinished.write_text(json.dumps(self._index(), indent=2) + "\n")
 
     def _count_shards(self) -> None:
         """Count what is in the folder: from headers, once a run, so that it holds whatever happened to an index."""

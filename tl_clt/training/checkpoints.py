@@ -15,8 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,10 +63,10 @@ def write(folder: Path, step: int, state: TrainingState, about: dict[str, Any], 
     Raises:
         NotWritten: the disk is full, for example.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{PREFIX}{step:08d}"
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}{step:08d}.", dir=folder))
+    unfinished = folder / f"{UNFINISHED}{step:08d}.{secrets.token_hex(8)}"
     try:
+        unfinished.mkdir(parents=True)
         _write_files(unfinished, state)
         files = {path.name: _size_and_sha256(path) for path in sorted(unfinished.iterdir())}
         manifest = {"format": FORMAT, "step": step, **about, "files": files}
