@@ -44,7 +44,7 @@ from tl_clt.training import cache as cache_files
 from tl_clt.training.cache import ActivationCache
 from tl_clt.training.runner import Start
 from tl_clt.training.sharding import SINGLE
-from tl_clt.training.state import position_of, restore
+from tl_clt.training.state import position_of, restore, scale_of
 from tl_clt.training.trainer import CLTTrainer
 from tl_clt.training.training_clt import TrainingCLT
 from tl_clt.transcoder import CrossLayerTranscoder
@@ -509,9 +509,18 @@ class Run(NamedTuple):
 def a_run(folder: Path) -> Run:
     """Made once for a folder; the checkpoints are in it."""
     cfg = training_config(
-        d_transcoder=4, k=2, training_tokens=48, train_batch_size_tokens=16, checkpoint_every=1, n_eval_batches=1,
-        n_batches_in_buffer=4, store_batch_size_prompts=4, checkpoint_path=str(folder), lr_warm_up_steps=1, prefetch=False,
-    )  # fmt: skip
+        d_transcoder=4,
+        k=2,
+        training_tokens=48,
+        train_batch_size_tokens=16,
+        checkpoint_every=1,
+        n_eval_batches=1,
+        n_batches_in_buffer=4,
+        store_batch_size_prompts=4,
+        checkpoint_path=str(folder),
+        lr_warm_up_steps=1,
+        prefetch=False,
+    )
     runner = CLTTrainingRunner(cfg, model=tiny_model(), dataset=torch.arange(60 * N_CTX).reshape(60, N_CTX) % D_VOCAB)
     runner.run()
     start = Start(N_LAYERS, D_MODEL, "tiny", None, None)
@@ -533,6 +542,7 @@ def use_checkpoint(folder: Path) -> None:
     resuming.require_same_model(checkpoint, checkpoint.about["model_fingerprint"])
     saved = checkpoints.read(checkpoint, "cpu")
     position_of(saved)
+    scale_of(saved, N_LAYERS)
     restore(run.fresh(), saved)
     assert math.isfinite(checkpoint.about["seconds"])
 
@@ -553,16 +563,18 @@ TOKENS = torch.arange(12).reshape(3, 4)
 
 
 def use_cache(folder: Path) -> None:
+    values = torch.linspace(-1, 1, 12 * 2 * 2 * 5).reshape(12, 2, 2, 5)
+
+    def activations(shift: int) -> torch.Tensor:
+        return opened.read(TOKENS + shift, lambda _: values)
+
     for shift in (0, 1):
-        values = torch.linspace(-1, 1, 12 * 2 * 2 * 5).reshape(12, 2, 2, 5)
-        made = ActivationCache(folder, "m", ["a", "b", "c", "d"], "int8", "tiny").read(
-            TOKENS + shift, lambda _, v=values: v
-        )
-        assert made.shape == values.shape
+        opened = ActivationCache(folder, "m", ["a", "b", "c", "d"], "int8", "tiny")
+        activations(shift)
     # A shard that is new makes the index anew.
-    new = ActivationCache(folder, "m", ["a", "b", "c", "d"], "int8", "tiny")
-    new.read(TOKENS + 2, lambda _: values)
-    (new.folder / f"{new._name_of(TOKENS + 2)}.safetensors").unlink()
+    opened = ActivationCache(folder, "m", ["a", "b", "c", "d"], "int8", "tiny")
+    activations(2)
+    (opened.folder / f"{opened._name_of(TOKENS + 2)}.safetensors").unlink()
 
 
 def sign_cache(folder: Path) -> None:
