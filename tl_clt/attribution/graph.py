@@ -156,7 +156,7 @@ class AttributionGraph:
         """Read a graph that `save` wrote.
 
         Raises:
-            FormatError: the file is missing, truncated, or no graph.
+            FormatError: the file is missing, truncated, no graph, or one whose parts contradict each other.
         """
         from tl_clt.attribution.files import load_graph
 

@@ -146,7 +146,8 @@ class CrossLayerTranscoderConfig:
         """
         known = {f.name for f in fields(cls)}
         for key in values:
-            _require(key in known, f"'{key}' is no key of CrossLayerTranscoderConfig.{nearest(str(key), known)}")
+            if key not in known:
+                _require(False, f"'{key}' is no key of CrossLayerTranscoderConfig.{nearest(str(key), known)}")
         for key in ("n_layers", "d_model", "d_transcoder"):
             _require(
                 key in values,
