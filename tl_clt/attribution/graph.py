@@ -160,7 +160,8 @@ class AttributionGraph:
         """Read a graph that `save` wrote.
 
         Raises:
-            FormatError: the path is missing or a folder, or the file truncated or no graph.
+            FormatError: the path is missing or a folder, or the file truncated, no graph, or one whose parts contradict
+                each other.
         """
         from tl_clt.attribution.files import load_graph
 

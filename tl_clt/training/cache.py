@@ -22,13 +22,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tl_clt.errors import FormatError, ModelUnsupported
 from tl_clt.training.chunks import Activations, Prompts
+from tl_clt.transcoder.formats.reading import read_json
 from tl_clt.transcoder.formats.writing import new_file
+from tl_clt.transcoder.tensor_files import READING_ERRORS, reading
 
 CacheDtype = Literal["float16", "int8"]
 
@@ -147,17 +149,21 @@ class ActivationCache:
 
     def _read(self, path: Path, tokens: Prompts) -> Packed:
         mend = "Delete this file: the next run makes it again."
-        try:
-            with safe_open(path, framework="pt") as opened:
-                metadata = opened.metadata() or {}
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-        except (SafetensorError, OSError) as error:
-            raise FormatError(f"'{path}' is truncated or no safetensors file ({error}). {mend}") from error
+        with reading(path, "safetensors file", mend), safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
         if metadata.get("key") != self.key or not torch.equal(tensors.get("tokens", tokens[:0]), tokens):
             raise FormatError(f"'{path}' holds other activations than its folder and name say. {mend}")
         if _checksum(tensors) != metadata.get("sha256"):
             raise FormatError(f"'{path}' is damaged: its contents do not have the checksum it states. {mend}")
-        return Packed(tensors["values"], tensors["scales"])
+        with reading(path, "shard of activations", mend):
+            packed = Packed(tensors["values"], tensors["scales"])
+            expected = (tokens.numel(), 2, len(self._about["hooks"]) // 2)
+            if packed.values.shape[:-1] != expected or packed.scales.shape != expected:
+                raise ValueError(f"values {list(packed.values.shape)}, scales {list(packed.scales.shape)}")
+            if packed.values.dtype != getattr(torch, self._dtype) or packed.scales.dtype != torch.float32:
+                raise ValueError(f"values of {packed.values.dtype}, scales of {packed.scales.dtype}")
+        return packed
 
     def _write(self, path: Path, tokens: Prompts, packed: Packed, error: RoundingError) -> None:
         tensors = {"tokens": tokens.contiguous(), **packed._asdict()}
@@ -181,13 +187,12 @@ class ActivationCache:
         for path in sorted(self.folder.glob("*" + SUFFIX)):
             try:
                 with safe_open(path, framework="pt") as opened:
-                    values = json.loads((opened.metadata() or {})["error"])
-                error = RoundingError(
-                    *(torch.tensor(values[name], dtype=torch.float64) for name in RoundingError._fields)
-                )
-            except (SafetensorError, OSError, KeyError, ValueError):
+                    values = read_json((opened.metadata() or {})["error"])
+                error = [torch.tensor(values[name], dtype=torch.float64) for name in RoundingError._fields]
+            except READING_ERRORS:
                 continue  # told by name when it is read
-            self._count(path.stem, error)
+            if all(part.shape == (2, len(self._about["hooks"]) // 2) for part in error):
+                self._count(path.stem, RoundingError(*error))
 
     def _count(self, name: str, error: RoundingError) -> None:
         """Add a shard to the running sums: however many there are, the index of one more costs the same."""

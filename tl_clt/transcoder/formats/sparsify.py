@@ -32,10 +32,10 @@ def recognises(folder: Path) -> bool:
 def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder: bool) -> CrossLayerTranscoder:
     """Read a set of per-layer transcoders from this layout."""
     found = {int(m[1]): p for p in folder.iterdir() if (m := re.fullmatch(r"layers\.(\d+)\.mlp", p.name))}
-    missing = sorted(set(range(max(found) + 1)) - set(found))
-    if missing:
+    missing = next((layer for layer in range(len(found)) if layer not in found), None)
+    if missing is not None:
         raise FormatError(
-            f"'{folder}' lacks layers.{missing[0]}.mlp: a graph needs a transcoder of every layer. Copy or download"
+            f"'{folder}' lacks layers.{missing}.mlp: a graph needs a transcoder of every layer. Copy or download"
             " the set again, whole, or train the layers that are missing."
         )
     configs = [read_config(found[layer] / "cfg.json") for layer in range(len(found))]
