@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.attribution.conftest import TOKENS
-from tl_clt import NodeKind, attribute
+from tl_clt import AttributionGraph, NodeKind, attribute
 from tl_clt.attribution import DifferenceTarget, DirectionTarget, FeatureTarget, TokenTarget
 from tl_clt.errors import HookNotFound, TargetError
 
@@ -59,6 +59,25 @@ def test_a_feature_target_has_the_edges_of_its_node(model, clt, graph):
     found = attribute(model, clt, TOKENS, targets=[FeatureTarget(layer, feature, pos)])
     (end,) = found.nodes.where(NodeKind.LOGIT)
     torch.testing.assert_close(found.adjacency[end, : int(end)], graph.adjacency[node, : int(end)])
+
+
+def test_a_graph_knows_its_targets_also_from_a_file(model, clt, tmp_path):
+    direction = torch.randn(model.cfg.d_model, dtype=torch.float64)
+    named = [
+        TokenTarget(9, pos=2),
+        DifferenceTarget(5, 6, pos=-1),
+        FeatureTarget(1, 4, pos=3),
+        DirectionTarget(direction, "blocks.1.hook_resid_post", pos=4, name="random"),
+        DirectionTarget(direction, "blocks.0.hook_resid_mid", pos=4),
+    ]
+    graph = attribute(model, clt, TOKENS, targets=[7, *named])
+    for found in (graph, AttributionGraph.load(graph.save(tmp_path / "graph.safetensors")), graph.prune()):
+        assert found.targets is not None
+        assert found.targets[:4] == [TokenTarget(7, len(TOKENS) - 1), named[0], DifferenceTarget(5, 6, 6), named[2]]
+        for target, wanted in zip(found.targets[4:], named[3:], strict=True):
+            assert isinstance(target, DirectionTarget) and isinstance(wanted, DirectionTarget)
+            assert (target.hook, target.pos, target.name) == (wanted.hook, wanted.pos, wanted.name)
+            assert torch.equal(target.direction, direction)
 
 
 def test_several_prompts_give_the_graphs_of_each(model, clt):

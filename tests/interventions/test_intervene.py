@@ -28,7 +28,8 @@ HIGHER = Intervention(layer=1, feature=0, value=1)
 @pytest.mark.parametrize("freeze", ["attention", "all", "none"])
 def test_logits_and_features_are_those_of_the_hooked_run(model: Model, tokens: Tensor, through_layer, freeze):
     clt = tiny_clt(model)
-    effect = intervene(model, clt, tokens, [SET], through_layer, freeze)
+    after = "blocks.1.hook_resid_post"
+    effect = intervene(model, clt, tokens, [SET], through_layer, freeze, record=[after])
     hooks = intervention_hooks(model, clt, tokens, [SET], through_layer, freeze)
     with torch.no_grad(), model.hooks(fwd_hooks=hooks):
         logits, cache = model.run_with_cache(tokens)
@@ -42,6 +43,8 @@ def test_logits_and_features_are_those_of_the_hooked_run(model: Model, tokens: T
     torch.testing.assert_close(effect.baseline_inputs, clean.inputs, **CLOSE)
     torch.testing.assert_close(effect.baseline_feature_acts, clt.encode(clean.inputs), **CLOSE)
     assert torch.equal(effect.baseline_logits, clean.logits)
+    torch.testing.assert_close(effect.recorded[after].value, cache[after], **CLOSE)
+    torch.testing.assert_close(effect.recorded[after].baseline, model.run_with_cache(tokens)[1][after], **CLOSE)
     pre = torch.stack([clt.encode_layer(inputs[..., t, :], t).hidden_pre for t in clt.layers], dim=-2)
     torch.testing.assert_close(effect.hidden_pre, pre, **CLOSE)
     assert effect.feature_acts.shape == (2, 7, 3, 24) and not effect.logits.requires_grad

@@ -24,6 +24,7 @@ from tl_clt.attribution.influence import (
 )
 from tl_clt.attribution.nodes import Nodes
 from tl_clt.attribution.pruning import Pruned, PruneMasks, prune_graph
+from tl_clt.attribution.targets import NamedTarget
 from tl_clt.shapes import Adjacency, NodeValues
 
 
@@ -52,6 +53,9 @@ class AttributionGraph:
 
     logit_tokens: list[str]
     """The target nodes as text: tokens, or what else was asked for."""
+
+    targets: list[NamedTarget] | None = None
+    """What each target node is: tokens as ids, positions counted from the first. None in graphs of older files."""
 
     dropped: NodeValues | None = None
     """Absolute input of each node in edges that a sparse graph does not hold."""

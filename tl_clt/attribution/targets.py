@@ -123,6 +123,8 @@ class Targets(NamedTuple):
     heights: Float[Tensor, " n_targets"]
     """What is read on the clean run, before any soft-cap: what the in-edges of each sum to."""
     labels: list[str]
+    named: list[NamedTarget]
+    """What each is, tokens as ids and positions counted from the first."""
 
 
 class _Target(NamedTuple):
@@ -136,6 +138,7 @@ class _Target(NamedTuple):
     index: int
     weight: float
     label: str
+    named: NamedTarget
 
 
 def residual_hooks(model: HookedModel, targets: Sequence[Target] | None) -> list[str]:
@@ -210,6 +213,7 @@ def _together(local: LocalReplacementModel, found: list[_Target]) -> Targets:
         floats([t.weight for t in found]),
         read_values(local, readouts),
         [t.label for t in found],
+        [t.named for t in found],
     )
 
 
@@ -258,12 +262,15 @@ def _resolve(local: LocalReplacementModel, target: NamedTarget, logits: dict[int
         token = token_id(local.model, target.token)
         read = logits[token]
         prob = float(local.logits[pos].detach().double().softmax(dim=-1)[token])
-        return _Target(n_layers, pos, read.direction, read.bias, n_layers, token, prob, read.text)
-    plus, minus = logits[token_id(local.model, target.plus)], logits[token_id(local.model, target.minus)]
+        named = TokenTarget(token, pos)
+        return _Target(n_layers, pos, read.direction, read.bias, n_layers, token, prob, read.text, named)
+    named = DifferenceTarget(token_id(local.model, target.plus), token_id(local.model, target.minus), pos)
+    plus, minus = logits[int(named.plus)], logits[int(named.minus)]
     if plus is minus:
         raise TargetError(f"The difference of {target.plus!r} and itself is nothing: name two tokens.")
     label = f"{plus.text} minus{minus.text if minus.text.startswith(' ') else ' ' + minus.text}"
-    return _Target(n_layers, pos, plus.direction - minus.direction, plus.bias - minus.bias, n_layers, -1, 1.0, label)
+    direction, constant = plus.direction - minus.direction, plus.bias - minus.bias
+    return _Target(n_layers, pos, direction, constant, n_layers, -1, 1.0, label, named)
 
 
 def _feature(local: LocalReplacementModel, target: FeatureTarget, pos: int) -> _Target:
@@ -275,7 +282,8 @@ def _feature(local: LocalReplacementModel, target: FeatureTarget, pos: int) -> _
         )
     direction = local.clt.W_enc[target.layer].detach()[:, target.feature]
     label = f"feature {target.layer}.{target.feature}"
-    return _Target(target.layer, pos, direction, 0.0, target.layer, target.feature, 1.0, label)
+    named = FeatureTarget(target.layer, target.feature, pos)
+    return _Target(target.layer, pos, direction, 0.0, target.layer, target.feature, 1.0, label, named)
 
 
 def _direction(local: LocalReplacementModel, target: DirectionTarget, pos: int) -> _Target:
@@ -290,7 +298,9 @@ def _direction(local: LocalReplacementModel, target: DirectionTarget, pos: int) 
     block = int(target.hook.split(".")[1])
     layer = block + 1 if target.hook.endswith("hook_resid_post") else block
     point = local.n_layers + 1 + local.extra_points.index(target.hook)
-    return _Target(point, pos, target.direction.detach(), 0.0, layer, -1, 1.0, f"{target.name} at {target.hook}")
+    direction = target.direction.detach()
+    named = DirectionTarget(direction, target.hook, pos, target.name)
+    return _Target(point, pos, direction, 0.0, layer, -1, 1.0, f"{target.name} at {target.hook}", named)
 
 
 def feature_readouts(local: LocalReplacementModel, layer: Tensor, pos: Tensor, feature: Tensor) -> Readouts:

@@ -86,6 +86,7 @@ class Tracer:
             prompt_tokens=token_strings(self.model, tokens),
             logit_probs=targets.weights,
             logit_tokens=targets.labels,
+            targets=targets.named,
             dropped=None if options.keep_edges is None else store.dropped,
             contrast_activation=elsewhere,
             info=self._info(tokens, other, engine, plan),

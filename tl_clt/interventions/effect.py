@@ -31,6 +31,15 @@ class InactiveFeature(NamedTuple):
         return f"feature {self.layer}.{self.feature} is not active there in prompt {self.prompt}"
 
 
+class Recorded(NamedTuple):
+    """What passed a hook."""
+
+    value: Tensor
+    """In the intervened run."""
+    baseline: Tensor
+    """In the clean run."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InterventionEffect:
     """A run with an intervention (no prefix) and the clean run (`baseline_`) of the same prompts."""
@@ -61,6 +70,9 @@ class InterventionEffect:
 
     inactive: list[InactiveFeature]
     """Features that were changed though they are not active: suppressing one does nothing."""
+
+    recorded: dict[str, Recorded] = field(default_factory=dict)
+    """By name, what passed the hooks that `record` named."""
 
     model: HookedModel = field(repr=False)
     clt: CrossLayerTranscoder = field(repr=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple, get_args
 
 import torch
@@ -117,6 +117,7 @@ class Steering:
         interventions: Iterable[AnyIntervention],
         through_layer: int | None,
         freeze: Freeze,
+        record: Collection[str] = (),
     ) -> None:
         if freeze not in get_args(Freeze):
             raise ConfigError(f"freeze is {freeze!r}: give one of {', '.join(get_args(Freeze))}.")
@@ -136,7 +137,8 @@ class Steering:
         """Layers whose MLP outputs are written here."""
         self.features = [what for what in given if isinstance(what, Intervention)]
         self.directions = [what for what in given if not isinstance(what, Intervention)]
-        self.clean = CleanRun(model, [hook(t) for t in clt.layers for hook in (self._in, self._out)], freeze)
+        names = [hook(t) for t in clt.layers for hook in (self._in, self._out)]
+        self.clean = CleanRun(model, [*names, *record], freeze)
         self.inputs: dict[int, Tensor] = {}
         self.written: dict[int, Tensor] = {}
         """Sum of what changed features of the layers so far write to each later one."""
