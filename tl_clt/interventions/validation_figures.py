@@ -16,6 +16,16 @@ LINEAR_BELOW = 1e-4
 """Shares from here up have a logarithmic axis."""
 BESIDE = (-0.2, 0.2)
 """Places of two bars of one group."""
+SHOWN = {
+    ("logit", "influence", "spearman"): "logit, influence",
+    ("logit", "influence", "partial"): "logit, influence\ngiven size",
+    ("feature", "influence", "spearman"): "feature, influence",
+    ("feature", "influence", "within_target_partial"): "feature, influence\nwithin a target,\ngiven size",
+    ("feature", "influence", "within_source"): "feature, influence\nwithin a source",
+    ("feature", "signed", "spearman"): "feature, {}",
+    ("feature", "signed", "within_target_partial"): "feature, {}\nwithin a target,\ngiven size",
+}
+"""Which rows of the table `chance` a figure shows, and what it calls them."""
 
 
 def draw(report: ValidationReport, name: FigureName) -> Figure:
@@ -26,9 +36,12 @@ def draw(report: ValidationReport, name: FigureName) -> Figure:
     """
     if name not in get_args(FigureName):
         raise ConfigError(f"There is no figure {name!r}: give one of {', '.join(get_args(FigureName))}.")
-    figure = Figure(figsize=(10, 8.4 if name in ("logits", "features") else 4.4), layout="constrained")
+    figure = Figure(figsize=(10, 8.4 if name in ("logits", "features", "chance") else 4.4), layout="constrained")
     if name in ("logits", "features"):
         _scatters(report, figure, name.removesuffix("s"))
+    elif name == "chance":
+        for axes, kind in zip(figure.subplots(1, 2, sharex=True), PREDICTIONS, strict=True):
+            _chance(report, axes, kind)
     else:
         for axes, kind in zip(figure.subplots(1, 2, sharey=True), PREDICTIONS, strict=True):
             axes.set_title(kind)
@@ -67,6 +80,22 @@ def _scatter(axes: Axes, compared: Compared, where: str, prediction: str, thresh
     else:
         axes.axline((0, 0), slope=1, color="grey", linewidth=0.5)
         axes.set(xlabel=f"predicted change of {where} ({prediction})", ylabel=f"measured change of {where}")
+
+
+def _chance(report: ValidationReport, axes: Axes, kind: str) -> None:
+    """Rank correlations of each CLT, with their intervals where there are some."""
+    signed = PREDICTIONS[kind][0]
+    table = select(report.chance, kind=kind).set_index(["measured_at", "prediction", "statistic"])
+    rows = {(at, signed if p == "signed" else p, s): text.format(signed) for (at, p, s), text in SHOWN.items()}
+    for number, clt in enumerate(report.clts):
+        values, low, high = (table[clt + part].reindex(list(rows)).to_numpy() for part in ("", "_low", "_high"))
+        height = [place + 0.22 * (number - (len(report.clts) - 1) / 2) for place in range(len(rows))]
+        axes.scatter(values, height, s=14, label=clt, color=f"C{number}")
+        axes.hlines(height, low, high, color=f"C{number}", linewidth=1.5)
+    axes.set_yticks(range(len(rows)), list(rows.values()))
+    axes.invert_yaxis()
+    axes.grid(axis="x", linewidth=0.3)
+    axes.set(title=kind, xlabel=f"Spearman (interval: {report.info['intervals']})")
 
 
 def _signs(report: ValidationReport, axes: Axes, kind: str) -> None:
@@ -110,4 +139,4 @@ def _bars(axes: Axes, heights: dict, groups: list[str], form: str) -> None:
 
 
 def _rows(report: ValidationReport, kind: str, prediction: str, split: str = "all") -> DataFrame:
-    return select(report.summary, kind=kind, prediction=prediction, errors=split)
+    return select(report.summary, clt="given", kind=kind, prediction=prediction, errors=split)
