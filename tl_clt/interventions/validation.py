@@ -1,18 +1,22 @@
 """`validate`: a graph's predictions against interventions, beside those of CLTs of chance.
 
-Feature nodes s are changed one at a time, multiplied by `scale` at their position, in two kinds of intervention, whose
-numbers stand side by side and are never mixed:
+Feature nodes s are changed one at a time, multiplied by `scale` at their position, in three kinds of intervention,
+whose numbers stand side by side and are never mixed:
 
 - constrained: all MLP outputs are held but for what s itself writes (`through_layer` the last layer). What the graph
   predicts of a target t is `(scale - 1) E[t, s]`, column `edge`. With `freeze="all"` this is exact.
 - iterative: features in between react. What the graph predicts is `(scale - 1) T[t, s]`, column `total`, where T sums
   over all paths of traced features, each feature passing on in proportion to its activation. With `freeze="all"` this
   is exact as long as no feature switches on or off.
+- model: nothing is held but what `freeze` says. What s writes is changed, `(scale - 1) activation W_dec[s -> l]` added
+  behind each block l, and the model's own MLPs react. It is predicted as the iterative kind.
 
-Either holds for any CLT, also for a random one: its errors are added back, so that its graph is as much a
-linearisation of the model as that of a good one. So the same is measured, on the same prompt, with a random CLT and
-with the given one's decoders shuffled (`baseline_clt` says how they are made): column `clt`. What the given CLT does
-not do better than these says nothing of its features.
+The first two hold for any CLT, also for a random one: its errors are added back and stay, so that its graph is as much
+a linearisation of what is measured as that of a good one, and no MLP of the model ever reacts. The third asks whether
+the features in between are the model's: for a CLT that is exactly the model's MLPs it measures the same as the second.
+In each the same is measured, on the same prompt, with a random CLT and with the given one's decoders shuffled
+(`baseline_clt` says how they are made): column `clt`. What the given CLT does not do better than these says nothing of
+its features.
 
 Targets are all target nodes of the graph (`measured_at` "logit"; `target_kind` says whether a token, a difference, a
 feature or a direction), and its traced features (`measured_at` "feature"), in later layers at the same position or
@@ -35,7 +39,7 @@ in the paper's figure of 0.72 (Spearman).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -58,15 +62,15 @@ from tl_clt.errors import CLTMismatch, ConfigError, TargetError
 from tl_clt.interventions.baselines import BASELINES, Baseline, baseline_clt
 from tl_clt.interventions.effect import Acts, InterventionEffect
 from tl_clt.interventions.intervene import intervene
-from tl_clt.interventions.intervention import Intervention
+from tl_clt.interventions.intervention import DirectionIntervention, Intervention
 from tl_clt.interventions.predictions import Predictions, predict
 from tl_clt.interventions.sampling import Sample, sample_features
 from tl_clt.interventions.validation_report import ValidationReport, interval_note
-from tl_clt.lens import Freeze, HookedModel, model_name
+from tl_clt.lens import Freeze, HookedModel, model_name, norm_map, run_with_cache, user_hooks_aside
 from tl_clt.transcoder import CrossLayerTranscoder
 
-Kind = Literal["constrained", "iterative"]
-KINDS: tuple[Kind, ...] = ("constrained", "iterative")
+Kind = Literal["constrained", "iterative", "model"]
+KINDS: tuple[Kind, ...] = ("constrained", "iterative", "model")
 TARGET_KINDS = {TokenTarget: "token", DifferenceTarget: "difference", FeatureTarget: "feature"}
 LOGITS_AT_ONCE = 2**26
 """Logits of one pass: 256 MiB in float32."""
@@ -258,17 +262,14 @@ class _Measurement:
         self.targets: Int[Tensor, " n_targets"] = torch.cat([traced, nodes.where(NodeKind.LOGIT)])
         """Traced features, then the graph's targets."""
         self.kinds = ["feature"] * len(traced) + [TARGET_KINDS.get(type(t), "direction") for t in named]
+        self.scales: Mapping[str, Tensor] = {}
+        """Of norms behind the MLPs, once they are needed."""
         self.hooks = list(dict.fromkeys(t.hook for t in named if isinstance(t, DirectionTarget)))
 
     def __call__(self, sources: Int[Tensor, " n"], kind: Kind) -> Measured:
-        at = self.graph.nodes.take(sources)
-        places = zip(at.layer.tolist(), at.pos.tolist(), at.index.tolist(), strict=True)
-        changes = [
-            Intervention(layer=layer, pos=pos, feature=feature, scale=self.scale, prompt=row)
-            for row, (layer, pos, feature) in enumerate(places)
-        ]
+        changes = self._written(sources) if kind == "model" else self._changes(sources)
         tokens = self.graph.tokens.expand(len(sources), -1)
-        through = self.clt.cfg.n_layers - 1 if kind == "constrained" else None
+        through = {"constrained": self.clt.cfg.n_layers - 1, "iterative": None, "model": -1}[kind]
         effect = intervene(self.model, self.clt, tokens, changes, through, self.freeze, record=self.hooks)
         self._check_graph(effect.baseline_feature_acts[0])
         hidden_change = effect.hidden_pre - effect.baseline_hidden_pre
@@ -280,6 +281,41 @@ class _Measurement:
         on = ((effect.baseline_feature_acts == 0) & (effect.feature_acts != 0)).flatten(1).sum(dim=1)
         change, act_change = (torch.cat([x.double(), heights], dim=1).cpu() for x in (pre, acts))
         return Measured(change, act_change, on.double().cpu())
+
+    def _changes(self, sources: Int[Tensor, " n"]) -> list[Intervention]:
+        at = self.graph.nodes.take(sources)
+        places = zip(at.layer.tolist(), at.pos.tolist(), at.index.tolist(), strict=True)
+        return [
+            Intervention(layer=layer, pos=pos, feature=feature, scale=self.scale, prompt=row)
+            for row, (layer, pos, feature) in enumerate(places)
+        ]
+
+    def _written(self, sources: Int[Tensor, " n"]) -> list[DirectionIntervention]:
+        """What the changed features write less, or more, into the residual stream behind each block."""
+        at = self.graph.nodes.take(sources)
+        found = []
+        for row, (layer, pos) in enumerate(zip(at.layer.tolist(), at.pos.tolist(), strict=True)):
+            by = (self.scale - 1) * at.activation[row]
+            vectors = self.clt.decoder_rows(layer, at.index[row : row + 1])[0].detach() * by
+            for block, vector in zip(self.clt.cfg.targets(layer), vectors, strict=True):
+                in_stream = self._in_stream(vector, block, pos)
+                if bool(in_stream.any()):
+                    found.append(DirectionIntervention(layer=block, pos=pos, vector=in_stream, add=1, prompt=row))
+        return found
+
+    def _in_stream(self, vector: Float[Tensor, " d_model"], block: int, pos: int) -> Float[Tensor, " d_model"]:
+        """What a vector at the CLT's output hook is in the residual stream, through the norm behind it if there is one,
+        with its scale as in the clean run."""
+        name = f"blocks.{block}.ln2_post"
+        norm = norm_map(self.model, name) if self.clt.cfg.output_hook == "mlp.hook_out" else None
+        if norm is None:
+            return vector
+        if not self.scales:
+            with user_hooks_aside(self.model):
+                self.scales = run_with_cache(self.model, self.graph.tokens[None], _is_scale_behind)[1]
+        centred = vector - vector.mean() if norm.centred else vector
+        scaled = centred / self.scales[f"{name}.hook_scale"][0, pos].to(vector)
+        return scaled if norm.gain is None else scaled * norm.gain.to(vector)
 
     def _rise(self, effect: InterventionEffect, hidden_change: Acts, target: NamedTarget) -> Float[Tensor, " batch"]:
         """How much a target has changed."""
@@ -299,6 +335,10 @@ class _Measurement:
         here = feature_acts[at.pos, at.layer, at.index].to(at.activation.dtype)
         if not torch.allclose(here, at.activation, rtol=1e-2, atol=1e-3):
             raise _mismatch("features with other activations on its prompt")
+
+
+def _is_scale_behind(name: str) -> bool:
+    return name.endswith("ln2_post.hook_scale")
 
 
 def _measured_tables(

@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 FigureName = Literal["chance", "logits", "features", "signs", "quadrants", "errors"]
 CLTS = ("given", *BASELINES)
 """Values of the column `clt`."""
-PREDICTIONS = {"constrained": ("edge", "influence"), "iterative": ("total", "edge", "influence")}
+PREDICTIONS = {
+    "constrained": ("edge", "influence"),
+    "iterative": ("total", "edge", "influence"),
+    "model": ("total", "edge", "influence"),
+}
 """What each kind is compared with; first the one that says of this kind what will happen."""
 ROUNDING = 1e-5
 """Effects below this share of the target's activation have no sign."""
@@ -69,7 +73,7 @@ class Compared(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ValidationReport:
-    """What `validate` gives. Constrained and iterative interventions are never put together."""
+    """What `validate` gives. Constrained, iterative and model interventions are never put together."""
 
     measurements: DataFrame
     """One row for each kind of intervention, source and target; columns as the head of validation.py has them."""
@@ -267,7 +271,7 @@ class ValidationReport:
     def figure(self, name: FigureName) -> Figure:
         """One of the figures: "chance" (rank correlations beside those of baselines), and of the given CLT alone
         "logits", "features" (prediction and influence against effects), "signs", "quadrants", "errors" (correlations by
-        how much error nodes carry). Constrained on the left, iterative on the right.
+        how much error nodes carry). Constrained on the left, iterative in the middle, model on the right.
 
         Raises:
             ConfigError: there is no such figure.
