@@ -20,7 +20,7 @@ from tl_clt.transcoder.decoders import DenseDecoders
 
 Baseline = Literal["random", "shuffled"]
 BASELINES: tuple[Baseline, ...] = ("random", "shuffled")
-Inputs = Float[Tensor, "pos n_layers d_model"]
+Inputs = Float[Tensor, "n_inputs n_layers d_model"]
 Draw = Callable[..., Tensor]
 """Normal random numbers of a shape, in the CLT's dtype and on its device."""
 
@@ -122,7 +122,7 @@ def _randomise_encoder(made: CrossLayerTranscoder, clt: CrossLayerTranscoder, in
                 weight[layer] *= factor
 
 
-def _limit(hidden_pre: Float[Tensor, "pos d_transcoder"], count: int) -> float:
+def _limit(hidden_pre: Float[Tensor, "n_inputs d_transcoder"], count: int) -> float:
     """A threshold, not below 0, that so many pre-activations are above: half-way to the next, so that rounding decides
     nothing."""
     falling = hidden_pre.flatten().sort(descending=True).values
@@ -130,5 +130,5 @@ def _limit(hidden_pre: Float[Tensor, "pos d_transcoder"], count: int) -> float:
     return max(0.0, float(around.mean() if count else around[0]))
 
 
-def _mean_active(feature_acts: Float[Tensor, "pos d_transcoder"]) -> Float[Tensor, ""]:
+def _mean_active(feature_acts: Float[Tensor, "n_inputs d_transcoder"]) -> Float[Tensor, ""]:
     return feature_acts[feature_acts != 0].mean()

@@ -6,7 +6,7 @@ statistics can be taken of the same one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -120,10 +120,10 @@ def within(
     return Statistic(int(used.sum()), int((weight > 0).sum()), at)
 
 
-def mean_of(prompt: Numbers, n_prompts: int, values: Iterable[float] | Values) -> Statistic:
+def mean_of(prompt: Numbers, n_prompts: int, values: Values) -> Statistic:
     """The mean of all values."""
     counts = np.bincount(prompt, minlength=n_prompts)
-    sums = np.bincount(prompt, weights=np.asarray(values, dtype=float), minlength=n_prompts)
+    sums = np.bincount(prompt, weights=values, minlength=n_prompts)
 
     def at(times: Times) -> Float[np.ndarray, " n_resamples"]:
         with np.errstate(divide="ignore", invalid="ignore"):

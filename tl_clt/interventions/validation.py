@@ -312,7 +312,7 @@ class _Measurement:
             return vector
         if not self.scales:
             with user_hooks_aside(self.model):
-                self.scales = run_with_cache(self.model, self.graph.tokens[None], _is_scale_behind)[1]
+                self.scales = dict(run_with_cache(self.model, self.graph.tokens[None], _is_scale_behind)[1].items())
         centred = vector - vector.mean() if norm.centred else vector
         scaled = centred / self.scales[f"{name}.hook_scale"][0, pos].to(vector)
         return scaled if norm.gain is None else scaled * norm.gain.to(vector)

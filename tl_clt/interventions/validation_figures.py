@@ -19,6 +19,7 @@ BESIDE = (-0.2, 0.2)
 SHOWN = {
     ("logit", "influence", "spearman"): "logit, influence",
     ("logit", "influence", "partial"): "logit, influence\ngiven size",
+    ("logit", "signed", "spearman"): "logit, {signed}",
     ("feature", "influence", "spearman"): "feature, influence",
     ("feature", "influence", "within_target_partial"): "feature, influence\nwithin a target,\ngiven size",
     ("feature", "influence", "within_source"): "feature, influence\nwithin a source",

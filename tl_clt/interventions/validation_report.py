@@ -238,7 +238,7 @@ class ValidationReport:
 
     def _beside_controls(self, pairs: DataFrame) -> dict[str, float]:
         tested, control = pairs["tested"], pairs["effect"]
-        larger = mean_of(pairs["prompt"].to_numpy(dtype=int), self.n_prompts, tested > control)
+        larger = mean_of(pairs["prompt"].to_numpy(dtype=int), self.n_prompts, (tested > control).to_numpy(dtype=float))
         low, high = interval(larger, self._times)
         return {
             "tested_mean": float(tested.mean()),
