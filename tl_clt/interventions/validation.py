@@ -135,7 +135,7 @@ def validate(
         HookNotFound, InterventionError: as for `intervene`.
     """
     _check(graph, n_features, scale, threshold, batch_size, baselines)
-    named = targets_of(graph)
+    named = _targets_of(graph)
     sample = sample_features(graph, n_features, seed)
     if len(sample.node) == 0:
         raise ConfigError("The graph has no feature with any influence on its targets to test.")
@@ -185,7 +185,7 @@ def _check(
         raise ConfigError(f"baselines is {baselines!r}: give some of {BASELINES}, each once, or () for none.")
 
 
-def targets_of(graph: AttributionGraph) -> list[NamedTarget]:
+def _targets_of(graph: AttributionGraph) -> list[NamedTarget]:
     """What each target node of a graph is.
 
     Raises:
