@@ -97,10 +97,12 @@ def _targets_in(given: list[dict[str, Any]] | None, tensors: dict[str, Tensor]) 
     if given is None:
         return None
     kinds = {kind.__name__: kind for kind in NAMED_TARGETS}
-    found = []
+    found: list[NamedTarget] = []
     for number, values in enumerate(given):
-        vector = {"direction": tensors[f"direction_{number}"]} if f"direction_{number}" in tensors else {}
-        found.append(kinds[values["kind"]](**{k: v for k, v in values.items() if k != "kind"}, **vector))
+        arguments = {name: value for name, value in values.items() if name != "kind"}
+        if f"direction_{number}" in tensors:
+            arguments["direction"] = tensors[f"direction_{number}"]
+        found.append(kinds[values["kind"]](**arguments))
     return found
 
 
