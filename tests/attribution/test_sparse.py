@@ -159,7 +159,9 @@ def engine_of(model, clt, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_strongest_are_those_that_sorting_finds(share, dtype):
     generator = torch.Generator().manual_seed(0)
-    sizes = torch.rand(50, 300, generator=generator, dtype=dtype).pow(8) * torch.logspace(-30, 20, 50, dtype=dtype)[:, None]
+    sizes = (
+        torch.rand(50, 300, generator=generator, dtype=dtype).pow(8) * torch.logspace(-30, 20, 50, dtype=dtype)[:, None]
+    )
     sizes[:, ::7] = 0
     sizes[3] = 0  # Nothing comes in.
     sizes[4] = 1  # All alike.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from tl_clt.arguments import DTYPES
 from tl_clt.errors import ConfigError, nearest
 
 Activation = Literal["relu", "jumprelu", "topk", "batchtopk"]
-DTYPES = ("float64", "float32", "bfloat16", "float16")
 KINDS: dict[str, type] = {
     **dict.fromkeys(("n_layers", "d_model", "d_transcoder", "span", "k"), int),
     **dict.fromkeys(("activation", "input_hook", "output_hook", "model_name", "dtype", "scan"), str),
