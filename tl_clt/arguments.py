@@ -15,7 +15,7 @@ from typing import Any, overload
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_clt.errors import ConfigError, TlCltError, nearest
@@ -243,6 +243,20 @@ def as_vector(name: str, value: object, error: Refusal) -> Float[Tensor, " n"]:
     if not holds:
         raise error(f"{name} is {shown(value)}, and may not be finite: {wanted}.")
     return vector
+
+
+def as_features(value: object, d_transcoder: int) -> Int[Tensor, " n"]:
+    """Numbers of features of a layer, one or several, as a tensor."""
+    if isinstance(value, Tensor) and value.ndim == 1 and value.dtype == torch.long and has_values(value):
+        found = value
+    elif isinstance(value, (list, tuple)) and not value:
+        found = torch.zeros(0, dtype=torch.long)
+    else:
+        entries = as_several("features", value, "feature numbers, as a tensor or a list")
+        found = torch.tensor([as_whole(f"features[{i}]", n, 0, d_transcoder - 1) for i, n in enumerate(entries)])
+    if len(found) and not (int(found.min()) >= 0 and int(found.max()) < d_transcoder):
+        raise ConfigError(f"features holds numbers out of range: a layer has features 0 to {d_transcoder - 1}.")
+    return found
 
 
 def _is_finite(number: object) -> bool:
