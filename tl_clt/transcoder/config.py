@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from tl_clt.arguments import DTYPES
+from tl_clt.arguments import DTYPES, as_number, as_several, as_switch, as_whole, shown
 from tl_clt.errors import ConfigError, nearest
 
 Activation = Literal["relu", "jumprelu", "topk", "batchtopk"]
