@@ -21,8 +21,8 @@ from torch import Tensor
 from tl_clt.errors import ConfigError, TlCltError, nearest
 
 Refusal = type[TlCltError]
-SEEDS = (-(2**63), 2**63 - 1)
-"""What torch's generators take."""
+SMALLEST, LARGEST = -(2**63), 2**63 - 1
+"""Whole numbers that torch can hold."""
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 """Number types that models and transcoders have."""
 
@@ -98,10 +98,11 @@ def as_whole(
         none: what None stands for ("all"), where the argument may be None.
         error: what to raise.
     """
-    number = plain(value)
+    number: Any = plain(value)
     if number is None and none is not None:
         return None
-    if not is_whole(number) or (least is not None and number < least) or (most is not None and number > most):
+    whole = is_whole(number) and SMALLEST <= number <= LARGEST
+    if not whole or (least is not None and number < least) or (most is not None and number > most):
         kind = "" if is_whole(number) else "a whole number, "
         bounds = _bounds(least, most) + (f", {why}" if why else "")
         raise error(f"{name} is {_said(number, value)}: give {kind}{bounds}{_or_none(none)}.")
@@ -123,7 +124,7 @@ def as_number(
     error: Refusal = ConfigError,
 ) -> int | float | None:
     """A finite number, more than `above`. Whole numbers stay whole."""
-    number = plain(value)
+    number: Any = plain(value)
     if number is None and none is not None:
         return None
     if not _is_finite(number) or (above is not None and not number > above):
@@ -140,7 +141,7 @@ def as_share(
     name: str, value: object, *, zero: bool = False, none: str | None = None, error: Refusal = ConfigError
 ) -> float | None:
     """A share, at most 1, and more than 0 unless `zero` may be one."""
-    number = plain(value)
+    number: Any = plain(value)
     if number is None and none is not None:
         return None
     if not _is_finite(number) or not (0 < number <= 1 or (zero and number == 0)):
@@ -151,7 +152,7 @@ def as_share(
 
 def as_seed(name: str, value: object) -> int:
     """A seed of random numbers."""
-    return as_whole(name, value, *SEEDS)
+    return as_whole(name, value, SMALLEST, LARGEST)
 
 
 def as_switch(name: str, value: object, error: Refusal = ConfigError) -> bool:
@@ -259,7 +260,7 @@ def as_features(value: object, d_transcoder: int) -> Int[Tensor, " n"]:
     return found
 
 
-def _is_finite(number: object) -> bool:
+def _is_finite(number: Any) -> bool:
     if isinstance(number, bool) or not isinstance(number, numbers.Real):
         return False
     try:
@@ -275,7 +276,7 @@ def _said(number: object, value: object) -> str:
 
 def _bounds(least: int | None, most: int | None) -> str:
     if least is None:
-        return "of any size" if most is None else f"at most {most}"
+        return "of 64 bits" if most is None else f"at most {most}"
     if least == 0 and most is None:
         return "0 or more"
     return f"at least {least}" if most is None else f"{least} to {most}"
