@@ -110,16 +110,16 @@ def as_whole(
 
 
 @overload
-def as_number(name: str, value: object, *, above: float | None = ..., error: Refusal = ...) -> int | float: ...
+def as_number(name: str, value: object, *, above: int | float | None = ..., error: Refusal = ...) -> int | float: ...
 @overload
 def as_number(
-    name: str, value: object, *, above: float | None = ..., none: str, error: Refusal = ...
+    name: str, value: object, *, above: int | float | None = ..., none: str, error: Refusal = ...
 ) -> int | float | None: ...
 def as_number(
     name: str,
     value: object,
     *,
-    above: float | None = None,
+    above: int | float | None = None,
     none: str | None = None,
     error: Refusal = ConfigError,
 ) -> int | float | None:

@@ -314,7 +314,7 @@ def test_bad_directions(session_models):
     model = session_models("hooked-gpt2")
     tokens, clt = random_tokens(model), tiny_clt(model)
     for vector in (torch.zeros(32), torch.full((32,), math.nan)):
-        with pytest.raises(InterventionError, match="zero or not finite"):
+        with pytest.raises(InterventionError, match="is zero: give a direction|not be finite: give finite"):
             DirectionIntervention(layer=0, vector=vector, add=1)
     for layer, width, message in ((0, 31, "31 entries, but d_model is 32"), (3, 32, "no layer 3"), (-2, 32, "-1 for")):
         with pytest.raises(InterventionError, match=message):

@@ -186,12 +186,12 @@ def test_figures_show_every_token(model, clt, prompt, tmp_path):
 @pytest.mark.parametrize(
     ("given", "strengths", "options", "message"),
     [
-        ([LOW], [], {}, "strengths are []"),
-        ([LOW], [1, math.nan], {}, "finite numbers"),
+        ([LOW], [], {}, "strengths is [], of type list: give finite numbers, at least one"),
+        ([LOW], [1, math.nan], {}, "strengths[1] is nan: give a finite number"),
         ([], [1], {}, "none other than 0"),
         ([Intervention(layer=0, feature=1, scale=0)], [1, 2], {}, "Give value=1 or scale=1"),
         ([LOW], [1, 2], {"tolerance": 0.0}, "tolerance is 0.0"),
-        ([LOW], [1, 2], {"pos": 7}, "pos is 7: the prompt has positions 0 to 6"),
+        ([LOW], [1, 2], {"pos": 7}, "pos is 7: give -7 to 6, the prompt's positions"),
         ([Intervention(layer=3, feature=1, value=1)], [1], {}, "there is no layer 3"),
     ],
 )

@@ -265,6 +265,8 @@ def _masked(model: HookedModel, prompts: Tensor, attention_mask: Tensor | None) 
 
 
 def _check(model: HookedModel, tokens: Tensor) -> None:
+    if tokens.ndim == 2 and len(tokens) == 0:
+        raise PromptError("There is no prompt in the batch: give at least one.")
     if tokens.ndim != 1:
         raise PromptError(f"The prompt has shape {list(tokens.shape)}: give one prompt, token ids [pos] or [1, pos].")
     if len(tokens) < 2:
