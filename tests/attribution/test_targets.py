@@ -97,7 +97,6 @@ BAD = [
     ([FeatureTarget(3, 0)], TargetError, "layers run from 0 to 2"),
     ([FeatureTarget(0, 24)], TargetError, "features from 0 to 23"),
     ([DirectionTarget(torch.zeros(3), "blocks.0.hook_resid_post")], TargetError, "shape \\[3\\]"),
-    ([DirectionTarget(torch.full((32,), torch.nan), "blocks.0.hook_resid_post")], TargetError, "finite"),
     ([DirectionTarget(torch.zeros(32), "blocks.0.hook_mlp_out")], TargetError, "no hook of the residual stream"),
     ([DirectionTarget(torch.zeros(32), "blocks.9.hook_resid_post")], HookNotFound, "Nearest"),
     ([3, TokenTarget(3)], TargetError, "twice"),

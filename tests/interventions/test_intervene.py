@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -316,7 +317,7 @@ def test_bad_directions(session_models):
     model = session_models("hooked-gpt2")
     tokens, clt = random_tokens(model), tiny_clt(model)
     for vector in (torch.zeros(32), torch.full((32,), math.nan)):
-        with pytest.raises(InterventionError, match="zero or not finite"):
+        with pytest.raises(InterventionError, match="is zero: give a direction|not be finite: give finite"):
             DirectionIntervention(layer=0, vector=vector, add=1)
     for layer, width, message in ((0, 31, "31 entries, but d_model is 32"), (3, 32, "no layer 3"), (-2, 32, "-1 for")):
         with pytest.raises(InterventionError, match=message):
@@ -375,3 +376,54 @@ def test_a_prompt_that_is_not_there(one_of_each: Model, prompt: int):
     tokens = random_tokens(one_of_each, batch=2)
     with pytest.raises(InterventionError, match="numbered from 0" if prompt < 0 else "batch has prompts 0 to 1"):
         intervene(one_of_each, tiny_clt(one_of_each), tokens, [Intervention(layer=0, feature=0, add=1, prompt=prompt)])
+
+
+# -- what is meant, and what is no intervention ------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_numbers_of_numpy_and_tensors_are_numbers(one_of_each: Model):
+    clt, tokens = tiny_clt(one_of_each), random_tokens(one_of_each)
+    wanted = Intervention(layer=1, pos=[2, 3], feature=[4, 5], value=[1.0, 2.0])
+    ways = [
+        Intervention(
+            layer=np.int64(1), pos=torch.tensor([2, 3]), feature=np.array([4, 5]), value=torch.tensor([1.0, 2.0])
+        ),
+        Intervention(layer=torch.tensor(1), pos=range(2, 4), feature=range(4, 6), value=np.array([1.0, 2.0])),
+    ]
+    assert ways == [wanted, wanted]
+    effect = intervene(one_of_each, clt, tokens, [wanted], np.int64(2))
+    for given in (wanted, ways, iter([wanted])):
+        assert torch.equal(intervene(one_of_each, clt, tokens, given, 2).logits, effect.logits)
+    assert len(effect.top_changes(np.int64(3), torch.tensor(-1))) == 3
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"feature": 1.5, "value": 1.0},
+        {"feature": "3", "value": 1.0},
+        {"feature": True, "value": 1.0},
+        {"feature": 3, "value": "much"},
+        {"feature": 3, "value": True},
+        {"feature": 3, "value": np.zeros((2, 2))},
+        {"feature": 3, "noise": [1.0]},
+        {"feature": 3, "value": 1.0, "pos": 1.0},
+        {"feature": 3, "value": 1.0, "pos": slice("a", None)},
+        {"feature": 3, "value": 1.0, "seed": 0.5},
+        {"feature": 3, "value": 1.0, "layer": None},
+        {"feature": 3, "value": 10**400},
+    ],
+    ids=str,
+)
+def test_what_is_no_number_is_refused(given: dict):
+    with pytest.raises(InterventionError, match=": give "):
+        Intervention(**{"layer": 1, **given})
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("given", [None, 3, "1:2:3=0", {"layer": 1}, [None], [[SET]]], ids=str)
+def test_what_is_no_intervention_is_refused(one_of_each: Model, given):
+    with pytest.raises(InterventionError, match=r"interventions(\[0\])? is .*: give an Intervention"):
+        intervene(one_of_each, tiny_clt(one_of_each), random_tokens(one_of_each), given)

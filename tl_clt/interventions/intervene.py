@@ -9,7 +9,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_clt.interventions.effect import InactiveFeature, InterventionEffect, Recorded
-from tl_clt.interventions.hooks import AnyIntervention, Steering
+from tl_clt.interventions.hooks import Steering
+from tl_clt.interventions.intervention import AnyIntervention
 from tl_clt.lens import (
     Freeze,
     FwdHook,
@@ -29,7 +30,7 @@ def intervene(
     model: HookedModel,
     clt: CrossLayerTranscoder,
     tokens: PromptBatch,
-    interventions: Iterable[AnyIntervention],
+    interventions: AnyIntervention | Iterable[AnyIntervention],
     through_layer: int | None = None,
     freeze: Freeze = "attention",
     attention_mask: Int[Tensor, "batch pos"] | None = None,

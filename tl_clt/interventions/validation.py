@@ -38,9 +38,8 @@ in the paper's figure of 0.72 (Spearman).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -48,6 +47,7 @@ from pandas import DataFrame, concat
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_clt.arguments import as_choice, as_number, as_seed, as_switch, as_whole, shown
 from tl_clt.attribution import (
     AttributionGraph,
     DifferenceTarget,
@@ -67,6 +67,7 @@ from tl_clt.interventions.predictions import Predictions, predict
 from tl_clt.interventions.sampling import Sample, sample_features
 from tl_clt.interventions.validation_report import ValidationReport, interval_note
 from tl_clt.lens import Freeze, HookedModel, model_name, norm_map, run_with_cache, user_hooks_aside
+from tl_clt.replacement import check_fit
 from tl_clt.transcoder import CrossLayerTranscoder
 
 Kind = Literal["constrained", "iterative", "model"]
@@ -134,7 +135,17 @@ def validate(
         AlreadyAttached: baselines are wanted of a model in which a CLT stands.
         HookNotFound, InterventionError: as for `intervene`.
     """
-    _check(graph, n_features, scale, threshold, batch_size, baselines)
+    if not isinstance(graph, AttributionGraph):
+        raise ConfigError(f"The graph is {shown(graph)}: give an AttributionGraph, then its model and CLT.")
+    check_fit(model, clt)
+    n_features, batch_size = (
+        as_whole(name, n, 1, none=none)
+        for name, n, none in (("n_features", n_features, "all"), ("batch_size", batch_size, "as many as fit"))
+    )
+    scale, threshold = as_number("scale", scale), as_number("threshold", threshold, above=0)
+    seed, progress = as_seed("seed", seed), as_switch("progress", progress)
+    freeze = as_choice("freeze", freeze, get_args(Freeze))
+    _check(graph, scale, baselines)
     named = _targets_of(graph)
     sample = sample_features(graph, n_features, seed)
     if len(sample.node) == 0:
@@ -161,21 +172,9 @@ def validate(
     return ValidationReport(measurements=concat(tables, ignore_index=True), threshold=threshold, info=info)
 
 
-def _check(
-    graph: AttributionGraph,
-    n_features: int | None,
-    scale: float,
-    threshold: float,
-    batch_size: int | None,
-    baselines: Sequence[str],
-) -> None:
-    for name, number in (("n_features", n_features), ("batch_size", batch_size)):
-        if number is not None and number < 1:
-            raise ConfigError(f"{name} is {number}: give at least 1, or None.")
-    if not math.isfinite(scale) or scale == 1:
+def _check(graph: AttributionGraph, scale: float, baselines: Sequence[str]) -> None:
+    if scale == 1:
         raise ConfigError(f"scale is {scale}: give a finite number other than 1, which changes nothing.")
-    if not 0 < threshold < math.inf:
-        raise ConfigError(f"threshold is {threshold}: give a share of the target's activation, above 0.")
     if graph.contrast_activation is not None:
         raise ConfigError(
             "The graph is contrastive: its edges are differences of two prompts, which no change of a feature on one"

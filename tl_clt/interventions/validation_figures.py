@@ -35,8 +35,8 @@ def draw(report: ValidationReport, name: FigureName) -> Figure:
     Raises:
         ConfigError: there is no such figure.
     """
-    if name not in get_args(FigureName):
-        raise ConfigError(f"There is no figure {name!r}: give one of {', '.join(get_args(FigureName))}.")
+    if not isinstance(name, str) or name not in get_args(FigureName):
+        raise ConfigError(f"There is no figure {name!r:.60}: give one of {', '.join(get_args(FigureName))}.")
     figure = Figure(figsize=(14, 8.4 if name in ("logits", "features", "chance") else 4.4), layout="constrained")
     if name in ("logits", "features"):
         _scatters(report, figure, name.removesuffix("s"))

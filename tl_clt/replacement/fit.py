@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tl_clt.arguments import shown
 from tl_clt.errors import CLTMismatch
 from tl_clt.lens import HookedModel, block_hook, mlp_hook_points, model_name, require_hooks, require_model
 from tl_clt.transcoder import CrossLayerTranscoder, CrossLayerTranscoderConfig
@@ -17,9 +18,7 @@ def check_fit(model: HookedModel, clt: CrossLayerTranscoder) -> None:
     """
     require_model(model)
     if not isinstance(clt, CrossLayerTranscoder):
-        raise CLTMismatch(
-            f"The CLT is {clt!r:.60}, of type {type(clt).__name__}: give a CrossLayerTranscoder, after the model."
-        )
+        raise CLTMismatch(f"The CLT is {shown(clt)}: give a CrossLayerTranscoder, after the model.")
     cfg, name = clt.cfg, model_name(model)
     if cfg.n_layers != model.cfg.n_layers:
         raise CLTMismatch(

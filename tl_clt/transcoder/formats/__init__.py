@@ -56,7 +56,7 @@ def load(
 
 def save(clt: CrossLayerTranscoder, folder: Path, layout: str) -> Path:
     """Write a CLT to a new or empty folder in the layout named, all or nothing."""
-    if layout not in SAVE_LAYOUTS:
+    if not isinstance(layout, str) or layout not in SAVE_LAYOUTS:
         raise FormatError(f"'{layout}' is no layout to save in: give one of {', '.join(SAVE_LAYOUTS)}.")
     writer = native
     if layout == "circuit-tracer":
