@@ -51,8 +51,6 @@ GEMMA_PROMPTS = (
     "The first president of the United States was George",
     "Water freezes at zero degrees",
     "She opened the door and saw a",
-    "The plural of mouse is",
-    "He plays the piano and she plays the",
 )
 
 

@@ -319,7 +319,7 @@ def test_a_clt_that_is_the_model_is_better_than_chance_where_the_model_reacts():
 @pytest.mark.parametrize("scale", [0.0, 1 + 1e-6])
 def test_small_changes_of_what_is_written_are_predicted_without_mlps_in_between(one_of_each: Model, scale: float):
     """From the last layer, nothing but the norm before the logits reacts: edges tell what the model does."""
-    graph, model, clt = traced(one_of_each)
+    graph, model, clt = traced(one_of_each, targets=list(range(5, 25)))
     rows = validate(graph, model, clt, n_features=None, freeze="all", scale=scale, baselines=()).measurements
     rows = select(rows, kind="model", source_layer=2)
     assert len(rows) > 20
@@ -341,7 +341,7 @@ def test_what_is_written_goes_through_the_norm_behind_the_mlp(session_models, ki
 # -- rank correlations and their intervals -------------------------------------------------------------------
 
 
-def drawn(n_prompts: int, n: int = 12) -> tuple[np.ndarray, ...]:
+def drawn(n_prompts: int, n: int = 24) -> tuple[np.ndarray, ...]:
     """prompt, group, and three things that go together, with ties."""
     random = np.random.default_rng(0)
     prompt = np.repeat(np.arange(n_prompts), n)
@@ -456,14 +456,11 @@ def test_the_sample_has_some_of_every_stratum_and_controls_beside_the_first(one_
     ]
     for node, of in controls:
         _assert_alike(graph, node, of)
-    if n_features is None:
-        first = set(sample.node[(sample.stratum == 0) & (sample.control_of < 0)].tolist())
-        assert first & {node for node, _ in controls}, "controls are drawn whatever their influence"
 
 
 def _assert_alike(graph: AttributionGraph, node: int, of: int) -> None:
-    """A control is another feature of the same layer, at the same position if three others are, and only two of these
-    have an activation more like."""
+    """A control is another feature of the same layer, at the same position if three others are, and only two of these,
+    whatever their influence, have an activation more like."""
     nodes = graph.nodes
     others = nodes.where(NodeKind.FEATURE)
     others = others[(nodes.layer[others] == nodes.layer[of]) & (others != of)]
@@ -578,7 +575,8 @@ def test_influential_features_of_atlas_matter_more_than_their_controls():
         part = select(joined.measurements, prompt=number).drop(columns="prompt")
         pd.testing.assert_frame_equal(part.reset_index(drop=True), report.measurements.drop(columns="prompt"))
     beside = select(joined.controls, clt="given")
-    assert (beside["larger"] > 0.7).all() and (beside["n_distinct"] <= beside["n"]).all()
+    # Those of like activation may be influential too.
+    assert (beside["larger"] > 0.5).all() and (beside["n_distinct"] <= beside["n"]).all()
     assert (beside["tested_mean"] > 1.5 * beside["control_mean"]).all()
     assert one_summary(joined, "iterative", "logit", "influence")["spearman"] > 0.72
     assert one_summary(joined, "constrained", "feature", "edge")["pearson"] > 0.9
