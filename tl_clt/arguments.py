@@ -101,8 +101,9 @@ def as_whole(
     number: object = plain(value)
     if number is None and none is not None:
         return None
-    whole = is_whole(number) and SMALLEST <= number <= LARGEST
-    if not whole or (least is not None and number < least) or (most is not None and number > most):
+    low = SMALLEST if least is None else least
+    high = LARGEST if most is None else most
+    if not is_whole(number) or not low <= number <= high:
         kind = "" if is_whole(number) else "a whole number, "
         bounds = _bounds(least, most) + (f", {why}" if why else "")
         raise error(f"{name} is {_said(number, value)}: give {kind}{bounds}{_or_none(none)}.")
