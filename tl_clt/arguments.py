@@ -11,7 +11,7 @@ import numbers
 import operator
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeGuard, overload
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ def has_values(tensor: Tensor) -> bool:
     return tensor.device.type != "meta" and tensor.layout == torch.strided
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Whether a plain value is a whole number; True and False are none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
@@ -98,11 +98,12 @@ def as_whole(
         none: what None stands for ("all"), where the argument may be None.
         error: what to raise.
     """
-    number: Any = plain(value)
+    number: object = plain(value)
     if number is None and none is not None:
         return None
-    whole = is_whole(number) and SMALLEST <= number <= LARGEST
-    if not whole or (least is not None and number < least) or (most is not None and number > most):
+    low = SMALLEST if least is None else least
+    high = LARGEST if most is None else most
+    if not is_whole(number) or not low <= number <= high:
         kind = "" if is_whole(number) else "a whole number, "
         bounds = _bounds(least, most) + (f", {why}" if why else "")
         raise error(f"{name} is {_said(number, value)}: give {kind}{bounds}{_or_none(none)}.")
@@ -124,7 +125,7 @@ def as_number(
     error: Refusal = ConfigError,
 ) -> int | float | None:
     """A finite number, more than `above`. Whole numbers stay whole."""
-    number: Any = plain(value)
+    number: object = plain(value)
     if number is None and none is not None:
         return None
     if not _is_finite(number) or (above is not None and not number > above):
@@ -141,7 +142,7 @@ def as_share(
     name: str, value: object, *, zero: bool = False, none: str | None = None, error: Refusal = ConfigError
 ) -> float | None:
     """A share, at most 1, and more than 0 unless `zero` may be one."""
-    number: Any = plain(value)
+    number: object = plain(value)
     if number is None and none is not None:
         return None
     if not _is_finite(number) or not (0 < number <= 1 or (zero and number == 0)):
@@ -260,7 +261,7 @@ def as_features(value: object, d_transcoder: int) -> Int[Tensor, " n"]:
     return found
 
 
-def _is_finite(number: Any) -> bool:
+def _is_finite(number: object) -> TypeGuard[float]:
     if isinstance(number, bool) or not isinstance(number, numbers.Real):
         return False
     try:

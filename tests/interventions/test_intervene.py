@@ -272,10 +272,10 @@ def test_swaps_out_of_range(session_models, positions: dict, features, message: 
 BAD_NUMBERS = {
     "nothing": ({}, "sets nothing: give exactly one of value, scale, add or noise"),
     "two": ({"value": 1, "scale": 2.0}, "sets value and scale: give exactly one"),
-    "nan": ({"value": math.nan}, "value is nan. Give a finite number"),
+    "nan": ({"value": math.nan}, "value is nan: give a finite number"),
     "infinite": ({"scale": math.inf}, "scale is inf"),
     "infinite noise": ({"noise": -math.inf}, "noise is -inf"),
-    "nan in a list": ({"add": [1.0, math.nan]}, "add is nan"),
+    "nan in a list": ({"add": [1.0, math.nan]}, r"add\[1\] is nan: give a finite number"),
     "too few": ({"value": [1.0]}, "1 numbers for 2 features"),
     "no feature": ({"feature": [], "value": 1}, "name at least one feature"),
     "twice": ({"feature": [3, 3], "value": 1}, "each once"),

@@ -48,8 +48,8 @@ def held_out_prompts(model: HookedModel, dataset: HeldOut, context_size: int | N
         ConfigError: context_size is out of range.
     """
     size = _context_size(model, context_size)
-    if isinstance(dataset, np.ndarray) and np.issubdtype(dataset.dtype, np.integer):
-        dataset = torch.as_tensor(dataset)
+    if isinstance(dataset, np.ndarray):
+        dataset = dataset.tolist() if dataset.ndim < 2 else torch.as_tensor(dataset)
     if isinstance(dataset, Tensor) and dataset.ndim != 2:
         raise DatasetError(f"The tensor of tokens has shape {list(dataset.shape)}: give ids [n_prompts, pos].")
     if isinstance(dataset, (list, tuple, Tensor)):

@@ -133,7 +133,8 @@ def _as_ids(given: Any) -> Tensor:
     elif not isinstance(given, Tensor):
         raise PromptError(f"The prompt is {shown(given)}: give {WANTED}.")
     try:
-        tokens = torch.as_tensor(given) if len(given) else torch.zeros(0, dtype=torch.long)
+        # An empty list would become floats.
+        tokens = torch.zeros(0, dtype=torch.long) if isinstance(given, list) and not given else torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise PromptError(f"The prompt is neither text nor one list of token ids ({error}). Give {WANTED}.") from error
     if not has_values(tokens):
