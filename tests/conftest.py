@@ -15,7 +15,10 @@ from jaxtyping import install_import_hook
 
 install_import_hook("tl_clt", "beartype.beartype")
 
+import resource
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -91,3 +94,19 @@ def tokens(model: Model) -> torch.Tensor:
 def oracle(request: pytest.FixtureRequest) -> Path:
     """Each folder of what circuit-tracer computes on a small model."""
     return ORACLES / request.param
+
+
+@contextmanager
+def small_disk() -> Iterator[None]:
+    """No file can grow beyond 4 KiB, which the system says as it would of a full disk.
+
+    Within a test only: what pytest itself writes between tests may go to a larger file.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import resource
-import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -94,19 +91,3 @@ def config(**changes: object) -> CLTTrainingRunnerConfig:
 @pytest.fixture(scope="session")
 def make_config():
     return config
-
-
-@contextmanager
-def small_disk() -> Iterator[None]:
-    """No file can grow beyond 4 KiB, which the system says as it would of a full disk.
-
-    Within a test only: what pytest itself writes between tests may go to a larger file.
-    """
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, handler)

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.training.conftest import small_disk, tiny_model
+from tests.conftest import small_disk
+from tests.training.conftest import tiny_model
 from tl_clt.errors import FormatError, ModelUnsupported, NotWritten
 from tl_clt.training import CLTTrainingRunner, cache
 from tl_clt.training.batches import ActivationBatches, without_store_noise
@@ -108,6 +110,48 @@ def test_index_tells_what_it_is_of_and_the_error_of_each_layer(tmp_path: Path) -
         assert index["largest_error_per_layer"][name] == pytest.approx(largest.tolist())
         assert index["relative_error_per_layer"][name] == pytest.approx(relative.tolist(), rel=1e-4)
         assert max(index["relative_error_per_layer"][name]) < 0.01
+
+
+class ElementsRead(TorchDispatchMode):
+    """Counts the elements that operations on tensors of float64, as rounding errors are, take in."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = [v for arg in args for v in (arg if isinstance(arg, (list, tuple)) else [arg])]
+        self.count += sum(v.numel() for v in given if isinstance(v, torch.Tensor) and v.dtype == torch.float64)
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_more_shard_costs_the_same_however_many_there_are(tmp_path: Path, monkeypatch) -> None:
+    written, opened, read = [], [], []
+    write, open_shard = Path.write_text, cache.safe_open
+    monkeypatch.setattr(Path, "write_text", lambda self, text: (written.append(len(text)), write(self, text))[1])
+    monkeypatch.setattr(cache, "safe_open", lambda *a, **k: (opened.append(1), open_shard(*a, **k))[1])
+    filled = a_cache(tmp_path)
+    for n in range(40):
+        with ElementsRead() as elements:
+            filled.read(TOKENS + n, make())
+        read.append(elements.count)
+    assert len(written) == 40 and opened == []
+    assert max(written) < 1.1 * min(written)  # the same numbers each time, of more or fewer digits
+    assert max(read[1:]) == min(read[1:]) > 0
+    # A new run reads each header once, and then counts on.
+    again = a_cache(tmp_path)
+    for n in range(40, 44):
+        again.read(TOKENS + n, make())
+    assert len(opened) == 40 and json.loads((again.folder / "index.json").read_text())["shards"] == 44
+
+
+def test_a_shard_deleted_under_a_run_is_made_again_and_counted_once(tmp_path: Path) -> None:
+    filled = a_cache(tmp_path)
+    for n in (0, 1):
+        filled.read(TOKENS + n, make())
+    index = (filled.folder / "index.json").read_text()
+    shards(tmp_path)[0].unlink()
+    for n in (0, 1):
+        filled.read(TOKENS + n, make())
+    assert len(shards(tmp_path)) == 2 and (filled.folder / "index.json").read_text() == index
 
 
 def truncated(path: Path) -> None:

@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.conftest import small_disk, tiny_model
+from tests.conftest import small_disk
+from tests.training.conftest import tiny_model
 from tl_clt.errors import CheckpointError, DatasetError, NotWritten, OutputNotEmpty
 from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig, TrainingProgress, checkpoints, resuming
 from tl_clt.transcoder import CrossLayerTranscoder

@@ -7,17 +7,20 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tl_clt.attribution import checks
 from tl_clt.attribution.edges import CSR, csr, from_csr, is_sparse
 from tl_clt.attribution.graph import AttributionGraph
 from tl_clt.attribution.nodes import Nodes
 from tl_clt.attribution.row_store import zero_rows
 from tl_clt.attribution.targets import NAMED_TARGETS, DirectionTarget, NamedTarget
 from tl_clt.errors import FormatError
+from tl_clt.transcoder.formats.reading import read_json
 from tl_clt.transcoder.formats.writing import new_file
+from tl_clt.transcoder.tensor_files import reading
 
 FORMAT = "tl_clt.attribution_graph"
 VERSION = 2
@@ -26,7 +29,11 @@ SPARSE = {"adjacency_starts": "starts", "adjacency_cols": "cols", "adjacency_val
 
 
 def save_graph(graph: AttributionGraph, path: Path) -> Path:
-    """Write a graph, all or nothing."""
+    """Write a graph, all or nothing.
+
+    Raises:
+        NotWritten: the path is a folder, or the disk is full, for example; nothing half-written is left.
+    """
     tensors = {
         **graph.nodes.tensors(),
         **_edges_out(graph.adjacency, graph.expanded),
@@ -56,35 +63,44 @@ def save_graph(graph: AttributionGraph, path: Path) -> Path:
 
 
 def load_graph(path: Path) -> AttributionGraph:
-    """Read a graph."""
+    """Read a graph.
+
+    Raises:
+        FormatError: the file is missing, a folder, truncated, no graph, or one whose parts contradict each other.
+        MemoryLimit: the system does not give the room for its adjacency.
+    """
+    if path.is_dir():
+        raise FormatError(f"'{path}' is a folder. Give the graph file within it.")
     if not path.is_file():
         raise FormatError(f"'{path}' does not exist. Check the path of the graph file.")
-    try:
+    with reading(path, "graph file", "Copy it again."):
         with safe_open(path, framework="pt") as opened:
             metadata = opened.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise FormatError(f"'{path}' is a safetensors file, but no attribution graph.")
-            about = json.loads(metadata["about"])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"'{path}' is truncated or no graph file ({error}). Copy it again.") from error
-    if about["version"] > VERSION:
-        raise FormatError(
-            f"'{path}' is of graph version {about['version']}, this tl_clt reads up to {VERSION}: update tl_clt."
+        about = read_json(metadata["about"])
+        version = about["version"]
+        if type(version) is int and version > VERSION:
+            raise FormatError(
+                f"'{path}' is of graph version {version}, this tl_clt reads up to {VERSION}: update tl_clt."
+            )
+        checks.require_parts(tensors, about)
+        graph = AttributionGraph(
+            nodes=Nodes(**{f.name: tensors[f.name] for f in fields(Nodes)}),
+            adjacency=_edges_in(tensors),
+            expanded=tensors["expanded"],
+            tokens=tensors["tokens"],
+            logit_probs=tensors["logit_probs"],
+            prompt_tokens=about["prompt_tokens"],
+            logit_tokens=about["logit_tokens"],
+            targets=_targets_in(about.get("targets"), tensors),
+            dropped=tensors.get("dropped"),
+            contrast_activation=tensors.get("contrast_activation"),
+            info=about["info"],
         )
-    return AttributionGraph(
-        nodes=Nodes(**{f.name: tensors[f.name] for f in fields(Nodes)}),
-        adjacency=_edges_in(tensors),
-        expanded=tensors["expanded"],
-        tokens=tensors["tokens"],
-        logit_probs=tensors["logit_probs"],
-        prompt_tokens=about["prompt_tokens"],
-        logit_tokens=about["logit_tokens"],
-        targets=_targets_in(about.get("targets"), tensors),
-        dropped=tensors.get("dropped"),
-        contrast_activation=tensors.get("contrast_activation"),
-        info=about["info"],
-    )
+        checks.require_acyclic(graph)
+    return graph
 
 
 def _target_out(target: NamedTarget) -> dict[str, Any]:
@@ -122,4 +138,6 @@ def _edges_in(tensors: dict[str, Tensor]) -> Tensor:
         adjacency = zero_rows(len(expanded), rows.dtype, rows.device)
         adjacency[expanded] = rows
         return adjacency
-    return from_csr(CSR(*(tensors[name] for name in SPARSE)))
+    parts = CSR(*(tensors[name] for name in SPARSE))
+    checks.require_csr(parts, len(tensors["kind"]))
+    return from_csr(parts)

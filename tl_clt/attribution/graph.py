@@ -153,7 +153,11 @@ class AttributionGraph:
         return prune_graph(self.adjacency, self.nodes, self.logit_weights, node_threshold, edge_threshold, self.dropped)
 
     def save(self, path: str | Path) -> Path:
-        """Write the graph to one safetensors file, all or nothing."""
+        """Write the graph to one safetensors file, all or nothing; a file that is there is replaced.
+
+        Raises:
+            NotWritten: the path is a folder, or the disk is full, for example; what was there stays.
+        """
         from tl_clt.attribution.files import save_graph
 
         return save_graph(self, as_path("path", path))
@@ -163,8 +167,9 @@ class AttributionGraph:
         """Read a graph that `save` wrote.
 
         Raises:
-            FormatError: the file is missing, truncated, or no graph.
             ConfigError: the path is none.
+            FormatError: the path is missing or a folder, or the file truncated, no graph, or one whose parts contradict
+                each other.
         """
         from tl_clt.attribution.files import load_graph
 

@@ -138,7 +138,7 @@ def path_length(adjacency: Adjacency, nodes: Nodes, weights: NodeValues, dropped
     tokens = nodes.is_kind(NodeKind.TOKEN)
     every = torch.arange(len(nodes), device=weights.device)
     at, steps, whole, weighted = weights, 0, 0.0, 0.0
-    while bool(at.any()):
+    while bool((at > 0).any()):
         at, steps = spread(adjacency, every, at / sums), steps + 1
         arrived = float(at[tokens].sum())
         whole, weighted = whole + arrived, weighted + steps * arrived

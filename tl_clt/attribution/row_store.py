@@ -13,6 +13,8 @@ from torch import Tensor
 
 from tl_clt.attribution.edges import CSR, from_csr, spread
 from tl_clt.attribution.nodes import NodeKind, Nodes
+from tl_clt.errors import MemoryLimit
+from tl_clt.machine import GIB
 from tl_clt.shapes import Adjacency, NodeMask, NodeValues
 
 CHUNK_EDGES = 2**20
@@ -111,7 +113,14 @@ def zero_rows(n_nodes: int, dtype: torch.dtype, device: torch.device) -> Adjacen
     if device.type != "cpu":
         return torch.zeros(n_nodes, n_nodes, dtype=dtype, device=device)
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    pages = mmap.mmap(-1, max(n_nodes * n_nodes * dtype.itemsize, 1), **private)
+    n_bytes = n_nodes * n_nodes * dtype.itemsize
+    try:
+        pages = mmap.mmap(-1, max(n_bytes, 1), **private)
+    except (OSError, OverflowError) as error:
+        raise MemoryLimit(
+            f"The system gives no room for the edges among {n_nodes} nodes, {n_bytes / GIB:.1f} GiB ({error}). Take a"
+            " sparse graph (keep_edges), or fewer features."
+        ) from error
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         with suppress(OSError):  # A kernel without huge pages knows no such advice.
             pages.madvise(mmap.MADV_NOHUGEPAGE)

@@ -128,7 +128,8 @@ class EvaluationReport:
         """Write report.json and the figures as PNG files to a new or empty folder, all or nothing.
 
         Raises:
-            OutputNotEmpty: the folder holds something already.
+            OutputNotEmpty: the folder holds something already, or is a file.
+            NotWritten: the disk is full, for example; nothing is left.
         """
         with new_folder(Path(folder)) as unfinished:
             (unfinished / "report.json").write_text(self.to_json())

@@ -18,6 +18,7 @@ from tl_clt.evaluation.prompts import DEFAULT_CONTEXT, HeldOut, batches, held_ou
 from tl_clt.evaluation.report import EvaluationReport
 from tl_clt.lens import HookedModel, model_name
 from tl_clt.transcoder import CrossLayerTranscoder
+from tl_clt.transcoder.formats.writing import files_into
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,13 +42,16 @@ class Tradeoff:
     """The whole report of each by name."""
 
     def save(self, folder: str | Path) -> None:
-        """Write tradeoff.csv, tradeoff.png and reports.json to a folder."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.table.to_csv(folder / "tradeoff.csv", index=False)
+        """Write tradeoff.csv, tradeoff.png and reports.json to a folder, all or nothing; what else is in it stays.
+
+        Raises:
+            NotWritten: the path is a file, or the disk is full, for example; none of the three is left.
+        """
         reports = {name: report.to_dict() for name, report in self.reports.items()}
-        (folder / "reports.json").write_text(json.dumps(reports, indent=2, allow_nan=False) + "\n")
-        self.figure().savefig(folder / "tradeoff.png", dpi=120)
+        with files_into(Path(folder)) as unfinished:
+            self.table.to_csv(unfinished / "tradeoff.csv", index=False)
+            (unfinished / "reports.json").write_text(json.dumps(reports, indent=2, allow_nan=False) + "\n")
+            self.figure().savefig(unfinished / "tradeoff.png", dpi=120)
 
     def figure(self) -> Figure:
         """Each number against L0, summed over layers, on a logarithmic axis; NMSE on one as well."""

@@ -287,7 +287,8 @@ class ValidationReport:
         switched_on) and each figure as a PNG.
 
         Raises:
-            OutputNotEmpty: the folder holds something already.
+            OutputNotEmpty: the folder holds something already, or is a file.
+            NotWritten: the disk is full, for example; nothing is left.
         """
         folder = Path(folder)
         names = ("chance", "summary", "controls", "switched_on")

@@ -22,13 +22,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tl_clt.errors import FormatError, ModelUnsupported, NotWritten
+from tl_clt.errors import FormatError, ModelUnsupported
 from tl_clt.training.chunks import Activations, Prompts
+from tl_clt.transcoder.formats.reading import read_json
 from tl_clt.transcoder.formats.writing import new_file
+from tl_clt.transcoder.tensor_files import READING_ERRORS, reading
 
 CacheDtype = Literal["float16", "int8"]
 
@@ -39,6 +41,11 @@ LARGEST = {"int8": 127.0, "float16": 1.0}
 
 BOUND = {"int8": 0.5 / 127, "float16": 2.0**-12}
 """Largest rounding error of an activation, as a share of the largest of its token, side and layer: half a step."""
+
+MEND = (
+    "What was cached before stays good. Make room, give a cache_path on another disk, use cache_dtype='int8', or train"
+    " without."
+)
 
 
 class Packed(NamedTuple):
@@ -115,7 +122,8 @@ class ActivationCache:
         self.folder = folder / self.key[:16]
         self._dtype: CacheDtype = dtype
         self._model_name = model_name
-        self._errors: dict[str, RoundingError] | None = None
+        self._counted: set[str] | None = None
+        self._error: RoundingError | None = None
 
     def read(self, tokens: Prompts, make: Callable[[Prompts], Activations]) -> Activations:
         """The activations of prompts, rounded: from disk, or where they are not there from `make`, and then written.
@@ -141,17 +149,21 @@ class ActivationCache:
 
     def _read(self, path: Path, tokens: Prompts) -> Packed:
         mend = "Delete this file: the next run makes it again."
-        try:
-            with safe_open(path, framework="pt") as opened:
-                metadata = opened.metadata() or {}
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-        except (SafetensorError, OSError) as error:
-            raise FormatError(f"'{path}' is truncated or no safetensors file ({error}). {mend}") from error
+        with reading(path, "safetensors file", mend), safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
         if metadata.get("key") != self.key or not torch.equal(tensors.get("tokens", tokens[:0]), tokens):
             raise FormatError(f"'{path}' holds other activations than its folder and name say. {mend}")
         if _checksum(tensors) != metadata.get("sha256"):
             raise FormatError(f"'{path}' is damaged: its contents do not have the checksum it states. {mend}")
-        return Packed(tensors["values"], tensors["scales"])
+        with reading(path, "shard of activations", mend):
+            packed = Packed(tensors["values"], tensors["scales"])
+            expected = (tokens.numel(), 2, len(self._about["hooks"]) // 2)
+            if packed.values.shape[:-1] != expected or packed.scales.shape != expected:
+                raise ValueError(f"values {list(packed.values.shape)}, scales {list(packed.scales.shape)}")
+            if packed.values.dtype != getattr(torch, self._dtype) or packed.scales.dtype != torch.float32:
+                raise ValueError(f"values of {packed.values.dtype}, scales of {packed.scales.dtype}")
+        return packed
 
     def _write(self, path: Path, tokens: Prompts, packed: Packed, error: RoundingError) -> None:
         tensors = {"tokens": tokens.contiguous(), **packed._asdict()}
@@ -160,44 +172,50 @@ class ActivationCache:
             "sha256": _checksum(tensors),
             "error": json.dumps({name: value.tolist() for name, value in error._asdict().items()}),
         }
-        errors = self._errors_of_shards()
-        try:
-            with new_file(path) as unfinished:
-                save_file(tensors, unfinished, metadata)
-            errors[path.stem] = error
-            with new_file(self.folder / INDEX) as unfinished:
-                unfinished.write_text(json.dumps(self._index(errors), indent=2) + "\n")
-        except (OSError, SafetensorError) as cause:
-            raise NotWritten(
-                f"'{path}' could not be written ({cause}). Nothing half-written is left, and what was cached before"
-                " stays good. Make room, give a cache_path on another disk, use cache_dtype='int8', or train without."
-            ) from cause
+        self._count_shards()
+        with new_file(path, MEND) as unfinished:
+            save_file(tensors, unfinished, metadata)
+        self._count(path.stem, error)
+        with new_file(self.folder / INDEX, MEND) as unfinished:
+            unfinished.write_text(json.dumps(self._index(), indent=2) + "\n")
 
-    def _errors_of_shards(self) -> dict[str, RoundingError]:
-        """Of each shard by name; read from their headers once, so that it holds whatever happened to an index."""
-        if self._errors is None:
-            self._errors = {}
-            for path in sorted(self.folder.glob("*" + SUFFIX)):
-                try:
-                    with safe_open(path, framework="pt") as opened:
-                        values = json.loads((opened.metadata() or {})["error"])
-                except (SafetensorError, OSError, KeyError, ValueError):
-                    continue  # told by name when it is read
-                self._errors[path.stem] = RoundingError(
-                    *(torch.tensor(values[name], dtype=torch.float64) for name in RoundingError._fields)
-                )
-        return self._errors
+    def _count_shards(self) -> None:
+        """Count what is in the folder: from headers, once a run, so that it holds whatever happened to an index."""
+        if self._counted is not None:
+            return
+        self._counted = set()
+        for path in sorted(self.folder.glob("*" + SUFFIX)):
+            try:
+                with safe_open(path, framework="pt") as opened:
+                    values = read_json((opened.metadata() or {})["error"])
+                error = [torch.tensor(values[name], dtype=torch.float64) for name in RoundingError._fields]
+            except READING_ERRORS:
+                continue  # told by name when it is read
+            if all(part.shape == (2, len(self._about["hooks"]) // 2) for part in error):
+                self._count(path.stem, RoundingError(*error))
 
-    def _index(self, errors: dict[str, RoundingError]) -> dict[str, Any]:
-        stacked = RoundingError(
-            *(torch.stack([v.double().cpu() for v in one]) for one in zip(*errors.values(), strict=True))
+    def _count(self, name: str, error: RoundingError) -> None:
+        """Add a shard to the running sums: however many there are, the index of one more costs the same."""
+        assert self._counted is not None
+        if name in self._counted:  # deleted under this run, and made again
+            return
+        self._counted.add(name)
+        new = RoundingError(*(value.double().cpu() for value in error))
+        old = self._error
+        self._error = (
+            new
+            if old is None
+            else RoundingError(torch.maximum(old.largest, new.largest), old.squared + new.squared, old.of + new.of)
         )
-        relative = (stacked.squared.sum(dim=0) / stacked.of.sum(dim=0)).sqrt()
-        largest = stacked.largest.amax(dim=0)
+
+    def _index(self) -> dict[str, Any]:
+        assert self._counted is not None and self._error is not None
+        relative = (self._error.squared / self._error.of).sqrt()
+        largest = self._error.largest
         return {
             **self._about,
             "model_name": self._model_name,
-            "shards": len(errors),
+            "shards": len(self._counted),
             "bound_of_error": f"{BOUND[self._dtype]:.6f} of the largest activation of a token and layer",
             "largest_error_per_layer": {"inputs": largest[0].tolist(), "outputs": largest[1].tolist()},
             "relative_error_per_layer": {"inputs": relative[0].tolist(), "outputs": relative[1].tolist()},

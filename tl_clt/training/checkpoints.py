@@ -15,8 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,9 @@ from torch import Tensor
 from tl_clt.errors import CheckpointError, NotWritten
 from tl_clt.training.gathering import own_share
 from tl_clt.training.sharding import SINGLE, ProcessGrid
-from tl_clt.training.state import TrainingState
+from tl_clt.training.state import TrainingState, readable
+from tl_clt.transcoder.formats.reading import read_json
+from tl_clt.transcoder.tensor_files import READING_ERRORS
 
 MANIFEST = "checkpoint.json"
 VALUES = "state.json"
@@ -63,10 +65,10 @@ def write(folder: Path, step: int, state: TrainingState, about: dict[str, Any], 
     Raises:
         NotWritten: the disk is full, for example.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{PREFIX}{step:08d}"
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}{step:08d}.", dir=folder))
+    unfinished = folder / f"{UNFINISHED}{step:08d}.{secrets.token_hex(8)}"
     try:
+        unfinished.mkdir(parents=True)
         _write_files(unfinished, state)
         files = {path.name: _size_and_sha256(path) for path in sorted(unfinished.iterdir())}
         manifest = {"format": FORMAT, "step": step, **about, "files": files}
@@ -104,7 +106,7 @@ def find(path: Path) -> Checkpoint:
         )
     fault = _fault(chosen)
     if fault is None:
-        manifest = json.loads((chosen / MANIFEST).read_text())
+        manifest = read_json((chosen / MANIFEST).read_text())
         about = {k: v for k, v in manifest.items() if k not in ("format", "step", "files")}
         return Checkpoint(chosen, manifest["step"], about)
     good = next((other for other in reversed(_steps(folder)) if other != chosen and _fault(other) is None), None)
@@ -115,14 +117,18 @@ def find(path: Path) -> Checkpoint:
 def read(checkpoint: Checkpoint, device: str | torch.device, grid: ProcessGrid = SINGLE) -> TrainingState:
     """Its state; random numbers and data position stay on the CPU. Of a CLT that is split among the ranks of a grid,
     each reads its own features: a checkpoint is of the whole CLT, whatever the number of ranks that made it.
+
+    Raises:
+        CheckpointError: a file is of another kind than its name says, though its checksum is right.
     """
-    tensors = {}
-    for path in sorted(checkpoint.folder.glob("*" + SUFFIX)):
-        if path.stem in PER_WEIGHT and grid.n_feature_shards > 1:
-            tensors[path.stem] = _own_rows(path, device, grid)
-        else:
-            tensors[path.stem] = load_file(path, device="cpu" if path.stem in ON_CPU else str(device))
-    return TrainingState(tensors, json.loads((checkpoint.folder / VALUES).read_text()))
+    with readable(checkpoint.folder):
+        tensors = {}
+        for path in sorted(checkpoint.folder.glob("*" + SUFFIX)):
+            if path.stem in PER_WEIGHT and grid.n_feature_shards > 1:
+                tensors[path.stem] = _own_rows(path, device, grid)
+            else:
+                tensors[path.stem] = load_file(path, device="cpu" if path.stem in ON_CPU else str(device))
+        return TrainingState(tensors, read_json((checkpoint.folder / VALUES).read_text()), checkpoint.folder)
 
 
 def _own_rows(path: Path, device: str | torch.device, grid: ProcessGrid) -> dict[str, Tensor]:
@@ -146,8 +152,8 @@ def _write_files(folder: Path, state: TrainingState) -> None:
 def _fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint, if anything."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if not isinstance(manifest["step"], int) or manifest["format"] != FORMAT:
+        manifest = read_json((folder / MANIFEST).read_text())
+        if type(manifest["step"]) is not int or manifest["format"] != FORMAT:
             return f"{MANIFEST} is of format {manifest['format']}, and this version of tl_clt reads {FORMAT}"
         for name, expected in manifest["files"].items():
             path = folder / name
@@ -157,7 +163,10 @@ def _fault(folder: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes of {expected['size']}"
             if _size_and_sha256(path) != expected:
                 return f"{name} does not have the checksum that {MANIFEST} states"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        unknown = {path.name for path in folder.iterdir()} - {MANIFEST, *manifest["files"]}
+        if unknown:
+            return f"{min(unknown)} is not among the files that {MANIFEST} names"
+    except (*READING_ERRORS, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
     return None
 
@@ -172,7 +181,7 @@ def _size_and_sha256(path: Path) -> dict[str, Any]:
 
 def _steps(folder: Path) -> list[Path]:
     """Checkpoints of a folder, good or not, oldest first."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
     return sorted(found, key=_step)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from tl_clt.errors import CheckpointError
 from tl_clt.training import checkpoints
 from tl_clt.training.config import CLTTrainingRunnerConfig
 from tl_clt.training.mixing import Position
-from tl_clt.training.state import TrainingState, capture
+from tl_clt.training.state import TrainingState, capture, readable
 from tl_clt.training.trainer import CLTTrainer
 from tl_clt.transcoder.formats.writing import require_new
 
@@ -32,7 +33,11 @@ def find_checkpoint(cfg: CLTTrainingRunnerConfig, folder: Path) -> checkpoints.C
         CheckpointError: it is damaged, or of a run with another config; the message names the first field.
     """
     checkpoint = checkpoints.find(folder)
-    before, now = _comparable(checkpoint.about["config"]), _comparable(cfg.to_dict())
+    about = checkpoint.about
+    with readable(checkpoint.folder):
+        if not isinstance(about["model_fingerprint"], str) or not 0 <= about["seconds"] < math.inf:
+            raise ValueError(f"{checkpoints.MANIFEST} has no model_fingerprint, or no seconds")
+        before, now = _comparable(about["config"]), _comparable(cfg.to_dict())
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise CheckpointError(

@@ -39,7 +39,7 @@ from tl_clt.training.resuming import (
 )
 from tl_clt.training.scaling import ActivationScale, Batch, apply_scale, estimate_scale
 from tl_clt.training.sharding import ProcessGrid, only_main_shows, own_device, process_grid
-from tl_clt.training.state import TrainingState, position_of, restore
+from tl_clt.training.state import TrainingState, position_of, restore, scale_of
 from tl_clt.training.trainer import CLTTrainer, CLTTrainerConfig
 from tl_clt.training.training_clt import TrainingCLT, TrainingCLTConfig
 from tl_clt.transcoder import CrossLayerTranscoder
@@ -270,7 +270,7 @@ class CLTTrainingRunner:
     def _clt_to_restore(
         self, start: Start, state: TrainingState, grid: ProcessGrid
     ) -> tuple[TrainingCLT, ActivationScale]:
-        scale = ActivationScale(*(tuple(side) for side in state.values["scale"].values()))
+        scale = scale_of(state, start.n_layers)
         return TrainingCLT(self._sae_config(start, scale), grid=grid), scale
 
     def _save(self, clt: CrossLayerTranscoder) -> None:

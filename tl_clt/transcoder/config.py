@@ -106,6 +106,10 @@ class CrossLayerTranscoderConfig:
                 scale is None or len(scale) == self.n_layers,
                 f"{name} has {len(scale or ())} factors for {self.n_layers} layers: give one a layer.",
             )
+            _require(
+                all(isinstance(factor, int | float) for factor in scale or ()),
+                f"{name} is {scale}: give a number for each layer.",
+            )
 
     @property
     def n_writes_at_most(self) -> int:
@@ -139,7 +143,8 @@ class CrossLayerTranscoderConfig:
         """
         known = {f.name for f in fields(cls)}
         for key in values:
-            _require(key in known, f"'{key}' is no key of CrossLayerTranscoderConfig.{nearest(key, known)}")
+            if key not in known:
+                _require(False, f"'{key}' is no key of CrossLayerTranscoderConfig.{nearest(str(key), known)}")
         for key in ("n_layers", "d_model", "d_transcoder"):
             _require(
                 key in values,

@@ -31,8 +31,8 @@ class DecoderFile(NamedTuple):
     def check(self, tensors: TensorFile, d_transcoder: int, n_writes: int, d_model: int) -> None:
         """Raise unless the open file holds a decoder of this shape."""
         wanted = (d_transcoder, self.first_slot + n_writes + self.unused_slots, d_model)
-        if wanted[1] > 1 or tensors.shape(self.key) != (d_transcoder, d_model):
-            tensors.require_shape(self.key, wanted)
+        as_matrix = wanted[1] == 1 and tensors.shape(self.key) == (d_transcoder, d_model)
+        tensors.require_shape(self.key, (d_transcoder, d_model) if as_matrix else wanted)
 
     def read(self, tensors: TensorFile, rows: slice, n_writes: int) -> Float[Tensor, "n n_writes d_model"]:
         """Some neighbouring rows, one vector for each layer written."""

@@ -207,7 +207,8 @@ class CrossLayerTranscoder(nn.Module):
         """Write the CLT to a new or empty folder, all or nothing.
 
         Raises:
-            OutputNotEmpty: the folder holds something already.
+            OutputNotEmpty: the folder holds something already, or is a file.
+            NotWritten: the disk is full, for example; nothing is left.
             FormatError: the layout cannot express this CLT (for example topk in circuit-tracer's).
         """
         from tl_clt.transcoder.formats import save

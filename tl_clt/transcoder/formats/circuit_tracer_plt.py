@@ -27,7 +27,7 @@ from tl_clt.transcoder.decoders import DecoderFile
 from tl_clt.transcoder.formats import circuit_tracer_config, gemma_scope
 from tl_clt.transcoder.formats.per_layer import LayerNames, load_layers
 from tl_clt.transcoder.formats.reading import numbered_files, read_config
-from tl_clt.transcoder.tensor_files import TensorFile, open_tensors
+from tl_clt.transcoder.tensor_files import TensorFile, open_tensors, reading
 from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 
 MODEL_KIND = "transcoder_set"
@@ -66,9 +66,11 @@ def listed_files(folder: Path, listed: Any) -> list[Path]:
             files.append(hub.fetch_file(hub.parse(entry)))
             continue
         path = folder / entry
-        if path.is_dir():
-            path = next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
-        if not path.is_file():
+        with reading(config, "list of files"):
+            if path.is_dir():
+                path = next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
+            is_here = path.is_file()
+        if not is_here:
             raise FormatError(f"'{path}', which '{config}' lists, is missing. Copy or download the set again, whole.")
         files.append(path)
     return files

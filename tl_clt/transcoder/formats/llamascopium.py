@@ -52,7 +52,14 @@ def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder:
             output_hook=_hook(values, "hook_points_out", n_layers, folder / CONFIG),
             dtype=tensors.dtype("W_E"),
         )
-        if cfg.activation != "jumprelu":
+        # Before anything of a stated size is made.
+        tensors.require_shape("W_E", shape)
+        tensors.require_shape("b_E", (n_layers, d_transcoder))
+        for t in range(n_layers):
+            tensors.require_shape(f"b_D.{t}", (d_model,))
+        if cfg.has_threshold:
+            tensors.require_shape(THRESHOLD, (n_layers, d_transcoder))
+        else:
             tensors.refuse([THRESHOLD])
     cfg = cfg if dtype is None else replace(cfg, dtype=dtype)
     decoders = read_decoders(
@@ -91,7 +98,7 @@ def _decoder_norm(tensors: TensorFile, source: int, n_layers: int) -> torch.Tens
 
 def _check(values: dict[str, Any], with_norm: Any, path: Path) -> None:
     act_fn = values.get("act_fn")
-    if act_fn not in ACTIVATIONS:
+    if not isinstance(act_fn, str) or act_fn not in ACTIVATIONS:
         raise FormatError(f"'{path}': act_fn {act_fn!r} is not supported; {', '.join(ACTIVATIONS)} are.")
     if act_fn == "topk" and with_norm:
         raise FormatError(

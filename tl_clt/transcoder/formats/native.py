@@ -36,6 +36,15 @@ def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder:
     cfg = cfg if dtype is None else replace(cfg, dtype=dtype)
     torch_dtype = getattr(torch, cfg.dtype)
     path = folder / WEIGHTS
+    L, D, F = cfg.n_layers, cfg.d_model, cfg.d_transcoder
+    stacked = {"W_enc": (L, D, F), "b_enc": (L, F), "b_dec": (L, D)}
+    stacked |= {"threshold": (L, F)} if cfg.has_threshold else {}
+    stacked |= {"W_skip": (L, D, D)} if cfg.skip else {}
+    # Before anything of a stated size is made.
+    with open_tensors(path) as tensors:
+        for name, shape in stacked.items():
+            tensors.require_shape(name, shape)
+        tensors.refuse(tensors.keys - {*stacked, *(f"W_dec.{s}" for s in range(L))})
     decoders = read_decoders(
         [DecoderFile(path, f"W_dec.{s}") for s in range(cfg.n_layers)],
         [len(cfg.targets(s)) for s in range(cfg.n_layers)],
@@ -47,13 +56,8 @@ def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder:
     )
     clt = CrossLayerTranscoder(cfg, decoders).to(device)
     with open_tensors(path) as tensors, torch.no_grad():
-        for name in STACKED:
-            weight = getattr(clt, name)
-            if weight is not None:
-                weight.copy_(tensors.tensor(name, weight.shape))
-            else:
-                tensors.refuse([name])
-        tensors.refuse(tensors.keys - {*STACKED, *(f"W_dec.{s}" for s in clt.layers)})
+        for name, shape in stacked.items():
+            getattr(clt, name).copy_(tensors.tensor(name, shape))
     return clt
 
 

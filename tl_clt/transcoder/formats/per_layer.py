@@ -89,6 +89,10 @@ def load_layers(
         device=device,
         lazy=lazy_decoder,
     )
+    # All files before the first weight: nothing is made that they do not hold.
+    for layer, path in enumerate(files):
+        with open_tensors(path) as tensors:
+            _check_layer(cfg, tensors, names(tensors).of(layer))
     clt = CrossLayerTranscoder(cfg, decoders).to(device)
     for layer, path in enumerate(files):
         with open_tensors(path) as tensors:
@@ -103,27 +107,36 @@ def _length(tensors: TensorFile, name: str) -> int:
     return shape[0]
 
 
-@torch.no_grad()
-def _read_layer(clt: CrossLayerTranscoder, layer: int, tensors: TensorFile, names: LayerNames) -> None:
-    d_model, d_transcoder = clt.cfg.d_model, clt.cfg.d_transcoder
-
-    def matrix(name: str, inputs: int, outputs: int, outputs_first: bool) -> torch.Tensor:
-        if outputs_first:
-            return tensors.tensor(name, (outputs, inputs)).T
-        return tensors.tensor(name, (inputs, outputs))
-
-    clt.W_enc[layer] = matrix(names.W_enc, d_model, d_transcoder, names.encoder_outputs_first)
-    clt.b_enc[layer] = tensors.tensor(names.b_enc, (d_transcoder,))
-    clt.b_dec[layer] = tensors.tensor(names.b_dec, (d_model,))
-    if clt.threshold is not None:
-        if names.threshold is None:
-            raise FormatError(f"'{tensors.path}' has no thresholds, but its CLT is {clt.cfg.activation} by its config.")
-        clt.threshold[layer] = tensors.tensor(names.threshold, (d_transcoder,))
+def _check_layer(cfg: CrossLayerTranscoderConfig, tensors: TensorFile, names: LayerNames) -> None:
+    """Raise unless a file holds what its CLT has, in the right shape, and nothing that the CLT has not."""
+    D, F = cfg.d_model, cfg.d_transcoder
+    tensors.require_shape(names.W_enc, (F, D) if names.encoder_outputs_first else (D, F))
+    tensors.require_shape(names.b_enc, (F,))
+    tensors.require_shape(names.b_dec, (D,))
+    if names.threshold is None and cfg.has_threshold:
+        raise FormatError(f"'{tensors.path}' has no thresholds, but its CLT is {cfg.activation} by its config.")
+    if names.threshold is not None and cfg.has_threshold:
+        tensors.require_shape(names.threshold, (F,))
     elif names.threshold is not None:
         tensors.refuse([names.threshold])
-    if names.W_skip is not None and clt.W_skip is not None:
-        clt.W_skip[layer] = matrix(names.W_skip, d_model, d_model, names.skip_outputs_first)
+    if names.W_skip is None and cfg.skip:
+        raise FormatError(f"'{tensors.path}' has no skip connection, but other files of its CLT have one.")
+    if names.W_skip is not None and cfg.skip:
+        tensors.require_shape(names.W_skip, (D, D))
     elif names.W_skip is not None:
         tensors.refuse([names.W_skip])
-    elif clt.W_skip is not None:
-        raise FormatError(f"'{tensors.path}' has no skip connection, but other files of its CLT have one.")
+
+
+@torch.no_grad()
+def _read_layer(clt: CrossLayerTranscoder, layer: int, tensors: TensorFile, names: LayerNames) -> None:
+    """Read a file that was checked."""
+    whole = (slice(None),)
+    W_enc = tensors.part(names.W_enc, whole)
+    clt.W_enc[layer] = W_enc.T if names.encoder_outputs_first else W_enc
+    clt.b_enc[layer] = tensors.part(names.b_enc, whole)
+    clt.b_dec[layer] = tensors.part(names.b_dec, whole)
+    if clt.threshold is not None and names.threshold is not None:
+        clt.threshold[layer] = tensors.part(names.threshold, whole)
+    if clt.W_skip is not None and names.W_skip is not None:
+        W_skip = tensors.part(names.W_skip, whole)
+        clt.W_skip[layer] = W_skip.T if names.skip_outputs_first else W_skip

@@ -34,10 +34,10 @@ def recognises(folder: Path) -> bool:
 def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder: bool) -> CrossLayerTranscoder:
     """Read a set of per-layer transcoders from this layout."""
     found = {int(m[1]): p for p in folder.iterdir() if (m := re.fullmatch(FOLDER, p.name))}
-    missing = sorted(set(range(max(found) + 1)) - set(found))
-    if missing:
+    missing = next((layer for layer in range(len(found)) if layer not in found), None)
+    if missing is not None:
         raise FormatError(
-            f"'{folder}' has {found[max(found)].name} but nothing of layer {missing[0]}: a graph needs a transcoder of"
+            f"'{folder}' has {found[max(found)].name} but nothing of layer {missing}: a graph needs a transcoder of"
             " every layer. Copy or download the set again, whole, or train the layers that are missing."
         )
     configs = [read_config(found[layer] / "cfg.json") for layer in range(len(found))]

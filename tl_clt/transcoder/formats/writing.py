@@ -1,56 +1,154 @@
-"""Writing a folder all or nothing."""
+"""Writing files and folders all or nothing, and finding before long work whether a path can be written."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tl_clt.errors import OutputNotEmpty
+from safetensors import SafetensorError
+
+from tl_clt.errors import NotWritten, OutputNotEmpty, TlCltError
+
+MEND = "Make room, or give a path that you may write to."
 
 
 def require_new(path: Path) -> None:
-    """Raise `OutputNotEmpty` unless the path is absent or an empty folder."""
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise OutputNotEmpty(f"'{path}' is not empty. Give a new folder, or empty it first.")
+    """Check that a new folder can be made at a path.
+
+    Raises:
+        OutputNotEmpty: a file is there, or a folder that holds something.
+        NotWritten: it lies below a file, or where nothing may be written.
+    """
+    with _named_errors(path, MEND):
+        if path.is_file():
+            raise OutputNotEmpty(f"'{path}' is a file, and a folder is to be written. Give a new folder.")
+        if path.is_dir() and any(path.iterdir()):
+            raise OutputNotEmpty(f"'{path}' is not empty. Give a new folder, or empty it first.")
+        _require_place(path, path)
+
+
+def require_file(path: Path) -> None:
+    """Check that a file can be written at a path, where one may be already.
+
+    Raises:
+        NotWritten: a folder is there, or it lies below a file or where nothing may be written.
+    """
+    with _named_errors(path, MEND):
+        if path.is_dir():
+            raise NotWritten(f"'{path}' is a folder, and a file is to be written. Give a file's name within it.")
+        _require_place(path, path.parent)
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `folder` at the end, or disappears on an error.
+    """A folder to write into that becomes `folder` at the end, or disappears on an error. Missing parents are made.
 
     Raises:
-        OutputNotEmpty: `folder` holds something already.
+        OutputNotEmpty: `folder` holds something already, or is a file.
+        NotWritten: the disk is full, for example; nothing of it is left.
     """
     require_new(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield unfinished
-        if folder.is_dir():
-            folder.rmdir()
-        unfinished.chmod(0o777 & ~_umask())
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    if folder.is_dir():
+        # It may be where a disk is mounted, a link, or where the user is: it is filled and not replaced.
+        with files_into(folder) as unfinished:
+            yield unfinished
+        return
+    with _named_errors(folder, MEND), _parent_of(folder) as parent:
+        unfinished = parent / _unfinished_name()
+        try:
+            unfinished.mkdir()
+            yield unfinished
+            unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A file to write that replaces `path` at the end, or disappears on an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+def files_into(folder: Path) -> Iterator[Path]:
+    """A folder to write files into that come into `folder` at the end, or disappear on an error. What else is in
+    `folder` stays; missing folders are made.
+
+    Raises:
+        NotWritten: the disk is full, for example; nothing of them is left, and files of the same names stay.
+    """
+    with _named_errors(folder, MEND):
+        _require_place(folder, folder)
+        with _parent_of(folder / "_") as inside:
+            unfinished = inside / _unfinished_name()
+            try:
+                unfinished.mkdir()
+                yield unfinished
+                written = sorted(unfinished.iterdir())
+                for path in written:
+                    if (folder / path.name).is_dir():
+                        raise NotWritten(f"'{folder / path.name}' is a folder, and a file is to be written. Remove it.")
+                for path in written:
+                    path.replace(folder / path.name)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def new_file(path: Path, mend: str = MEND) -> Iterator[Path]:
+    """A file to write that replaces `path` at the end, or disappears on an error. Missing parents are made.
+
+    Args:
+        path: the file.
+        mend: what the user can do where it could not be written.
+
+    Raises:
+        NotWritten: a folder is there, or the disk is full, for example; what was there stays.
+    """
+    require_file(path)
+    with _named_errors(path, mend), _parent_of(path) as parent:
+        unfinished = parent / _unfinished_name()
+        try:
+            yield unfinished
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named_errors(path: Path, mend: str) -> Iterator[None]:
+    """Within, an error of the system becomes one of ours that names the path and the mend."""
     try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        yield
+    except TlCltError:
+        raise
+    except (OSError, SafetensorError) as error:
+        cause = (error.strerror if isinstance(error, OSError) else None) or error
+        raise NotWritten(f"'{path}' could not be written ({cause}). Nothing half-written is left. {mend}") from error
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+def _require_place(path: Path, folder: Path) -> None:
+    """Raise unless `folder`, or the first of its parents that is there, is a folder that may be written to."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        path.lstat()  # a name that is too long, for example, is told here
+    there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
+    if not there.is_dir():
+        raise NotWritten(f"'{path}' cannot be written: '{there}' is no folder. Give another path.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise NotWritten(f"'{path}' cannot be written: '{there}' may not be written to. Give another path.")
+
+
+@contextmanager
+def _parent_of(path: Path) -> Iterator[Path]:
+    """The folder of a path; where it is made for it, it disappears again on an error."""
+    made = [parent for parent in path.absolute().parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield path.parent
+    except BaseException:
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+        raise
+
+
+def _unfinished_name() -> str:
+    return f".unfinished.{secrets.token_hex(8)}"
