@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from tests.attribution.conftest import TOKENS
-from tests.models import tiny_clt
+from tests.models import tiny_clt, tiny_hf
 from tl_clt import attach, attribute
 from tl_clt.attribution import NodeKind
 from tl_clt.errors import (
@@ -14,6 +18,7 @@ from tl_clt.errors import (
     CLTMismatch,
     ConfigError,
     HookNotFound,
+    ModelUnsupported,
     PromptError,
     TargetError,
     TokenizerMissing,
@@ -114,6 +119,42 @@ BAD = [
     ({"max_feature_nodes": -1}, ConfigError, "0 or more"),
     ({"batch_size": 0}, ConfigError, "at least 1"),
 ]
+NO_NUMBERS = {
+    "max_n_logits": 2.5,
+    "desired_logit_prob": "half",
+    "max_feature_nodes": 3.0,
+    "max_unexplored": True,
+    "batch_size": True,
+    "keep_edges": "most",
+    "memory_limit": float("nan"),
+    "bias_nodes": "no",
+    "progress": None,
+}
+
+
+@pytest.mark.parametrize("option", NO_NUMBERS)
+def test_what_is_no_number_is_named_with_its_type(model, clt, option, as_users_run_it):
+    with pytest.raises((ConfigError, TargetError), match=f"{option} is .*: give "):
+        attribute(model, clt, TOKENS, **{option: NO_NUMBERS[option]})
+
+
+def test_numbers_of_numpy_pandas_and_tensors_are_numbers(model, clt, as_users_run_it):
+    wanted = attribute(model, clt, TOKENS, max_n_logits=2, max_feature_nodes=5, batch_size=4, keep_edges=0.5)
+    as_numpy = {"max_n_logits": np.int64(2), "max_feature_nodes": np.uint8(5), "keep_edges": np.float32(0.5)}
+    of_others = {"batch_size": torch.tensor(4), "bias_nodes": np.bool_(True)}
+    graph = attribute(model, clt, TOKENS, **as_numpy, **of_others, desired_logit_prob=pd.Series([0.95])[0])
+    torch.testing.assert_close(graph.adjacency.to_dense(), wanted.adjacency.to_dense(), rtol=0, atol=0)
+    json.dumps(graph.prune(np.float32(0.5), torch.tensor(0.5)).info)
+
+
+def test_swapped_and_missing_models_are_named(model, clt, as_users_run_it):
+    for given in ((clt, model), (None, clt), (torch.nn.Linear(2, 2), clt)):
+        with pytest.raises(ModelUnsupported, match="The model is .*: give a HookedTransformer"):
+            attribute(*given, TOKENS)
+    with pytest.raises(ModelUnsupported, match=r"TransformerBridge\.boot_transformers"):
+        attribute(tiny_hf("gpt2"), clt, TOKENS)
+    with pytest.raises(CLTMismatch, match="The CLT is None: give a CrossLayerTranscoder"):
+        attribute(model, None, TOKENS)
 
 
 @pytest.mark.parametrize(("options", "error", "message"), BAD)

@@ -54,9 +54,11 @@ def test_what_is_missing_has_edges(one_of_each):
     assert graph.adjacency[:, missing].any(dim=0).any()
 
 
-def test_a_prompt_against_itself_shows_nothing(one_of_each):
-    graph = attribute(one_of_each, tiny_clt(one_of_each), HERE, contrast=HERE)
-    assert graph.adjacency.abs().max() < 1e-12
+def test_a_prompt_against_itself_is_refused(one_of_each):
+    clt = tiny_clt(one_of_each)
+    for prompts, contrast in ((HERE, HERE), ([THERE, HERE], HERE), ([THERE, HERE], [HERE, HERE])):
+        with pytest.raises(PromptError, match="the prompt itself, so that nothing differs"):
+            attribute(one_of_each, clt, prompts, contrast=contrast)
 
 
 def test_the_contrast_is_kept_on_disk_and_in_pruned_graphs(one_of_each, tmp_path):

@@ -17,13 +17,14 @@ def test_visits_kept_up_to_date_are_those_computed_anew(model, clt, graph, monke
     rounds, trace = [], expansion.Expansion.trace
 
     def check(self, features, batch_size, bar, ranked):
-        trace(self, features, batch_size, bar, ranked)
+        n_traced = trace(self, features, batch_size, bar, ranked)
         rows = graph.adjacency * self.expanded[:, None]
         if keep_edges is None:
             weights = graph.logit_weights / graph.logit_probs.sum()
             wanted = weights + node_influence(rows, graph.nodes, weights)
             torch.testing.assert_close(self.visits, wanted, rtol=1e-12, atol=1e-15)
         rounds.append(float(self.open_shares().sum()))
+        return n_traced
 
     monkeypatch.setattr(expansion.Expansion, "trace", check)
     part = attribute(model, clt, TOKENS, max_unexplored=0.02, batch_size=1, keep_edges=keep_edges)

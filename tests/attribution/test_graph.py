@@ -109,5 +109,5 @@ def test_thresholds_out_of_range(graph, threshold):
 
 
 def test_unknown_score_definition(graph, as_users_run_it):
-    with pytest.raises(ConfigError, match="'paper' or 'circuit-tracer'"):
+    with pytest.raises(ConfigError, match="definition is 'mine': give one of paper, circuit-tracer"):
         graph.scores("mine")

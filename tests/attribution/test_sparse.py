@@ -131,15 +131,19 @@ def test_the_batch_size_follows_the_limit(model, clt, graph, limited, monkeypatc
     assert sizes[2] == min(memory.CPU_BATCH, int(graph.expanded.sum()))
 
 
-@pytest.mark.parametrize(("options", "mend"), [({"keep_edges": 0.9}, "smaller keep_edges"), ({}, "a higher memory_l")])
+@pytest.mark.parametrize(
+    ("options", "room", "mend"),
+    [({"keep_edges": 0.9}, 2.6e3, "smaller keep_edges"), ({}, 2e4, "a higher memory_limit")],
+)
 def test_a_trace_that_outgrows_its_room_ends_early_with_the_most_influential(
-    model, clt, graph, limited, monkeypatch, options, mend
+    model, clt, limited, monkeypatch, options, room, mend
 ):
+    graph = attribute(model, clt, TOKENS, max_n_logits=1)
     at_work = memory._at_work(engine_of(model, clt, monkeypatch), 4)
     with pytest.warns(UserWarning, match=f"Tracing ended after .* unexplored share.*{mend}"):
-        part = limited(model, clt, at_work + 3e4, max_unexplored=0.0, batch_size=4, **options)
+        part = limited(model, clt, at_work + room, max_n_logits=1, max_unexplored=0.0, batch_size=4, **options)
     assert 0 < part.shares().unexplored < 1
-    assert 10 < part.expanded.sum() < graph.expanded.sum()
+    assert 5 < part.expanded.sum() < graph.expanded.sum()
     whole = graph.influence() / graph.logit_probs.sum()
     assert ((whole - part.influence() / part.logit_probs.sum()).abs() <= part.unexplored + 1e-12).all()
     features = graph.nodes.where(NodeKind.FEATURE)
@@ -152,7 +156,7 @@ def engine_of(model, clt, monkeypatch):
     found, plan = [], tracing.plan_memory
     with monkeypatch.context() as patched:
         patched.setattr(tracing, "plan_memory", lambda *a, **k: found.append(a[0]) or plan(*a, **k))
-        attribute(model, clt, TOKENS)
+        attribute(model, clt, TOKENS, max_n_logits=1)
     return found[0]
 
 
@@ -160,13 +164,12 @@ def engine_of(model, clt, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_strongest_are_those_that_sorting_finds(share, dtype):
     generator = torch.Generator().manual_seed(0)
-    sizes = (
-        torch.rand(50, 300, generator=generator, dtype=dtype).pow(8) * torch.logspace(-30, 20, 50, dtype=dtype)[:, None]
-    )
+    sizes = torch.rand(50, 300, generator=generator, dtype=dtype).pow(8)
+    sizes *= torch.logspace(-30, 20, 50, dtype=dtype)[:, None]
     sizes[:, ::7] = 0
     sizes[3] = 0  # Nothing comes in.
     sizes[4] = 1  # All alike.
-    sizes[5, 1:] = 0  # One edge.
+    sizes[5, 2:] = 0  # One edge, since the first is 0.
     kept = row_store.strongest(sizes, share)
     ordered = sizes.double().sort(dim=1, descending=True).values
     sums = ordered.cumsum(dim=1)

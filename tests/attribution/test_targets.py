@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.attribution.conftest import TOKENS
-from tl_clt import NodeKind, attribute
+from tl_clt import AttributionGraph, NodeKind, attribute
 from tl_clt.attribution import DifferenceTarget, DirectionTarget, FeatureTarget, TokenTarget
 from tl_clt.errors import HookNotFound, TargetError
 
@@ -61,6 +61,25 @@ def test_a_feature_target_has_the_edges_of_its_node(model, clt, graph):
     torch.testing.assert_close(found.adjacency[end, : int(end)], graph.adjacency[node, : int(end)])
 
 
+def test_a_graph_knows_its_targets_also_from_a_file(model, clt, tmp_path):
+    direction = torch.randn(model.cfg.d_model, dtype=torch.float64)
+    named = [
+        TokenTarget(9, pos=2),
+        DifferenceTarget(5, 6, pos=-1),
+        FeatureTarget(1, 4, pos=3),
+        DirectionTarget(direction, "blocks.1.hook_resid_post", pos=4, name="random"),
+        DirectionTarget(direction, "blocks.0.hook_resid_mid", pos=4),
+    ]
+    graph = attribute(model, clt, TOKENS, targets=[7, *named])
+    for found in (graph, AttributionGraph.load(graph.save(tmp_path / "graph.safetensors")), graph.prune()):
+        assert found.targets is not None
+        assert found.targets[:4] == [TokenTarget(7, len(TOKENS) - 1), named[0], DifferenceTarget(5, 6, 6), named[2]]
+        for target, wanted in zip(found.targets[4:], named[3:], strict=True):
+            assert isinstance(target, DirectionTarget) and isinstance(wanted, DirectionTarget)
+            assert (target.hook, target.pos, target.name) == (wanted.hook, wanted.pos, wanted.name)
+            assert torch.equal(target.direction, direction)
+
+
 def test_several_prompts_give_the_graphs_of_each(model, clt):
     prompts = [[0, 7, 19], [0, 5, 6, 30], [0, 1]]
     graphs = attribute(model, clt, prompts)
@@ -78,7 +97,6 @@ BAD = [
     ([FeatureTarget(3, 0)], TargetError, "layers run from 0 to 2"),
     ([FeatureTarget(0, 24)], TargetError, "features from 0 to 23"),
     ([DirectionTarget(torch.zeros(3), "blocks.0.hook_resid_post")], TargetError, "shape \\[3\\]"),
-    ([DirectionTarget(torch.full((32,), torch.nan), "blocks.0.hook_resid_post")], TargetError, "finite"),
     ([DirectionTarget(torch.zeros(32), "blocks.0.hook_mlp_out")], TargetError, "no hook of the residual stream"),
     ([DirectionTarget(torch.zeros(32), "blocks.9.hook_resid_post")], HookNotFound, "Nearest"),
     ([3, TokenTarget(3)], TargetError, "twice"),

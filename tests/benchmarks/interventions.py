@@ -12,7 +12,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import torch
 import typer
@@ -23,7 +23,7 @@ from rich.table import Table
 from tests.interventions.two_hop import CITY, LAST, Outcome, Place, TwoHop
 from tl_clt import CrossLayerTranscoder, attribute, load_model, load_organism, validate
 from tl_clt.interventions import Freeze, ValidationReport
-from tl_clt.interventions.validation_report import select
+from tl_clt.interventions.validation_report import brief, select
 from tl_clt.lens import HookedModel
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -46,6 +46,11 @@ GEMMA_PROMPTS = (
     "The opposite of small is",
     "The Eiffel Tower is in the city of",
     "One, two, three, four,",
+    "The chemical symbol for gold is",
+    "Monday, Tuesday, Wednesday,",
+    "The first president of the United States was George",
+    "Water freezes at zero degrees",
+    "She opened the door and saw a",
 )
 
 
@@ -82,9 +87,10 @@ def swaps(
 def validate_graphs(
     n_prompts: Annotated[int, typer.Option(help="Of atlas: half trained, half held out; 0 for none.")] = 20,
     n_features: Annotated[int, typer.Option(help="Features of each graph, controls not counted.")] = 64,
-    gemma: Annotated[Optional[Path], typer.Option(help="Hugging Face folder of Gemma 3 270M.")] = None,
+    gemma: Annotated[Optional[Path], typer.Option(help="Hugging Face folder or .gguf file of Gemma 3 270M.")] = None,
     gemma_clt: Annotated[Optional[Path], typer.Option(help="A CLT of it.")] = None,
     freeze: str = "attention",
+    max_feature_nodes: Annotated[Optional[int], typer.Option(help="Of Gemma's graphs.")] = None,
     output: Annotated[Optional[Path], typer.Option(help="New folder for CSV, JSON and figures.")] = None,
     threads: int = 2,
 ) -> None:
@@ -97,7 +103,7 @@ def validate_graphs(
         report_on("atlas", model, clt, prompts, n_features, freeze, output)
     if gemma is not None and gemma_clt is not None:
         model, clt = load_model(gemma), CrossLayerTranscoder.from_pretrained(gemma_clt)
-        report_on("gemma", model, clt, GEMMA_PROMPTS, n_features, freeze, output)
+        report_on("gemma", model, clt, GEMMA_PROMPTS, n_features, freeze, output, max_feature_nodes)
 
 
 def report_on(
@@ -108,9 +114,10 @@ def report_on(
     n_features: int,
     freeze: Freeze | str,
     output: Path | None,
+    max_feature_nodes: int | None = None,
 ) -> None:
     """Validate a graph of each prompt, and print the joined report."""
-    graphs = [attribute(model, clt, prompt, progress=False) for prompt in prompts]
+    graphs = [attribute(model, clt, p, max_feature_nodes=max_feature_nodes, progress=False) for p in prompts]
     reports = [validate(g, model, clt, n_features, freeze=freeze, progress=False) for g in graphs]  # type: ignore[arg-type]
     report = ValidationReport.concat(reports)
     n = report.info["n_features"], report.info["n_controls"]
@@ -120,21 +127,12 @@ def report_on(
         f"[bold]{name}[/bold], {len(prompts)} prompts, {n[0]} features and {n[1]} controls, freeze={freeze},"
         f" ablated; replacement {replacement:.2f}, completeness {completeness:.2f} (means)"
     )
-    summary = report.summary.drop(columns="threshold")
-    summary.insert(6, "spearman, mean of prompts", [mean_spearman(reports, row) for row in summary.itertuples()])
-    show(summary, f"threshold {report.threshold:g}")
-    show(report.controls, "the most influential features beside matched random ones: relative effect on the logits")
+    show(brief(report.chance), f"rank correlations beside CLTs of chance; intervals: {report.info['intervals']}")
+    show(select(report.summary, errors="all").drop(columns="threshold"), f"threshold {report.threshold:g}")
+    show(report.controls, "the most influential features beside others of like activation: relative effect on logits")
     show(report.switched_on, "features switched on by a change, which no graph has; mean")
     if output is not None:
         console.print(f"saved: {report.save(output / name)}")
-
-
-def mean_spearman(reports: list[ValidationReport], row: Any) -> float:
-    """Mean over prompts; none of splits, since the median that splits a single prompt is its own."""
-    if row.errors != "all":
-        return float("nan")
-    same = {"kind": row.kind, "measured_at": row.measured_at, "prediction": row.prediction, "errors": "all"}
-    return fmean(select(r.summary, **same)["spearman"].iloc[0] for r in reports)
 
 
 def show(frame: DataFrame, title: str) -> None:

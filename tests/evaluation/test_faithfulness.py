@@ -231,14 +231,14 @@ def test_features_that_write_nothing_are_left_out(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kinds": []}, "kinds are []: give some of feature, encoder, random"),
-        ({"kinds": ["decoder"]}, "kinds are ['decoder']"),
-        ({"frozen_norms": []}, "frozen_norms is empty"),
+        ({"kinds": []}, "kinds is [], of type list: give some of feature, encoder, random"),
+        ({"kinds": ["decoder"]}, "kinds[0] is 'decoder': give one of feature, encoder, random"),
+        ({"frozen_norms": []}, "frozen_norms is [], of type list: give False, True or both"),
         ({"size": 0.0}, "size is 0.0"),
         ({"size": math.nan}, "size is nan"),
         ({"n_perturbations": 0}, "n_perturbations is 0: give at least 1"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"real_freeze": ["norms"]}, "real_freeze is ['norms']: give some of attention, all, none"),
+        ({"real_freeze": ["norms"]}, "real_freeze[0] is 'norms': give one of attention, all, none"),
         ({"real_freeze": []}, "real_freeze is []"),
     ],
 )

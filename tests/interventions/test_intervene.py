@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ HIGHER = Intervention(layer=1, feature=0, value=1)
 @pytest.mark.parametrize("freeze", ["attention", "all", "none"])
 def test_logits_and_features_are_those_of_the_hooked_run(model: Model, tokens: Tensor, through_layer, freeze):
     clt = tiny_clt(model)
-    effect = intervene(model, clt, tokens, [SET], through_layer, freeze)
+    after = "blocks.1.hook_resid_post"
+    effect = intervene(model, clt, tokens, [SET], through_layer, freeze, record=[after])
     hooks = intervention_hooks(model, clt, tokens, [SET], through_layer, freeze)
     with torch.no_grad(), model.hooks(fwd_hooks=hooks):
         logits, cache = model.run_with_cache(tokens)
@@ -42,6 +44,8 @@ def test_logits_and_features_are_those_of_the_hooked_run(model: Model, tokens: T
     torch.testing.assert_close(effect.baseline_inputs, clean.inputs, **CLOSE)
     torch.testing.assert_close(effect.baseline_feature_acts, clt.encode(clean.inputs), **CLOSE)
     assert torch.equal(effect.baseline_logits, clean.logits)
+    torch.testing.assert_close(effect.recorded[after].value, cache[after], **CLOSE)
+    torch.testing.assert_close(effect.recorded[after].baseline, model.run_with_cache(tokens)[1][after], **CLOSE)
     pre = torch.stack([clt.encode_layer(inputs[..., t, :], t).hidden_pre for t in clt.layers], dim=-2)
     torch.testing.assert_close(effect.hidden_pre, pre, **CLOSE)
     assert effect.feature_acts.shape == (2, 7, 3, 24) and not effect.logits.requires_grad
@@ -268,10 +272,10 @@ def test_swaps_out_of_range(session_models, positions: dict, features, message: 
 BAD_NUMBERS = {
     "nothing": ({}, "sets nothing: give exactly one of value, scale, add or noise"),
     "two": ({"value": 1, "scale": 2.0}, "sets value and scale: give exactly one"),
-    "nan": ({"value": math.nan}, "value is nan. Give a finite number"),
+    "nan": ({"value": math.nan}, "value is nan: give a finite number"),
     "infinite": ({"scale": math.inf}, "scale is inf"),
     "infinite noise": ({"noise": -math.inf}, "noise is -inf"),
-    "nan in a list": ({"add": [1.0, math.nan]}, "add is nan"),
+    "nan in a list": ({"add": [1.0, math.nan]}, r"add\[1\] is nan: give a finite number"),
     "too few": ({"value": [1.0]}, "1 numbers for 2 features"),
     "no feature": ({"feature": [], "value": 1}, "name at least one feature"),
     "twice": ({"feature": [3, 3], "value": 1}, "each once"),
@@ -313,7 +317,7 @@ def test_bad_directions(session_models):
     model = session_models("hooked-gpt2")
     tokens, clt = random_tokens(model), tiny_clt(model)
     for vector in (torch.zeros(32), torch.full((32,), math.nan)):
-        with pytest.raises(InterventionError, match="zero or not finite"):
+        with pytest.raises(InterventionError, match="is zero: give a direction|not be finite: give finite"):
             DirectionIntervention(layer=0, vector=vector, add=1)
     for layer, width, message in ((0, 31, "31 entries, but d_model is 32"), (3, 32, "no layer 3"), (-2, 32, "-1 for")):
         with pytest.raises(InterventionError, match=message):
@@ -372,3 +376,54 @@ def test_a_prompt_that_is_not_there(one_of_each: Model, prompt: int):
     tokens = random_tokens(one_of_each, batch=2)
     with pytest.raises(InterventionError, match="numbered from 0" if prompt < 0 else "batch has prompts 0 to 1"):
         intervene(one_of_each, tiny_clt(one_of_each), tokens, [Intervention(layer=0, feature=0, add=1, prompt=prompt)])
+
+
+# -- what is meant, and what is no intervention ------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_numbers_of_numpy_and_tensors_are_numbers(one_of_each: Model):
+    clt, tokens = tiny_clt(one_of_each), random_tokens(one_of_each)
+    wanted = Intervention(layer=1, pos=[2, 3], feature=[4, 5], value=[1.0, 2.0])
+    ways = [
+        Intervention(
+            layer=np.int64(1), pos=torch.tensor([2, 3]), feature=np.array([4, 5]), value=torch.tensor([1.0, 2.0])
+        ),
+        Intervention(layer=torch.tensor(1), pos=range(2, 4), feature=range(4, 6), value=np.array([1.0, 2.0])),
+    ]
+    assert ways == [wanted, wanted]
+    effect = intervene(one_of_each, clt, tokens, [wanted], np.int64(2))
+    for given in (wanted, ways, iter([wanted])):
+        assert torch.equal(intervene(one_of_each, clt, tokens, given, 2).logits, effect.logits)
+    assert len(effect.top_changes(np.int64(3), torch.tensor(-1))) == 3
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"feature": 1.5, "value": 1.0},
+        {"feature": "3", "value": 1.0},
+        {"feature": True, "value": 1.0},
+        {"feature": 3, "value": "much"},
+        {"feature": 3, "value": True},
+        {"feature": 3, "value": np.zeros((2, 2))},
+        {"feature": 3, "noise": [1.0]},
+        {"feature": 3, "value": 1.0, "pos": 1.0},
+        {"feature": 3, "value": 1.0, "pos": slice("a", None)},
+        {"feature": 3, "value": 1.0, "seed": 0.5},
+        {"feature": 3, "value": 1.0, "layer": None},
+        {"feature": 3, "value": 10**400},
+    ],
+    ids=str,
+)
+def test_what_is_no_number_is_refused(given: dict):
+    with pytest.raises(InterventionError, match=": give "):
+        Intervention(**{"layer": 1, **given})
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("given", [None, 3, "1:2:3=0", {"layer": 1}, [None], [[SET]]], ids=str)
+def test_what_is_no_intervention_is_refused(one_of_each: Model, given):
+    with pytest.raises(InterventionError, match=r"interventions(\[0\])? is .*: give an Intervention"):
+        intervene(one_of_each, tiny_clt(one_of_each), random_tokens(one_of_each), given)

@@ -186,12 +186,12 @@ def test_figures_show_every_token(model, clt, prompt, tmp_path):
 @pytest.mark.parametrize(
     ("given", "strengths", "options", "message"),
     [
-        ([LOW], [], {}, "strengths are []"),
-        ([LOW], [1, math.nan], {}, "finite numbers"),
+        ([LOW], [], {}, "strengths is [], of type list: give finite numbers, at least one"),
+        ([LOW], [1, math.nan], {}, "strengths[1] is nan: give a finite number"),
         ([], [1], {}, "none other than 0"),
         ([Intervention(layer=0, feature=1, scale=0)], [1, 2], {}, "Give value=1 or scale=1"),
         ([LOW], [1, 2], {"tolerance": 0.0}, "tolerance is 0.0"),
-        ([LOW], [1, 2], {"pos": 7}, "pos is 7: the prompt has positions 0 to 6"),
+        ([LOW], [1, 2], {"pos": 7}, "pos is 7: give -7 to 6, the prompt's positions"),
         ([Intervention(layer=3, feature=1, value=1)], [1], {}, "there is no layer 3"),
     ],
 )
@@ -215,3 +215,22 @@ def test_bad_end_layer_sweeps_are_refused(model, clt, prompt):
         sweep_end_layer(model, clt, prompt, [], [5])
     with pytest.raises(InterventionError, match="there is no layer 7"):
         sweep_end_layer(model, clt, prompt, [Intervention(layer=7, feature=1, value=1)], [5])
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_one_of_each_is_a_list_of_one(model, clt, prompt):
+    wanted = sweep_strength(model, clt, prompt, [LOW], [0.5], [5]).table
+    for strengths in (0.5, np.float32(0.5), torch.tensor(0.5), torch.tensor([0.5])):
+        assert sweep_strength(model, clt, prompt, LOW, strengths, np.int64(5)).table.equals(wanted)
+    assert sweep_end_layer(model, clt, prompt, LOW, 5).table.equals(
+        sweep_end_layer(model, clt, prompt, [LOW], [5]).table
+    )
+    both = measure_interaction(model, clt, prompt, [LOW], HIGH, torch.tensor(5)).table
+    assert both.equals(measure_interaction(model, clt, prompt, LOW, HIGH, [5]).table)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_what_is_no_strength_is_refused(model, clt, prompt):
+    for strengths in ("0.5", None, [True], {0.5}, [1j]):
+        with pytest.raises(InterventionError, match="strengths.*: give"):
+            sweep_strength(model, clt, prompt, LOW, strengths, [5])

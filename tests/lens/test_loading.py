@@ -107,7 +107,7 @@ def test_loading_says_nothing(folder: Path, backend, capfd: pytest.CaptureFixtur
 
 @pytest.mark.usefixtures("as_users_run_it")
 def test_an_unknown_backend_raises(folder: Path):
-    with pytest.raises(ConfigError, match="backend is 'nnsight': give 'hooked' or 'bridge'"):
+    with pytest.raises(ConfigError, match="backend is 'nnsight': give one of hooked, bridge"):
         load_model(folder, backend="nnsight")  # type: ignore[arg-type]
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from transformers import BatchEncoding
 
 from tests.models import Model
+from tl_clt import load_organism
 from tl_clt.errors import PromptError, TokenizerMissing
 from tl_clt.lens import require_tokenizer, to_tokens, token_strings
 
@@ -100,3 +107,59 @@ def test_token_strings_are_words_or_numbers(reader: Model, wordless: Model):
     tokens = torch.tensor([0, 3, 4])
     assert [s.strip() for s in token_strings(reader, tokens)] == ["w0", "w3", "w4"]
     assert token_strings(wordless, tokens) == ["#0", "#3", "#4"]
+
+
+# -- what is meant -----------------------------------------------------------------------------------------
+
+
+def test_text_that_begins_with_the_beginning_of_sequence_gets_no_second_one(reader: Model):
+    for text in ("w0 w3 w4", " w0 w3 w4", "w3 w4"):
+        assert to_tokens(reader, text).tolist() == [0, 3, 4]
+    assert to_tokens(reader, "w0 w0 w3").tolist() == [0, 0, 3]
+
+
+def test_the_same_of_a_hooked_transformer():
+    model, _ = load_organism("atlas")
+    bos = model.tokenizer.bos_token
+    plain = to_tokens(model, "the capital of Texas is").tolist()
+    assert to_tokens(model, f"{bos} the capital of Texas is").tolist() == plain
+    assert plain.count(model.tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_ids_of_numpy_pandas_and_tokenizers_are_taken(reader: Model):
+    encoding = {"input_ids": [[2, 2, 5, 6]], "attention_mask": [[0, 0, 1, 1]]}
+    ways = [np.array([5, 6]), pd.Series([5, 6]), [np.int64(5), torch.tensor(6)], range(5, 7), {"input_ids": [5, 6]}]
+    for given in (*ways, BatchEncoding(encoding), BatchEncoding({k: torch.tensor(v) for k, v in encoding.items()})):
+        assert to_tokens(reader, given).tolist() == [5, 6]
+    assert to_tokens(reader, reader.tokenizer("w5 w6")).tolist()[-2:] == [5, 6]
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("w3 \ud83d w4", "half of a surrogate pair"),
+        (None, "The prompt is None: give text, or token ids"),
+        (5, "The prompt is 5, of type int"),
+        (Path("w3"), "of type PosixPath"),
+        ({3, 4}, "of type set"),
+        ({"a": 3}, "without input_ids"),
+        ([3, True], "holds True"),
+        (torch.zeros(4, dtype=torch.long, device="meta"), "without values"),
+        ({"input_ids": [3, 4, 5], "attention_mask": [1, 0, 1]}, "has a gap"),
+        ({"input_ids": [[3, 4], [5, 6]]}, "an encoding of 2 prompts"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_else_is_no_prompt_is_refused_with_the_cause(reader: Model, prompt, message: str):
+    with pytest.raises(PromptError, match=message):
+        to_tokens(reader, prompt)
+
+
+def test_words_that_the_tokenizer_does_not_know_are_warned_of(reader: Model):
+    with pytest.warns(UserWarning, match="a part of the prompt that it does not know as 'w1'"):
+        to_tokens(reader, "w3 Dallas")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        to_tokens(reader, "w3 w1")

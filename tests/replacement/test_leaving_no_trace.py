@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformer_lens import HookedTransformer
 
 from tests.models import Model, input_hook_of, random_tokens, tiny_clt, tiny_hooked
 from tests.replacement.by_hand import clean_run, run_by_hand
+from tl_clt import attribute
 from tl_clt.errors import AlreadyAttached, CLTMismatch, ConfigError, HookNotFound
 from tl_clt.replacement import attach
 
@@ -292,13 +296,40 @@ def test_a_parallel_model_has_no_resid_mid(session_models):
             raise AssertionError("never reached")
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_an_input_hook_that_comes_too_late_is_named(one_of_each: Model, mode):
+@pytest.mark.parametrize(
+    ("hooks", "message"),
+    [
+        (
+            {"input_hook": "hook_resid_post"},
+            "reads hook_resid_post, but .* one of hook_resid_pre, .*input_hook",
+        ),
+        ({"input_hook": "hook_mlp_out"}, "reads hook_mlp_out"),
+        ({"input_hook": "attn.hook_pattern"}, "reads attn.hook_pattern"),
+        ({"output_hook": "hook_resid_mid"}, "writes hook_resid_mid, but a CLT writes one of hook_mlp_out"),
+        ({"output_hook": "hook_attn_out"}, "writes hook_attn_out"),
+    ],
+)
+def test_places_that_no_clt_reads_or_writes_are_named_before_any_work(one_of_each: Model, hooks, message):
     tokens = random_tokens(one_of_each)
-    clt = tiny_clt((3, 32), input_hook="hook_resid_post")
-    message = r"writes at blocks\.0\.hook_mlp_out before anything passed its input hook blocks\.0\.hook_resid_post"
-    with attach(one_of_each, clt, mode), pytest.raises(CLTMismatch, match=message):
-        one_of_each(tokens)
+    clt = tiny_clt((3, 32), **hooks)
+    for mode in MODES:
+        with pytest.raises(CLTMismatch, match=message), attach(one_of_each, clt, mode):
+            raise AssertionError("never reached")
+    with pytest.raises(CLTMismatch, match=message):
+        attribute(one_of_each, clt, tokens)
+
+
+def test_a_folded_model_and_a_clt_that_reads_behind_the_norms_gain_are_warned_about():
+    model = tiny_hooked("gpt2")
+    clt = tiny_clt((3, 32), input_hook="mlp.hook_in", output_hook="mlp.hook_out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with attach(model, clt):
+            pass
+    folded = HookedTransformer(replace(model.cfg))
+    folded.load_and_process_state_dict(model.state_dict(), fold_ln=True)
+    with pytest.warns(UserWarning, match="gain and bias.*folded.*from_pretrained_no_processing"), attach(folded, clt):
+        pass
 
 
 def test_an_input_hook_that_a_flag_keeps_off_is_named():

@@ -125,3 +125,23 @@ def test_a_clt_that_does_not_know_its_model_says_so(tmp_path: Path):
     arguments = ["trace", "--clt", str(tmp_path / "clt"), "--prompt", "a", "--output", str(tmp_path / "g.safetensors")]
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
     assert result.exit_code == 1 and "Give --model" in result.output
+
+
+@pytest.mark.parametrize("where", ["/no/such/folder", Path("no/such"), "./no/such", "~/no/such"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(where, monkeypatch):
+    monkeypatch.setattr(hub, "fetch_folder", lambda *a: pytest.fail("asked the hub"))
+    with pytest.raises(FormatError, match=f"There is no folder '{where}'"):
+        CrossLayerTranscoder.from_pretrained(where)
+
+
+def test_a_name_that_is_nearly_in_the_catalogue_gets_the_nearest_ones():
+    with pytest.raises(FormatError, match="tl-clt list.*Nearest names: gemma-2-2b-plt"):
+        CrossLayerTranscoder.from_pretrained("Gemma-2-2B-PLTs")
+    with pytest.raises(FormatError, match="no folder here"):
+        CrossLayerTranscoder.from_pretrained(" ")
+
+
+def test_without_a_connection_the_error_says_that_this_was_asked_for(monkeypatch):
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FormatError, match="HF_HUB_OFFLINE is set"):
+        CrossLayerTranscoder.from_pretrained("nobody/nothing-here")

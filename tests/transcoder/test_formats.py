@@ -211,7 +211,8 @@ def test_a_foreign_plt_folder_computes_their_formula(threshold: bool, skip: bool
 def test_a_folder_without_config_yaml_has_the_defaults(tmp_path: Path):
     write_clt_folder(tmp_path / "clt", threshold=True)
     (tmp_path / "clt" / "config.yaml").unlink()
-    cfg = CrossLayerTranscoder.from_pretrained(tmp_path / "clt").cfg
+    with pytest.warns(UserWarning, match="does not say where the CLT reads and writes .*feature_input_hook.*assumed"):
+        cfg = CrossLayerTranscoder.from_pretrained(tmp_path / "clt").cfg
     assert (cfg.model_name, cfg.input_hook, cfg.output_hook) == ("unknown", "hook_resid_mid", "hook_mlp_out")
 
 

@@ -441,7 +441,7 @@ def test_what_is_no_place_on_the_hub(where: str):
         (qwen3, "config.yaml", "activation", "gelu", "gelu"),
         (topk_set, "config.yaml", "k", None, "topk"),
         (sparsify, "layers.1.mlp/cfg.json", "activation", "groupmax", "groupmax"),
-        (sparsify, "layers.1.mlp/cfg.json", "transcode", False, "sparse autoencoder"),
+        (sparsify, "layers.1.mlp/cfg.json", "transcode", False, "may be a sparse autoencoder"),
         (sparsify, "layers.1.mlp/cfg.json", "k", K + 1, "one k only"),
         (llamascopium, "config.json", "act_fn", "batchtopk", "batchtopk"),
         (llamascopium, "config.json", "norm_activation", "token-wise", "norm_activation"),
@@ -480,3 +480,13 @@ def test_a_listed_file_that_is_missing_is_named(tmp_path: Path):
     next(made.folder.glob("layer_1*/params.safetensors")).unlink()
     with pytest.raises(FormatError, match="layer_1_width_16k_l0_small_affine"):
         CrossLayerTranscoder.from_pretrained(made.folder)
+
+
+@pytest.mark.parametrize("name", ["h.{}.mlp", "model.layers.{}.mlp", "transformer.h.{}.mlp"])
+def test_sparsify_names_layers_as_the_model_does(tmp_path: Path, name: str):
+    made = sparsify(tmp_path / "set")
+    wanted = CrossLayerTranscoder.from_pretrained(tmp_path / "set").W_enc
+    for i in range(len(wanted)):
+        (tmp_path / "set" / f"layers.{i}.mlp").rename(tmp_path / "set" / name.format(i))
+    clt = CrossLayerTranscoder.from_pretrained(tmp_path / "set")
+    assert torch.equal(clt.W_enc, wanted) and (clt.cfg.input_hook, clt.cfg.output_hook) == made.hooks

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast, get_args, overload
+from typing import Any, get_args, overload
 
 import torch
 from torch import Tensor
 
+from tl_clt.arguments import as_choice, as_number, as_share, as_switch, as_whole
 from tl_clt.attribution.engines import EngineChoice
 from tl_clt.attribution.expansion import Limits
 from tl_clt.attribution.graph import AttributionGraph
 from tl_clt.attribution.streams import Bos
 from tl_clt.attribution.targets import TargetsGiven, as_targets
 from tl_clt.attribution.tracing import Tracer, TracingOptions
-from tl_clt.errors import ConfigError, PromptError
-from tl_clt.lens import HookedModel, Prompt, to_tokens
+from tl_clt.errors import PromptError, TargetError
+from tl_clt.lens import HookedModel, Prompt, is_several, to_prompts
 from tl_clt.replacement import check_fit, require_free
 from tl_clt.shapes import Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
@@ -93,66 +94,54 @@ def attribute(
         ModelUnsupported, LocalModelMismatch: the architecture cannot be traced exactly, or not by this engine.
         MemoryLimit: it does not fit.
     """
-    _check_choices(engine, bos, keep_edges)
-    limits = Limits(max_feature_nodes, max_unexplored)
     check_fit(model, clt)
     require_free(model)
-    several = _is_several(prompt_or_tokens)
-    prompts = _as_list(model, prompt_or_tokens)
-    others = _contrasts(model, contrast, len(prompts))
     options = TracingOptions(
         targets=as_targets(targets),
-        max_n_logits=max_n_logits,
-        desired_logit_prob=desired_logit_prob,
-        limits=limits,
-        bos=bos,
-        bias_nodes=bias_nodes,
-        batch_size=batch_size,
-        keep_edges=keep_edges,
-        memory_limit=memory_limit,
-        progress=progress,
+        max_n_logits=as_whole(
+            "max_n_logits", max_n_logits, 1, model.cfg.d_vocab, why="the size of the vocabulary", error=TargetError
+        ),
+        desired_logit_prob=as_share("desired_logit_prob", desired_logit_prob, error=TargetError),
+        limits=Limits(max_feature_nodes, max_unexplored),
+        bos=as_choice("bos", bos, get_args(Bos)),
+        bias_nodes=as_switch("bias_nodes", bias_nodes),
+        batch_size=as_whole("batch_size", batch_size, 1, none="as many as fit"),
+        keep_edges=as_share("keep_edges", keep_edges, none="all"),
+        memory_limit=as_number("memory_limit", memory_limit, above=0, none="80% of what is free"),
+        progress=as_switch("progress", progress),
     )
+    chosen: EngineChoice = as_choice("engine", engine, get_args(EngineChoice))
+    several = is_several(prompt_or_tokens)
+    prompts = to_prompts(model, prompt_or_tokens)
+    others = _contrasts(model, contrast, prompts)
     # Gradients, and graphs whose tensors can be used anywhere, need normal tensors.
     with torch.inference_mode(False):
-        tracer = Tracer(model, clt, engine, options)
+        tracer = Tracer(model, clt, chosen, options)
         pairs = zip(prompts, others, strict=True)
         graphs = [tracer.trace(tokens.clone(), None if other is None else other.clone()) for tokens, other in pairs]
     return graphs if several else graphs[0]
 
 
-def _is_several(prompts: Prompt | Prompts) -> bool:
-    """Whether there is more than one prompt, or a list of one."""
-    if isinstance(prompts, str):
-        return False
-    if isinstance(prompts, Tensor):
-        return prompts.ndim == 2 and len(prompts) > 1
-    return len(prompts) > 0 and not isinstance(prompts[0], int) and not _is_number(prompts[0])
-
-
-def _is_number(value: object) -> bool:
-    return not isinstance(value, (str, list, tuple)) and getattr(value, "ndim", 0) == 0
-
-
-def _as_list(model: HookedModel, prompts: Prompt | Prompts) -> list[Tokens]:
-    if _is_several(prompts):
-        return [to_tokens(model, cast(Prompt, prompt)) for prompt in prompts]
-    return [to_tokens(model, cast(Prompt, prompts))]
-
-
-def _contrasts(model: HookedModel, contrast: Prompt | Prompts | None, n_prompts: int) -> Sequence[Tokens] | list[None]:
+def _contrasts(
+    model: HookedModel, contrast: Prompt | Prompts | None, prompts: Sequence[Tokens]
+) -> Sequence[Tokens] | list[None]:
+    """For each prompt the one it is compared with."""
     if contrast is None:
-        return [None] * n_prompts
-    others = _as_list(model, contrast)
-    if not _is_several(contrast):
-        return others * n_prompts
-    if len(others) != n_prompts:
-        raise PromptError(f"{len(others)} contrast prompts for {n_prompts} prompts: give one, or one for each.")
+        return [None] * len(prompts)
+    others = to_prompts(model, contrast)
+    if not is_several(contrast):
+        others = others * len(prompts)
+    if len(others) != len(prompts):
+        raise PromptError(f"{len(others)} contrast prompts for {len(prompts)} prompts: give one, or one for each.")
+    for tokens, other in zip(prompts, others, strict=True):
+        if len(tokens) != len(other):
+            raise PromptError(
+                f"The prompt has {len(tokens)} tokens and the contrast {len(other)}: contrastive prompts are compared"
+                " position by position, so give two of the same length."
+            )
+        if torch.equal(tokens, other):
+            raise PromptError(
+                "The contrast is the prompt itself, so that nothing differs and there is nothing to trace: give another"
+                " prompt of the same length, or leave contrast out."
+            )
     return others
-
-
-def _check_choices(engine: str, bos: str, keep_edges: float | None) -> None:
-    for name, value, choices in (("engine", engine, get_args(EngineChoice)), ("bos", bos, get_args(Bos))):
-        if value not in choices:
-            raise ConfigError(f"{name} is {value!r}: give one of {', '.join(choices)}.")
-    if keep_edges is not None and not 0 < keep_edges <= 1:
-        raise ConfigError(f"keep_edges is {keep_edges}: give a share, more than 0 and at most 1, or None for all.")

@@ -17,7 +17,6 @@ from torch import Tensor
 from tl_clt.attribution.local import LocalReplacementModel
 from tl_clt.attribution.streams import ActiveFeatures, Biases, Writes
 from tl_clt.attribution.targets import Targets, read_values
-from tl_clt.errors import PromptError
 
 
 class Contrast(NamedTuple):
@@ -33,16 +32,7 @@ class Contrast(NamedTuple):
 def contrast(
     local: LocalReplacementModel, other: LocalReplacementModel, targets: Targets, bias_nodes: bool
 ) -> Contrast:
-    """What a prompt's nodes write beyond another prompt's.
-
-    Raises:
-        PromptError: the prompts have different lengths.
-    """
-    if len(local.tokens) != len(other.tokens):
-        raise PromptError(
-            f"The prompt has {len(local.tokens)} tokens and the contrast {len(other.tokens)}: contrastive prompts are"
-            " compared position by position, so give two of the same length."
-        )
+    """What a prompt's nodes write beyond another prompt's of the same length."""
     ours, theirs, d_transcoder = local.features, other.features, local.clt.cfg.d_transcoder
     keys = torch.cat([_keys(ours, len(local.tokens), d_transcoder), _keys(theirs, len(local.tokens), d_transcoder)])
     either, place = torch.unique(keys, return_inverse=True)

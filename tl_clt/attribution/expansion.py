@@ -10,13 +10,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_clt.arguments import as_share, as_whole
 from tl_clt.attribution.engines import Engine
 from tl_clt.attribution.influence import SMALLEST_ROW_SUM, logit_weights
 from tl_clt.attribution.memory import MemoryPlan
 from tl_clt.attribution.nodes import NodeKind
 from tl_clt.attribution.row_store import RowStore, SparseRows
 from tl_clt.attribution.targets import Targets, feature_readouts
-from tl_clt.errors import ConfigError, MemoryLimit
+from tl_clt.errors import MemoryLimit
 from tl_clt.shapes import NodeMask, NodeValues
 
 ROUND_SHARE, FIRST_ROUND = 0.25, 64
@@ -31,10 +32,10 @@ class Limits:
     max_unexplored: float | None = None
 
     def __post_init__(self) -> None:
-        if self.max_feature_nodes is not None and self.max_feature_nodes < 0:
-            raise ConfigError(f"max_feature_nodes is {self.max_feature_nodes}: give 0 or more, or None for all.")
-        if self.max_unexplored is not None and not 0 <= self.max_unexplored <= 1:
-            raise ConfigError(f"max_unexplored is {self.max_unexplored}: give a share from 0 to 1, or None for all.")
+        most = as_whole("max_feature_nodes", self.max_feature_nodes, 0, none="all")
+        share = as_share("max_unexplored", self.max_unexplored, zero=True, none="all")
+        object.__setattr__(self, "max_feature_nodes", most)
+        object.__setattr__(self, "max_unexplored", share)
 
     def n_rows(self, n_features: int) -> int:
         """At most so many features get a row."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -15,6 +16,7 @@ from tl_clt.attribution.edges import CSR, csr, from_csr, is_sparse
 from tl_clt.attribution.graph import AttributionGraph
 from tl_clt.attribution.nodes import Nodes
 from tl_clt.attribution.row_store import zero_rows
+from tl_clt.attribution.targets import NAMED_TARGETS, DirectionTarget, NamedTarget
 from tl_clt.errors import FormatError
 from tl_clt.transcoder.formats.reading import read_json
 from tl_clt.transcoder.formats.writing import new_file
@@ -39,6 +41,11 @@ def save_graph(graph: AttributionGraph, path: Path) -> Path:
         "tokens": graph.tokens,
         "logit_probs": graph.logit_probs,
     }
+    targets = graph.targets or []
+    for number, target in enumerate(targets):
+        if isinstance(target, DirectionTarget):
+            # safetensors takes no tensor twice, and two targets may read along the same one.
+            tensors[f"direction_{number}"] = target.direction.clone()
     for name in ("dropped", "contrast_activation"):
         if getattr(graph, name) is not None:
             tensors[name] = getattr(graph, name)
@@ -47,6 +54,7 @@ def save_graph(graph: AttributionGraph, path: Path) -> Path:
         "prompt_tokens": graph.prompt_tokens,
         "logit_tokens": graph.logit_tokens,
         "info": graph.info,
+        "targets": None if graph.targets is None else [_target_out(target) for target in graph.targets],
     }
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with new_file(path) as unfinished:
@@ -86,12 +94,32 @@ def load_graph(path: Path) -> AttributionGraph:
             logit_probs=tensors["logit_probs"],
             prompt_tokens=about["prompt_tokens"],
             logit_tokens=about["logit_tokens"],
+            targets=_targets_in(about.get("targets"), tensors),
             dropped=tensors.get("dropped"),
             contrast_activation=tensors.get("contrast_activation"),
             info=about["info"],
         )
         checks.require_acyclic(graph)
     return graph
+
+
+def _target_out(target: NamedTarget) -> dict[str, Any]:
+    """A target in plain values; a direction's vector is a tensor of its own."""
+    values = {f.name: getattr(target, f.name) for f in fields(target) if f.name != "direction"}
+    return {"kind": type(target).__name__, **values}
+
+
+def _targets_in(given: list[dict[str, Any]] | None, tensors: dict[str, Tensor]) -> list[NamedTarget] | None:
+    if given is None:
+        return None
+    kinds = {kind.__name__: kind for kind in NAMED_TARGETS}
+    found: list[NamedTarget] = []
+    for number, values in enumerate(given):
+        arguments = {name: value for name, value in values.items() if name != "kind"}
+        if f"direction_{number}" in tensors:
+            arguments["direction"] = tensors[f"direction_{number}"]
+        found.append(kinds[values["kind"]](**arguments))
+    return found
 
 
 def _edges_out(adjacency: Tensor, expanded: Tensor) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_clt.arguments import as_path, as_whole, plain
 from tl_clt.attribution.edges import Entries, assemble, entries, is_sparse
 from tl_clt.attribution.influence import (
     SMALLEST_ROW_SUM,
@@ -23,7 +24,8 @@ from tl_clt.attribution.influence import (
     path_length,
 )
 from tl_clt.attribution.nodes import Nodes
-from tl_clt.attribution.pruning import Pruned, PruneMasks, prune_graph
+from tl_clt.attribution.pruning import Pruned, PruneMasks, check_thresholds, prune_graph
+from tl_clt.attribution.targets import NamedTarget
 from tl_clt.shapes import Adjacency, NodeValues
 
 
@@ -52,6 +54,9 @@ class AttributionGraph:
 
     logit_tokens: list[str]
     """The target nodes as text: tokens, or what else was asked for."""
+
+    targets: list[NamedTarget] | None = None
+    """What each target node is: tokens as ids, positions counted from the first. None in graphs of older files."""
 
     dropped: NodeValues | None = None
     """Absolute input of each node in edges that a sparse graph does not hold."""
@@ -100,11 +105,12 @@ class AttributionGraph:
     def input_shares(self, node: int) -> NodeValues:
         """|in-edges| of one node as shares of its absolute input."""
         row = self.in_edges(node).abs()
-        whole = row.sum() if self.dropped is None else row.sum() + self.dropped[node]
+        whole = row.sum() if self.dropped is None else row.sum() + self.dropped[plain(node)]
         return row / whole.clamp_min(SMALLEST_ROW_SUM)
 
     def in_edges(self, node: int) -> NodeValues:
         """One row of the adjacency, dense."""
+        node = as_whole("node", node, -len(self.nodes), len(self.nodes) - 1) % len(self.nodes)
         if not self.is_sparse:
             return self.adjacency[node]
         _, col, value = entries(self.adjacency, torch.tensor([node], device=self.nodes.kind.device))
@@ -127,6 +133,7 @@ class AttributionGraph:
 
     def prune(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> AttributionGraph:
         """The smaller graph of the nodes and edges that carry these shares of the influence."""
+        node_threshold, edge_threshold = check_thresholds(node_threshold, edge_threshold)
         mask, edges = self._pruned(node_threshold, edge_threshold)
         new = mask.cumsum(0) - 1
         adjacency = assemble(
@@ -153,16 +160,17 @@ class AttributionGraph:
         """
         from tl_clt.attribution.files import save_graph
 
-        return save_graph(self, Path(path))
+        return save_graph(self, as_path("path", path))
 
     @staticmethod
     def load(path: str | Path) -> AttributionGraph:
         """Read a graph that `save` wrote.
 
         Raises:
+            ConfigError: the path is none.
             FormatError: the path is missing or a folder, or the file truncated, no graph, or one whose parts contradict
                 each other.
         """
         from tl_clt.attribution.files import load_graph
 
-        return load_graph(Path(path))
+        return load_graph(as_path("path", path))

@@ -10,15 +10,15 @@ those of the whole graph, and walks that would take a dropped edge end there.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_clt.arguments import as_choice
 from tl_clt.attribution.edges import row_sums, spread
 from tl_clt.attribution.nodes import NodeKind, Nodes
-from tl_clt.errors import ConfigError
 from tl_clt.shapes import Adjacency, NodeValues
 
 Definition = Literal["paper", "circuit-tracer"]
@@ -113,8 +113,7 @@ def graph_scores(
     completeness = sum_t o_t (1 - A[t, errors]) / sum_t o_t with o = influence + w; "paper" sums over nodes that
     have inputs (features and logits), "circuit-tracer" over all, leaves included, which flatters.
     """
-    if definition not in ("paper", "circuit-tracer"):
-        raise ConfigError(f"definition is {definition!r}: give 'paper' or 'circuit-tracer'.")
+    definition = as_choice("definition", definition, get_args(Definition))
     influence = node_influence(adjacency, nodes, weights, dropped)
     errors = nodes.is_kind(NodeKind.ERROR)
     token = influence[nodes.is_kind(NodeKind.TOKEN)].sum()

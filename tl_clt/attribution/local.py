@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_clt.arguments import as_choice
 from tl_clt.attribution.streams import ActiveFeatures, Biases, Bos, Reads, Sites, Stream, Streams, Writes
 from tl_clt.errors import LocalModelMismatch, ModelUnsupported
 from tl_clt.lens import (
@@ -33,8 +34,10 @@ from tl_clt.lens import (
     run_with_cache,
     run_with_hooks,
     tap_unembedding,
+    to_tokens,
     user_hooks_aside,
 )
+from tl_clt.replacement import check_fit
 from tl_clt.shapes import Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
 
@@ -254,6 +257,8 @@ def build_local_model(
             between unembedding and logits that is no scale and no soft-cap; or hooks do not hold what is to be held.
         LocalModelMismatch: the local replacement model does not give the model's logits.
     """
+    check_fit(model, clt)
+    tokens, bos = to_tokens(model, tokens), as_choice("bos", bos, get_args(Bos))
     _require_traceable(model)
     require_held(model, tokens[None], anew=True)
     cfg, dtype = clt.cfg, tracing_dtype(model)

@@ -130,12 +130,12 @@ def plan_memory(
         room //= 2
     all_fit = most <= room
     if not all_fit and (least > room or (keep_edges is None and not adaptive)):
-        mend = "" if adaptive else " or max_feature_nodes or max_unexplored to trace fewer features,"
-        sparse = "" if keep_edges is not None else " keep_edges=0.9 to hold the strongest edges alone,"
+        sparse = [] if keep_edges is not None else ["keep_edges=0.9 to hold the strongest edges alone"]
+        fewer = [] if adaptive else ["max_feature_nodes or max_unexplored to trace fewer features"]
         raise MemoryLimit(
             f"Tracing {n_rows} of {n_nodes} nodes takes {most / GIB:.2f} GiB for edges,"
             f" {(_at_work(engine, batch_size or 1) + MARGIN) / GIB:.2f} to work in and {taken / GIB:.2f} for the"
-            f" prompt; the limit is {limit / GIB:.2f}. Give{sparse}{mend} or a higher memory_limit."
+            f" prompt; the limit is {limit / GIB:.2f}. Give {', or '.join([*sparse, *fewer, 'a higher memory_limit'])}."
         )
     rows = min(most, room)
     at_the_end = rows if keep_edges is not None else 0

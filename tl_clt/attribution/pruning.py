@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_clt.arguments import as_share
 from tl_clt.attribution.edges import Entries, assemble, between, is_sparse
 from tl_clt.attribution.influence import SMALLEST_ROW_SUM, node_influence
 from tl_clt.attribution.nodes import NodeKind, Nodes
-from tl_clt.errors import ConfigError
 from tl_clt.shapes import Adjacency, NodeMask, NodeValues
 
 
@@ -46,7 +46,7 @@ def prune_graph(
     Raises:
         ConfigError: a threshold is not between 0 and 1.
     """
-    check_thresholds(node_threshold, edge_threshold)
+    node_threshold, edge_threshold = check_thresholds(node_threshold, edge_threshold)
     influence = node_influence(adjacency, nodes, weights, dropped)
     stays = nodes.is_kind(NodeKind.TOKEN, NodeKind.LOGIT)
     kept = (influence >= _smallest_of_share(influence, node_threshold)) | stays
@@ -89,8 +89,17 @@ def _smallest_of_share(values: Float[Tensor, " n"], share: float) -> Float[Tenso
     return ordered[min(int(at), len(ordered) - 1)]
 
 
-def check_thresholds(node_threshold: float, edge_threshold: float) -> None:
-    """Raise `ConfigError` unless both are shares, more than 0 and at most 1."""
-    for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
-        if not 0 < value <= 1:
-            raise ConfigError(f"{name} is {value}: give a share, more than 0 and at most 1.")
+class Thresholds(NamedTuple):
+    """Shares of the influence that pruning keeps."""
+
+    node: float
+    edge: float
+
+
+def check_thresholds(node_threshold: float, edge_threshold: float) -> Thresholds:
+    """The thresholds as plain numbers.
+
+    Raises:
+        ConfigError: one is no share, more than 0 and at most 1.
+    """
+    return Thresholds(as_share("node_threshold", node_threshold), as_share("edge_threshold", edge_threshold))

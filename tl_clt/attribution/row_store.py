@@ -208,15 +208,17 @@ def strongest(sizes: Float[Tensor, "n n_edges"], share: float) -> Bool[Tensor, "
         return sizes > 0
     n = len(sizes)
     largest = sizes.amax(dim=1, keepdim=True).clamp_min(torch.finfo(sizes.dtype).tiny)
-    key = ((sizes / largest).float().view(torch.int32) >> KEY_SHIFT).long()
-    totals = sizes.new_zeros(n, N_KEYS).scatter_add_(1, key, sizes)
+    relative = sizes / largest
+    key = (relative.float().view(torch.int32) >> KEY_SHIFT).long()
+    totals = sizes.new_zeros(n, N_KEYS).scatter_add_(1, key, relative)
     wanted = share * totals.sum(dim=1, keepdim=True)
     above = totals.flip(1).cumsum(dim=1).flip(1) - totals
-    # Buckets from the top until the share is reached; `above` falls as keys rise.
-    crossing = (above >= wanted).sum(dim=1, keepdim=True)
+    # Buckets from the top until the share is reached; `above` falls as keys rise. Rows of zeros cross nowhere.
+    crossing = (above >= wanted).sum(dim=1, keepdim=True).clamp_max(N_KEYS - 1)
     kept = key > crossing
     row, col = torch.nonzero(key == crossing, as_tuple=True)
-    value = sizes[row, col]
+    # All rows lie in one sum, which float32 would be too coarse for.
+    value = relative[row, col].double()
     order = torch.argsort(value, descending=True, stable=True)
     order = order[torch.argsort(row[order], stable=True)]
     row, col, value = row[order], col[order], value[order]

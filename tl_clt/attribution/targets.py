@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -10,14 +9,17 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from pandas import Series
 from torch import Tensor
 
+from tl_clt.arguments import as_vector, as_whole, has_values, is_whole, lone_surrogate, plain, shown
 from tl_clt.attribution.local import LocalReplacementModel
 from tl_clt.attribution.streams import Readouts
 from tl_clt.errors import HookNotFound, TargetError
 from tl_clt.lens import (
     HookedModel,
     find_hook,
+    model_name,
     require_tokenizer,
     token_strings,
     unembedding_biases,
@@ -27,8 +29,33 @@ from tl_clt.lens import (
 RESIDUAL_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 
 
+@dataclass(frozen=True, eq=False)
+class _AtPosition:
+    """A target at a position. Numbers of numpy and tensors of no dimensions become plain ones.
+
+    Raises:
+        TargetError: a value is of no use, whatever the prompt.
+    """
+
+    def __post_init__(self) -> None:
+        for name, value in list(vars(self).items()):
+            object.__setattr__(self, name, self._plain(name, value))
+
+    def _plain(self, name: str, value: object) -> object:
+        what = f"{name} of a {type(self).__name__}"
+        if name in ("token", "plus", "minus"):
+            return _as_token(what, value)
+        if name == "direction":
+            return as_vector(what, value, TargetError)
+        if name in ("hook", "name"):
+            if not isinstance(value, str):
+                raise TargetError(f"{what} is {shown(value)}: give text.")
+            return value
+        return as_whole(what, value, None if name == "pos" else 0, error=TargetError)
+
+
 @dataclass(frozen=True)
-class TokenTarget:
+class TokenTarget(_AtPosition):
     """A token's logit above the mean logit."""
 
     token: int | str
@@ -38,7 +65,7 @@ class TokenTarget:
 
 
 @dataclass(frozen=True)
-class DifferenceTarget:
+class DifferenceTarget(_AtPosition):
     """One token's logit minus another's: what speaks for the first rather than the second."""
 
     plus: int | str
@@ -47,7 +74,7 @@ class DifferenceTarget:
 
 
 @dataclass(frozen=True)
-class FeatureTarget:
+class FeatureTarget(_AtPosition):
     """A feature's pre-activation (less b_enc), whether it is active or not."""
 
     layer: int
@@ -56,10 +83,11 @@ class FeatureTarget:
 
 
 @dataclass(frozen=True, eq=False)
-class DirectionTarget:
-    """The residual stream along any direction."""
+class DirectionTarget(_AtPosition):
+    """The residual stream along any direction. Several with one name are numbered in the graph."""
 
-    direction: Float[Tensor, " d_model"]
+    direction: Float[Tensor, " d_model"] | Sequence[float] | Float[np.ndarray, " d_model"]
+    """A tensor after construction."""
     hook: str
     """For example `blocks.3.hook_resid_post`."""
     pos: int = -1
@@ -82,32 +110,48 @@ def as_targets(given: Any) -> list[Target] | None:
     """
     if given is None:
         return None
-    if isinstance(given, (Tensor, np.ndarray)):
+    if isinstance(given, np.ndarray) or (isinstance(given, Tensor) and has_values(given)):
         if given.ndim > 1:
             raise TargetError(f"targets has shape {list(given.shape)}: give token ids along one dimension.")
         given = given.tolist()
-    if isinstance(given, (str, bool, numbers.Number, *NAMED_TARGETS)):
-        given = [given]
+    elif isinstance(given, (Series, range)):
+        given = list(given)
+    if isinstance(given, (str, *NAMED_TARGETS)) or is_whole(plain(given)):
+        return [_as_target("targets", given)]
     if not isinstance(given, (list, tuple)):
         raise TargetError(_no_target("targets", given))
-    return [_as_target(entry, f"targets[{i}]") for i, entry in enumerate(given)]
+    return [_as_target(f"targets[{i}]", entry) for i, entry in enumerate(given)]
 
 
-def _as_target(given: Any, name: str) -> Target:
-    value: Any = given.item() if isinstance(given, (Tensor, np.ndarray)) and given.ndim == 0 else given
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return int(value)
-    if not isinstance(value, (str, *NAMED_TARGETS)):
+def as_token_ids(model: HookedModel, given: Any) -> list[int]:
+    """The ids of tokens that a caller names as he may name targets, each once.
+
+    Raises:
+        TargetError, TokenizerMissing: as `token_id`; or what is named is no token.
+    """
+    tokens = as_targets(given) or []
+    for token in tokens:
+        if isinstance(token, NAMED_TARGETS):
+            raise TargetError(f"tokens names a {type(token).__name__}: give token ids or one-token strings.")
+    return list(dict.fromkeys(token_id(model, token) for token in tokens))  # type: ignore[arg-type]
+
+
+def _as_target(name: str, given: Any) -> Target:
+    return given if isinstance(given, NAMED_TARGETS) else _as_token(name, given)
+
+
+def _as_token(name: str, given: Any) -> int | str:
+    value = plain(given)
+    if isinstance(value, str):
+        return str(value)
+    if not is_whole(value):
         raise TargetError(_no_target(name, given))
-    return value
+    return int(value)
 
 
 def _no_target(name: str, given: Any) -> str:
     kinds = ", ".join(kind.__name__ for kind in NAMED_TARGETS)
-    return (
-        f"{name} is {given!r:.80}, of type {type(given).__name__}: give token ids or one-token strings, one or several,"
-        f" or {kinds}."
-    )
+    return f"{name} is {shown(given)}: give token ids or one-token strings, one or several, or {kinds}."
 
 
 class Targets(NamedTuple):
@@ -123,6 +167,8 @@ class Targets(NamedTuple):
     heights: Float[Tensor, " n_targets"]
     """What is read on the clean run, before any soft-cap: what the in-edges of each sum to."""
     labels: list[str]
+    named: list[NamedTarget]
+    """What each is, tokens as ids and positions counted from the first."""
 
 
 class _Target(NamedTuple):
@@ -136,6 +182,7 @@ class _Target(NamedTuple):
     index: int
     weight: float
     label: str
+    named: NamedTarget
 
 
 def residual_hooks(model: HookedModel, targets: Sequence[Target] | None) -> list[str]:
@@ -165,14 +212,9 @@ def find_targets(
     """The smallest set of top logits with the wanted probability, at most `max_n_logits`; or the targets named.
 
     Raises:
-        TargetError: a count, probability, token, position, layer or feature out of range; a string that is not one
-            token; a direction of another width.
+        TargetError: a token, position, layer or feature out of range; a string that is not one token; a direction of
+            another width.
     """
-    d_vocab = local.model.cfg.d_vocab
-    if not 1 <= max_n_logits <= d_vocab:
-        raise TargetError(f"max_n_logits is {max_n_logits}: give 1 to {d_vocab}, the size of the vocabulary.")
-    if not 0 < desired_logit_prob <= 1:
-        raise TargetError(f"desired_logit_prob is {desired_logit_prob}: give more than 0 and at most 1.")
     if targets is None:
         top = local.logits[-1].detach().double().softmax(dim=-1).topk(max_n_logits)
         below = top.values.cumsum(dim=0) < desired_logit_prob
@@ -182,10 +224,26 @@ def find_targets(
     named = [TokenTarget(t) if isinstance(t, (int, str)) else t for t in targets]
     logits = _logit_reads(local, named)
     found = [_resolve(local, target, logits) for target in named]
-    names = [(t.point, t.pos, t.index, t.label) for t in found]
-    if len(set(names)) < len(names):
-        raise TargetError("targets names the same twice: name each once.")
-    return _together(local, found)
+    return _together(local, _numbered(found))
+
+
+def _numbered(found: list[_Target]) -> list[_Target]:
+    """The targets, those of one label and place (directions without a name of their own) told apart by number.
+
+    Raises:
+        TargetError: two are the same.
+    """
+    alike: dict[tuple[int, int, int, str], list[int]] = {}
+    for i, target in enumerate(found):
+        alike.setdefault((target.point, target.pos, target.index, target.label), []).append(i)
+    numbered = list(found)
+    for same in alike.values():
+        for n, i in enumerate(same):
+            if any(torch.equal(found[i].direction, found[j].direction) for j in same[:n]):
+                raise TargetError(f"targets names the same twice, {found[i].label!r}: name each once.")
+            if len(same) > 1:
+                numbered[i] = found[i]._replace(label=f"{found[i].label} ({n + 1})")
+    return numbered
 
 
 def _together(local: LocalReplacementModel, found: list[_Target]) -> Targets:
@@ -210,6 +268,7 @@ def _together(local: LocalReplacementModel, found: list[_Target]) -> Targets:
         floats([t.weight for t in found]),
         read_values(local, readouts),
         [t.label for t in found],
+        [t.named for t in found],
     )
 
 
@@ -258,12 +317,15 @@ def _resolve(local: LocalReplacementModel, target: NamedTarget, logits: dict[int
         token = token_id(local.model, target.token)
         read = logits[token]
         prob = float(local.logits[pos].detach().double().softmax(dim=-1)[token])
-        return _Target(n_layers, pos, read.direction, read.bias, n_layers, token, prob, read.text)
-    plus, minus = logits[token_id(local.model, target.plus)], logits[token_id(local.model, target.minus)]
+        named = TokenTarget(token, pos)
+        return _Target(n_layers, pos, read.direction, read.bias, n_layers, token, prob, read.text, named)
+    named = DifferenceTarget(token_id(local.model, target.plus), token_id(local.model, target.minus), pos)
+    plus, minus = logits[int(named.plus)], logits[int(named.minus)]
     if plus is minus:
         raise TargetError(f"The difference of {target.plus!r} and itself is nothing: name two tokens.")
     label = f"{plus.text} minus{minus.text if minus.text.startswith(' ') else ' ' + minus.text}"
-    return _Target(n_layers, pos, plus.direction - minus.direction, plus.bias - minus.bias, n_layers, -1, 1.0, label)
+    direction, constant = plus.direction - minus.direction, plus.bias - minus.bias
+    return _Target(n_layers, pos, direction, constant, n_layers, -1, 1.0, label, named)
 
 
 def _feature(local: LocalReplacementModel, target: FeatureTarget, pos: int) -> _Target:
@@ -275,22 +337,23 @@ def _feature(local: LocalReplacementModel, target: FeatureTarget, pos: int) -> _
         )
     direction = local.clt.W_enc[target.layer].detach()[:, target.feature]
     label = f"feature {target.layer}.{target.feature}"
-    return _Target(target.layer, pos, direction, 0.0, target.layer, target.feature, 1.0, label)
+    named = FeatureTarget(target.layer, target.feature, pos)
+    return _Target(target.layer, pos, direction, 0.0, target.layer, target.feature, 1.0, label, named)
 
 
 def _direction(local: LocalReplacementModel, target: DirectionTarget, pos: int) -> _Target:
     d_model = local.model.cfg.d_model
-    if target.direction.shape != (d_model,) or not bool(torch.isfinite(target.direction).all()):
-        raise TargetError(
-            f"The direction '{target.name}' has shape {list(target.direction.shape)} and may not be finite: give"
-            f" [{d_model}] finite values."
-        )
+    direction = torch.as_tensor(target.direction)
+    if direction.shape != (d_model,):
+        raise TargetError(f"The direction '{target.name}' has shape {list(direction.shape)}: give [{d_model}] values.")
     if target.hook not in local.extra_points:
         raise HookNotFound(f"'{target.hook}' is not among the read points {local.extra_points}.")
     block = int(target.hook.split(".")[1])
     layer = block + 1 if target.hook.endswith("hook_resid_post") else block
     point = local.n_layers + 1 + local.extra_points.index(target.hook)
-    return _Target(point, pos, target.direction.detach(), 0.0, layer, -1, 1.0, f"{target.name} at {target.hook}")
+    direction = direction.detach()
+    named = DirectionTarget(direction, target.hook, pos, target.name)
+    return _Target(point, pos, direction, 0.0, layer, -1, 1.0, f"{target.name} at {target.hook}", named)
 
 
 def feature_readouts(local: LocalReplacementModel, layer: Tensor, pos: Tensor, feature: Tensor) -> Readouts:
@@ -323,9 +386,18 @@ def token_id(model: HookedModel, token: int | str) -> int:
 
 def _single_token(model: HookedModel, text: str) -> int:
     require_tokenizer(model, "read target strings with")
-    ids = model.to_tokens(text, prepend_bos=False)[0].tolist()
+    half = lone_surrogate(text)
+    if half is not None:
+        raise TargetError(f"Target {text!r} holds {half!r}, half of a surrogate pair, which is no character.")
+    ids = model.to_tokens(text, prepend_bos=False)[0].tolist() if text else []
     if len(ids) != 1:
         raise TargetError(
             f"Target '{text}' is {len(ids)} tokens: name one token, perhaps with a leading space (' {text.strip()}')."
+        )
+    tokenizer: Any = model.tokenizer
+    if ids[0] == tokenizer.unk_token_id and text.strip() != tokenizer.unk_token:
+        raise TargetError(
+            f"Target '{text}' is unknown to the tokenizer of {model_name(model)}, which reads it as"
+            f" {tokenizer.unk_token!r}: name a word that it knows, perhaps with a leading space, or in another case."
         )
     return int(ids[0])

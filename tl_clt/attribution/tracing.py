@@ -86,9 +86,14 @@ class Tracer:
             prompt_tokens=token_strings(self.model, tokens),
             logit_probs=targets.weights,
             logit_tokens=targets.labels,
+            targets=targets.named,
             dropped=None if options.keep_edges is None else store.dropped,
             contrast_activation=elsewhere,
-            info=self._info(tokens, other, engine, plan),
+            info={
+                **self._info(tokens, other, engine, plan),
+                "n_active_features": len(writes.strengths),
+                "n_traced_features": int(expanded.sum()) - len(targets.labels),
+            },
         )
 
     def _local(self, tokens: Tokens) -> LocalReplacementModel:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_clt.errors import ConfigError
+from tl_clt.arguments import as_seed, as_share, as_switch, as_whole
 from tl_clt.evaluation.graphs import graph_numbers
 from tl_clt.evaluation.prompts import HeldOut, batches, held_out_prompts, up_to
 from tl_clt.evaluation.report import EvaluationReport
@@ -66,7 +66,11 @@ def evaluate(
         ConfigError: an argument out of range.
         MemoryLimit, ModelUnsupported, LocalModelMismatch: as `attribute`, where prompts are traced.
     """
-    _check(max_tokens, n_graphs, graph_tokens)
+    max_tokens = as_whole("max_tokens", max_tokens, 1, none="all")
+    n_graphs = as_whole("n_graphs", n_graphs, 0)
+    graph_tokens = as_whole("graph_tokens", graph_tokens, 2)
+    max_unexplored = as_share("max_unexplored", max_unexplored, zero=True, none="all")
+    seed, progress = as_seed("seed", seed), as_switch("progress", progress)
     check_fit(model, clt)
     require_free(model)
     layers, predictions, seen = LayerSums(clt), PredictionSums(), []
@@ -86,15 +90,6 @@ def evaluate(
         **_of_predictions(predictions),
         **_by_distance(layers, predictions.n),
     )
-
-
-def _check(max_tokens: int | None, n_graphs: int, graph_tokens: int) -> None:
-    if max_tokens is not None and max_tokens < 1:
-        raise ConfigError(f"max_tokens is {max_tokens}: give at least 1, or None for all.")
-    if n_graphs < 0:
-        raise ConfigError(f"n_graphs is {n_graphs}: give 0 for none, or more.")
-    if graph_tokens < 2:
-        raise ConfigError(f"graph_tokens is {graph_tokens}: give at least 2.")
 
 
 def _noting(prompts: Iterator[Tokens], seen: list[Tensor]) -> Iterator[Tokens]:

@@ -12,7 +12,6 @@ of d', as though nothing after block l responded. A replacement model is worth s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,11 +26,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
 
-from tl_clt.errors import ConfigError, DatasetError, ModelUnsupported
+from tl_clt.arguments import as_choices, as_number, as_seed, as_several, as_switch, as_whole, shown
+from tl_clt.errors import CLTMismatch, ConfigError, DatasetError, ModelUnsupported
 from tl_clt.evaluation.faithfulness_report import COLUMNS, FaithfulnessReport
 from tl_clt.evaluation.perturbations import KINDS, Kind, Perturbation, clean_activations, draw_perturbations
 from tl_clt.interventions import Freeze, intervention_hooks
-from tl_clt.lens import HookedModel, Prompt, block_hook, run_with_hooks, to_tokens, user_hooks_aside
+from tl_clt.lens import HookedModel, Prompt, block_hook, require_model, run_with_hooks, to_prompts, user_hooks_aside
 from tl_clt.replacement import check_fit, require_free
 from tl_clt.shapes import TokenBatch, Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
@@ -43,13 +43,13 @@ Changes = Float[Tensor, "n_later n_perturbations pos d_model"]
 def measure_faithfulness(
     model: HookedModel,
     clts: CrossLayerTranscoder | Mapping[str, CrossLayerTranscoder],
-    prompts: Sequence[Prompt],
+    prompts: Prompt | Sequence[Prompt],
     *,
-    kinds: Sequence[Kind] = KINDS,
+    kinds: Kind | Sequence[Kind] = KINDS,
     n_perturbations: int = 4,
     size: float = 0.1,
-    frozen_norms: Sequence[bool] = (False, True),
-    real_freeze: Sequence[Freeze] = ("none",),
+    frozen_norms: bool | Sequence[bool] = (False, True),
+    real_freeze: Freeze | Sequence[Freeze] = ("none",),
     batch_size: int = 32,
     seed: int = 0,
     progress: bool = True,
@@ -70,8 +70,8 @@ def measure_faithfulness(
     Args:
         model: a HookedTransformer or TransformerBridge, of 2 layers or more.
         clts: a CLT of this model (of span 1: per-layer transcoders), or several by name.
-        prompts: texts or token ids.
-        kinds: which perturbations.
+        prompts: texts or token ids; one or several.
+        kinds: which perturbations, one or several.
         n_perturbations: of each kind, for each prompt and layer; fewer where fewer features are active.
         size: norm of encoder and random perturbations, as a share of the stream's norm at their place.
         frozen_norms: whether the replacement model's norms are held: False, True, or each in turn.
@@ -88,10 +88,20 @@ def measure_faithfulness(
         AlreadyAttached: the model has a CLT attached: it would not be the model itself that runs.
         ModelUnsupported: the model has one layer, so that nothing comes later.
     """
-    named = dict(clts) if isinstance(clts, Mapping) else {"PLT" if clts.cfg.span == 1 else "CLT": clts}
-    plan = _Plan(kinds, n_perturbations, size, frozen_norms, real_freeze, batch_size, seed)
-    _check(model, named, prompts)
-    texts = [to_tokens(model, prompt) for prompt in prompts]
+    require_model(model)
+    named = _named(clts)
+    plan = _Plan(
+        kinds=as_choices("kinds", kinds, KINDS),
+        n_perturbations=as_whole("n_perturbations", n_perturbations, 1),
+        size=as_number("size", size, above=0),
+        frozen_norms=_as_switches("frozen_norms", frozen_norms),
+        real_freeze=as_choices("real_freeze", real_freeze, get_args(Freeze)),
+        batch_size=as_whole("batch_size", batch_size, 1),
+        seed=as_seed("seed", seed),
+    )
+    progress = as_switch("progress", progress)
+    _check(model, named)
+    texts = _texts(model, prompts)
     n_jobs = len(named) * len(texts) * (model.cfg.n_layers - 1)
     rows: list[tuple] = []
     with tqdm(total=n_jobs, desc="perturbing", unit=" layers", delay=2.0, disable=not progress) as bar:
@@ -105,7 +115,7 @@ def measure_faithfulness(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is measured; the arguments of `measure_faithfulness`, checked."""
+    """What is measured: the arguments of `measure_faithfulness`."""
 
     kinds: Sequence[Kind]
     n_perturbations: int
@@ -115,32 +125,36 @@ class _Plan:
     batch_size: int
     seed: int
 
-    def __post_init__(self) -> None:
-        if not self.kinds or not set(self.kinds) <= set(KINDS):
-            raise ConfigError(f"kinds are {list(self.kinds)}: give some of {', '.join(KINDS)}.")
-        if not self.frozen_norms:
-            raise ConfigError("frozen_norms is empty: give False, True or both.")
-        if not 0 < self.size < math.inf:
-            raise ConfigError(f"size is {self.size}: give a share of the residual stream's norm, such as 0.1.")
-        for name in ("n_perturbations", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}: give at least 1.")
-        if not self.real_freeze or not set(self.real_freeze) <= set(get_args(Freeze)):
-            raise ConfigError(f"real_freeze is {self.real_freeze}: give some of {', '.join(get_args(Freeze))}.")
-
 
 class _LastBlock(Exception):
     """Ends a pass after the last block."""
 
 
-def _check(model: HookedModel, clts: dict[str, CrossLayerTranscoder], prompts: Sequence[Prompt]) -> None:
-    require_free(model)
+def _named(clts: CrossLayerTranscoder | Mapping[str, CrossLayerTranscoder]) -> dict[str, CrossLayerTranscoder]:
+    if isinstance(clts, CrossLayerTranscoder):
+        return {"PLT" if clts.cfg.span == 1 else "CLT": clts}
+    if not isinstance(clts, Mapping):
+        raise CLTMismatch(f"clts is {shown(clts)}: give a CrossLayerTranscoder, or a dict of several by name.")
+    return dict(clts)
+
+
+def _as_switches(name: str, given: bool | Sequence[bool]) -> list[bool]:
+    entries = as_several(name, given, "False, True or both")
+    return list(dict.fromkeys(as_switch(f"{name}[{i}]", entry) for i, entry in enumerate(entries)))
+
+
+def _texts(model: HookedModel, prompts: Prompt | Sequence[Prompt]) -> list[Tokens]:
+    if hasattr(prompts, "__len__") and not isinstance(prompts, str) and len(prompts) == 0:
+        raise DatasetError("There are no prompts to measure on: give at least one.")
+    return to_prompts(model, prompts)  # type: ignore[arg-type]
+
+
+def _check(model: HookedModel, clts: dict[str, CrossLayerTranscoder]) -> None:
     if not clts:
         raise ConfigError("There is no CLT to measure: give at least one.")
     for clt in clts.values():
         check_fit(model, clt)
-    if len(prompts) == 0:
-        raise DatasetError("There are no prompts to measure on: give at least one.")
+    require_free(model)
     if model.cfg.n_layers < 2:
         raise ModelUnsupported("The model has one layer: no later layer could follow a perturbation.")
 

@@ -22,8 +22,8 @@ def draw(report: EvaluationReport, name: FigureName) -> Figure:
         ConfigError: there is no such figure, or no prompt was traced.
     """
     makers = {"layers": _layers, "density": _density, "distance": _distance, "graphs": _graphs}
-    if name not in makers:
-        raise ConfigError(f"There is no figure {name!r}: give one of {', '.join(get_args(FigureName))}.")
+    if not isinstance(name, str) or name not in makers:
+        raise ConfigError(f"There is no figure {name!r:.60}: give one of {', '.join(get_args(FigureName))}.")
     return makers[name](report)
 
 

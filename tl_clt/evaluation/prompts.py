@@ -7,9 +7,11 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tl_clt.arguments import as_path, as_whole, shown
 from tl_clt.errors import ConfigError, DatasetError
 from tl_clt.lens import HookedModel, Prompt, model_name, to_tokens
 from tl_clt.shapes import TokenBatch, Tokens
@@ -46,12 +48,21 @@ def held_out_prompts(model: HookedModel, dataset: HeldOut, context_size: int | N
         ConfigError: context_size is out of range.
     """
     size = _context_size(model, context_size)
+    if isinstance(dataset, np.ndarray):
+        dataset = dataset.tolist() if dataset.ndim < 2 else torch.as_tensor(dataset)
     if isinstance(dataset, Tensor) and dataset.ndim != 2:
         raise DatasetError(f"The tensor of tokens has shape {list(dataset.shape)}: give ids [n_prompts, pos].")
     if isinstance(dataset, (list, tuple, Tensor)):
         if len(dataset) == 0:
             raise DatasetError("There are no prompts to evaluate on: give at least one.")
         return (to_tokens(model, prompt) for prompt in dataset)
+    if not isinstance(dataset, (str, Path)) and not hasattr(dataset, "column_names"):
+        raise DatasetError(
+            f"The held-out text is {shown(dataset)}: give a list of prompts, ids [n_prompts, pos], a text file, a"
+            " folder, a hub name or a `datasets` object."
+        )
+    if isinstance(dataset, (str, Path)):
+        as_path("The held-out text", dataset, DatasetError)
     return _nonempty(_rows(model, dataset, size), dataset)
 
 
@@ -75,7 +86,8 @@ def up_to(prompts: Iterator[Tokens], max_tokens: int | None) -> Iterator[Tokens]
 
 def _context_size(model: HookedModel, context_size: int | None) -> int:
     longest = model.cfg.n_ctx
-    size = min(DEFAULT_CONTEXT, longest) if context_size is None else context_size
+    given = as_whole("context_size", context_size, none=f"{DEFAULT_CONTEXT} or the model's own")
+    size = min(DEFAULT_CONTEXT, longest) if given is None else given
     if not 2 <= size <= longest:
         raise ConfigError(f"context_size is {size}, but {model_name(model)} takes 2 to {longest} tokens: give that.")
     return size

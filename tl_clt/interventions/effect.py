@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from pandas import DataFrame
 from torch import Tensor
 
+from tl_clt.arguments import as_whole
 from tl_clt.errors import InterventionError
 from tl_clt.lens import HookedModel, PromptRows, token_strings
 from tl_clt.shapes import Logits, TokenBatch
@@ -29,6 +30,15 @@ class InactiveFeature(NamedTuple):
 
     def __str__(self) -> str:
         return f"feature {self.layer}.{self.feature} is not active there in prompt {self.prompt}"
+
+
+class Recorded(NamedTuple):
+    """What passed a hook."""
+
+    value: Tensor
+    """In the intervened run."""
+    baseline: Tensor
+    """In the clean run."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,6 +71,9 @@ class InterventionEffect:
 
     inactive: list[InactiveFeature]
     """Features that were changed though they are not active: suppressing one does nothing."""
+
+    recorded: dict[str, Recorded] = field(default_factory=dict)
+    """By name, what passed the hooks that `record` named."""
 
     model: HookedModel = field(repr=False)
     clt: CrossLayerTranscoder = field(repr=False)
@@ -101,10 +114,8 @@ class InterventionEffect:
         d_vocab = self.logits.shape[-1]
         rows = PromptRows(self.tokens, self.attention_mask)
         n_pos = min(rows.lengths)
-        if not 1 <= k <= d_vocab:
-            raise InterventionError(f"k is {k}: give 1 to {d_vocab}, the size of the vocabulary.")
-        if not -n_pos <= pos < n_pos:
-            raise InterventionError(f"pos is {pos}: the prompts have positions 0 to {n_pos - 1}.")
+        k = as_whole("k", k, 1, d_vocab, why="the size of the vocabulary", error=InterventionError)
+        pos = as_whole("pos", pos, -n_pos, n_pos - 1, why="the positions of the prompts", error=InterventionError)
         columns = [offset + pos % n for offset, n in zip(rows.offsets, rows.lengths, strict=True)]
         at = (range(len(columns)), columns)
         before, after = (x[at].double().softmax(dim=-1) for x in (self.baseline_logits, self.logits))

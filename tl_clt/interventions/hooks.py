@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_clt.errors import ConfigError, InterventionError, ModelUnsupported
+from tl_clt.arguments import as_choice, as_whole
+from tl_clt.errors import InterventionError, ModelUnsupported
 from tl_clt.interventions.intervention import (
+    AnyIntervention,
     DirectionIntervention,
     Intervention,
     Place,
+    as_interventions,
     check,
     positions_of,
     within,
@@ -36,14 +39,13 @@ from tl_clt.transcoder import CrossLayerTranscoder
 
 Acts = Float[Tensor, "batch pos d_transcoder"]
 Stream = Float[Tensor, "batch pos d_model"]
-AnyIntervention = Intervention | DirectionIntervention
 
 
 def intervention_hooks(
     model: HookedModel,
     clt: CrossLayerTranscoder,
     tokens: PromptBatch,
-    interventions: Iterable[AnyIntervention],
+    interventions: AnyIntervention | Iterable[AnyIntervention],
     through_layer: int | None = None,
     freeze: Freeze = "attention",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
@@ -75,7 +77,7 @@ def intervention_hooks(
         model: a HookedTransformer or TransformerBridge.
         clt: a CLT of this model.
         tokens: the prompt or prompts that positions refer to, as text or token ids.
-        interventions: what to change.
+        interventions: what to change: one intervention, or several.
         through_layer: last layer whose MLP output is held (-1 for none: the model itself runs everywhere, for
             directions); None for the iterative kind.
         freeze: hold at the clean run's values, in every layer: "attention" patterns, "all" (patterns and the
@@ -114,17 +116,21 @@ class Steering:
         model: HookedModel,
         clt: CrossLayerTranscoder,
         prompts: PromptRows,
-        interventions: Iterable[AnyIntervention],
+        interventions: AnyIntervention | Iterable[AnyIntervention],
         through_layer: int | None,
         freeze: Freeze,
+        record: Collection[str] = (),
     ) -> None:
-        if freeze not in get_args(Freeze):
-            raise ConfigError(f"freeze is {freeze!r}: give one of {', '.join(get_args(Freeze))}.")
-        if through_layer is not None and not -1 <= through_layer < clt.cfg.n_layers:
-            raise InterventionError(
-                f"through_layer is {through_layer}: give -1 to {clt.cfg.n_layers - 1}, or None for the iterative kind."
-            )
-        given = list(interventions)
+        freeze = as_choice("freeze", freeze, get_args(Freeze))
+        through_layer = as_whole(
+            "through_layer",
+            through_layer,
+            -1,
+            clt.cfg.n_layers - 1,
+            none="the iterative kind",
+            error=InterventionError,
+        )
+        given = as_interventions(interventions)
         for what in given:
             check(what, clt.cfg, prompts.lengths, through_layer)
         if freeze != "none":
@@ -136,7 +142,8 @@ class Steering:
         """Layers whose MLP outputs are written here."""
         self.features = [what for what in given if isinstance(what, Intervention)]
         self.directions = [what for what in given if not isinstance(what, Intervention)]
-        self.clean = CleanRun(model, [hook(t) for t in clt.layers for hook in (self._in, self._out)], freeze)
+        names = [hook(t) for t in clt.layers for hook in (self._in, self._out)]
+        self.clean = CleanRun(model, [*names, *record], freeze)
         self.inputs: dict[int, Tensor] = {}
         self.written: dict[int, Tensor] = {}
         """Sum of what changed features of the layers so far write to each later one."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_clt.interventions.effect import InactiveFeature, InterventionEffect
-from tl_clt.interventions.hooks import AnyIntervention, Steering
+from tl_clt.interventions.effect import InactiveFeature, InterventionEffect, Recorded
+from tl_clt.interventions.hooks import Steering
+from tl_clt.interventions.intervention import AnyIntervention
 from tl_clt.lens import (
     Freeze,
     FwdHook,
@@ -29,10 +30,11 @@ def intervene(
     model: HookedModel,
     clt: CrossLayerTranscoder,
     tokens: PromptBatch,
-    interventions: Iterable[AnyIntervention],
+    interventions: AnyIntervention | Iterable[AnyIntervention],
     through_layer: int | None = None,
     freeze: Freeze = "attention",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
+    record: Collection[str] = (),
 ) -> InterventionEffect:
     """Run prompts with features changed, and without, and compare.
 
@@ -43,31 +45,32 @@ def intervene(
     Args:
         model, clt, tokens, interventions, through_layer, freeze, attention_mask: as for `intervention_hooks`. Prompts
             of unequal lengths are padded, on the tokenizer's side, and masked.
+        record: further hooks whose values, in both runs, to give back in `recorded`.
 
     Raises:
         InterventionError, CLTMismatch, HookNotFound, PromptError, TokenizerMissing, ConfigError: as there.
     """
     check_fit(model, clt)
     prompts = to_token_batch(model, tokens, attention_mask)
-    steering = Steering(model, clt, prompts, interventions, through_layer, freeze)
+    steering = Steering(model, clt, prompts, interventions, through_layer, freeze, record)
     call = {} if prompts.mask is None else {"attention_mask": prompts.mask}
-    seen: dict[int, Tensor] = {}
+    seen: dict[str, Tensor] = {}
 
-    def keep(layer: int) -> Callable:
-        def keep_input(x: Tensor, hook: object) -> None:
-            seen[layer] = x
+    def keep(name: str) -> Callable:
+        def keep_value(x: Tensor, hook: object) -> None:
+            seen[name] = x
 
-        return keep_input
+        return keep_value
 
     names = [block_hook(t, clt.cfg.input_hook) for t in clt.layers]
-    record: list[FwdHook] = [(name, keep(t)) for t, name in enumerate(names)]
+    recording: list[FwdHook] = [(name, keep(name)) for name in dict.fromkeys([*names, *record])]
     try:
         with user_hooks_aside(model):
-            logits = run_with_hooks(model, prompts.tokens, [*steering.hooks, *record], **call)
+            logits = run_with_hooks(model, prompts.tokens, [*steering.hooks, *recording], **call)
     finally:
         steering.clean.close()
     dtype = clt.W_enc.dtype
-    inputs = torch.stack([seen[t] for t in clt.layers], dim=-2).to(dtype)
+    inputs = torch.stack([seen[name] for name in names], dim=-2).to(dtype)
     baseline_inputs = torch.stack([steering.clean.at(name) for name in names], dim=-2).to(dtype)
     baseline_feature_acts = clt.encode(baseline_inputs)
     return InterventionEffect(
@@ -80,6 +83,7 @@ def intervene(
         inputs=inputs,
         baseline_inputs=baseline_inputs,
         inactive=_inactive(steering, baseline_feature_acts),
+        recorded={name: Recorded(seen[name], steering.clean.at(name)) for name in record},
         model=model,
         clt=clt,
     )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
+import numbers
 import re
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_clt.arguments import as_choice, as_number, as_several, as_vector, as_whole, is_whole, plain, shown
 from tl_clt.errors import InterventionError
 from tl_clt.transcoder import CrossLayerTranscoderConfig
 
@@ -57,12 +59,16 @@ class _Change:
         if len(given) != 1:
             said = " and ".join(given) or "nothing"
             raise InterventionError(f"{self} sets {said}: give exactly one of value, scale, add or noise.")
-        if self.prompt is not None and self.prompt < 0:
-            raise InterventionError(f"{self}: prompts of a batch are numbered from 0.")
-        amount = getattr(self, given[0])
-        for number in amount if isinstance(amount, Sequence) else [amount]:
-            if not math.isfinite(number):
-                raise InterventionError(f"{self}: {given[0]} is {number}. Give a finite number.")
+        self._set("layer", as_whole("layer", self.layer, error=InterventionError))
+        self._set("pos", _as_positions(self.pos))
+        prompt = as_whole("prompt", self.prompt, 0, why="counted within the batch", none="all", error=InterventionError)
+        self._set("prompt", prompt)
+        self._set(given[0], _as_amount(given[0], getattr(self, given[0])))
+        self._set("seed", as_whole("seed", self.seed, error=InterventionError))
+
+    def _set(self, name: str, value: object) -> None:
+        """Put the plain value of what was given in its place."""
+        object.__setattr__(self, name, value)
 
     def delta(self, before: Float[Tensor, "batch pos n"], place: Place) -> Float[Tensor, "batch pos n"]:
         """What to add to the amounts at a place."""
@@ -100,6 +106,7 @@ class Intervention(_Change):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._set("feature", _as_wholes("feature", self.feature))
         features = self.features
         if not features or len(set(features)) < len(features):
             raise InterventionError(f"{self}: name at least one feature, and each once.")
@@ -125,6 +132,9 @@ def parse_intervention(text: str, setter: str) -> Intervention:
     Raises:
         InterventionError: the text is not of that form.
     """
+    if not isinstance(text, str):
+        raise InterventionError(f"text is {shown(text)}: write layer:pos:feature=number, for example '2:-1:17=0'.")
+    as_choice("setter", setter, ("value", "scale", "add"), InterventionError)
     parts = re.fullmatch(r"(\d+):(-?\d+|all):(\d+(?:,\d+)*)=(.+)", text.strip())
     try:
         if parts is None:
@@ -153,19 +163,80 @@ class DirectionIntervention(_Change):
             vector.
     """
 
-    vector: Float[Tensor, " d_model"]
-    """The direction; its length counts."""
+    vector: Float[Tensor, " d_model"] | Sequence[float] | Float[np.ndarray, " d_model"]
+    """The direction; its length counts. A tensor after construction."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not bool(torch.isfinite(self.vector).all()) or not bool(self.vector.any()):
-            raise InterventionError("The vector of a DirectionIntervention is zero or not finite.")
+        self._set("vector", as_vector("The vector of a DirectionIntervention", self.vector, InterventionError))
+        if not bool(torch.as_tensor(self.vector).any()):
+            raise InterventionError("The vector of a DirectionIntervention is zero: give a direction.")
+        amount = next(getattr(self, name) for name in SETTERS if getattr(self, name) is not None)
+        if isinstance(amount, Sequence):
+            raise InterventionError(
+                f"A direction has one coefficient, but {amount!r:.60} are several: give one number."
+            )
 
     def change(self, x: Float[Tensor, "batch pos d_model"], place: Place) -> Float[Tensor, "batch pos d_model"]:
         """What to add to the residual stream at a place."""
-        v = self.vector.to(x)
+        v = torch.as_tensor(self.vector).to(x)
         coefficient = (x @ v / v.square().sum())[..., None]
         return self.delta(coefficient, place) * v
+
+
+AnyIntervention = Intervention | DirectionIntervention
+
+
+def as_interventions(given: Any) -> list[AnyIntervention]:
+    """The interventions meant, one by one.
+
+    Raises:
+        InterventionError: something else was given.
+    """
+    if isinstance(given, (Intervention, DirectionIntervention)):
+        return [given]
+    if not isinstance(given, Iterable) or isinstance(given, (str, bytes, Mapping, Tensor)):
+        raise InterventionError(f"interventions is {shown(given)}: give an Intervention, or several in a list.")
+    entries = list(given)
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, (Intervention, DirectionIntervention)):
+            raise InterventionError(
+                f"interventions[{i}] is {shown(entry)}: give an Intervention or a DirectionIntervention."
+            )
+    return entries
+
+
+def _as_wholes(name: str, given: Any) -> Any:
+    """A whole number, or several in a list."""
+    if is_whole(plain(given)):
+        return as_whole(name, given, error=InterventionError)
+    if isinstance(given, (list, tuple)) and not given:
+        return given
+    if isinstance(given, str):
+        raise InterventionError(f"{name} is {shown(given)}: give a whole number, or several in a list.")
+    entries = as_several(name, given, "a whole number, or several in a list", InterventionError)
+    found = [as_whole(f"{name}[{i}]", entry, error=InterventionError) for i, entry in enumerate(entries)]
+    return tuple(found) if isinstance(given, tuple) else found
+
+
+def _as_positions(given: Any) -> Any:
+    """None, a slice, a position, or several in a list."""
+    if isinstance(given, slice):
+        parts = {"start": given.start, "stop": given.stop, "step": given.step}
+        ends = {"start": "the first", "stop": "the end", "step": "every one"}
+        return slice(*(as_whole(f"pos.{k}", v, none=ends[k], error=InterventionError) for k, v in parts.items()))
+    return None if given is None else _as_wholes("pos", given)
+
+
+def _as_amount(name: str, given: Any) -> Any:
+    """A finite number, or several in a list (of noise only one)."""
+    if name == "noise" or isinstance(plain(given), (numbers.Number, str)):
+        return as_number(name, given, error=InterventionError)
+    if isinstance(given, (list, tuple)) and not given:
+        return given
+    entries = as_several(name, given, "a finite number, or one for each feature in a list", InterventionError)
+    found = [as_number(f"{name}[{i}]", entry, error=InterventionError) for i, entry in enumerate(entries)]
+    return tuple(found) if isinstance(given, tuple) else found
 
 
 Positions: TypeAlias = range | frozenset[int]

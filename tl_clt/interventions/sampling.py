@@ -24,14 +24,14 @@ class Sample(NamedTuple):
     stratum: Int[Tensor, " n_sources"]
     """0 the most influential."""
     control_of: Int[Tensor, " n_sources"]
-    """The node that a control stands beside; -1 for the others."""
+    """The node that a control stands beside; -1 for the others. One control may stand beside several."""
 
 
 def sample_features(graph: AttributionGraph, n_features: int | None, seed: int) -> Sample:
     """Draw features of a graph, as many of each stratum as there are to be had, and controls.
 
-    Each feature drawn from the first stratum has a control: a random one of the three features outside that stratum
-    with the most similar activation at its layer and position, or, where there is none, at its layer.
+    Each feature drawn from the first stratum has a control: a random one of the three other features, whatever their
+    influence, with the most similar activation at its layer and position, or, where there are fewer, at its layer.
 
     Args:
         graph: of which nodes with some influence count.
@@ -40,20 +40,19 @@ def sample_features(graph: AttributionGraph, n_features: int | None, seed: int) 
     """
     generator = torch.Generator().manual_seed(seed)
     influence = graph.influence().cpu()
-    features = graph.nodes.where(NodeKind.FEATURE).cpu()
-    features = features[influence[features].argsort(descending=True)]
+    everything = graph.nodes.where(NodeKind.FEATURE).cpu()
+    features = everything[influence[everything].argsort(descending=True)]
     features = features[influence[features] > 0]
     stratum = _strata(influence[features].double())
     chosen = _draw(stratum, len(features) if n_features is None else n_features, generator)
     tested = features[chosen]
     top = tested[stratum[chosen] == 0]
-    others = features[stratum > 0]
-    pairs = [(c, int(n)) for n in top if (c := _control(graph, others, int(n), generator)) is not None]
+    pairs = [(c, int(n)) for n in top if (c := _control(graph, everything, int(n), generator)) is not None]
     stratum_of = dict(zip(features.tolist(), stratum.tolist(), strict=True))
     nodes = [*tested.tolist(), *(c for c, _ in pairs)]
     return Sample(
         torch.tensor(nodes, dtype=torch.long),
-        torch.tensor([stratum_of[n] for n in nodes], dtype=torch.long),
+        torch.tensor([stratum_of.get(n, len(STRATA) - 1) for n in nodes], dtype=torch.long),
         torch.tensor([-1] * len(tested) + [n for _, n in pairs], dtype=torch.long),
     )
 
@@ -77,12 +76,12 @@ def _draw(stratum: Tensor, n_features: int, generator: torch.Generator) -> Int[T
     return torch.cat(drawn).sort().values
 
 
-def _control(graph: AttributionGraph, others: Tensor, node: int, generator: torch.Generator) -> int | None:
+def _control(graph: AttributionGraph, features: Tensor, node: int, generator: torch.Generator) -> int | None:
     """A random one of the `ALIKE` most like a node."""
     layer, pos, activation = (x.cpu() for x in (graph.nodes.layer, graph.nodes.pos, graph.nodes.activation))
-    others = others[layer[others] == layer[node]]
+    others = features[(layer[features] == layer[node]) & (features != node)]
     here = others[pos[others] == pos[node]]
-    candidates = here if len(here) else others
+    candidates = here if len(here) >= ALIKE else others
     if len(candidates) == 0:
         return None
     alike = candidates[(activation[candidates] - activation[node]).abs().argsort()[:ALIKE]]

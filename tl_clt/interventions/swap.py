@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_clt.arguments import as_several, as_whole, is_whole, plain, shown
 from tl_clt.errors import InterventionError
 from tl_clt.interventions.intervention import Intervention
 from tl_clt.lens import HookedModel, Prompt, block_hook, run_with_cache, to_tokens, user_hooks_aside
@@ -44,7 +45,7 @@ def swap_interventions(
     """
     check_fit(model, clt)
     to, of = (to_tokens(model, prompt) for prompt in (tokens, source))
-    _check_positions(positions, len(of), len(to))
+    positions = _as_positions(positions, len(of), len(to))
     named = None if features is None else _by_layer(features, clt)
     here, there = (_feature_acts(model, clt, prompt) for prompt in (to, of))
     swaps = []
@@ -63,27 +64,42 @@ def swap_interventions(
     return swaps
 
 
-def _check_positions(positions: Mapping[int, int], n_source: int, n_tokens: int) -> None:
-    for pos, length, which in (
-        *((p, n_source, "the source") for p in positions),
-        *((p, n_tokens, "the prompt") for p in positions.values()),
-    ):
-        if not -length <= pos < length:
-            raise InterventionError(f"There is no position {pos} in {which}: it has positions 0 to {length - 1}.")
-    if len({p % n_tokens for p in positions.values()}) < len(positions):
+def _as_positions(positions: Mapping[int, int], n_source: int, n_tokens: int) -> dict[int, int]:
+    if not isinstance(positions, Mapping):
+        raise InterventionError(f"positions is {shown(positions)}: give a dict, position in source -> in the prompt.")
+    found = {
+        _as_position(source, n_source, "the source"): _as_position(pos, n_tokens, "the prompt")
+        for source, pos in positions.items()
+    }
+    if len({p % n_tokens for p in found.values()}) < len(positions):
         raise InterventionError(f"Two positions of the source go to one of the prompt: {dict(positions)}.")
+    return found
+
+
+def _as_position(given: object, length: int, which: str) -> int:
+    pos = as_whole(f"A position in {which}", given, error=InterventionError)
+    if not -length <= pos < length:
+        raise InterventionError(f"There is no position {pos} in {which}: it has positions 0 to {length - 1}.")
+    return pos
 
 
 def _by_layer(features: Iterable[tuple[int, int]], clt: CrossLayerTranscoder) -> dict[int, list[int]]:
     """The features named, each once, by layer."""
+    wanted = "(layer, feature) pairs"
+    pairs = as_several("features", list(features) if isinstance(features, Set) else features, wanted, InterventionError)
     named: dict[int, list[int]] = {}
-    for layer, feature in dict.fromkeys(features):
+    for i, pair in enumerate([pairs] if len(pairs) == 2 and all(is_whole(plain(n)) for n in pairs) else pairs):
+        numbers = as_several(f"features[{i}]", pair, wanted, InterventionError)
+        if len(numbers) != 2:
+            raise InterventionError(f"features[{i}] is {shown(pair)}: give {wanted}.")
+        layer, feature = (as_whole(f"features[{i}]", number, error=InterventionError) for number in numbers)
         if not (0 <= layer < clt.cfg.n_layers and 0 <= feature < clt.cfg.d_transcoder):
             raise InterventionError(
                 f"There is no feature {feature} in layer {layer}: the CLT has layers 0 to {clt.cfg.n_layers - 1} with"
                 f" features 0 to {clt.cfg.d_transcoder - 1}."
             )
-        named.setdefault(layer, []).append(feature)
+        if feature not in named.setdefault(layer, []):
+            named[layer].append(feature)
     return named
 
 

@@ -1,31 +1,45 @@
-"""`validate`: a graph's predictions against interventions.
+"""`validate`: a graph's predictions against interventions, beside those of CLTs of chance.
 
-Feature nodes s are changed one at a time, multiplied by `scale` at their position, in two kinds of intervention, whose
-numbers stand side by side and are never mixed:
+Feature nodes s are changed one at a time, multiplied by `scale` at their position, in three kinds of intervention,
+whose numbers stand side by side and are never mixed:
 
 - constrained: all MLP outputs are held but for what s itself writes (`through_layer` the last layer). What the graph
   predicts of a target t is `(scale - 1) E[t, s]`, column `edge`. With `freeze="all"` this is exact.
 - iterative: features in between react. What the graph predicts is `(scale - 1) T[t, s]`, column `total`, where T sums
   over all paths of traced features, each feature passing on in proportion to its activation. With `freeze="all"` this
   is exact as long as no feature switches on or off.
+- model: nothing is held but what `freeze` says. What s writes is changed, `(scale - 1) activation W_dec[s -> l]` added
+  behind each block l, and the model's own MLPs react. It is predicted as the iterative kind.
 
-Targets are all token logits of the graph, and its traced features in later layers at the same position or later.
-`change` is the measured change of t: for features of the pre-activation, for logits of the logit less the mean logit,
-as the model gives them (after a soft-cap, if it has one, which graphs leave out). `act_change` is that of the feature's
-activation, which differs where it switches off. Relative effects are |change| (or |act_change|) over the target's own
-activation, or logit above the mean, in the clean run. Features that are active only in the changed run are in no graph;
-`switched_on` is how many there are.
+The first two hold for any CLT, also for a random one: its errors are added back and stay, so that its graph is as much
+a linearisation of what is measured as that of a good one, and no MLP of the model ever reacts. The third asks whether
+the features in between are the model's: for a CLT that is exactly the model's MLPs it measures the same as the second.
+In each the same is measured, on the same prompt, with a random CLT and with the given one's decoders shuffled
+(`baseline_clt` says how they are made): column `clt`. What the given CLT does not do better than these says nothing of
+its features.
 
-`influence` is the unsigned one that pruning goes by: `graph.influence()` of s for logits, and B[t, s] for features. It
-is compared with the relative effect: for logits their mean, weighted by their probability, for features
-|act_change| / activation, as in the paper's figure of 0.72 (Spearman).
+Targets are all target nodes of the graph (`measured_at` "logit"; `target_kind` says whether a token, a difference, a
+feature or a direction), and its traced features (`measured_at` "feature"), in later layers at the same position or
+later. `change` is the measured change of t, as what it is: for features of the pre-activation, for tokens of the logit
+less the mean logit, for differences of two tokens' logits, for directions of the residual stream along them, at their
+hook; logits as the model gives them (after a soft-cap, if it has one, which graphs leave out). `act_change` is that
+of a traced feature's activation, which differs where it switches off. Relative effects are |change| (or |act_change|)
+over the target's own activation, or height, in the clean run. Features that are active only in the changed run are in
+no graph; `switched_on` is how many there are.
+
+`influence` is the unsigned one that pruning goes by: `graph.influence()` of s for the graph's targets
+(`source_influence`, with the targets' weights made to sum to 1), and B[t, s] for features. It is compared with the
+relative effect: for the graph's targets their mean, weighed as influence weighs them (`weight`: tokens by their
+probability, others by 1, made to sum to 1; 0 where s lies above a target), for features |act_change| / activation, as
+in the paper's figure of 0.72 (Spearman).
+
+`source_size` is how much s writes: its activation times the norm of all its decoder vectors together.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -33,19 +47,32 @@ from pandas import DataFrame, concat
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_clt.attribution import AttributionGraph, NodeKind
-from tl_clt.errors import CLTMismatch, ConfigError
+from tl_clt.arguments import as_choice, as_number, as_seed, as_switch, as_whole, shown
+from tl_clt.attribution import (
+    AttributionGraph,
+    DifferenceTarget,
+    DirectionTarget,
+    FeatureTarget,
+    NodeKind,
+    TokenTarget,
+    attribute,
+)
+from tl_clt.attribution.targets import NamedTarget
+from tl_clt.errors import CLTMismatch, ConfigError, TargetError
+from tl_clt.interventions.baselines import BASELINES, Baseline, baseline_clt
+from tl_clt.interventions.effect import Acts, InterventionEffect
 from tl_clt.interventions.intervene import intervene
-from tl_clt.interventions.intervention import Intervention
+from tl_clt.interventions.intervention import DirectionIntervention, Intervention
 from tl_clt.interventions.predictions import Predictions, predict
 from tl_clt.interventions.sampling import Sample, sample_features
-from tl_clt.interventions.validation_report import ValidationReport
-from tl_clt.lens import Freeze, HookedModel, model_name
-from tl_clt.shapes import Logits
+from tl_clt.interventions.validation_report import ValidationReport, interval_note
+from tl_clt.lens import Freeze, HookedModel, model_name, norm_map, run_with_cache, user_hooks_aside
+from tl_clt.replacement import check_fit
 from tl_clt.transcoder import CrossLayerTranscoder
 
-Kind = Literal["constrained", "iterative"]
-KINDS: tuple[Kind, ...] = ("constrained", "iterative")
+Kind = Literal["constrained", "iterative", "model"]
+KINDS: tuple[Kind, ...] = ("constrained", "iterative", "model")
+TARGET_KINDS = {TokenTarget: "token", DifferenceTarget: "difference", FeatureTarget: "feature"}
 LOGITS_AT_ONCE = 2**26
 """Logits of one pass: 256 MiB in float32."""
 Effects = Float[Tensor, "n_sources n_targets"]
@@ -55,9 +82,9 @@ class Measured(NamedTuple):
     """What changed at the targets."""
 
     change: Effects
-    """Of a feature's pre-activation, or of a logit less the mean logit."""
+    """Of a feature's pre-activation, a logit less the mean logit, a difference of logits, or along a direction."""
     act_change: Effects
-    """Of a feature's activation; for logits the same as `change`."""
+    """Of a traced feature's activation; for the graph's targets the same as `change`."""
     switched_on: Float[Tensor, " n_sources"]
     """How many features, at all positions, are active only with the source changed."""
 
@@ -74,18 +101,23 @@ def validate(
     batch_size: int | None = None,
     seed: int = 0,
     progress: bool = True,
+    baselines: Sequence[Baseline] = BASELINES,
 ) -> ValidationReport:
     """Change features of a graph one at a time, and compare what follows with what the graph predicts.
 
     Tested are features drawn evenly from four strata of influence (`STRATA`: those that carry the first half of all
-    features' influence, up to 80%, up to 95%, the rest), and controls: for each of the first stratum a random feature
-    outside of it, of the same layer, position and a similar activation where there is one. What is measured and what it
-    is compared with stands at the head of this module.
+    features' influence, up to 80%, up to 95%, the rest), and controls: for each of the first stratum another feature of
+    the same layer and a similar activation, at the same position where there are some, whatever its influence. What is
+    measured and what it is compared with stands at the head of this module.
+
+    The same is then done with CLTs of chance (`baseline_clt`): the prompt is traced with them as the given graph was
+    (same targets, options and at most as many features), and features of these graphs are drawn in the same way. That
+    takes as long again for each, and their decoders' memory.
 
     Hooks of the user's are set aside.
 
     Args:
-        graph: of this model and CLT; not a contrastive one.
+        graph: of this model and CLT, with targets of any kind; not a contrastive one.
         n_features: how many to test, controls not counted; None for all.
         scale: of the changed features; 0 ablates.
         freeze: what is held at the clean run's values, as for `intervene`.
@@ -93,23 +125,37 @@ def validate(
         batch_size: features in one pass; None for as many as make 256 MiB of logits, at most 64.
         seed: of the draw.
         progress: show a bar where it takes longer than 2 s.
+        baselines: which CLTs of chance to hold beside this one; () for none, which the report then says.
 
     Raises:
-        ConfigError: an argument out of range; a graph that is contrastive, or explains no token's logit, or has no
-            feature with influence.
+        ConfigError: an argument out of range; a graph that is contrastive, or has no feature with influence.
+        TargetError: the graph does not tell what its targets are.
         CLTMismatch: the graph is of another model or CLT.
+        MemoryLimit: a baseline does not fit.
+        AlreadyAttached: baselines are wanted of a model in which a CLT stands.
         HookNotFound, InterventionError: as for `intervene`.
     """
-    _check(graph, n_features, scale, threshold, batch_size)
+    if not isinstance(graph, AttributionGraph):
+        raise ConfigError(f"The graph is {shown(graph)}: give an AttributionGraph, then its model and CLT.")
+    check_fit(model, clt)
+    n_features, batch_size = (
+        as_whole(name, n, 1, none=none)
+        for name, n, none in (("n_features", n_features, "all"), ("batch_size", batch_size, "as many as fit"))
+    )
+    scale, threshold = as_number("scale", scale), as_number("threshold", threshold, above=0)
+    seed, progress = as_seed("seed", seed), as_switch("progress", progress)
+    freeze = as_choice("freeze", freeze, get_args(Freeze))
+    _check(graph, scale, baselines)
+    named = _targets_of(graph)
     sample = sample_features(graph, n_features, seed)
     if len(sample.node) == 0:
-        raise ConfigError("The graph has no feature with any influence on its logits to test.")
-    targets = _targets(graph)
-    measure = _Measurement(graph, model, clt, targets, scale, freeze)
+        raise ConfigError("The graph has no feature with any influence on its targets to test.")
     rows = batch_size or max(1, min(64, LOGITS_AT_ONCE // (len(graph.tokens) * model.cfg.d_vocab)))
-    found = _measure_all(measure, sample.node.split(rows), progress)
-    predicted = predict(graph, sample.node.to(targets.device))
-    tables = [_table(graph, sample, targets, predicted, found[kind], kind, scale) for kind in KINDS]
+    tables = []
+    for which, its_graph, its_clt in _with_baselines(graph, model, clt, named, baselines, seed, progress):
+        its_sample = sample if which == "given" else sample_features(its_graph, n_features, seed)
+        measure = _Measurement(its_graph, model, its_clt, named, scale, freeze)
+        tables += [table.assign(clt=which) for table in _measured_tables(measure, its_sample, rows, progress, which)]
     controls = int((sample.control_of >= 0).sum())
     info = {
         "model_name": model_name(model),
@@ -120,37 +166,74 @@ def validate(
         "seed": seed,
         "n_features": len(sample.node) - controls,
         "n_controls": controls,
+        "baselines": list(baselines),
+        "intervals": interval_note(1),
     }
     return ValidationReport(measurements=concat(tables, ignore_index=True), threshold=threshold, info=info)
 
 
-def _check(
-    graph: AttributionGraph, n_features: int | None, scale: float, threshold: float, batch_size: int | None
-) -> None:
-    for name, number in (("n_features", n_features), ("batch_size", batch_size)):
-        if number is not None and number < 1:
-            raise ConfigError(f"{name} is {number}: give at least 1, or None.")
-    if not math.isfinite(scale) or scale == 1:
+def _check(graph: AttributionGraph, scale: float, baselines: Sequence[str]) -> None:
+    if scale == 1:
         raise ConfigError(f"scale is {scale}: give a finite number other than 1, which changes nothing.")
-    if not 0 < threshold < math.inf:
-        raise ConfigError(f"threshold is {threshold}: give a share of the target's activation, above 0.")
     if graph.contrast_activation is not None:
         raise ConfigError(
             "The graph is contrastive: its edges are differences of two prompts, which no change of a feature on one"
             " prompt shows. Give a graph traced without contrast."
         )
-    if not bool((graph.nodes.is_kind(NodeKind.LOGIT) & (graph.nodes.index >= 0)).any()):
-        raise ConfigError("The graph explains no token's logit, so that there is no influence on one to test.")
+    if isinstance(baselines, str) or len(set(baselines)) < len(baselines) or not set(baselines) <= set(BASELINES):
+        raise ConfigError(f"baselines is {baselines!r}: give some of {BASELINES}, each once, or () for none.")
 
 
-def _targets(graph: AttributionGraph) -> Int[Tensor, " n_targets"]:
-    """Traced features, then token logits."""
-    nodes = graph.nodes
-    features = nodes.where(NodeKind.FEATURE)
-    logits = nodes.where(NodeKind.LOGIT)
-    # Feature targets are logit nodes of a lower layer.
-    tokens = (nodes.index[logits] >= 0) & (nodes.layer[logits] == nodes.layer.max())
-    return torch.cat([features[graph.expanded[features]], logits[tokens]])
+def _targets_of(graph: AttributionGraph) -> list[NamedTarget]:
+    """What each target node of a graph is.
+
+    Raises:
+        TargetError: the graph does not say it: graphs of older files name no tokens of differences, and no directions.
+    """
+    if graph.targets is not None:
+        return graph.targets
+    nodes = graph.nodes.take(graph.nodes.where(NodeKind.LOGIT))
+    n_layers = graph.info.get("n_layers")
+    if n_layers is None or bool((nodes.index < 0).any()):
+        raise TargetError(
+            "The graph does not tell what its targets are, as graphs saved by an earlier version: differences and"
+            " directions cannot be measured. Trace the prompt again."
+        )
+    at = zip(nodes.layer.tolist(), nodes.pos.tolist(), nodes.index.tolist(), strict=True)
+    # Feature targets are target nodes of a lower layer.
+    return [TokenTarget(i, pos) if layer == n_layers else FeatureTarget(layer, i, pos) for layer, pos, i in at]
+
+
+def _with_baselines(
+    graph: AttributionGraph,
+    model: HookedModel,
+    clt: CrossLayerTranscoder,
+    targets: list[NamedTarget],
+    baselines: Sequence[Baseline],
+    seed: int,
+    progress: bool,
+) -> Iterator[tuple[str, AttributionGraph, CrossLayerTranscoder]]:
+    """The given graph and CLT, then those of chance, traced as the given graph was."""
+    yield "given", graph, clt
+    features = graph.nodes.where(NodeKind.FEATURE)
+    n_traced = graph.info.get("n_traced_features", int(graph.expanded[features].sum()))
+    all_traced = n_traced >= graph.info.get("n_active_features", len(features))
+    for which in baselines:
+        its_clt = baseline_clt(which, model, clt, graph.tokens, seed)
+        traced = attribute(
+            model,
+            its_clt,
+            graph.tokens,
+            targets=targets,
+            max_feature_nodes=None if all_traced else n_traced,
+            bos=graph.info["bos"],
+            bias_nodes=graph.info["bias_nodes"],
+            keep_edges=graph.info.get("keep_edges"),
+            progress=progress,
+        )
+        if "node_threshold" in graph.info:
+            traced = traced.prune(graph.info["node_threshold"], graph.info["edge_threshold"])
+        yield which, traced, its_clt
 
 
 class _Measurement:
@@ -161,44 +244,90 @@ class _Measurement:
         graph: AttributionGraph,
         model: HookedModel,
         clt: CrossLayerTranscoder,
-        targets: Int[Tensor, " n_targets"],
+        named: list[NamedTarget],
         scale: float,
         freeze: Freeze,
     ) -> None:
-        self.graph, self.model, self.clt = graph, model, clt
+        self.graph, self.model, self.clt, self.named = graph, model, clt, named
         self.scale = scale
         self.freeze: Freeze = freeze
         nodes = graph.nodes
         everywhere = nodes.take(nodes.where(NodeKind.FEATURE))
         if not bool(((everywhere.layer < clt.cfg.n_layers) & (everywhere.index < clt.cfg.d_transcoder)).all()):
             raise _mismatch("features that this CLT does not have")
-        self.features = nodes.take(targets[nodes.kind[targets] == int(NodeKind.FEATURE)])
-        self.logits = nodes.take(targets[nodes.kind[targets] == int(NodeKind.LOGIT)])
+        features = nodes.where(NodeKind.FEATURE)
+        traced = features[graph.expanded[features]]
+        self.features = nodes.take(traced)
+        self.targets: Int[Tensor, " n_targets"] = torch.cat([traced, nodes.where(NodeKind.LOGIT)])
+        """Traced features, then the graph's targets."""
+        self.kinds = ["feature"] * len(traced) + [TARGET_KINDS.get(type(t), "direction") for t in named]
+        self.scales: Mapping[str, Tensor] = {}
+        """Of norms behind the MLPs, once they are needed."""
+        self.hooks = list(dict.fromkeys(t.hook for t in named if isinstance(t, DirectionTarget)))
 
     def __call__(self, sources: Int[Tensor, " n"], kind: Kind) -> Measured:
-        at = self.graph.nodes.take(sources)
-        places = zip(at.layer.tolist(), at.pos.tolist(), at.index.tolist(), strict=True)
-        changes = [
-            Intervention(layer=layer, pos=pos, feature=feature, scale=self.scale, prompt=row)
-            for row, (layer, pos, feature) in enumerate(places)
-        ]
+        changes = self._written(sources) if kind == "model" else self._changes(sources)
         tokens = self.graph.tokens.expand(len(sources), -1)
-        through = self.clt.cfg.n_layers - 1 if kind == "constrained" else None
-        effect = intervene(self.model, self.clt, tokens, changes, through, self.freeze)
+        through = {"constrained": self.clt.cfg.n_layers - 1, "iterative": None, "model": -1}[kind]
+        effect = intervene(self.model, self.clt, tokens, changes, through, self.freeze, record=self.hooks)
         self._check_graph(effect.baseline_feature_acts[0])
+        hidden_change = effect.hidden_pre - effect.baseline_hidden_pre
         features = self.features
         places = (slice(None), features.pos, features.layer, features.index)
-        pre = (effect.hidden_pre - effect.baseline_hidden_pre)[places]
+        pre = hidden_change[places]
         acts = (effect.feature_acts - effect.baseline_feature_acts)[places]
-        heights = self._heights(effect.logits) - self._heights(effect.baseline_logits)
+        heights = torch.stack([self._rise(effect, hidden_change, target) for target in self.named], dim=1)
         on = ((effect.baseline_feature_acts == 0) & (effect.feature_acts != 0)).flatten(1).sum(dim=1)
         change, act_change = (torch.cat([x.double(), heights], dim=1).cpu() for x in (pre, acts))
         return Measured(change, act_change, on.double().cpu())
 
-    def _heights(self, logits: Logits) -> Float[Tensor, "batch n_logits"]:
-        """The targets' logits less the mean logit."""
-        mean = logits.mean(dim=-1, dtype=torch.float64)
-        return logits[:, self.logits.pos, self.logits.index].double() - mean[:, self.logits.pos]
+    def _changes(self, sources: Int[Tensor, " n"]) -> list[Intervention]:
+        at = self.graph.nodes.take(sources)
+        places = zip(at.layer.tolist(), at.pos.tolist(), at.index.tolist(), strict=True)
+        return [
+            Intervention(layer=layer, pos=pos, feature=feature, scale=self.scale, prompt=row)
+            for row, (layer, pos, feature) in enumerate(places)
+        ]
+
+    def _written(self, sources: Int[Tensor, " n"]) -> list[DirectionIntervention]:
+        """What the changed features write less, or more, into the residual stream behind each block."""
+        at = self.graph.nodes.take(sources)
+        found = []
+        for row, (layer, pos) in enumerate(zip(at.layer.tolist(), at.pos.tolist(), strict=True)):
+            by = (self.scale - 1) * at.activation[row]
+            vectors = self.clt.decoder_rows(layer, at.index[row : row + 1])[0].detach() * by
+            for block, vector in zip(self.clt.cfg.targets(layer), vectors, strict=True):
+                in_stream = self._in_stream(vector, block, pos)
+                if bool(in_stream.any()):
+                    found.append(DirectionIntervention(layer=block, pos=pos, vector=in_stream, add=1, prompt=row))
+        return found
+
+    def _in_stream(self, vector: Float[Tensor, " d_model"], block: int, pos: int) -> Float[Tensor, " d_model"]:
+        """What a vector at the CLT's output hook is in the residual stream, through the norm behind it if there is one,
+        with its scale as in the clean run."""
+        name = f"blocks.{block}.ln2_post"
+        norm = norm_map(self.model, name) if self.clt.cfg.output_hook == "mlp.hook_out" else None
+        if norm is None:
+            return vector
+        if not self.scales:
+            with user_hooks_aside(self.model):
+                self.scales = dict(run_with_cache(self.model, self.graph.tokens[None], _is_scale_behind)[1].items())
+        centred = vector - vector.mean() if norm.centred else vector
+        scaled = centred / self.scales[f"{name}.hook_scale"][0, pos].to(vector)
+        return scaled if norm.gain is None else scaled * norm.gain.to(vector)
+
+    def _rise(self, effect: InterventionEffect, hidden_change: Acts, target: NamedTarget) -> Float[Tensor, " batch"]:
+        """How much a target has changed."""
+        if isinstance(target, FeatureTarget):
+            return hidden_change[:, target.pos, target.layer, target.feature].double()
+        if isinstance(target, DirectionTarget):
+            seen = effect.recorded[target.hook]
+            change = (seen.value - seen.baseline)[:, target.pos].double()
+            return change @ target.direction.to(change)
+        after, before = (logits[:, target.pos].double() for logits in (effect.logits, effect.baseline_logits))
+        if isinstance(target, DifferenceTarget):
+            return (after - before)[:, int(target.plus)] - (after - before)[:, int(target.minus)]
+        return (after - before)[:, int(target.token)] - (after - before).mean(dim=-1)
 
     def _check_graph(self, feature_acts: Float[Tensor, "pos n_layers d_transcoder"]) -> None:
         at = self.features
@@ -207,15 +336,27 @@ class _Measurement:
             raise _mismatch("features with other activations on its prompt")
 
 
-def _measure_all(measure: _Measurement, batches: Sequence[Tensor], progress: bool) -> dict[Kind, Measured]:
+def _is_scale_behind(name: str) -> bool:
+    return name.endswith("ln2_post.hook_scale")
+
+
+def _measured_tables(
+    measure: _Measurement, sample: Sample, batch_size: int, progress: bool, which: str
+) -> Iterator[DataFrame]:
+    """A table of each kind of intervention."""
+    # A control may stand beside several, and be tested itself.
+    nodes, at = torch.unique(sample.node, return_inverse=True)
     found: dict[Kind, list[Measured]] = {kind: [] for kind in KINDS}
-    total = len(KINDS) * sum(map(len, batches))
-    with tqdm(total=total, desc="Testing features", unit=" runs", delay=2.0, disable=not progress) as bar:
-        for batch in batches:
+    desc = f"Testing features of the {which} CLT"
+    with tqdm(total=len(KINDS) * len(nodes), desc=desc, unit=" runs", delay=2.0, disable=not progress) as bar:
+        for batch in nodes.split(batch_size):
             for kind in KINDS:
                 found[kind].append(measure(batch, kind))
                 bar.update(len(batch))
-    return {kind: Measured(*(torch.cat(x) for x in zip(*parts, strict=True))) for kind, parts in found.items()}
+    predicted = predict(measure.graph, sample.node.to(measure.targets.device))
+    for kind in KINDS if len(nodes) else ():
+        measured = Measured(*(torch.cat(x)[at] for x in zip(*found[kind], strict=True)))
+        yield _table(measure, sample, predicted, measured, kind)
 
 
 def _mismatch(found: str) -> CLTMismatch:
@@ -224,18 +365,12 @@ def _mismatch(found: str) -> CLTMismatch:
     )
 
 
-def _table(
-    graph: AttributionGraph,
-    sample: Sample,
-    targets: Int[Tensor, " n_targets"],
-    predicted: Predictions,
-    measured: Measured,
-    kind: Kind,
-    scale: float,
-) -> DataFrame:
+def _table(measure: _Measurement, sample: Sample, predicted: Predictions, measured: Measured, kind: Kind) -> DataFrame:
     """One row for each source and each target downstream of it."""
+    graph, targets, scale = measure.graph, measure.targets, measure.scale
     nodes = graph.nodes
-    influence = graph.influence()
+    whole = graph.logit_weights.sum()
+    influence = graph.influence() / whole
     errors = nodes.is_kind(NodeKind.ERROR)
     error_share = torch.tensor([float(graph.input_shares(t)[errors].sum()) for t in targets.tolist()])
     logit = nodes.kind[targets] == int(NodeKind.LOGIT)
@@ -246,6 +381,7 @@ def _table(
     source, target = sample.node[s], targets.cpu()[t]
     columns = {
         "prompt": 0,
+        "clt": "",
         "kind": kind,
         "role": ["tested" if c < 0 else "control" for c in sample.control_of[s].tolist()],
         "control_of": sample.control_of[s],
@@ -254,14 +390,16 @@ def _table(
         "source_layer": nodes.layer.cpu()[source],
         "source_pos": nodes.pos.cpu()[source],
         "source_feature": nodes.index.cpu()[source],
+        "source_size": _sizes(measure, sample.node)[s],
         "source_influence": influence.cpu()[source].double(),
         "measured_at": ["logit" if x else "feature" for x in logit[t].tolist()],
+        "target_kind": [measure.kinds[i] for i in t.tolist()],
         "target": target,
         "target_layer": nodes.layer.cpu()[target],
         "target_pos": nodes.pos.cpu()[target],
         "target_index": nodes.index.cpu()[target],
         "target_activation": nodes.activation.cpu()[target].double(),
-        "weight": graph.logit_weights.cpu()[target].double(),
+        "weight": (graph.logit_weights / whole).cpu()[target].double(),
         "error_share": error_share[t],
         "edge": (scale - 1) * predicted.edge.cpu()[target, s].double(),
         "total": (scale - 1) * predicted.total.cpu()[target, s].double(),
@@ -271,3 +409,14 @@ def _table(
         "switched_on": measured.switched_on[s],
     }
     return DataFrame({name: x.numpy() if isinstance(x, Tensor) else x for name, x in columns.items()})
+
+
+def _sizes(measure: _Measurement, sources: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Activation times the norm of all decoder vectors together."""
+    at = measure.graph.nodes.take(sources)
+    sizes = torch.zeros(len(sources), dtype=torch.float64)
+    for layer in at.layer.unique().tolist():
+        here = torch.nonzero(at.layer == layer).flatten()
+        rows = measure.clt.decoder_rows(layer, at.index[here]).detach().double()
+        sizes[here.cpu()] = (at.activation[here].abs().double() * rows.flatten(start_dim=1).norm(dim=1)).cpu()
+    return sizes

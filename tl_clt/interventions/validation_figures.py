@@ -1,4 +1,4 @@
-"""Figures of a validation: constrained interventions on the left, iterative ones on the right."""
+"""Figures of a validation: constrained interventions on the left, iterative ones in the middle, the model's right."""
 
 from __future__ import annotations
 
@@ -16,6 +16,17 @@ LINEAR_BELOW = 1e-4
 """Shares from here up have a logarithmic axis."""
 BESIDE = (-0.2, 0.2)
 """Places of two bars of one group."""
+SHOWN = {
+    ("logit", "influence", "spearman"): "logit, influence",
+    ("logit", "influence", "partial"): "logit, influence\ngiven size",
+    ("logit", "signed", "spearman"): "logit, {signed}",
+    ("feature", "influence", "spearman"): "feature, influence",
+    ("feature", "influence", "within_target_partial"): "feature, influence\nwithin a target,\ngiven size",
+    ("feature", "influence", "within_source"): "feature, influence\nwithin a source",
+    ("feature", "signed", "spearman"): "feature, {signed}",
+    ("feature", "signed", "within_target_partial"): "feature, {signed}\nwithin a target,\ngiven size",
+}
+"""Which rows of the table `chance` a figure shows, and what it calls them."""
 
 
 def draw(report: ValidationReport, name: FigureName) -> Figure:
@@ -24,13 +35,17 @@ def draw(report: ValidationReport, name: FigureName) -> Figure:
     Raises:
         ConfigError: there is no such figure.
     """
-    if name not in get_args(FigureName):
-        raise ConfigError(f"There is no figure {name!r}: give one of {', '.join(get_args(FigureName))}.")
-    figure = Figure(figsize=(10, 8.4 if name in ("logits", "features") else 4.4), layout="constrained")
+    if not isinstance(name, str) or name not in get_args(FigureName):
+        raise ConfigError(f"There is no figure {name!r:.60}: give one of {', '.join(get_args(FigureName))}.")
+    figure = Figure(figsize=(14, 8.4 if name in ("logits", "features", "chance") else 4.4), layout="constrained")
     if name in ("logits", "features"):
         _scatters(report, figure, name.removesuffix("s"))
+    elif name == "chance":
+        for axes, kind in zip(figure.subplots(1, len(PREDICTIONS), sharex=True, sharey=True), PREDICTIONS, strict=True):
+            _chance(report, axes, kind)
+        figure.suptitle(f"intervals: {report.info['intervals']}")
     else:
-        for axes, kind in zip(figure.subplots(1, 2, sharey=True), PREDICTIONS, strict=True):
+        for axes, kind in zip(figure.subplots(1, len(PREDICTIONS), sharey=True), PREDICTIONS, strict=True):
             axes.set_title(kind)
             {"signs": _signs, "quadrants": _quadrants, "errors": _errors}[name](report, axes, kind)
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -43,7 +58,7 @@ def draw(report: ValidationReport, name: FigureName) -> Figure:
 
 def _scatters(report: ValidationReport, figure: Figure, at: str) -> None:
     """Above, the signed prediction of this kind against the change; below, influence against the relative effect."""
-    axes = figure.subplots(2, 2)
+    axes = figure.subplots(2, len(PREDICTIONS))
     for kind, where, prediction, compared in report.comparisons():
         if where == at and prediction in (PREDICTIONS[kind][0], "influence"):
             here = axes[int(prediction == "influence"), list(PREDICTIONS).index(kind)]
@@ -67,6 +82,25 @@ def _scatter(axes: Axes, compared: Compared, where: str, prediction: str, thresh
     else:
         axes.axline((0, 0), slope=1, color="grey", linewidth=0.5)
         axes.set(xlabel=f"predicted change of {where} ({prediction})", ylabel=f"measured change of {where}")
+
+
+def _chance(report: ValidationReport, axes: Axes, kind: str) -> None:
+    """Rank correlations of each CLT, with their intervals where there are some."""
+    signed = PREDICTIONS[kind][0]
+    table = select(report.chance, kind=kind).set_index(["measured_at", "prediction", "statistic"])
+    rows = {
+        (at, signed if p == "signed" else p, s): text.format(signed="edge or total")
+        for (at, p, s), text in SHOWN.items()
+    }
+    for number, clt in enumerate(report.clts):
+        values, low, high = (table[clt + part].reindex(list(rows)).to_numpy() for part in ("", "_low", "_high"))
+        height = [place + 0.22 * (number - (len(report.clts) - 1) / 2) for place in range(len(rows))]
+        axes.scatter(values, height, s=14, label=clt, color=f"C{number}")
+        axes.hlines(height, low, high, color=f"C{number}", linewidth=1.5)
+    axes.set_yticks(range(len(rows)), list(rows.values()))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="x", linewidth=0.3)
+    axes.set(title=kind, xlabel="Spearman")
 
 
 def _signs(report: ValidationReport, axes: Axes, kind: str) -> None:
@@ -110,4 +144,4 @@ def _bars(axes: Axes, heights: dict, groups: list[str], form: str) -> None:
 
 
 def _rows(report: ValidationReport, kind: str, prediction: str, split: str = "all") -> DataFrame:
-    return select(report.summary, kind=kind, prediction=prediction, errors=split)
+    return select(report.summary, clt="given", kind=kind, prediction=prediction, errors=split)

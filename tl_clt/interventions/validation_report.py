@@ -14,18 +14,35 @@ from pandas import DataFrame, Series, concat
 from scipy.stats import pearsonr, spearmanr
 
 from tl_clt.errors import ConfigError
+from tl_clt.interventions.baselines import BASELINES
+from tl_clt.interventions.rank_statistics import (
+    FEWEST_PROMPTS,
+    Statistic,
+    Times,
+    interval,
+    mean_of,
+    pooled,
+    resample,
+    within,
+)
 from tl_clt.transcoder.formats.writing import new_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FigureName = Literal["logits", "features", "signs", "quadrants", "errors"]
-PREDICTIONS = {"constrained": ("edge", "influence"), "iterative": ("total", "edge", "influence")}
+FigureName = Literal["chance", "logits", "features", "signs", "quadrants", "errors"]
+CLTS = ("given", *BASELINES)
+"""Values of the column `clt`."""
+PREDICTIONS = {
+    "constrained": ("edge", "influence"),
+    "iterative": ("total", "edge", "influence"),
+    "model": ("total", "edge", "influence"),
+}
 """What each kind is compared with; first the one that says of this kind what will happen."""
 ROUNDING = 1e-5
 """Effects below this share of the target's activation have no sign."""
 SPLITS = ("all", "low", "high")
-SHARED = ("model_name", "clt_model_name", "scale", "freeze")
+SHARED = ("model_name", "clt_model_name", "scale", "freeze", "baselines")
 """What reports that are joined must have in common."""
 
 
@@ -39,6 +56,12 @@ class Compared(NamedTuple):
     measured_share: Series
     """|measured| as a share of the target's activation."""
     error_share: Series
+    prompt: Series
+    source: Series
+    target: Series
+    """-1 for all targets of the graph together."""
+    size: Series
+    """How much the source writes."""
 
     def part(self, split: str) -> Compared:
         """Entries whose targets get a low or high share of their input from error nodes; split at the median."""
@@ -50,7 +73,7 @@ class Compared(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ValidationReport:
-    """What `validate` gives. Constrained and iterative interventions are never put together."""
+    """What `validate` gives. Constrained, iterative and model interventions are never put together."""
 
     measurements: DataFrame
     """One row for each kind of intervention, source and target; columns as the head of validation.py has them."""
@@ -59,7 +82,8 @@ class ValidationReport:
     """Share of a target's activation from which an effect counts as predicted, or as seen; also of influence."""
 
     info: dict[str, Any]
-    """Model, CLT, options, how many features and controls; `prompts`, of which the column `prompt` has the numbers."""
+    """Model, CLT, options, how many features and controls (of the given CLT); `prompts`, of which the column `prompt`
+    has the numbers; `baselines` that were taken; `intervals`, or why there are none."""
 
     @classmethod
     def concat(cls, reports: Sequence[ValidationReport]) -> ValidationReport:
@@ -71,9 +95,9 @@ class ValidationReport:
         if not reports:
             raise ConfigError("There is no report to join. Give at least one.")
         for name in ("threshold", *SHARED):
-            found = {r.threshold if name == "threshold" else r.info[name] for r in reports}
+            found = list({str(r.threshold if name == "threshold" else r.info[name]): None for r in reports})
             if len(found) > 1:
-                raise ConfigError(f"{name} differs ({', '.join(map(str, found))}): join reports that share it.")
+                raise ConfigError(f"{name} differs ({', '.join(found)}): join reports that share it.")
         prompts: list[str] = []
         tables = []
         for report in reports:
@@ -83,12 +107,13 @@ class ValidationReport:
         return cls(
             measurements=concat(tables, ignore_index=True),
             threshold=reports[0].threshold,
-            info={**reports[0].info, "prompts": prompts, **sums},
+            info={**reports[0].info, "prompts": prompts, **sums, "intervals": interval_note(len(prompts))},
         )
 
     @cached_property
     def summary(self) -> DataFrame:
-        """One row for each kind, `measured_at` (logit or feature), `errors` and prediction; controls left out.
+        """One row for each kind, `measured_at` (logit or feature), prediction, `errors` and `clt` (given, random,
+        shuffled); controls left out.
 
         `errors` splits at the median: targets of which error nodes carry a low share of the absolute input (`low`, the
         median included), or a high one (`high`, left out where it is empty: one prompt with one logit); error_share is
@@ -99,54 +124,154 @@ class ValidationReport:
         """
         rows = [
             {
-                **{"kind": kind, "measured_at": at, "prediction": prediction, "errors": split},
+                **{"kind": kind, "measured_at": at, "prediction": prediction, "errors": split, "clt": clt},
                 "error_share": float(part.error_share.mean()),
                 **_agreement(part, self.threshold, signed=prediction != "influence"),
                 "threshold": self.threshold,
             }
-            for kind, at, prediction, compared in self.comparisons()
+            for kind, at, prediction, of_clts in self._side_by_side
             for split in SPLITS
+            for clt, compared in of_clts.items()
             if len((part := compared.part(split)).predicted)
         ]
         return DataFrame(rows)
 
     @cached_property
-    def controls(self) -> DataFrame:
-        """Features of the first stratum beside their controls: relative effect on the logits, weighted by probability.
+    def _side_by_side(self) -> list[tuple[str, str, str, dict[str, Compared]]]:
+        """(kind, measured_at, prediction, by CLT what is compared)."""
+        given, *others = ([*self.comparisons(clt)] for clt in self.clts)
+        return [
+            (kind, at, prediction, dict(zip(self.clts, [one, *(other[i][3] for other in others)], strict=True)))
+            for i, (kind, at, prediction, one) in enumerate(given)
+        ]
 
-        Columns kind, n (pairs), tested_mean, control_mean, tested_median, control_median, larger (share of the pairs
-        in which the tested feature's effect is the larger).
+    @cached_property
+    def chance(self) -> DataFrame:
+        """Rank correlations of the given CLT beside those of CLTs of chance, with 95% intervals by bootstrap over
+        prompts; controls left out. One row for each kind, `measured_at`, prediction and statistic:
+
+        - spearman: of all pairs together, as in `summary`.
+        - partial: of the sizes |prediction| and |measurement|, with how much the source writes (`source_size`) given: a
+          feature's activation alone has no unit of its own, since its decoder may make up for it.
+        - within_target: within each target, over sources, so that targets' own scales play no part.
+        - within_target_partial: the two together.
+        - within_source: within each source, over targets, so that the source's size plays no part.
+
+        The ones within are means over targets (or sources) of at least 5 pairs, each counted with its pairs. The
+        influence on the graph's targets is one number a source, so that "within target" is within a prompt, and there
+        is nothing within a source. Partial ones are those of ranks, with the ranks of the size given (linearly).
+
+        For each CLT that was measured (given, random, shuffled): its name is the value; `_n` the number of pairs (or
+        of targets or sources counted), `_low` and `_high` the interval. `above_random` and `above_shuffled` are the
+        given CLT's value less the baseline's, their intervals from the same resamples of prompts. Intervals are nan
+        where fewer than 10 prompts have pairs; they tell of other prompts, not of another CLT trained alike.
+        """
+        rows = []
+        for kind, at, prediction, of_clts in self._side_by_side:
+            found = {clt: self._rank_statistics(compared) for clt, compared in of_clts.items()}
+            for name in found["given"]:
+                where = {"kind": kind, "measured_at": at, "prediction": prediction, "statistic": name}
+                rows.append({**where, **self._beside_chance({clt: of[name] for clt, of in found.items()})})
+        return DataFrame(rows)
+
+    def _rank_statistics(self, compared: Compared) -> dict[str, Statistic]:
+        prompt, x, y, size = (
+            np.asarray(v) for v in (compared.prompt, compared.predicted, compared.measured, compared.size)
+        )
+        n, (target, source) = (
+            self.n_prompts,
+            ((v + 1) * self.n_prompts + prompt for v in (compared.target, compared.source)),
+        )
+        return {
+            "spearman": pooled(prompt, n, x, y),
+            "partial": pooled(prompt, n, abs(x), abs(y), size),
+            "within_target": within(target.to_numpy(), prompt, n, x, y),
+            "within_target_partial": within(target.to_numpy(), prompt, n, abs(x), abs(y), size),
+            "within_source": within(source.to_numpy(), prompt, n, x, y),
+        }
+
+    def _beside_chance(self, of: dict[str, Statistic]) -> dict[str, int | float]:
+        """Each CLT's number with its interval, then what the given one has above the others."""
+        found: dict[str, int | float] = {}
+        for clt, statistic in of.items():
+            low, high = interval(statistic, self._times)
+            found |= {clt: statistic.value(self.n_prompts), f"{clt}_low": low, f"{clt}_high": high}
+            found[f"{clt}_n"] = statistic.n
+        for clt in list(of)[1:]:
+            low, high = interval(of["given"], self._times, less=of[clt])
+            found |= {f"above_{clt}": found["given"] - found[clt], f"above_{clt}_low": low, f"above_{clt}_high": high}
+        return found
+
+    @property
+    def n_prompts(self) -> int:
+        """How many prompts are joined."""
+        return int(self.measurements["prompt"].max()) + 1
+
+    @property
+    def clts(self) -> list[str]:
+        """The given CLT, and the baselines that were measured."""
+        return [clt for clt in CLTS if (self.measurements["clt"] == clt).any()]
+
+    @cached_property
+    def _times(self) -> Times:
+        return resample(self.n_prompts)
+
+    @cached_property
+    def controls(self) -> DataFrame:
+        """Features of the first stratum beside their controls: relative effect on the graph's targets, weighed as
+        influence weighs them.
+
+        Columns kind, clt, n (pairs), n_distinct (controls, of which one may stand beside several features),
+        tested_mean, control_mean, tested_median, control_median, larger (share of the pairs in which the tested
+        feature's effect is the larger), with the interval larger_low and larger_high by bootstrap over prompts.
         """
         rows = []
         for kind in PREDICTIONS:
-            effects = _logit_effects(select(self.measurements, kind=kind, measured_at="logit"))
-            control = select(effects, role="control")
-            tested = select(effects, role="tested")
-            tested = DataFrame({"prompt": tested["prompt"], "control_of": tested["source"], "tested": tested["effect"]})
-            pairs = control.merge(tested, on=["prompt", "control_of"])
-            rows.append({"kind": kind, "n": len(pairs), **_beside(pairs["tested"], pairs["effect"])})
+            for clt in self.clts:
+                effects = _logit_effects(select(self.measurements, clt=clt, kind=kind, measured_at="logit"))
+                control, tested = select(effects, role="control"), select(effects, role="tested")
+                columns = {"prompt": tested["prompt"], "control_of": tested["source"], "tested": tested["effect"]}
+                pairs = control.merge(DataFrame(columns), on=["prompt", "control_of"])
+                counts = {"n": len(pairs), "n_distinct": len(pairs[["prompt", "source"]].drop_duplicates())}
+                rows.append({"kind": kind, "clt": clt, **counts, **self._beside_controls(pairs)})
         return DataFrame(rows)
+
+    def _beside_controls(self, pairs: DataFrame) -> dict[str, float]:
+        tested, control = pairs["tested"], pairs["effect"]
+        larger = mean_of(pairs["prompt"].to_numpy(dtype=int), self.n_prompts, (tested > control).to_numpy(dtype=float))
+        low, high = interval(larger, self._times)
+        return {
+            "tested_mean": float(tested.mean()),
+            "control_mean": float(control.mean()),
+            "tested_median": float(tested.median()),
+            "control_median": float(control.median()),
+            "larger": larger.value(self.n_prompts),
+            "larger_low": low,
+            "larger_high": high,
+        }
 
     @cached_property
     def switched_on(self) -> DataFrame:
-        """Columns kind and switched_on: how many features a change of one switches on, on average without controls.
+        """Columns kind, clt and switched_on: how many features a change of one switches on, mean without controls.
 
         They are not active on the prompt, so no graph of it has them: effects that are seen and not predicted.
         """
-        each = select(self.measurements, role="tested").drop_duplicates(["kind", "prompt", "source"])
-        return each.groupby("kind", as_index=False).agg(switched_on=("switched_on", "mean"))
+        each = select(self.measurements, role="tested").drop_duplicates(["kind", "clt", "prompt", "source"])
+        return each.groupby(["kind", "clt"], as_index=False).agg(switched_on=("switched_on", "mean"))
 
-    def comparisons(self) -> Iterator[tuple[str, str, str, Compared]]:
-        """(kind, measured_at, prediction, what is compared), without controls."""
+    def comparisons(self, clt: str = "given") -> Iterator[tuple[str, str, str, Compared]]:
+        """(kind, measured_at, prediction, what is compared) of one of the CLTs, without controls."""
+        of_clt = select(self.measurements, clt=clt, role="tested")
         for kind, predictions in PREDICTIONS.items():
             for at in ("logit", "feature"):
-                rows = select(self.measurements, kind=kind, measured_at=at, role="tested")
+                rows = select(of_clt, kind=kind, measured_at=at)
                 for prediction in predictions:
                     yield kind, at, prediction, _compared(rows, at, prediction)
 
     def figure(self, name: FigureName) -> Figure:
-        """One of the figures: "logits", "features" (prediction and influence against effects), "signs", "quadrants",
-        "errors" (correlations by how much error nodes carry). Constrained on the left, iterative on the right.
+        """One of the figures: "chance" (rank correlations beside those of baselines), and of the given CLT alone
+        "logits", "features" (prediction and influence against effects), "signs", "quadrants", "errors" (correlations by
+        how much error nodes carry). Constrained on the left, iterative in the middle, model on the right.
 
         Raises:
             ConfigError: there is no such figure.
@@ -158,15 +283,15 @@ class ValidationReport:
     def save(self, folder: str | Path) -> Path:
         """Write everything to a new or empty folder, all or nothing.
 
-        `measurements.csv` (one row a measurement), `report.json` (info, threshold, summary, controls and switched_on)
-        and each figure as a PNG.
+        `measurements.csv` (one row a measurement), `report.json` (info, threshold, chance, summary, controls and
+        switched_on) and each figure as a PNG.
 
         Raises:
             OutputNotEmpty: the folder holds something already, or is a file.
             NotWritten: the disk is full, for example; nothing is left.
         """
         folder = Path(folder)
-        names = ("summary", "controls", "switched_on")
+        names = ("chance", "summary", "controls", "switched_on")
         tables = {name: json.loads(getattr(self, name).to_json(orient="records")) for name in names}
         with new_folder(folder) as unfinished:
             self.measurements.to_csv(unfinished / "measurements.csv", index=False)
@@ -182,10 +307,41 @@ class ValidationReport:
     def __str__(self) -> str:
         said = ", ".join(f"{name} {value}" for name, value in self.info.items() if name != "prompts")
         said = f"{len(self.info['prompts'])} prompts, {said}, threshold {self.threshold:g}"
-        tables = (self.summary.drop(columns="threshold"), self.controls, self.switched_on)
+        if not self.info["baselines"]:
+            said += "\nNo baseline was taken: what these numbers would be by chance is not known."
+        # Splits of the given CLT alone.
+        shown = (self.summary["errors"] == "all") | (self.summary["clt"] == "given")
+        summary = self.summary.iloc[np.flatnonzero(shown)].drop(columns="threshold")
+        tables = (brief(self.chance), summary, self.controls, self.switched_on)
         parts = [table.to_string(index=False, float_format=lambda x: f"{x:.3g}") for table in tables]
-        titles = (said, "the most influential features beside their controls", "features switched on by a change, mean")
+        titles = (
+            f"{said}\n\nrank correlations beside chance",
+            "agreement",
+            "the most influential features beside their controls",
+            "features switched on by a change, mean",
+        )
         return "\n\n".join(f"{title}\n{part}" for title, part in zip(titles, parts, strict=True))
+
+
+def interval_note(n_prompts: int) -> str:
+    """What intervals a report of so many prompts has."""
+    if n_prompts < FEWEST_PROMPTS:
+        return f"none: {n_prompts} prompts are joined, and it takes {FEWEST_PROMPTS}"
+    return f"95%, by bootstrap over {n_prompts} prompts"
+
+
+def brief(chance: DataFrame) -> DataFrame:
+    """The table `chance` with intervals beside the values, as text."""
+    names = [name for name in chance.columns if f"{name}_low" in chance.columns]
+    columns = [chance[name] for name in ("kind", "measured_at", "prediction", "statistic")]
+    columns.append(chance["given_n"].rename("n"))
+    for name in names:
+        at = zip(chance[name], chance[f"{name}_low"], chance[f"{name}_high"], strict=True)
+        texts = [
+            "" if x != x else f"{x:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low == low else "") for x, low, high in at
+        ]
+        columns.append(Series(texts, name=name))
+    return concat(columns, axis=1)
 
 
 def select(table: DataFrame, **equal: str | int) -> DataFrame:
@@ -199,19 +355,22 @@ def _compared(rows: DataFrame, at: str, prediction: str) -> Compared:
     activation = rows["target_activation"].abs()
     if prediction != "influence":
         predicted, measured = rows[prediction], rows["change"]
-        shares = predicted.abs() / activation, measured.abs() / activation
-        return Compared(predicted, measured, *shares, rows["error_share"])
-    if at == "logit":
-        rows = _logit_effects(rows)
-        effect, influence = rows["effect"], rows["source_influence"]
+        found = predicted, measured, predicted.abs() / activation, measured.abs() / activation
+    elif at == "logit":
+        rows = _logit_effects(rows).assign(target=-1)
+        found = rows["source_influence"], rows["effect"], rows["source_influence"], rows["effect"]
     else:
-        effect, influence = rows["act_change"].abs() / activation, rows["influence"]
-    return Compared(influence, effect, influence, effect, rows["error_share"])
+        effect = rows["act_change"].abs() / activation
+        found = rows["influence"], effect, rows["influence"], effect
+    return Compared(
+        *found, rows["error_share"], *(rows[name] for name in ("prompt", "source", "target", "source_size"))
+    )
 
 
 def _logit_effects(rows: DataFrame) -> DataFrame:
-    """One row a source: relative effects on logits, and error shares, averaged with the logits' probabilities."""
-    keys = ["prompt", "role", "control_of", "source", "source_influence"]
+    """One row a source: relative effects on the graph's targets, summed with their weights (which sum to 1 over all of
+    them: where a source does not reach one, its effect there is 0), and the error shares of those that it reaches."""
+    keys = ["prompt", "role", "control_of", "source", "source_influence", "source_size"]
     weighed = rows.assign(
         effect=rows["weight"] * rows["change"].abs() / rows["target_activation"].abs(),
         error_share=rows["weight"] * rows["error_share"],
@@ -219,7 +378,7 @@ def _logit_effects(rows: DataFrame) -> DataFrame:
     sums = weighed.groupby(keys, as_index=False).agg(
         effect=("effect", "sum"), error_share=("error_share", "sum"), weight=("weight", "sum")
     )
-    return sums.assign(effect=sums["effect"] / sums["weight"], error_share=sums["error_share"] / sums["weight"])
+    return sums.assign(error_share=sums["error_share"] / sums["weight"])
 
 
 def _agreement(compared: Compared, threshold: float, *, signed: bool) -> dict[str, int | float]:
@@ -248,15 +407,3 @@ def _correlation(of: Any, compared: Compared) -> float:
     if compared.predicted.nunique() < 2 or compared.measured.nunique() < 2:
         return float("nan")
     return float(of(compared.predicted, compared.measured).statistic)
-
-
-def _beside(tested: Any, control: Any) -> dict[str, int | float]:
-    if len(control) == 0:
-        return dict.fromkeys(("tested_mean", "control_mean", "tested_median", "control_median", "larger"), float("nan"))
-    return {
-        "tested_mean": float(tested.mean()),
-        "control_mean": float(control.mean()),
-        "tested_median": float(np.median(tested)),
-        "control_median": float(np.median(control)),
-        "larger": float((tested > control).mean()),
-    }

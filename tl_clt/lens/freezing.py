@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from tl_clt.errors import HookNotFound, ModelUnsupported, PromptError
+from tl_clt.arguments import as_switch, shown
+from tl_clt.errors import ConfigError, HookNotFound, ModelUnsupported, PromptError
 from tl_clt.lens.hooks import FwdHook, block_hook, model_name, user_hooks_aside
 from tl_clt.lens.running import run_with_cache, run_with_hooks, tap_unembedding
 from tl_clt.lens.types import ActivationCache, HookedModel, HookPoint
@@ -44,9 +45,14 @@ def frozen_hooks(
         Plain (name, function) pairs for `run_with_hooks` or `model.hooks`.
 
     Raises:
+        ConfigError: this is no cache.
         HookNotFound: the cache has neither patterns nor scales (a names_filter left them out).
         ModelUnsupported: hooks at this model's patterns and scales do not hold them.
     """
+    patterns, scales = as_switch("patterns", patterns), as_switch("scales", scales)
+    named = isinstance(cache, (ActivationCache, Mapping)) and all(isinstance(name, str) for name in cache.keys())
+    if not named or not all(isinstance(cache[name], Tensor) for name in cache.keys() if is_frozen_hook(name)):
+        raise ConfigError(f"The cache is {shown(cache)}: give what model.run_with_cache returns as its second value.")
     model = getattr(cache, "model", None)
     if model is not None:
         n_pos = next((cache[name].shape[-1] for name in cache.keys() if name.endswith(FROZEN_HOOKS[0])), 4)

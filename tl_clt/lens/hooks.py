@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 from torch._dynamo import OptimizedModule
 
+from tl_clt.arguments import shown
 from tl_clt.errors import HookNotFound, ModelUnsupported, nearest
 from tl_clt.lens.types import HookedModel, HookedTransformer, HookPoint, TransformerBridge
 
@@ -36,9 +37,14 @@ def require_model(model: object) -> None:
     if isinstance(model, OptimizedModule):
         raise ModelUnsupported("The model is compiled by torch.compile. Give the model itself, model._orig_mod.")
     if not isinstance(model, HookedTransformer | TransformerBridge):
+        wrap = ""
+        if hasattr(model, "config") and hasattr(model, "generate"):
+            wrap = (
+                " A Hugging Face model becomes one by TransformerBridge.boot_transformers(name, hf_model=model,"
+                " tokenizer=tokenizer), or load it by tl_clt.load_model(folder_or_name)."
+            )
         raise ModelUnsupported(
-            f"The model is {model!r:.60}, of type {type(model).__name__}: give a HookedTransformer or a"
-            " TransformerBridge, then the CLT."
+            f"The model is {shown(model)}: give a HookedTransformer or a TransformerBridge, then the CLT.{wrap}"
         )
     inner = [] if isinstance(model, HookedTransformer) else [model.original_model]
     for name, part in (pair for module in (model, *inner) for pair in module.named_modules()):

@@ -19,7 +19,8 @@ from tokenizers.models import WordLevel
 from transformer_lens import loading_from_pretrained as tl_loading
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from tl_clt.errors import ConfigError, ModelNotFound, ModelUnsupported, nearest
+from tl_clt.arguments import as_choice, as_device, as_dtype, as_path
+from tl_clt.errors import ModelNotFound, ModelUnsupported, nearest
 from tl_clt.lens.types import HookedModel, HookedTransformer, TransformerBridge
 
 Backend = Literal["hooked", "bridge"]
@@ -42,7 +43,7 @@ def load_model(
     *,
     backend: Backend = "hooked",
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
 ) -> HookedModel:
     """Load a model, without any change to its weights.
 
@@ -53,12 +54,13 @@ def load_model(
         dtype: number type of the weights.
 
     Raises:
+        ConfigError: an argument is none of its kind.
         ModelNotFound: nothing is there, or a file is truncated; the message says what was looked for.
         ModelUnsupported: HookedTransformer does not know the architecture; the bridge may.
     """
-    if backend not in get_args(Backend):
-        raise ConfigError(f"backend is {backend!r}: give 'hooked' or 'bridge'.")
-    where = torch.device(device or "cpu")
+    as_path("name_or_path", name_or_path, ModelNotFound)
+    backend = as_choice("backend", backend, get_args(Backend))
+    where, dtype = as_device("device", "cpu" if device is None else device), as_dtype("dtype", dtype)
     path = _local_path(name_or_path)
     with _quietly():
         if path is None and backend == "hooked":

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_clt.arguments import has_values, is_whole, lone_surrogate, plain, shown
 from tl_clt.errors import PromptError, TokenizerMissing
 from tl_clt.lens.hooks import model_name
 from tl_clt.lens.types import HookedModel
 from tl_clt.shapes import TokenBatch, Tokens
 
-Prompt: TypeAlias = str | Sequence[int] | Tensor
-PromptBatch: TypeAlias = Prompt | Sequence[str] | Sequence[Sequence[int]]
+Prompt: TypeAlias = str | Sequence[int] | Tensor | np.ndarray | Mapping[str, Any]
+"""Text; or token ids, in a list, tensor, array or a tokenizer's encoding (its `input_ids`)."""
+PromptBatch: TypeAlias = Prompt | Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor]
 """One prompt, or several: texts, lists of ids, or ids [batch, pos]."""
+WANTED = "text, or token ids in a list, tensor, array or a tokenizer's encoding"
 
 
 def require_tokenizer(model: HookedModel, purpose: str) -> None:
@@ -31,32 +36,150 @@ def require_tokenizer(model: HookedModel, purpose: str) -> None:
 def to_tokens(model: HookedModel, prompt: Prompt) -> Tokens:
     """Token ids [pos] of a prompt, the beginning-of-sequence token first where the model uses one.
 
+    Text that begins with that token itself gets no second one. Of a tokenizer's encoding the `input_ids` are taken,
+    without what its `attention_mask` marks as padding.
+
     Args:
         prompt: text, or token ids [pos] or [1, pos] taken as they are.
 
     Raises:
         TokenizerMissing: text for a model without a tokenizer.
-        PromptError: empty, one token long, longer than the context, or with ids out of range.
+        PromptError: no text and no ids; empty, one token long, longer than the context, or with ids out of range.
     """
     if isinstance(prompt, str):
-        if not prompt.strip():
-            raise PromptError("The prompt is empty. Give some text, or at least two token ids.")
-        require_tokenizer(model, "read text with")
-        # TransformerLens would cut a long prompt to the context by itself.
-        tokens = model.to_tokens(prompt, truncate=False)[0]
+        tokens = _read(model, prompt)
+    elif isinstance(prompt, Mapping):
+        batch = _masked(model, *_unpacked(prompt))
+        if len(batch.tokens) > 1:
+            raise PromptError(f"The prompt is an encoding of {len(batch.tokens)} prompts: give one.")
+        tokens = batch.tokens[0] if batch.mask is None else batch.tokens[0][batch.mask[0].bool()]
     else:
-        try:
-            tokens = torch.as_tensor(prompt)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise PromptError(f"The prompt is neither text nor one list of token ids ({error}).") from error
-        whole = not tokens.is_floating_point() and not tokens.is_complex() and tokens.dtype != torch.bool
-        if not whole and tokens.numel() > 0:
-            raise PromptError(f"Token ids must be whole numbers, but the prompt has dtype {tokens.dtype}.")
+        tokens = _as_ids(prompt)
         if tokens.ndim == 2 and tokens.shape[0] == 1:
             tokens = tokens[0]
     tokens = tokens.to(device=model.cfg.device, dtype=torch.long)
     _check(model, tokens)
     return tokens
+
+
+def is_several(prompts: PromptBatch) -> bool:
+    """Whether this is several prompts, or a list of one; ids [1, pos] are one prompt."""
+    if isinstance(prompts, Mapping):
+        prompts = prompts.get("input_ids", ())
+    if isinstance(prompts, Tensor) or (isinstance(prompts, np.ndarray) and prompts.dtype.kind not in "OUS"):
+        return prompts.ndim == 2 and len(prompts) > 1
+    ordered = hasattr(prompts, "__getitem__") and hasattr(prompts, "__len__")
+    if isinstance(prompts, (str, bytes)) or not ordered or len(prompts) == 0:
+        return False
+    return not isinstance(plain(next(iter(prompts))), (int, float, complex, bytes, type(None)))
+
+
+def to_prompts(model: HookedModel, prompts: PromptBatch) -> list[Tokens]:
+    """Token ids [pos] of each of several prompts, or of one.
+
+    Raises:
+        TokenizerMissing, PromptError: as `to_tokens`.
+    """
+    if not is_several(prompts):
+        return [to_tokens(model, prompts)]  # type: ignore[arg-type]
+    if isinstance(prompts, Mapping):
+        rows = _masked(model, *_unpacked(prompts))
+        own = [row.new_ones(len(row)) for row in rows.tokens] if rows.mask is None else rows.mask
+        return [row[mask.bool()] for row, mask in zip(rows.tokens, own, strict=True)]
+    return [to_tokens(model, prompt) for prompt in prompts]  # type: ignore[arg-type]
+
+
+def _read(model: HookedModel, text: str) -> Tensor:
+    if not text.strip():
+        raise PromptError("The prompt is empty. Give some text, or at least two token ids.")
+    half = lone_surrogate(text)
+    if half is not None:
+        raise PromptError(
+            f"The prompt holds {half!r}, half of a surrogate pair, which is no character. Read the text as UTF-8, or"
+            " replace such halves: text.encode('utf-8', 'replace').decode()."
+        )
+    require_tokenizer(model, "read text with")
+    # TransformerLens would cut a long prompt to the context by itself.
+    tokens = model.to_tokens(text, truncate=False)[0]
+    tokenizer: Any = model.tokenizer
+    bos = tokenizer.bos_token_id
+    if bos is not None and tokens[:2].tolist() == [bos, bos]:
+        own = model.to_tokens(text, prepend_bos=False, truncate=False)[0]
+        tokens = own if int(own[0]) == bos else tokens
+    if _has_unknown(tokenizer, tokens, text):
+        warnings.warn(
+            f"The tokenizer of {model_name(model)} reads a part of the prompt that it does not know as"
+            f" {tokenizer.unk_token!r}; model.to_str_tokens(prompt) shows where.",
+            stacklevel=4,
+        )
+    return tokens
+
+
+def _has_unknown(tokenizer: Any, tokens: Tensor, text: str) -> bool:
+    """Whether a text has parts that the tokenizer does not know, other than its name for these."""
+    unknown = tokenizer.unk_token_id
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return unknown is not None and unknown not in ends and unknown in tokens and tokenizer.unk_token not in text
+
+
+def _as_ids(given: Any) -> Tensor:
+    """Whole numbers of a tensor, array, list or the like."""
+    if hasattr(given, "tolist") and not isinstance(given, (Tensor, np.ndarray)):
+        given = given.tolist()
+    if isinstance(given, np.ndarray):
+        given = given.tolist() if given.dtype == object else given
+    elif isinstance(given, Sequence) and not isinstance(given, (str, bytes, bytearray)):
+        given = [_as_id_or_ids(entry) for entry in given]
+    elif not isinstance(given, Tensor):
+        raise PromptError(f"The prompt is {shown(given)}: give {WANTED}.")
+    try:
+        # An empty list would become floats.
+        tokens = torch.zeros(0, dtype=torch.long) if isinstance(given, list) and not given else torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise PromptError(f"The prompt is neither text nor one list of token ids ({error}). Give {WANTED}.") from error
+    if not has_values(tokens):
+        raise PromptError(f"The prompt is {shown(tokens)} on {tokens.device}, without values: give {WANTED}.")
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise PromptError(f"Token ids must be whole numbers, but the prompt has dtype {tokens.dtype}.")
+    return tokens
+
+
+def _as_id_or_ids(entry: Any) -> Any:
+    """An id, or a row of ids."""
+    value = plain(entry)
+    if isinstance(value, (bool, float, complex)):
+        raise PromptError(f"Token ids must be whole numbers, but the prompt holds {shown(entry)}.")
+    if isinstance(value, Tensor) and not has_values(value):
+        raise PromptError(f"The prompt holds {shown(value)} on {value.device}, without values: give {WANTED}.")
+    if isinstance(value, (Tensor, np.ndarray)):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_as_id_or_ids(inner) for inner in value]
+    if not is_whole(value):
+        raise PromptError(f"The prompt is neither text nor one list of token ids: it holds {shown(entry)}.")
+    return value
+
+
+def _unpacked(encoding: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Ids [batch, pos] of a tokenizer's encoding, and its mask where it marks padding."""
+    if "input_ids" not in encoding:
+        raise PromptError(f"The prompt is {shown(encoding)}, without input_ids: give {WANTED}.")
+    ids = _as_ids(encoding["input_ids"])
+    ids = ids[None] if ids.ndim == 1 else ids
+    mask = encoding.get("attention_mask")
+    mask = None if mask is None else _as_mask(mask)
+    return ids, mask[None] if mask is not None and mask.ndim == 1 else mask
+
+
+def _as_mask(given: Any) -> Tensor:
+    """An attention mask as a tensor."""
+    try:
+        mask = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PromptError(f"attention_mask is {shown(given)}: give a tensor of 1 and 0 ({error}).") from error
+    if not has_values(mask) or not bool(((mask == 0) | (mask == 1)).all()):
+        raise PromptError(f"attention_mask is {shown(given)}: give a tensor of 1 and 0.")
+    return mask
 
 
 class PromptRows(NamedTuple):
@@ -95,15 +218,18 @@ def to_token_batch(
     Raises:
         TokenizerMissing, PromptError: as `to_tokens`; or a mask of another shape, or with gaps.
     """
+    if isinstance(prompts, Mapping):
+        ids, mask = _unpacked(prompts)
+        mask = mask if attention_mask is None else _as_mask(attention_mask)
+        batch = _masked(model, ids, mask)
+        return batch if mask is not None else PromptRows(batch.tokens, None)
     if attention_mask is not None:
-        return _masked(model, prompts, attention_mask)
-    several = isinstance(prompts, Tensor) and prompts.ndim == 2
-    several = several or (isinstance(prompts, Sequence) and len(prompts) > 0 and not isinstance(prompts[0], int))
-    if isinstance(prompts, str) or not several:
-        return PromptRows(to_tokens(model, prompts)[None], None)  # type: ignore[arg-type]
-    rows = [to_tokens(model, prompt) for prompt in prompts]  # type: ignore[arg-type]
-    if not rows:
-        raise PromptError("There is no prompt in the batch.")
+        if not isinstance(prompts, (Tensor, np.ndarray)) or prompts.ndim != 2:
+            raise PromptError(
+                "attention_mask is for token ids [batch, pos] that are padded already: give such a tensor."
+            )
+        return _masked(model, _as_ids(prompts), _as_mask(attention_mask))
+    rows = to_prompts(model, prompts)
     longest = max(map(len, rows))
     if min(map(len, rows)) == longest:
         return PromptRows(torch.stack(rows), None)
@@ -119,14 +245,18 @@ def to_token_batch(
     return PromptRows(torch.stack(padded), torch.stack(masks))
 
 
-def _masked(model: HookedModel, prompts: PromptBatch, attention_mask: Tensor) -> PromptRows:
+def _masked(model: HookedModel, prompts: Tensor, attention_mask: Tensor | None) -> PromptRows:
     """Prompts that are padded already."""
-    if not isinstance(prompts, Tensor) or prompts.ndim != 2:
-        raise PromptError("attention_mask is for token ids [batch, pos] that are padded already: give such a tensor.")
-    if not isinstance(attention_mask, Tensor) or attention_mask.shape != prompts.shape:
-        shape = list(getattr(attention_mask, "shape", []))
-        raise PromptError(f"attention_mask has shape {shape}, but the token ids have {list(prompts.shape)}.")
-    tokens, mask = prompts.to(model.W_E.device), (attention_mask != 0).long().to(model.W_E.device)
+    if attention_mask is None:
+        attention_mask = torch.ones_like(prompts)
+    if attention_mask.shape != prompts.shape or prompts.ndim != 2:
+        raise PromptError(
+            f"attention_mask has shape {list(attention_mask.shape)}, but the token ids have {list(prompts.shape)}: give"
+            " both as [batch, pos]."
+        )
+    _check_range(model, prompts)
+    device = model.W_E.device
+    tokens, mask = prompts.to(device, torch.long), (attention_mask != 0).long().to(device)
     for row, own in zip(tokens, mask.bool(), strict=True):
         where = torch.nonzero(own).flatten()
         if len(where) and len(where) != int(where[-1] - where[0]) + 1:
@@ -136,6 +266,8 @@ def _masked(model: HookedModel, prompts: PromptBatch, attention_mask: Tensor) ->
 
 
 def _check(model: HookedModel, tokens: Tensor) -> None:
+    if tokens.ndim == 2 and len(tokens) == 0:
+        raise PromptError("There is no prompt in the batch: give at least one.")
     if tokens.ndim != 1:
         raise PromptError(f"The prompt has shape {list(tokens.shape)}: give one prompt, token ids [pos] or [1, pos].")
     if len(tokens) < 2:
@@ -149,6 +281,12 @@ def _check(model: HookedModel, tokens: Tensor) -> None:
             f"The prompt has {len(tokens)} tokens, but the context of {model_name(model)} is {model.cfg.n_ctx}."
             " Shorten it: nothing is cut off silently."
         )
+    _check_range(model, tokens)
+
+
+def _check_range(model: HookedModel, tokens: Tensor) -> None:
+    if tokens.numel() == 0:
+        return
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= model.cfg.d_vocab:
         wrong = low if low < 0 else high

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from tl_clt.arguments import shown
 from tl_clt.errors import ModelNotFound, nearest
 from tl_clt.lens import Backend, HookedModel, bundled_organisms, load_model
 from tl_clt.transcoder import CrossLayerTranscoder
@@ -26,7 +27,7 @@ def load_organism(
     *,
     backend: Backend = "hooked",
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
 ) -> Organism:
     """Load a bundled model and its CLT.
 
@@ -47,6 +48,8 @@ def default_prompt(name: str) -> str:
 def organism_folder(name: str) -> Path:
     """Where an organism's model, CLT and card lie."""
     known = bundled_organisms()
+    if not isinstance(name, str):
+        raise ModelNotFound(f"name is {shown(name)}: give the name of a bundled organism ({', '.join(known)}).")
     if name not in known:
         raise ModelNotFound(f"'{name}' is no bundled organism ({', '.join(known)}).{nearest(name, known)}")
     return Path(__file__).parent / name

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_clt.errors import AlreadyAttached, ConfigError, ModelUnsupported
+from tl_clt.arguments import as_choice
+from tl_clt.errors import AlreadyAttached, ModelUnsupported
 from tl_clt.lens import (
     CleanCaches,
     HookedModel,
@@ -149,8 +150,7 @@ def attach(model: HookedModel, clt: CrossLayerTranscoder, mode: Mode = "observe"
         AlreadyAttached: the model has a CLT attached.
         CLTMismatch, HookNotFound: the CLT is of another model.
     """
-    if mode not in get_args(Mode):
-        raise ConfigError(f"mode is {mode!r}: give one of {', '.join(get_args(Mode))}.")
+    mode = as_choice("mode", mode, get_args(Mode))
     check_fit(model, clt)
     require_free(model)
     attachment = Attachment(model, clt, mode)

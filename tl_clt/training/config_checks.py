@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from tl_clt.errors import ConfigError, nearest
+from tl_clt.arguments import as_choice, as_number, as_several, as_switch, as_whole, is_whole, plain, shown
+from tl_clt.errors import ConfigError
 from tl_clt.lens import Backend
 from tl_clt.training.activations import StraightThrough, TrainedActivation
 from tl_clt.training.cache import CacheDtype
@@ -36,6 +38,7 @@ def check(cfg: CLTTrainingRunnerConfig) -> None:
     Raises:
         ConfigError: with the field and the mend.
     """
+    _make_plain(cfg)
     _check_values(cfg)
     _check_activation(cfg)
     _check_sparsity(cfg)
@@ -49,6 +52,40 @@ def require(holds: bool, message: str) -> None:
     """Raise a `ConfigError` with the message unless the condition holds."""
     if not holds:
         raise ConfigError(f"CLTTrainingRunnerConfig: {message}")
+
+
+def _make_plain(cfg: CLTTrainingRunnerConfig) -> None:
+    """Put plain values of Python's in the place of what was given for numbers, switches and text."""
+    for field in fields(cfg):
+        value, kind = getattr(cfg, field.name), str(field.type)
+        if value is None and kind.endswith("| None"):
+            continue
+        told = f"CLTTrainingRunnerConfig: {field.name}"
+        as_plain = {"int": as_whole, "float": as_number, "bool": as_switch, "str": _as_text}
+        kind = kind.removesuffix(" | None")
+        if kind in as_plain:
+            object.__setattr__(cfg, field.name, as_plain[kind](told, value))
+    for name in ("seqpos_slice", "exclude_special_tokens"):
+        value = getattr(cfg, name)
+        if name == "seqpos_slice" or not isinstance(value, bool):
+            entries = as_several(f"CLTTrainingRunnerConfig: {name}", value, "whole numbers")
+            told = f"CLTTrainingRunnerConfig: {name}"
+            whole = [as_whole(f"{told}[{i}]", n, none="no bound") for i, n in enumerate(entries)]
+            require(None not in whole or name == "seqpos_slice", f"{name} is {value!r}: give token ids.")
+            require(len(whole) <= 3 or name != "seqpos_slice", f"seqpos_slice is {value!r}: give start, stop and step.")
+            object.__setattr__(cfg, name, tuple(whole))
+    token = plain(cfg.sequence_separator_token)
+    require(
+        token is None or is_whole(token) or token in ("bos", "eos", "sep"),
+        f"sequence_separator_token is {shown(token)}: give a token id, 'bos', 'eos', 'sep' or None.",
+    )
+    object.__setattr__(cfg, "sequence_separator_token", token)
+
+
+def _as_text(name: str, value: object) -> str:
+    if not isinstance(value, (str, Path)):
+        raise ConfigError(f"{name} is {shown(value)}: give text.")
+    return str(value)
 
 
 def _check_values(cfg: CLTTrainingRunnerConfig) -> None:
@@ -67,11 +104,7 @@ def _check_values(cfg: CLTTrainingRunnerConfig) -> None:
         "model_dtype": DTYPES,
         "cache_dtype": get_args(CacheDtype),
     }.items():
-        value = getattr(cfg, name)
-        require(
-            value in choices,
-            f"{name} is {value!r}: give one of {', '.join(choices)}.{nearest(str(value), choices)}",
-        )
+        as_choice(f"CLTTrainingRunnerConfig: {name}", getattr(cfg, name), choices)
     mix = cfg.activations_mixing_fraction
     require(0 <= mix <= 1, f"activations_mixing_fraction is {mix}: give 0 to 1.")
     ratio = cfg.max_norm_ratio
@@ -140,6 +173,7 @@ def _check_sparsity(cfg: CLTTrainingRunnerConfig) -> None:
 
 
 def _check_data(cfg: CLTTrainingRunnerConfig) -> None:
+    require(0 not in cfg.seqpos_slice[2:], f"seqpos_slice is {cfg.seqpos_slice}: give a step other than 0.")
     per_prompt = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
     require(
         per_prompt > 0,

@@ -17,8 +17,9 @@ import wandb
 from sae_lens.config import LoggingConfig
 from sae_lens.saes.sae import SAEMetadata
 
+from tl_clt.arguments import shown
 from tl_clt.errors import ConfigError
-from tl_clt.lens import HookedModel, load_model, mlp_hook_points, model_fingerprint, model_name
+from tl_clt.lens import HookedModel, load_model, mlp_hook_points, model_fingerprint, model_name, require_model
 from tl_clt.training import checkpoints
 from tl_clt.training.batches import ActivationBatches, check_fits, without_store_noise
 from tl_clt.training.chunks import DataCounts
@@ -115,6 +116,13 @@ class CLTTrainingRunner:
         Raises:
             ConfigError: there is no model or no dataset, or one GPU is named for several processes.
         """
+        if not isinstance(cfg, CLTTrainingRunnerConfig):
+            raise ConfigError(f"CLTTrainingRunner: cfg is {shown(cfg)}: give a CLTTrainingRunnerConfig.")
+        if model is not None:
+            require_model(model)
+        for name, call in (("on_progress", on_progress), ("on_start", on_start)):
+            if call is not None and not callable(call):
+                raise ConfigError(f"CLTTrainingRunner: {name} is {shown(call)}: give a function, or None.")
         if model is None and cfg.model_name is None:
             raise ConfigError("CLTTrainingRunner: there is no model. Set model_name in the config, or pass model=.")
         if dataset is None and cfg.dataset_path is None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from tl_clt.arguments import DTYPES, as_number, as_several, as_switch, as_whole, shown
 from tl_clt.errors import ConfigError, nearest
 
 Activation = Literal["relu", "jumprelu", "topk", "batchtopk"]
-DTYPES = ("float64", "float32", "bfloat16", "float16")
 KINDS: dict[str, type] = {
     **dict.fromkeys(("n_layers", "d_model", "d_transcoder", "span", "k"), int),
     **dict.fromkeys(("activation", "input_hook", "output_hook", "model_name", "dtype", "scan"), str),
@@ -76,11 +76,8 @@ class CrossLayerTranscoderConfig:
     def __post_init__(self) -> None:
         for name, kind in KINDS.items():
             value = getattr(self, name)
-            right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-            _require(
-                right or (value is None and name in MAY_BE_NONE),
-                f"{name} is {value!r}: give a value of type {kind.__name__}.",
-            )
+            if value is not None or name not in MAY_BE_NONE:
+                object.__setattr__(self, name, _plain(name, value, kind))
         for name in ("n_layers", "d_model", "d_transcoder"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: give at least 1.")
         if self.span is None:
@@ -155,6 +152,20 @@ class CrossLayerTranscoderConfig:
             )
         as_tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**as_tuples)
+
+
+def _plain(name: str, value: object, kind: type) -> Any:
+    """A value of one of a config's types, as a plain one of Python's."""
+    told = f"CrossLayerTranscoderConfig: {name}"
+    if kind is int:
+        return as_whole(told, value)
+    if kind is bool:
+        return as_switch(told, value)
+    if kind is tuple:
+        factors = as_several(told, value, "a factor for each layer")
+        return tuple(float(as_number(f"{told}[{i}]", factor)) for i, factor in enumerate(factors))
+    _require(isinstance(value, str), f"{name} is {shown(value)}: give text.")
+    return value
 
 
 def _require(holds: bool, message: str) -> None:

@@ -6,13 +6,15 @@ A place on the hub is written `owner/repo`, `owner/repo/sub/folder`, either with
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from tl_clt.errors import FormatError
+from tl_clt.transcoder.catalogue import CATALOGUE
 
 URI = "hf://"
 
@@ -40,12 +42,14 @@ def parse(where: str) -> HubPath:
     """
     text = where.removeprefix(URI)
     text, _, revision = text.partition("?revision=") if "?" in text else text.partition("@")
-    owner, _, rest = text.strip("/").partition("/")
+    owner, _, rest = text.rstrip("/").partition("/")
     name, _, path = rest.partition("/")
     if not owner or not name or "?" in text or ".." in path.split("/"):
+        alike = get_close_matches(where.lower(), [entry.name for entry in CATALOGUE], n=2, cutoff=0.5)
         raise FormatError(
-            f"'{where}' is neither a folder here nor a hub repository that can be reached: those are written"
+            f"'{where}' is no folder here, no name that `tl-clt list` gives and no hub repository: those are written"
             f" owner/repo, owner/repo/folder or {URI}owner/repo/file, with @revision behind it where one is meant."
+            + (f" Nearest names: {', '.join(alike)}." if alike else "")
         )
     return HubPath(f"{owner}/{name}", path, revision or None)
 
@@ -70,8 +74,9 @@ def fetch_folder(where: HubPath, patterns: list[str]) -> Path:
 
 def _unreachable(where: HubPath, error: Exception) -> FormatError:
     place = f"{where.repo}/{where.path}".rstrip("/") + (f"@{where.revision}" if where.revision else "")
+    offline = " HF_HUB_OFFLINE is set, so that only what is cached is looked at." if constants.HF_HUB_OFFLINE else ""
     return FormatError(
         f"'{place}' is neither a folder here nor a hub repository that can be reached"
-        f" ({type(error).__name__}). Check the path or name, the revision and the connection; a gated repository"
-        " also needs `hf auth login`."
+        f" ({type(error).__name__}).{offline} Check the path or name, the revision and the connection; a gated"
+        " repository also needs `hf auth login`. `tl-clt list` names public transcoders."
     )

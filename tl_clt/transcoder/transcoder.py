@@ -8,6 +8,7 @@ Source: Ameisen et al. 2025, Methods, "From Transcoders to the Replacement Model
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,7 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_clt.errors import CLTMismatch, ConfigError
+from tl_clt.arguments import as_device, as_dtype, as_features, as_path, as_switch, as_whole, shown
+from tl_clt.errors import CLTMismatch, ConfigError, FormatError
 from tl_clt.shapes import FeatureActs, LayerInputs, LayerOutputs
 from tl_clt.transcoder.activations import jumprelu, topk
 from tl_clt.transcoder.config import CrossLayerTranscoderConfig
@@ -49,6 +51,10 @@ class CrossLayerTranscoder(nn.Module):
             decoders: decoder weights to use in place of fresh ones (as the file formats do).
         """
         super().__init__()
+        if not isinstance(cfg, CrossLayerTranscoderConfig):
+            raise ConfigError(f"cfg is {shown(cfg)}: give a CrossLayerTranscoderConfig.")
+        if decoders is not None and not isinstance(decoders, Decoders):
+            raise ConfigError(f"decoders is {shown(decoders)}: give DenseDecoders or LazyDecoders, or leave it out.")
         self.cfg = cfg
         dtype = getattr(torch, cfg.dtype)
         n_layers, d_model, d_transcoder = cfg.n_layers, cfg.d_model, cfg.d_transcoder
@@ -128,9 +134,12 @@ class CrossLayerTranscoder(nn.Module):
         """`decode(encode(x), x)`."""
         return self.decode(self.encode(x), x)
 
-    def decoder_rows(self, source: int, features: Int[Tensor, " n"]) -> Float[Tensor, "n n_writes d_model"]:
+    def decoder_rows(
+        self, source: int, features: Int[Tensor, " n"] | Sequence[int]
+    ) -> Float[Tensor, "n n_writes d_model"]:
         """Decoder vectors of some features of a layer, one for each layer they write to."""
-        return self.W_dec.rows(source, features)
+        source = as_whole("source", source, 0, self.cfg.n_layers - 1, why="the layers")
+        return self.W_dec.rows(source, as_features(features, self.cfg.d_transcoder).to(self.W_enc.device))
 
     @property
     def layers(self) -> range:
@@ -140,12 +149,23 @@ class CrossLayerTranscoder(nn.Module):
     def _require_input(self, x: Tensor | None) -> None:
         if self.W_skip is not None and x is None:
             raise ConfigError("This CLT has a skip connection: call decode(feature_acts, x) with the inputs x.")
+        if x is not None:
+            self._require_shape("x", x, self.cfg.d_model)
 
     def _require_shape(self, name: str, values: Tensor, width: int) -> None:
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            raise CLTMismatch(f"{name} is {shown(values)}: give a tensor of {self.W_enc.dtype}.")
         if values.shape[-2:] != (self.cfg.n_layers, width):
             raise CLTMismatch(
                 f"{name} has shape {list(values.shape)}, but this CLT takes [..., {self.cfg.n_layers}, {width}]"
                 f" (layers, then {'d_model' if name == 'x' else 'd_transcoder'})."
+            )
+        # Within autocast, products of different number types are what is asked for.
+        own, alike = self.W_enc, values.dtype == self.W_enc.dtype or torch.is_autocast_enabled(values.device.type)
+        if values.device != own.device or not alike:
+            raise CLTMismatch(
+                f"{name} has {values.dtype} on {values.device}, but this CLT has {own.dtype} on {own.device}: give"
+                f" {name}.to({own.dtype}).to('{own.device}')."
             )
 
     # -- files -----------------------------------------------------------------------------------------
@@ -170,11 +190,18 @@ class CrossLayerTranscoder(nn.Module):
             lazy_decoder: leave decoders on disk and read only the rows asked for.
 
         Raises:
+            ConfigError: device, dtype or lazy_decoder is none.
             FormatError: the folder is in no known layout, or a file is truncated or of the wrong shape.
         """
         from tl_clt.transcoder.formats import load
 
-        return load(folder_or_hub_repo, device=torch.device(device), dtype=dtype, lazy_decoder=lazy_decoder)
+        as_path("folder_or_hub_repo", folder_or_hub_repo, FormatError)
+        return load(
+            folder_or_hub_repo,
+            device=as_device("device", device),
+            dtype=None if dtype is None else as_dtype("dtype", dtype),
+            lazy_decoder=as_switch("lazy_decoder", lazy_decoder),
+        )
 
     def save_pretrained(self, folder: str | Path, layout: Literal["native", "circuit-tracer"] = "native") -> Path:
         """Write the CLT to a new or empty folder, all or nothing.
@@ -186,4 +213,4 @@ class CrossLayerTranscoder(nn.Module):
         """
         from tl_clt.transcoder.formats import save
 
-        return save(self, Path(folder), layout)
+        return save(self, as_path("folder", folder), layout)

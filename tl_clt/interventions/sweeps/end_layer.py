@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pandas import DataFrame
 from tqdm.auto import tqdm
 
+from tl_clt.arguments import as_switch
+from tl_clt.attribution.targets import TargetsGiven
 from tl_clt.errors import InterventionError
-from tl_clt.interventions.hooks import AnyIntervention
+from tl_clt.interventions.intervention import AnyIntervention, as_interventions
 from tl_clt.interventions.sweeps.outcomes import Outcomes
 from tl_clt.lens import Freeze, HookedModel, Prompt
+from tl_clt.replacement import check_fit
 from tl_clt.transcoder import CrossLayerTranscoder
 
 if TYPE_CHECKING:
@@ -67,8 +70,8 @@ def sweep_end_layer(
     model: HookedModel,
     clt: CrossLayerTranscoder,
     prompt: Prompt,
-    interventions: Iterable[AnyIntervention],
-    tokens: Sequence[int | str],
+    interventions: AnyIntervention | Iterable[AnyIntervention],
+    tokens: TargetsGiven,
     *,
     pos: int = -1,
     freeze: Freeze = "attention",
@@ -86,15 +89,17 @@ def sweep_end_layer(
         InterventionError: no intervention, or what `intervene` refuses.
         TargetError, CLTMismatch, HookNotFound, PromptError, TokenizerMissing, ConfigError: as there.
     """
-    given = list(interventions)
+    check_fit(model, clt)
+    given = as_interventions(interventions)
     if not given:
         raise InterventionError("There are no interventions to sweep: give at least one.")
+    quiet = not as_switch("progress", progress)
     outcomes = Outcomes(model, clt, prompt, tokens, pos, freeze)
     clean = outcomes.read(outcomes.clean())
     # `intervene` says what is wrong with a layer that is not there.
     first = min(max(what.layer for what in given), clt.cfg.n_layers - 1)
     rows = []
-    for layer in tqdm(range(first, clt.cfg.n_layers), desc="end layers", delay=2.0, disable=not progress):
+    for layer in tqdm(range(first, clt.cfg.n_layers), desc="end layers", delay=2.0, disable=quiet):
         for before, now in zip(clean, outcomes.read(outcomes.of(given, layer)), strict=True):
             p, logit = now.probability, now.logit
             rows.append((layer, now.token, now.token_id, p, p - before.probability, logit, logit - before.logit))

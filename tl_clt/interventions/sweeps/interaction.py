@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pandas import DataFrame
 from tqdm.auto import tqdm
 
-from tl_clt.interventions.hooks import AnyIntervention
+from tl_clt.arguments import as_switch
+from tl_clt.attribution.targets import TargetsGiven
+from tl_clt.interventions.intervention import AnyIntervention, as_interventions
 from tl_clt.interventions.sweeps.outcomes import Outcomes
 from tl_clt.lens import Freeze, HookedModel, Prompt
+from tl_clt.replacement import check_fit
 from tl_clt.transcoder import CrossLayerTranscoder
 
 if TYPE_CHECKING:
@@ -55,9 +58,9 @@ def measure_interaction(
     model: HookedModel,
     clt: CrossLayerTranscoder,
     prompt: Prompt,
-    first: AnyIntervention,
-    second: AnyIntervention,
-    tokens: Sequence[int | str],
+    first: AnyIntervention | Iterable[AnyIntervention],
+    second: AnyIntervention | Iterable[AnyIntervention],
+    tokens: TargetsGiven,
     *,
     pos: int = -1,
     through_layer: int | None = None,
@@ -70,23 +73,25 @@ def measure_interaction(
     is what a graph, which is linear, cannot show. Probabilities interact also then, through the softmax.
 
     Args:
-        first, second: features, supernodes or directions, changed one after another where both are.
+        first, second: features, supernodes or directions, one or several, changed one after another where both are.
         model, clt, prompt, tokens, pos, through_layer, freeze, progress: as for `sweep_strength`.
 
     Raises:
         InterventionError, TargetError, CLTMismatch, HookNotFound, PromptError, TokenizerMissing, ConfigError: as
             there.
     """
+    check_fit(model, clt)
+    one, other = as_interventions(first), as_interventions(second)
+    quiet = not as_switch("progress", progress)
     outcomes = Outcomes(model, clt, prompt, tokens, pos, freeze)
-    runs = [[first], [second], [first, second]]
-    each = tqdm(runs, desc="interaction", delay=2.0, disable=not progress)
+    each = tqdm([one, other, one + other], desc="interaction", delay=2.0, disable=quiet)
     found = [outcomes.read(outcomes.of(run, through_layer)) for run in each]
     rows = []
     for clean, *changed in zip(outcomes.read(outcomes.clean()), *found, strict=True):
         for measure in MEASURES:
             before = getattr(clean, measure)
-            one, other, both = (getattr(reading, measure) - before for reading in changed)
+            alone, beside, both = (getattr(reading, measure) - before for reading in changed)
             at = (clean.token, clean.token_id, measure, before)
-            rows.append((*at, one, other, both, one + other, both - (one + other)))
+            rows.append((*at, alone, beside, both, alone + beside, both - (alone + beside)))
     names = ["token", "token_id", "measure", "clean", "first", "second", "both", "sum", "interaction"]
     return Interaction(table=DataFrame(rows, columns=names))

@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_clt.attribution.targets import token_id
+from tl_clt.arguments import as_whole
+from tl_clt.attribution.targets import TargetsGiven, as_token_ids
 from tl_clt.errors import InterventionError
-from tl_clt.interventions.hooks import AnyIntervention
 from tl_clt.interventions.intervene import intervene
+from tl_clt.interventions.intervention import AnyIntervention
 from tl_clt.lens import Freeze, HookedModel, Prompt, to_tokens, token_strings
 from tl_clt.shapes import Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
@@ -54,7 +55,7 @@ class Outcomes:
         model: HookedModel,
         clt: CrossLayerTranscoder,
         prompt: Prompt,
-        tokens: Sequence[int | str],
+        tokens: TargetsGiven,
         pos: int,
         freeze: Freeze,
     ) -> None:
@@ -62,10 +63,8 @@ class Outcomes:
         self.freeze: Freeze = freeze
         self.prompt: Tokens = to_tokens(model, prompt)
         n_pos = len(self.prompt)
-        if not -n_pos <= pos < n_pos:
-            raise InterventionError(f"pos is {pos}: the prompt has positions 0 to {n_pos - 1}.")
-        self.pos = pos
-        self.ids = list(dict.fromkeys(token_id(model, token) for token in tokens))
+        self.pos = as_whole("pos", pos, -n_pos, n_pos - 1, why="the prompt's positions", error=InterventionError)
+        self.ids = as_token_ids(model, tokens)
         if not self.ids:
             raise InterventionError("There are no tokens to report: name at least one.")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -11,11 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pandas import DataFrame
 from tqdm.auto import tqdm
 
+from tl_clt.arguments import as_number, as_several, as_switch
+from tl_clt.attribution.targets import TargetsGiven
 from tl_clt.errors import InterventionError
-from tl_clt.interventions.hooks import AnyIntervention
-from tl_clt.interventions.intervention import SETTERS, Number
+from tl_clt.interventions.intervention import SETTERS, AnyIntervention, Number, as_interventions
 from tl_clt.interventions.sweeps.outcomes import Outcome, Outcomes
 from tl_clt.lens import Freeze, HookedModel, Prompt
+from tl_clt.replacement import check_fit
 from tl_clt.transcoder import CrossLayerTranscoder
 
 if TYPE_CHECKING:
@@ -61,9 +62,9 @@ def sweep_strength(
     model: HookedModel,
     clt: CrossLayerTranscoder,
     prompt: Prompt,
-    interventions: Iterable[AnyIntervention],
-    strengths: Iterable[Number],
-    tokens: Sequence[int | str],
+    interventions: AnyIntervention | Iterable[AnyIntervention],
+    strengths: Number | Iterable[Number],
+    tokens: TargetsGiven,
     *,
     pos: int = -1,
     through_layer: int | None = None,
@@ -82,9 +83,9 @@ def sweep_strength(
     Args:
         model, clt, through_layer, freeze: as for `intervene`.
         prompt: one prompt.
-        interventions: what to change, by the amounts that strengths multiply.
-        strengths: the grid, in any order (an array will do).
-        tokens: whose probabilities to report, as ids or text.
+        interventions: what to change (one or several), by the amounts that strengths multiply.
+        strengths: the grid, in any order (an array will do); or one.
+        tokens: whose probabilities to report, as ids or text; one or several.
         pos: position after which the token comes.
         tolerance: width of the interval that a flip is found in; a thousandth of the grid's range where left out.
         progress: show progress bars.
@@ -94,22 +95,23 @@ def sweep_strength(
         TargetError: a token that is not one.
         CLTMismatch, HookNotFound, PromptError, TokenizerMissing, ConfigError: as `intervene`.
     """
-    given = list(interventions)
+    check_fit(model, clt)
+    given = as_interventions(interventions)
     grid = _grid(strengths, given)
-    if tolerance is None:
-        tolerance = (grid[-1] - grid[0]) / 1000 or 1.0
-    if not 0 < tolerance < math.inf:
-        raise InterventionError(f"tolerance is {tolerance}: give a number above 0.")
+    none = "a thousandth of the grid's range"
+    width = as_number("tolerance", tolerance, above=0, none=none, error=InterventionError)
+    width = width or (grid[-1] - grid[0]) / 1000 or 1.0
+    quiet = not as_switch("progress", progress)
     outcomes = Outcomes(model, clt, prompt, tokens, pos, freeze)
 
     def at(strength: float) -> Outcome:
         return outcomes.of([_times(what, strength) for what in given], through_layer)
 
-    found = {s: at(s) for s in tqdm(grid, desc="strengths", delay=2.0, disable=not progress)}
+    found = {s: at(s) for s in tqdm(grid, desc="strengths", delay=2.0, disable=quiet)}
     answers = {s: outcome.answer for s, outcome in found.items()}
     flips = []
-    for low, high in tqdm(list(pairwise(grid)), desc="flips", delay=2.0, disable=not progress):
-        for flip in _flips(lambda s: at(s).answer, low, high, answers, tolerance):
+    for low, high in tqdm(list(pairwise(grid)), desc="flips", delay=2.0, disable=quiet):
+        for flip in _flips(lambda s: at(s).answer, low, high, answers, width):
             flips.append((flip.strength, flip.width, *outcomes.texts([flip.before, flip.after])))
     rows = [(s, *reading) for s, outcome in found.items() for reading in outcomes.read(outcome)]
     best = [(s, *outcomes.texts([a]), a, float(found[s].probabilities[a])) for s, a in answers.items()]
@@ -143,11 +145,10 @@ def _flips(
         low, before = top, after
 
 
-def _grid(strengths: Iterable[Number], given: list[AnyIntervention]) -> list[float]:
+def _grid(strengths: Number | Iterable[Number], given: list[AnyIntervention]) -> list[float]:
     """The strengths in order, each once."""
-    grid = sorted({float(s) for s in strengths})
-    if not grid or not all(map(math.isfinite, grid)):
-        raise InterventionError(f"strengths are {grid}: give at least one, and finite numbers.")
+    numbers = as_several("strengths", strengths, "finite numbers", InterventionError)
+    grid = sorted({float(as_number(f"strengths[{i}]", s, error=InterventionError)) for i, s in enumerate(numbers)})
     if not any(amount for what in given for amount in _amounts(what)):
         raise InterventionError(
             "Strengths multiply the amounts of the interventions, and there is none other than 0. Give value=1 or"

@@ -49,14 +49,15 @@ def load(
         f"'{folder}' holds no CLT in a known layout: native (cfg.json and clt.safetensors), circuit-tracer CLT"
         " (W_enc_0.safetensors, W_dec_0.safetensors), circuit-tracer PLT set (layer_0.safetensors, or a config.yaml"
         " that lists transcoders), Gemma Scope 2 CLT (params_layer_0.safetensors), sparsify"
-        f" (layers.0.mlp/sae.safetensors) or llamascopium (config.json of sae_type clt)."
-        f"{_unverified(folder)} Check the path."
+        " (layers.0.mlp/sae.safetensors) or llamascopium (config.json of sae_type clt). Gemma Scope 1 and 2 publish"
+        " several transcoders of each layer: write a config.yaml that lists one a layer, in order, as files here or as"
+        f" hf://owner/repo/path@revision under `transcoders:`.{_unverified(folder)} Check the path."
     )
 
 
 def save(clt: CrossLayerTranscoder, folder: Path, layout: str) -> Path:
     """Write a CLT to a new or empty folder in the layout named, all or nothing."""
-    if layout not in SAVE_LAYOUTS:
+    if not isinstance(layout, str) or layout not in SAVE_LAYOUTS:
         raise FormatError(f"'{layout}' is no layout to save in: give one of {', '.join(SAVE_LAYOUTS)}.")
     writer = native
     if layout == "circuit-tracer":
@@ -69,12 +70,14 @@ def save(clt: CrossLayerTranscoder, folder: Path, layout: str) -> Path:
 
 
 def _local_folder(folder_or_hub_repo: str | Path) -> Path:
-    folder = Path(folder_or_hub_repo)
-    if folder.is_dir():
+    folder = Path(folder_or_hub_repo).expanduser()
+    if folder.is_dir() and str(folder_or_hub_repo).strip():
         return folder
     if folder.is_file():
         raise FormatError(f"'{folder}' is a file: give the folder that holds the CLT's files.")
     known = catalogue.find(str(folder_or_hub_repo))
+    if known is None and _names_a_folder(folder_or_hub_repo):
+        raise FormatError(f"There is no folder '{folder_or_hub_repo}'. Check the path.")
     revision = str(folder_or_hub_repo).partition("@")[2]
     where = hub.parse(str(folder_or_hub_repo) if known is None else known.repo)
     where = where._replace(revision=where.revision or revision or None)
@@ -84,6 +87,11 @@ def _local_folder(folder_or_hub_repo: str | Path) -> Path:
         inside = [str(entry) for entry in listed if not str(entry).startswith(hub.URI)]
         return hub.fetch_folder(where, [*inside, *(f"{entry}/*" for entry in inside)]) if inside else folder
     return hub.fetch_folder(where, ["*.safetensors", "*.json", "*.yaml"])
+
+
+def _names_a_folder(given: str | Path) -> bool:
+    """Whether this can only be meant as a folder here, and not as a place on the hub."""
+    return isinstance(given, Path) or given.startswith(("/", "./", "../", "~")) or "\\" in given
 
 
 UNVERIFIED = {

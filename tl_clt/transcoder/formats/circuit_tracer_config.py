@@ -6,6 +6,7 @@ the key `tl_clt` stands our whole config (span, activation, scaling record), whi
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ OURS = "tl_clt"
 
 def read(
     folder: Path,
-    input_hook: str = "hook_resid_mid",
+    input_hook: str | None = None,
     output_hook: str = "hook_mlp_out",
     beside: Path | None = None,
     **from_files: Any,
@@ -32,7 +33,8 @@ def read(
 
     Args:
         folder: where `config.yaml` lies.
-        input_hook, output_hook: what the layout reads and writes where no config says so.
+        input_hook, output_hook: what the layout reads and writes where no config says so; without an `input_hook` it
+            is hook_resid_mid, and a warning says that this was assumed.
         beside: folder of the first layer's file, whose `config.json` may give hooks by their Hugging Face names
             (Gemma Scope 2).
         from_files: what the weight files say (n_layers, d_model, d_transcoder, span, activation, skip, dtype).
@@ -52,6 +54,15 @@ def read(
         if key in makers:
             hook = hook_of_hf(str(makers[key]), f"{beside}/config.json")
             input_hook, output_hook = (hook, output_hook) if key.endswith("_in") else (input_hook, hook)
+    lacking = [key for key in ("feature_input_hook", "feature_output_hook") if key not in values]
+    if input_hook is None and lacking and not {"input_hook", "output_hook"} <= ours.keys():
+        warnings.warn(
+            f"'{folder / CONFIG}' does not say where the CLT reads and writes ({', '.join(lacking)}): hook_resid_mid"
+            " and hook_mlp_out are assumed. Where its makers meant other places (often mlp.hook_in and mlp.hook_out),"
+            " other features fire: state both in that file.",
+            stacklevel=2,
+        )
+    input_hook = input_hook or "hook_resid_mid"
     stated = {
         "model_name": values.get("model_name", makers.get("model_name", "unknown")),
         "input_hook": values.get("feature_input_hook", input_hook),
