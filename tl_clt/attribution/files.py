@@ -99,6 +99,10 @@ def load_graph(path: Path) -> AttributionGraph:
             contrast_activation=tensors.get("contrast_activation"),
             info=about["info"],
         )
+        if graph.targets is not None and len(graph.targets) != len(graph.logit_tokens):
+            raise FormatError(
+                f"'{path}' describes {len(graph.targets)} targets, but has {len(graph.logit_tokens)} target nodes."
+            )
         checks.require_acyclic(graph)
     return graph
 
