@@ -40,6 +40,7 @@ from tests.transcoder import test_public_layouts as public
 from tl_clt.attribution.edges import CSR, from_csr
 from tl_clt.attribution.graph import AttributionGraph
 from tl_clt.attribution.nodes import NodeKind, Nodes
+from tl_clt.attribution.targets import DirectionTarget, TokenTarget
 from tl_clt.errors import TlCltError
 from tl_clt.evaluation import EvaluationReport, GraphNumbers
 from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig, checkpoints, resuming
@@ -477,6 +478,7 @@ def a_graph(*, sparse: bool, few: bool = False) -> AttributionGraph:
         logit_tokens=["d", "e"],
         dropped=torch.rand(12) * expanded if sparse else None,
         contrast_activation=torch.rand(12) if few else None,
+        targets=[TokenTarget(4), DirectionTarget(torch.ones(6), "blocks.1.hook_resid_post")] if few else None,
         info={"prompt": "abc", "model": "m", "settings": {"k": 1, "list": [1, 2]}},
     )
 
