@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_clt.attribution import AttributionGraph, NodeKind, PruneMasks, attribute
+from tl_clt.attribution.edges import ROWS_AT_ONCE
 from tl_clt.attribution.influence import SMALLEST_ROW_SUM
 from tl_clt.lens import HookedModel
 from tl_clt.transcoder import CrossLayerTranscoder
@@ -40,20 +42,46 @@ class GraphNumbers:
     """Of the prompt."""
 
 
-def graph_numbers(
+class TracedPrompts(NamedTuple):
+    """What `trace_prompts` gives."""
+
+    numbers: list[GraphNumbers]
+    """Of the prompts whose graphs fit in the memory, in order."""
+    missing: str | None
+    """How many prompts have none and why, with the mend; None where all have."""
+
+
+def trace_prompts(
     model: HookedModel,
     clt: CrossLayerTranscoder,
     prompts: Sequence[Tensor],
     max_unexplored: float | None = None,
     progress: bool = True,
-) -> list[GraphNumbers]:
+) -> TracedPrompts:
     """Trace prompts, whose likeliest next tokens are the targets, one after another, keeping numbers alone.
 
     Raises:
-        MemoryLimit, ModelUnsupported, LocalModelMismatch: as `attribute`.
+        ModelUnsupported, LocalModelMismatch: as `attribute`.
     """
-    bar = tqdm(prompts, desc="Tracing prompts", unit=" prompts", delay=2.0, disable=not progress)
-    return [numbers_of(attribute(model, clt, tokens, max_unexplored=max_unexplored, progress=False)) for tokens in bar]
+    numbers, errors = [], []
+    for tokens in tqdm(prompts, desc="Tracing prompts", unit=" prompts", delay=2.0, disable=not progress):
+        try:
+            numbers.append(numbers_of(attribute(model, clt, tokens, max_unexplored=max_unexplored, progress=False)))
+        except (MemoryError, RuntimeError) as error:
+            if not lacks_memory(error):
+                raise
+            errors.append(f"{type(error).__name__}: {error}")
+    if not errors:
+        return TracedPrompts(numbers, None)
+    mend = "Give fewer graph_tokens, a max_unexplored, or n_graphs=0 for none."
+    return TracedPrompts(numbers, f"{len(errors)} of {len(prompts)} prompts could not be traced ({errors[0]}). {mend}")
+
+
+def lacks_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether an error is of too little memory; torch says so of main memory in words alone."""
+    said = str(error)
+    in_words = "not enough memory" in said or "allocate memory" in said
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or in_words
 
 
 def numbers_of(graph: AttributionGraph) -> GraphNumbers:
@@ -80,9 +108,13 @@ def kept_completeness(graph: AttributionGraph, kept: PruneMasks) -> float:
     """
     nodes = graph.nodes
     rows = torch.nonzero(kept.nodes & nodes.is_kind(NodeKind.FEATURE, NodeKind.LOGIT)).flatten()
-    inputs = graph.adjacency[rows].abs()
-    explained = inputs * kept.edges[rows] * ~nodes.is_kind(NodeKind.ERROR)
-    share = explained.sum(dim=1) / inputs.sum(dim=1).clamp_min(SMALLEST_ROW_SUM)
+    counted = ~nodes.is_kind(NodeKind.ERROR)
+    shares = []
+    for some in rows.split(ROWS_AT_ONCE):
+        inputs = graph.adjacency[some].abs()
+        explained = (inputs * (kept.edges[some] & counted)).sum(dim=1)
+        shares.append(explained / inputs.sum(dim=1).clamp_min(SMALLEST_ROW_SUM))
+    share = torch.cat(shares)
     output = (graph.influence() + graph.logit_weights)[rows]
     return float((output * share).sum() / output.sum())
 

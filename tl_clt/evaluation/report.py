@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -77,6 +77,8 @@ class EvaluationReport:
 
     graphs: list[GraphNumbers]
     """One for each prompt that was traced."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Parts that could not be measured in whole, by name ("graphs"), and why."""
 
     @property
     def l0_mean_per_layer(self) -> float:
@@ -186,6 +188,8 @@ def _read_field(name: str, kind: str, value: Any) -> Any:
         return float(value)
     if value is None and kind.startswith("float"):
         return None if kind == "float | None" else math.nan
-    if {"int": int, "str": str}.get(kind, dict if kind.startswith("dict[") else None) is type(value):
+    if kind == "dict[str, str]" and isinstance(value, dict):
+        return {key: _read_field(name, "str", one) for key, one in value.items()}
+    if {"int": int, "str": str, "dict[str, Any]": dict}.get(kind) is type(value):
         return value
     raise ValueError(f"{name} is {str(value)[:40]!r}, where {kind} was expected")
