@@ -108,14 +108,14 @@ def test_graphs_that_do_not_fit_lose_nothing_else(report, tmp_path, monkeypatch,
     for name in ("explained_variance_per_layer", "nmse_per_layer", "l0_per_layer", "kl_divergence", "cross_entropy"):
         assert getattr(lacking, name) == pytest.approx(getattr(report, name), rel=1e-9)
     assert [g.n_nodes for g in lacking.graphs] == [g.n_nodes for g in report.graphs[:n_fitting]]
-    said = lacking.missing["graphs"]
+    said = lacking.graphs_missing
     assert said.startswith(f"{2 - n_fitting} of 2 prompts could not be traced ({type(error).__name__}: {error})")
     assert "Give fewer graph_tokens" in said
     lacking.save(tmp_path / "report")
     assert EvaluationReport.from_json((tmp_path / "report" / "report.json").read_text()) == lacking
     console = Console(width=250, record=True)
     console.print(evaluation_table(lacking))
-    assert "missing: graphs" in console.export_text()
+    assert "graphs missing" in console.export_text()
     if n_fitting == 0:
         with pytest.raises(ConfigError, match="No prompt was traced: 2 of 2 prompts could not be traced"):
             lacking.figure("graphs")
@@ -140,7 +140,7 @@ def test_what_is_wrong_with_a_prompt_or_with_tracing_is_told_before_the_long_par
 
 def test_a_report_of_before_has_nothing_missing(report):
     values = report.to_dict()
-    del values["missing"]
+    del values["graphs_missing"]
     assert EvaluationReport.from_json(json.dumps(values)) == report
 
 

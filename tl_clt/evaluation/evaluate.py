@@ -43,7 +43,7 @@ def evaluate(
     Position 0 of each prompt is left out of all numbers, and keeps its own MLP outputs where MLPs are replaced or
     silenced. The text is read no further than it is needed, and before the model runs. Prompts are traced first: what
     graphs cannot be had of this CLT is known, and warned of, before the long part; where they do not fit in the memory,
-    everything else is measured all the same, and the report's `missing` says so.
+    everything else is measured all the same, and the report's `graphs_missing` says so.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
@@ -76,9 +76,8 @@ def evaluate(
     seen = list(up_to(held_out_prompts(model, dataset, context_size), max_tokens))
     drawn = random.Random(seed).sample(seen, min(n_graphs, len(seen)))
     traced = trace_prompts(model, clt, [tokens[:graph_tokens] for tokens in drawn], max_unexplored, progress)
-    missing = {} if traced.missing is None else {"graphs": traced.missing}
-    for part, why in missing.items():
-        warnings.warn(f"The report will lack {part}: {why}", stacklevel=2)
+    if traced.missing is not None:
+        warnings.warn(f"The report will lack graphs: {traced.missing}", stacklevel=2)
     layers, predictions = LayerSums(clt), PredictionSums()
     with user_hooks_aside(model), tqdm(desc="Evaluating", unit=" tokens", delay=2.0, disable=not progress) as bar:
         for tokens in batches(model, iter(seen)):
@@ -89,7 +88,7 @@ def evaluate(
         clt=clt.cfg.to_dict(),
         n_prompts=len(seen),
         graphs=traced.numbers,
-        missing=missing,
+        graphs_missing=traced.missing,
         **_of_layers(layers, predictions.n),
         **_of_predictions(predictions),
         **_by_distance(layers, predictions.n),

@@ -85,7 +85,7 @@ def _distance(report: EvaluationReport) -> Figure:
 
 def _graphs(report: EvaluationReport) -> Figure:
     if not report.graphs:
-        why = report.missing.get("graphs", "evaluate with n_graphs of at least 1.")
+        why = report.graphs_missing or "evaluate with n_graphs of at least 1."
         raise ConfigError(f"No prompt was traced: {why}")
     figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(f"{report.model}: graphs of {len(report.graphs)} prompts (by replacement)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -77,8 +77,8 @@ class EvaluationReport:
 
     graphs: list[GraphNumbers]
     """One for each prompt that was traced."""
-    missing: dict[str, str] = field(default_factory=dict)
-    """Parts that could not be measured in whole, by name ("graphs"), and why."""
+    graphs_missing: str | None = None
+    """How many prompts that were to be traced did not fit in the memory, and why; None where all did."""
 
     @property
     def l0_mean_per_layer(self) -> float:
@@ -175,7 +175,7 @@ def _read(cls: type[Any], values: Any) -> Any:
     """One of this file's dataclasses from what JSON holds, each field of the type that it states."""
     if not isinstance(values, dict):
         raise ValueError(f"a {cls.__name__} is {type(values).__name__}")
-    given = [f for f in fields(cls) if f.name in values or (f.default is MISSING and f.default_factory is MISSING)]
+    given = [f for f in fields(cls) if f.name in values or f.default is MISSING]
     return cls(**{f.name: _read_field(f.name, str(f.type), values[f.name]) for f in given})
 
 
@@ -186,10 +186,10 @@ def _read_field(name: str, kind: str, value: Any) -> Any:
         return _read(GraphNumbers, value)
     if kind.startswith("float") and type(value) in (int, float) and math.isfinite(value):
         return float(value)
-    if value is None and kind.startswith("float"):
-        return None if kind == "float | None" else math.nan
-    if kind == "dict[str, str]" and isinstance(value, dict):
-        return {key: _read_field(name, "str", one) for key, one in value.items()}
-    if {"int": int, "str": str, "dict[str, Any]": dict}.get(kind) is type(value):
+    if value is None and kind == "float":
+        return math.nan
+    if value is None and kind.endswith("| None"):
+        return None
+    if {"int": int, "str": str, "str | None": str, "dict[str, Any]": dict}.get(kind) is type(value):
         return value
     raise ValueError(f"{name} is {str(value)[:40]!r}, where {kind} was expected")
