@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_clt.errors import ConfigError
+from tl_clt.errors import ConfigError, LocalModelMismatch, MemoryLimit, ModelUnsupported
 from tl_clt.evaluation.graphs import graph_numbers
 from tl_clt.evaluation.prompts import HeldOut, batches, held_out_prompts, up_to
 from tl_clt.evaluation.report import EvaluationReport
@@ -64,7 +65,9 @@ def evaluate(
         DatasetError, PromptError, TokenizerMissing: nothing to read, texts that are too short, or a prompt that the
             model cannot take.
         ConfigError: an argument out of range.
-        MemoryLimit, ModelUnsupported, LocalModelMismatch: as `attribute`, where prompts are traced.
+
+    Where a prompt cannot be traced (MemoryLimit, ModelUnsupported or LocalModelMismatch, as `attribute` raises them),
+    the report holds what was measured until then, `graphs_missing` says why there is no more, and a warning says it.
     """
     _check(max_tokens, n_graphs, graph_tokens)
     check_fit(model, clt)
@@ -76,12 +79,19 @@ def evaluate(
             add_batch(layers, predictions, model, clt, tokens)
             bar.update(tokens[:, 1:].numel())
     drawn = random.Random(seed).sample(seen, min(n_graphs, len(seen)))
-    graphs = graph_numbers(model, clt, [tokens[:graph_tokens] for tokens in drawn], max_unexplored, progress)
+    graphs, missing = [], None
+    try:
+        for numbers in graph_numbers(model, clt, [t[:graph_tokens] for t in drawn], max_unexplored, progress):
+            graphs.append(numbers)
+    except (MemoryLimit, LocalModelMismatch, ModelUnsupported) as error:
+        missing = f"{len(graphs)} of {len(drawn)} prompts were traced, then {type(error).__name__}: {error}"
+        warnings.warn(f"Graph scores are missing, and all else was measured: {missing}", stacklevel=2)
     return EvaluationReport(
         model=model_name(model),
         clt=clt.cfg.to_dict(),
         n_prompts=len(seen),
         graphs=graphs,
+        graphs_missing=missing,
         **_of_layers(layers, predictions.n),
         **_of_predictions(predictions),
         **_by_distance(layers, predictions.n),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -46,14 +46,15 @@ def graph_numbers(
     prompts: Sequence[Tensor],
     max_unexplored: float | None = None,
     progress: bool = True,
-) -> list[GraphNumbers]:
+) -> Iterator[GraphNumbers]:
     """Trace prompts, whose likeliest next tokens are the targets, one after another, keeping numbers alone.
 
     Raises:
         MemoryLimit, ModelUnsupported, LocalModelMismatch: as `attribute`.
     """
     bar = tqdm(prompts, desc="Tracing prompts", unit=" prompts", delay=2.0, disable=not progress)
-    return [numbers_of(attribute(model, clt, tokens, max_unexplored=max_unexplored, progress=False)) for tokens in bar]
+    for tokens in bar:
+        yield numbers_of(attribute(model, clt, tokens, max_unexplored=max_unexplored, progress=False))
 
 
 def numbers_of(graph: AttributionGraph) -> GraphNumbers:

@@ -72,6 +72,8 @@ class EvaluationReport:
 
     graphs: list[GraphNumbers]
     """One for each prompt that was traced."""
+    graphs_missing: str | None = None
+    """Why there are fewer graphs than were asked for; None where there are not."""
 
     @property
     def l0_mean_per_layer(self) -> float:
@@ -119,6 +121,7 @@ class EvaluationReport:
         """
         try:
             values = json.loads(text)
+            values = {"graphs_missing": None} | values  # reports of before it was there
             own = {f.name: values[f.name] for f in fields(cls)}
             return cls(**{**own, "graphs": [GraphNumbers(**graph) for graph in own["graphs"]]})
         except (ValueError, KeyError, TypeError) as error:
