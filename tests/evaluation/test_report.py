@@ -7,19 +7,11 @@ import math
 from dataclasses import replace
 
 import pytest
-import torch
 from rich.console import Console
 
 from tests.models import random_tokens, tiny_clt, tiny_hooked
-from tl_clt import attribute, evaluate
-from tl_clt.errors import (
-    ConfigError,
-    FormatError,
-    MemoryLimit,
-    ModelUnsupported,
-    OutputNotEmpty,
-    PromptError,
-)
+from tl_clt import evaluate
+from tl_clt.errors import ConfigError, FormatError, OutputNotEmpty
 from tl_clt.evaluation import FIGURES, EvaluationReport
 from tl_clt.viewer.tables import evaluation_table, layer_table
 
@@ -78,70 +70,6 @@ def test_numbers_that_json_has_no_word_for_lose_no_report(report, tmp_path):
 def test_a_report_that_contradicts_itself_is_refused(report, change):
     with pytest.raises(FormatError, match="no evaluation report"):
         EvaluationReport.from_json(json.dumps({**report.to_dict(), **change}))
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryLimit("Tracing takes 9 GiB"),
-        MemoryError("of numpy"),
-        torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-@pytest.mark.parametrize("n_fitting", [0, 1])
-def test_graphs_that_do_not_fit_lose_nothing_else(report, tmp_path, monkeypatch, error, n_fitting):
-    calls = []
-
-    def only_some(*args, **kwargs):
-        calls.append(args)
-        if len(calls) > n_fitting:
-            raise error
-        return attribute(*args, **kwargs)
-
-    monkeypatch.setattr("tl_clt.evaluation.graphs.attribute", only_some)
-    model = tiny_hooked("gpt2")
-    with pytest.warns(UserWarning, match="The report will lack graphs: "):
-        lacking = evaluate(model, tiny_clt(model), random_tokens(model, batch=4, pos=8), n_graphs=2)
-    # The same numbers, but for the order in which threads may add.
-    for name in ("explained_variance_per_layer", "nmse_per_layer", "l0_per_layer", "kl_divergence", "cross_entropy"):
-        assert getattr(lacking, name) == pytest.approx(getattr(report, name), rel=1e-9)
-    assert [g.n_nodes for g in lacking.graphs] == [g.n_nodes for g in report.graphs[:n_fitting]]
-    said = lacking.graphs_missing
-    assert said.startswith(f"{2 - n_fitting} of 2 prompts could not be traced ({type(error).__name__}: {error})")
-    assert "Give fewer graph_tokens" in said
-    lacking.save(tmp_path / "report")
-    assert EvaluationReport.from_json((tmp_path / "report" / "report.json").read_text()) == lacking
-    console = Console(width=250, record=True)
-    console.print(evaluation_table(lacking))
-    assert "graphs missing" in console.export_text()
-    if n_fitting == 0:
-        with pytest.raises(ConfigError, match="No prompt was traced: 2 of 2 prompts could not be traced"):
-            lacking.figure("graphs")
-
-
-def test_what_is_wrong_with_a_prompt_or_with_tracing_is_told_before_the_long_part(monkeypatch):
-    measured = []
-    monkeypatch.setattr("tl_clt.evaluation.evaluate.add_batch", lambda *args: measured.append(args))
-    model = tiny_hooked("gpt2")
-    prompts = [*random_tokens(model, batch=4, pos=8).tolist(), [model.cfg.d_vocab]]
-    with pytest.raises(PromptError):
-        evaluate(model, tiny_clt(model), prompts, n_graphs=0)
-
-    def unsupported(*args, **kwargs):
-        raise ModelUnsupported("mine")
-
-    monkeypatch.setattr("tl_clt.evaluation.graphs.attribute", unsupported)
-    with pytest.raises(ModelUnsupported, match="mine"):
-        evaluate(model, tiny_clt(model), prompts[:-1], n_graphs=1)
-    assert measured == []
-
-
-def test_a_report_of_before_has_nothing_missing(report):
-    values = report.to_dict()
-    del values["graphs_missing"]
-    assert EvaluationReport.from_json(json.dumps(values)) == report
 
 
 def test_saved_whole_or_not_at_all(report, bare, tmp_path):

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from tl_clt.arguments import as_seed, as_share, as_switch, as_whole
-from tl_clt.evaluation.graphs import trace_prompts
+from tl_clt.errors import LocalModelMismatch, ModelUnsupported
+from tl_clt.evaluation.graphs import graph_numbers, lacks_memory
 from tl_clt.evaluation.prompts import HeldOut, batches, held_out_prompts, up_to
 from tl_clt.evaluation.report import EvaluationReport
 from tl_clt.evaluation.sums import LayerSums, PredictionSums, add_batch
@@ -41,9 +42,7 @@ def evaluate(
     Hooks of the user's own are set aside, as in `attribute` and `intervene`: the model itself is measured.
 
     Position 0 of each prompt is left out of all numbers, and keeps its own MLP outputs where MLPs are replaced or
-    silenced. The text is read no further than it is needed, and before the model runs. Prompts are traced first: what
-    graphs cannot be had of this CLT is known, and warned of, before the long part; where they do not fit in the memory,
-    everything else is measured all the same, and the report's `graphs_missing` says so.
+    silenced. The text is read no further than it is needed, and before the model runs; prompts are traced first.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
@@ -64,7 +63,10 @@ def evaluate(
         DatasetError, PromptError, TokenizerMissing: nothing to read, texts that are too short, or a prompt that the
             model cannot take.
         ConfigError: an argument out of range.
-        ModelUnsupported, LocalModelMismatch: as `attribute`, where prompts are traced; before anything is measured.
+
+    Where a prompt cannot be traced, for want of memory or as the model is (MemoryLimit, ModelUnsupported or
+    LocalModelMismatch, as `attribute` raises them), everything else is measured all the same: the report holds the
+    graphs until then, `graphs_missing` says why there are no more, and a warning says it before the long part.
     """
     max_tokens = as_whole("max_tokens", max_tokens, 1, none="all")
     n_graphs = as_whole("n_graphs", n_graphs, 0)
@@ -75,9 +77,15 @@ def evaluate(
     require_free(model)
     seen = list(up_to(held_out_prompts(model, dataset, context_size), max_tokens))
     drawn = random.Random(seed).sample(seen, min(n_graphs, len(seen)))
-    traced = trace_prompts(model, clt, [tokens[:graph_tokens] for tokens in drawn], max_unexplored, progress)
-    if traced.missing is not None:
-        warnings.warn(f"The report will lack graphs: {traced.missing}", stacklevel=2)
+    graphs, missing = [], None
+    try:
+        for numbers in graph_numbers(model, clt, [t[:graph_tokens] for t in drawn], max_unexplored, progress):
+            graphs.append(numbers)
+    except (LocalModelMismatch, ModelUnsupported, MemoryError, RuntimeError) as error:
+        if not isinstance(error, (LocalModelMismatch, ModelUnsupported)) and not lacks_memory(error):
+            raise
+        missing = f"{len(graphs)} of {len(drawn)} prompts were traced, then {type(error).__name__}: {error}"
+        warnings.warn(f"Graph scores will be missing, and all else is measured: {missing}", stacklevel=2)
     layers, predictions = LayerSums(clt), PredictionSums()
     with user_hooks_aside(model), tqdm(desc="Evaluating", unit=" tokens", delay=2.0, disable=not progress) as bar:
         for tokens in batches(model, iter(seen)):
@@ -87,8 +95,8 @@ def evaluate(
         model=model_name(model),
         clt=clt.cfg.to_dict(),
         n_prompts=len(seen),
-        graphs=traced.numbers,
-        graphs_missing=traced.missing,
+        graphs=graphs,
+        graphs_missing=missing,
         **_of_layers(layers, predictions.n),
         **_of_predictions(predictions),
         **_by_distance(layers, predictions.n),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,42 +41,23 @@ class GraphNumbers:
     """Of the prompt."""
 
 
-class TracedPrompts(NamedTuple):
-    """What `trace_prompts` gives."""
-
-    numbers: list[GraphNumbers]
-    """Of the prompts whose graphs fit in the memory, in order."""
-    missing: str | None
-    """How many prompts have none and why, with the mend; None where all have."""
-
-
-def trace_prompts(
+def graph_numbers(
     model: HookedModel,
     clt: CrossLayerTranscoder,
     prompts: Sequence[Tensor],
     max_unexplored: float | None = None,
     progress: bool = True,
-) -> TracedPrompts:
+) -> Iterator[GraphNumbers]:
     """Trace prompts, whose likeliest next tokens are the targets, one after another, keeping numbers alone.
 
     Raises:
-        ModelUnsupported, LocalModelMismatch: as `attribute`.
+        MemoryLimit, ModelUnsupported, LocalModelMismatch: as `attribute`.
     """
-    numbers, errors = [], []
     for tokens in tqdm(prompts, desc="Tracing prompts", unit=" prompts", delay=2.0, disable=not progress):
-        try:
-            numbers.append(numbers_of(attribute(model, clt, tokens, max_unexplored=max_unexplored, progress=False)))
-        except (MemoryError, RuntimeError) as error:
-            if not lacks_memory(error):
-                raise
-            errors.append(f"{type(error).__name__}: {error}")
-    if not errors:
-        return TracedPrompts(numbers, None)
-    mend = "Give fewer graph_tokens, a max_unexplored, or n_graphs=0 for none."
-    return TracedPrompts(numbers, f"{len(errors)} of {len(prompts)} prompts could not be traced ({errors[0]}). {mend}")
+        yield numbers_of(attribute(model, clt, tokens, max_unexplored=max_unexplored, progress=False))
 
 
-def lacks_memory(error: MemoryError | RuntimeError) -> bool:
+def lacks_memory(error: Exception) -> bool:
     """Whether an error is of too little memory; torch says so of main memory in words alone."""
     said = str(error)
     in_words = "not enough memory" in said or "allocate memory" in said

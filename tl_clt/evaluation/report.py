@@ -78,7 +78,7 @@ class EvaluationReport:
     graphs: list[GraphNumbers]
     """One for each prompt that was traced."""
     graphs_missing: str | None = None
-    """How many prompts that were to be traced did not fit in the memory, and why; None where all did."""
+    """Why there are fewer graphs than were asked for; None where there are not."""
 
     @property
     def l0_mean_per_layer(self) -> float:

@@ -201,7 +201,8 @@ def training_config(
 
 
 def _row(report: EvaluationReport) -> dict[str, Any]:
-    means = report.graph_means
+    # Means over some of the prompts cannot stand beside means over all.
+    means = report.graph_means if report.graphs_missing is None else None
     return (
         {"d_transcoder": report.clt["d_transcoder"]}
         | {name: getattr(report, name) for name in COLUMNS}

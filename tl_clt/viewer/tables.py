@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pandas import DataFrame, isna
+from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from tl_clt.attribution import AttributionGraph
 from tl_clt.evaluation import EvaluationReport
@@ -64,7 +64,7 @@ def evaluation_table(report: EvaluationReport) -> Table:
         table.add_row("path length", f"{means.path_length:.2f} edges")
         table.add_row("nodes", f"{means.n_nodes:.0f}, pruned {means.n_nodes_pruned:.0f}")
     if report.graphs_missing is not None:
-        table.add_row("graphs missing", Text(report.graphs_missing))
+        table.add_row("graphs missing", escape(report.graphs_missing))
     return table
 
 
