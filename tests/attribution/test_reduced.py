@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,9 +14,13 @@ from torch import Tensor
 
 from tests.attribution.conftest import TOKENS
 from tl_clt import AttributionGraph, NodeKind, attribute
+from tl_clt.attribution import files
 from tl_clt.attribution.edges import Entries, assemble
 from tl_clt.attribution.influence import GraphScores
 from tl_clt.attribution.nodes import Nodes
+from tl_clt.attribution.pruning import _smallest_of_share
+from tl_clt.viewer import graph_tree
+from tl_clt.viewer.tables import graph_table
 
 N_LAYERS, POS, PER_LAYER = 4, 5, 12
 ROUNDING = 1e-12
@@ -198,9 +203,7 @@ def test_what_pruning_cut_is_carried_along(graph):
 
 
 def test_pruning_that_cuts_nothing_leaves_a_whole_graph(graph):
-    everything = graph.prune(1.0, 1.0)
-    if len(everything.nodes) == len(graph.nodes):
-        assert not everything.is_reduced
+    assert not graph.prune(1.0, 1.0).is_reduced
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -209,14 +212,112 @@ def test_pruning_that_cuts_nothing_leaves_a_whole_graph(graph):
 def test_pruning_a_reduced_graph_keeps_the_share_asked_for_of_the_whole(how: str, share: float, seed: int):
     whole = random_graph(seed)
     part = REDUCTIONS[how](whole)
-    influence = whole.influence()
-    least = influence[whole.prune_masks(share, 1.0).nodes & (influence > 0)].min()
-    # What the node threshold keeps, before loose ends go: they have no say in the share.
-    ours = part.influence()
-    from tl_clt.attribution import pruning
+    influence, ours = whole.influence(), part.influence()
+    # What the node threshold keeps, before loose ends go.
+    unknown = float(part._walks().unknown_visits(part.nodes))
+    theirs = influence >= _smallest_of_share(influence, share).value
+    least = _smallest_of_share(ours, share, unknown)
+    kept = ours >= least.value
+    assert int(kept.sum()) >= int(theirs.sum())
+    if least.reached:
+        assert influence[kept].sum() >= share * influence.sum() - ROUNDING
+    assert ("node_threshold" in part.prune(share).info["thresholds_out_of_reach"]) == (not least.reached)
 
-    kept = pruning._smallest_of_share(ours, share, float(part._walks().unknown_visits(part.nodes)))
-    chosen = ours >= kept.value
-    if kept.reached:
-        assert influence[chosen].sum() >= share * influence.sum() - ROUNDING
-        assert int(chosen.sum()) >= int((influence >= least).sum())
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("share", [0.5, 0.8, 0.9, 0.95])
+@pytest.mark.parametrize("how", ["keep_edges=0.95", "max_feature_nodes=20"])
+def test_what_pruning_the_whole_graph_keeps_stays_when_a_reduced_one_is_pruned(how: str, share: float, seed: int):
+    whole = random_graph(seed)
+    assert set(names(whole.prune(share))) <= set(names(REDUCTIONS[how](whole).prune(share)))
+
+
+def test_influential_features_that_were_not_traced_stay(graph):
+    part = leave_untraced(graph, 5)
+    kept = part.prune()
+    features = kept.nodes.where(NodeKind.FEATURE)
+    assert (~kept.expanded[features]).any()
+    assert kept.adjacency[features[kept.expanded[features]]].any(dim=1).all()
+
+
+def test_what_is_unknown_survives_the_disk(graph, tmp_path):
+    for part in (graph.prune(), leave_untraced(graph, 20).prune(), hold_strongest(graph, 0.9).prune()):
+        loaded = AttributionGraph.load(part.save(tmp_path / "graph.safetensors"))
+        assert loaded == part
+        assert (loaded.unexplored, loaded.scores()) == (part.unexplored, part.scores())
+        assert loaded.scores().completeness_bounds == part.scores().completeness_bounds
+        assert loaded.prune(0.5) == part.prune(0.5)
+
+
+def test_older_files_are_read_and_pruned_ones_named(graph, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "VERSION", 2)
+    whole = graph.save(tmp_path / "whole.safetensors")
+    smaller = replace(graph.prune(), dropped=None).save(tmp_path / "pruned.safetensors")
+    monkeypatch.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert AttributionGraph.load(whole) == graph
+    with pytest.warns(UserWarning, match="does not tell what was cut"):
+        assert not AttributionGraph.load(smaller).is_reduced
+
+
+def test_texts_state_the_bounds(graph):
+    part = graph.prune()
+    low, high = part.scores().replacement_bounds
+    assert f"{part.scores().replacement:.3f} [{low:.3f} to {high:.3f}]" in str(part)
+    assert f"{part.unexplored:.1%} unexplored" in str(part)
+    assert f"{part.unexplored:.1%} of influence is not in this graph" in str(graph_tree(part).label)
+    assert "[" not in str(graph).partition(":")[2] and "influence" not in str(graph_tree(graph).label)
+    rows = list(graph_table(part, part.prune(0.5)).columns[1].cells)
+    assert any(f"[{low:.3f} to {high:.3f}]" in str(cell) for cell in rows)
+
+
+KINDS: dict[str, Callable[[AttributionGraph], AttributionGraph]] = {
+    "whole": lambda g: g,
+    "pruned": lambda g: g.prune(),
+    "few rows": lambda g: leave_untraced(g, 5),
+    "sparse": lambda g: hold_strongest(g, 0.9),
+    "sparse, pruned": lambda g: hold_strongest(g, 0.9).prune(),
+    "contrastive": lambda g: replace(g, contrast_activation=torch.rand_like(g.nodes.activation)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_equal_what_is_made_of_them(graph, kind: str, tmp_path):
+    made = KINDS[kind](graph)
+    path = made.save(tmp_path / "graph.safetensors")
+    read = [AttributionGraph.load(path) for _ in range(2)]
+    for same in (made, copy.copy(made), copy.deepcopy(made), pickle.loads(pickle.dumps(made)), *read):
+        assert same == made and hash(same) == hash(made)
+        assert same.nodes == made.nodes and hash(same.nodes) == hash(made.nodes)
+        assert same.scores() == made.scores() and same.info == made.info
+    assert len({made, *read}) == 1
+    deep = copy.deepcopy(made)
+    values = deep.adjacency.values() if deep.is_sparse else deep.adjacency
+    values *= 2
+    assert deep != made and read[0] == made
+
+
+def test_graphs_differ_by_any_tensor_or_text(graph):
+    flipped = replace(graph.nodes, activation=graph.nodes.activation + 1)
+    for change in (
+        {"nodes": flipped},
+        {"adjacency": graph.adjacency * (1 + 1e-15) + 1e-300},
+        {"adjacency": graph.adjacency.to_sparse_csr()},
+        {"adjacency": graph.adjacency.float()},
+        {"expanded": ~graph.expanded},
+        {"dropped": torch.zeros_like(graph.nodes.activation)},
+        {"contrast_activation": graph.nodes.activation},
+        {"logit_tokens": ["x", *graph.logit_tokens[1:]]},
+    ):
+        assert replace(graph, **change) != graph, change.keys()
+    assert replace(graph, info={}) == graph
+    assert graph != "graph" and graph.nodes != 3
+    assert graph.prune() != graph
+
+
+def test_scores_survive_pickling(graph):
+    scores = graph.prune().scores()
+    read = pickle.loads(pickle.dumps(scores))
+    assert isinstance(read, GraphScores) and read == scores and repr(read) == repr(scores)
+    assert read.replacement_bounds == scores.replacement_bounds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from tl_clt.errors import FormatError
 from tl_clt.transcoder.formats.writing import new_file
 
 FORMAT = "tl_clt.attribution_graph"
-VERSION = 2
-"""1: all rows of dense graphs. 2: of those with few traced rows, these alone."""
+VERSION = 3
+"""1: all rows of dense graphs. 2: of those with few traced rows, these alone. 3: of pruned graphs, what was cut."""
 SPARSE = {"adjacency_starts": "starts", "adjacency_cols": "cols", "adjacency_values": "values"}
 
 
@@ -63,6 +64,13 @@ def load_graph(path: Path) -> AttributionGraph:
     if about["version"] > VERSION:
         raise FormatError(
             f"'{path}' is of graph version {about['version']}, this tl_clt reads up to {VERSION}: update tl_clt."
+        )
+    if about["version"] < 3 and "node_threshold" in about["info"]:
+        warnings.warn(
+            f"'{path}' is a pruned graph that does not tell what was cut, as files had it before graph version 3: its"
+            " influence and scores are those of what is left, with bounds that leave out what was cut. Prune the whole"
+            " graph again.",
+            stacklevel=3,
         )
     return AttributionGraph(
         nodes=Nodes(**{f.name: tensors[f.name] for f in fields(Nodes)}),

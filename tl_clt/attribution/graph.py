@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,6 +109,11 @@ class AttributionGraph:
     def __hash__(self) -> int:
         return hash((tuple(self.tokens.tolist()), tuple(self.logit_tokens), len(self.nodes)))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttributionGraph:
+        # torch copies sparse tensors by `clone` alone.
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "adjacency"}
+        return replace(self, adjacency=self.adjacency.clone(), **deepcopy(values, memo))
+
     @property
     def n_edges(self) -> int:
         """Edges that are held and not 0."""
@@ -144,7 +150,7 @@ class AttributionGraph:
         return InfluenceBounds(walks.influence, most.maximum(walks.influence))
 
     def shares(self) -> InfluenceShares:
-        """Share of influence that starts at tokens, errors, positions and biases, at untraced features, or is not held."""
+        """Share of influence that starts at each kind of leaf and at untraced features, or comes along edges not held."""
         return influence_shares(self._walks(), self.nodes, self.expanded)
 
     @property

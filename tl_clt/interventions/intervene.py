@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_clt.attribution.streams import Bos
 from tl_clt.interventions.effect import InactiveFeature, InterventionEffect
 from tl_clt.interventions.hooks import AnyIntervention, Steering
 from tl_clt.lens import (
@@ -33,23 +34,25 @@ def intervene(
     through_layer: int | None = None,
     freeze: Freeze = "attention",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
+    bos: Bos | None = None,
 ) -> InterventionEffect:
     """Run prompts with features changed, and without, and compare.
 
     Hooks of the user's own are set aside, as in `attribute`: what is measured is what a graph predicts. With
     every layer constrained and `freeze="all"`, doubling a feature changes every other node's pre-activation and
-    every logit (less the mean logit, before any soft-cap) by exactly the graph's edge.
+    every logit (less the mean logit, before any soft-cap) by exactly the graph's edge, for a CLT with a skip connection
+    by that of the graph with this `bos`.
 
     Args:
-        model, clt, tokens, interventions, through_layer, freeze, attention_mask: as for `intervention_hooks`. Prompts
-            of unequal lengths are padded, on the tokenizer's side, and masked.
+        model, clt, tokens, interventions, through_layer, freeze, attention_mask, bos: as for `intervention_hooks`.
+            Prompts of unequal lengths are padded, on the tokenizer's side, and masked.
 
     Raises:
         InterventionError, CLTMismatch, HookNotFound, PromptError, TokenizerMissing, ConfigError: as there.
     """
     check_fit(model, clt)
     prompts = to_token_batch(model, tokens, attention_mask)
-    steering = Steering(model, clt, prompts, interventions, through_layer, freeze)
+    steering = Steering(model, clt, prompts, interventions, through_layer, freeze, bos)
     call = {} if prompts.mask is None else {"attention_mask": prompts.mask}
     seen: dict[int, Tensor] = {}
 

@@ -184,7 +184,8 @@ class _Measurement:
         ]
         tokens = self.graph.tokens.expand(len(sources), -1)
         through = self.clt.cfg.n_layers - 1 if kind == "constrained" else None
-        effect = intervene(self.model, self.clt, tokens, changes, through, self.freeze)
+        bos = self.graph.info.get("bos") if kind == "constrained" else None
+        effect = intervene(self.model, self.clt, tokens, changes, through, self.freeze, bos=bos)
         self._check_graph(effect.baseline_feature_acts[0])
         features = self.features
         places = (slice(None), features.pos, features.layer, features.index)
