@@ -150,7 +150,7 @@ class AttributionGraph:
         return InfluenceBounds(walks.influence, most.maximum(walks.influence))
 
     def shares(self) -> InfluenceShares:
-        """Share of influence that starts at each kind of leaf and at untraced features, or comes along edges not held."""
+        """Share of influence that starts at each kind of leaf, at untraced features, and along edges not held."""
         return influence_shares(self._walks(), self.nodes, self.expanded)
 
     @property
