@@ -124,7 +124,7 @@ def attribute(
 
 def _contrasts(
     model: HookedModel, contrast: Prompt | Prompts | None, prompts: Sequence[Tokens]
-) -> Sequence[Tokens] | list[None]:
+) -> Sequence[Tensor] | list[None]:
     """For each prompt the one it is compared with."""
     if contrast is None:
         return [None] * len(prompts)
