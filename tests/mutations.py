@@ -21,6 +21,7 @@ import traceback
 import zipfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import yaml
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -38,7 +40,9 @@ from tests.transcoder import test_public_layouts as public
 from tl_clt.attribution.edges import CSR, from_csr
 from tl_clt.attribution.graph import AttributionGraph
 from tl_clt.attribution.nodes import NodeKind, Nodes
+from tl_clt.attribution.targets import DirectionTarget, TokenTarget
 from tl_clt.errors import TlCltError
+from tl_clt.evaluation import EvaluationReport, GraphNumbers
 from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig, checkpoints, resuming
 from tl_clt.training import cache as cache_files
 from tl_clt.training.cache import ActivationCache
@@ -48,6 +52,7 @@ from tl_clt.training.state import position_of, restore, scale_of
 from tl_clt.training.trainer import CLTTrainer
 from tl_clt.training.training_clt import TrainingCLT
 from tl_clt.transcoder import CrossLayerTranscoder
+from tl_clt.viewer.tables import evaluation_table, layer_table
 
 ROOM = 2**30
 """Bytes of address space that a process may take on top of what it has after its imports. The files hold a few KiB."""
@@ -473,6 +478,7 @@ def a_graph(*, sparse: bool, few: bool = False) -> AttributionGraph:
         logit_tokens=["d", "e"],
         dropped=torch.rand(12) * expanded if sparse else None,
         contrast_activation=torch.rand(12) if few else None,
+        targets=[TokenTarget(4), DirectionTarget(torch.ones(6), "blocks.1.hook_resid_post")] if few else None,
         info={"prompt": "abc", "model": "m", "settings": {"k": 1, "list": [1, 2]}},
     )
 
@@ -589,6 +595,38 @@ def sign_cache(folder: Path) -> None:
             continue
 
 
+def a_report(folder: Path) -> None:
+    per_layer = [0.25, 0.5]
+    report = EvaluationReport(
+        model="m",
+        clt=tiny_clt((2, 6)).cfg.to_dict(),
+        n_prompts=3,
+        n_tokens=20,
+        **{f"{name}_per_layer": per_layer for name in ("explained_variance", "nmse", "l0", "dead_share")},
+        **dict.fromkeys(("explained_variance", "nmse", "dead_share", "top1_agreement", "kl_divergence"), 0.375),
+        density_edges=[0.001, 0.1, 1.0],
+        density_counts=[[3, 4], [5, 6]],
+        n_uncertain=4,
+        top1_agreement_uncertain=0.5,
+        n_predicted=5,
+        cross_entropy=1.0,
+        cross_entropy_replaced=2.0,
+        cross_entropy_ablated=None,
+        decoder_norm_by_distance=per_layer,
+        written_share_by_distance=per_layer,
+        graphs=[GraphNumbers(**{field.name: 0.5 for field in fields(GraphNumbers)})],
+    )
+    (folder / "report.json").write_text(report.to_json())
+
+
+def use_report(folder: Path, rng: random.Random) -> None:
+    path = folder / "report.json"
+    # Text alone is its reader's: undecodable bytes are the caller's error, as is a file that is gone.
+    report = EvaluationReport.from_json(path.read_text(errors="replace") if path.is_file() else "")
+    Console(file=io.StringIO()).print(evaluation_table(report), layer_table(report))
+    report.to_json()
+
+
 LOADERS: dict[str, Loader] = {
     **{
         name: Loader(make, use_clt)
@@ -605,6 +643,7 @@ LOADERS: dict[str, Loader] = {
     "graph, few rows": Loader(graph_file(sparse=False, few=True), use_graph),
     "checkpoint": Loader(make_checkpoints, use_checkpoint, sign_checkpoints),
     "activation cache": Loader(use_cache, use_cache, sign_cache),
+    "evaluation report": Loader(a_report, use_report),
 }
 
 

@@ -110,6 +110,51 @@ def test_the_wrong_kind_of_path_is_refused_by_name(savings, tmp_path, what):
     assert contents(tmp_path) == before
 
 
+def test_a_pipe_or_device_is_not_replaced_by_a_file(savings, tmp_path):
+    """A superuser may replace even /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path / "link"):
+        with pytest.raises(NotWritten, match="is a device or a pipe"):
+            savings["graph"].save(path)
+        assert path.is_fifo()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_link_to_a_file_stays_a_link(savings, tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    savings["graph"].save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and savings["graph"].is_whole(tmp_path / "real")
+
+
+@pytest.mark.parametrize("what", WRITERS)
+def test_a_place_where_nobody_may_write_is_found_by_trying(savings, tmp_path, what):
+    """Not even a superuser writes to /proc, though permissions would let them."""
+    for check in (require_file, require_new):
+        with pytest.raises(NotWritten, match="takes nothing"):
+            check(Path("/proc") / "graph")
+    with pytest.raises(NotWritten, match="takes nothing|null byte"):
+        savings[what].save(Path("/proc") / "a" / "b")
+    with pytest.raises(NotWritten, match="null byte"):
+        savings[what].save(tmp_path / "a\0b")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["clt", "tradeoff"])
+def test_stopped_between_two_files_of_a_folder_leaves_neither(savings, tmp_path, monkeypatch, what):
+    real, calls = Path.replace, []
+
+    def second(self: Path, target: Path) -> Path:
+        calls.append(target)
+        return real(self, target) if len(calls) < 2 else stopped()
+
+    monkeypatch.setattr(Path, "replace", second)
+    with pytest.raises(KeyboardInterrupt):
+        savings[what].save(tmp_path)
+    assert len(calls) == 2 and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("what", NEW_FOLDERS)
 def test_a_folder_that_holds_something_is_refused(savings, tmp_path, what):
     (tmp_path / "mine").write_text("mine")
@@ -167,8 +212,8 @@ def test_a_fault_at_any_step_leaves_what_was_there(savings, tmp_path, monkeypatc
 @pytest.mark.parametrize("check", [require_new, require_file])
 def test_a_place_that_may_not_be_written_to_is_found_before_the_work(tmp_path, monkeypatch, check):
     check(tmp_path / "a" / "it")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # nothing is forbidden to root, who may run this
-    with pytest.raises(NotWritten, match=f"'{tmp_path}' may not be written to. Give another path"):
+    monkeypatch.setattr(Path, "mkdir", denied)  # nothing is forbidden to root, who may run this
+    with pytest.raises(NotWritten, match=f"'{tmp_path}' takes nothing .Permission denied.. Give another path"):
         check(tmp_path / "a" / "it")
     assert contents(tmp_path) == {}
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.attribution.conftest import TOKENS
@@ -84,6 +88,52 @@ def test_bad_graph_files_are_named(graph, tmp_path):
     for name, words in (("none", "does not exist"), ("cut", "truncated"), ("other", "no attribution graph")):
         with pytest.raises(FormatError, match=words):
             AttributionGraph.load(tmp_path / f"{name}.safetensors")
+
+
+def renamed(tensors, about):
+    tensors["activations"] = tensors.pop("contrast_activation")
+
+
+def neither_true_nor_false(tensors, about):
+    tensors["expanded"].view(torch.uint8)[0] = 2
+
+
+def a_feature_nowhere(tensors, about):
+    tensors["pos"][0] = -1
+
+
+def a_negative_feature(tensors, about):
+    tensors["index"][0] = -5
+
+
+def a_target_too_few(tensors, about):
+    about["targets"] = about["targets"][1:]
+
+
+def a_target_that_is_none(tensors, about):
+    about["targets"][0] = 3
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (renamed, "a tensor 'activations', for which a graph has no place"),
+        (neither_true_nor_false, "not true and false alone"),
+        (a_feature_nowhere, "pos leaves the"),
+        (a_negative_feature, "index or tokens has negative values"),
+        (a_target_too_few, "targets are not one for each"),
+        (a_target_that_is_none, "is truncated or no graph file"),
+    ],
+)
+def test_a_graph_file_that_contradicts_itself_is_refused(graph, tmp_path, damage, words):
+    path = replace(graph, contrast_activation=graph.nodes.activation.clone()).save(tmp_path / "graph")
+    with safe_open(path, framework="pt") as opened:
+        metadata, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}
+    about = json.loads(metadata["about"])
+    damage(tensors, about)
+    save_file(tensors, path, {**metadata, "about": json.dumps(about)})
+    with pytest.raises(FormatError, match=words):
+        AttributionGraph.load(path)
 
 
 def test_a_full_disk_leaves_the_old_graph(graph, tmp_path, monkeypatch):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tests.attribution.conftest import TOKENS
 from tl_clt import AttributionGraph, NodeKind, attribute, machine
 from tl_clt.attribution import expansion, memory, row_store, tracing
 from tl_clt.attribution.edges import csr
-from tl_clt.errors import ConfigError, MemoryLimit
+from tl_clt.errors import ConfigError, FormatError, MemoryLimit
 from tl_clt.viewer.text import graph_tree
 
 
@@ -66,6 +68,20 @@ def test_it_survives_the_disk(sparse, tmp_path):
     torch.testing.assert_close(loaded.dropped, sparse.dropped)
     assert loaded.scores() == sparse.scores()
     assert "edges, prompt" in repr(loaded)
+
+
+@pytest.mark.parametrize("order", [[1, 0], [1, 1]])
+def test_columns_that_do_not_rise_within_a_row_are_refused(sparse, tmp_path, order):
+    """Twice the same edge, or edges out of order, of which torch's own products make what they like."""
+    path = sparse.save(tmp_path / "graph")
+    with safe_open(path, framework="pt") as opened:
+        metadata, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}
+    row = int((tensors["adjacency_starts"].diff() > 1).nonzero()[0])
+    first = int(tensors["adjacency_starts"][row])
+    tensors["adjacency_cols"][first : first + 2] = tensors["adjacency_cols"][first : first + 2][order]
+    save_file(tensors, path, metadata)
+    with pytest.raises(FormatError, match="adjacency_cols does not rise within each row"):
+        AttributionGraph.load(path)
 
 
 def test_pruning_and_showing_it(sparse):

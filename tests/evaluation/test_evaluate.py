@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import io
+import json
 import sys
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
+from rich.console import Console
 
 from tests.models import Model, random_tokens, tiny_bridge, tiny_clt, tiny_hooked
 from tl_clt import attach, evaluate
-from tl_clt.errors import AlreadyAttached, CLTMismatch, ConfigError, DatasetError, HookNotFound, PromptError
-from tl_clt.evaluation import replaced, sums
+from tl_clt.errors import (
+    AlreadyAttached,
+    CLTMismatch,
+    ConfigError,
+    DatasetError,
+    HookNotFound,
+    LocalModelMismatch,
+    MemoryLimit,
+    ModelUnsupported,
+    PromptError,
+)
+from tl_clt.evaluation import EvaluationReport, graphs, replaced, sums
+from tl_clt.evaluation.tradeoff import compare
 from tl_clt.transcoder import CrossLayerTranscoder
+from tl_clt.viewer.tables import evaluation_table
 
 PROMPTS = [torch.tensor([0, 5, 9, 40, 2]), torch.tensor([0, 33, 12]), torch.tensor([0, 8, 8, 61, 30])]
 N_TOKENS, N_NEXT = 10, 7
@@ -185,6 +201,85 @@ def test_the_text_is_read_no_further_than_max_tokens(model, clt):
     prompts = random_tokens(model, batch=20, pos=5)
     assert evaluate(model, clt, prompts, max_tokens=9, n_graphs=0).n_tokens == 12
     assert evaluate(model, clt, prompts, max_tokens=None, n_graphs=0).n_tokens == 80
+
+
+ERRORS = [MemoryLimit, LocalModelMismatch, ModelUnsupported, MemoryError, torch.OutOfMemoryError]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("n_traced", [0, 1])
+def test_what_was_measured_is_kept_where_prompts_cannot_be_traced(
+    model, clt, report, tmp_path, monkeypatch, error, n_traced
+):
+    traced, attribute = [], graphs.attribute
+
+    def until_it_fails(*args, **kwargs):
+        if len(traced) == n_traced:
+            raise error("This does not fit in [1 GiB].")
+        traced.append(attribute(*args, **kwargs))
+        return traced[-1]
+
+    monkeypatch.setattr(graphs, "attribute", until_it_fails)
+    with pytest.warns(UserWarning, match="Graph scores will be missing, and all else is measured") as warned:
+        found = evaluate(model, clt, PROMPTS, n_graphs=3)
+    why = f"{n_traced} of 3 prompts were traced, then {error.__name__}: This does not fit in [1 GiB]."
+    assert found.graphs_missing == why and why in str(warned[0].message) and len(found.graphs) == n_traced
+    assert_alike(replace(found, graphs=[], graphs_missing=None), report)
+    found.save(tmp_path / "out")
+    assert EvaluationReport.from_json((tmp_path / "out" / "report.json").read_text()) == found
+    assert (tmp_path / "out" / "graphs.png").exists() == bool(n_traced)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(evaluation_table(found))
+    assert why in console.export_text()
+    traced.clear()
+    with pytest.warns(UserWarning, match="Graph scores will be missing"):
+        row = compare(model, PROMPTS, {"a": clt}, n_graphs=3).table.iloc[0]
+    assert row["nmse"] == pytest.approx(report.nmse) and row[["replacement", "n_nodes"]].isna().all()
+
+
+def test_what_is_wrong_with_text_or_tracing_is_known_before_the_long_part(model, clt, monkeypatch):
+    order: list[str] = []
+
+    def fails(*args, **kwargs):
+        order.append("traced")
+        raise MemoryLimit("mine")
+
+    measuring = import_module("tl_clt.evaluation.evaluate")
+    add_batch = measuring.add_batch
+    monkeypatch.setattr(measuring, "add_batch", lambda *args: (order.append("measured"), add_batch(*args)))
+    monkeypatch.setattr(graphs, "attribute", fails)
+    with pytest.raises(PromptError, match="out of range"):
+        evaluate(model, clt, [[0, 5, 3], [0, 99]])
+    assert order == []
+    with pytest.warns(UserWarning, match="Graph scores will be missing"):
+        evaluate(model, clt, [[0, 5, 3]], n_graphs=1)
+    assert order == ["traced", "measured"]
+
+
+def test_errors_that_are_not_of_memory_are_not_hidden(model, clt, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(graphs, "attribute", broken)
+    with pytest.raises(RuntimeError, match="a fault"):
+        evaluate(model, clt, PROMPTS, n_graphs=1)
+
+
+def assert_alike(one: EvaluationReport, other: EvaluationReport) -> None:
+    """Two evaluations need not round alike: sums of some hundred float64 terms."""
+    a, b = one.to_dict(), other.to_dict()
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        if isinstance(value, float) or (isinstance(value, list) and value and isinstance(value[0], float)):
+            assert value == pytest.approx(b[name], rel=1e-9, abs=1e-12), name
+        else:
+            assert value == b[name], name
+
+
+def test_reports_of_before_missing_graphs_were_told_are_read(report):
+    values = json.loads(report.to_json())
+    del values["graphs_missing"]
+    assert EvaluationReport.from_json(json.dumps(values)) == report
 
 
 def test_the_model_is_left_as_it_was(model, clt):

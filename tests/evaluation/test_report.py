@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -39,6 +41,35 @@ def test_json_round_trip(report, bare):
 def test_other_json_is_no_report(text):
     with pytest.raises(FormatError, match="no evaluation report"):
         EvaluationReport.from_json(text)
+
+
+def test_numbers_that_json_has_no_word_for_lose_no_report(report, tmp_path):
+    """A CLT with one broken weight makes nan of some numbers; the others are worth keeping."""
+    nmse = [*report.nmse_per_layer[:-1], math.nan]
+    broken = replace(report, nmse=math.nan, nmse_per_layer=nmse, cross_entropy_replaced=math.inf)
+    broken.save(tmp_path / "report")
+    read = EvaluationReport.from_json((tmp_path / "report" / "report.json").read_text())
+    assert math.isnan(read.nmse) and math.isnan(read.nmse_per_layer[-1])
+    assert read.cross_entropy_replaced is None and read.l0_per_layer == report.l0_per_layer
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_tokens": "many"},
+        {"nmse": True},
+        {"nmse_per_layer": [1.0]},
+        {"density_counts": [[1], [2], [3]]},
+        {"graphs": [{"replacement": 1.0}]},
+        {"graphs": {}},
+        {"clt": {"n_layers": 0}},
+        {"clt": None},
+        {"written_share_by_distance": []},
+    ],
+)
+def test_a_report_that_contradicts_itself_is_refused(report, change):
+    with pytest.raises(FormatError, match="no evaluation report"):
+        EvaluationReport.from_json(json.dumps({**report.to_dict(), **change}))
 
 
 def test_saved_whole_or_not_at_all(report, bare, tmp_path):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from tests.models import random_tokens, tiny_clt, tiny_hooked
 from tl_clt import CrossLayerTranscoder, evaluate
 from tl_clt.cli import app
-from tl_clt.errors import ConfigError
+from tl_clt.errors import CLTMismatch, ConfigError
 from tl_clt.evaluation import EvaluationReport
 from tl_clt.evaluation.neurons import thresholded_neurons
 from tl_clt.evaluation.tradeoff import compare, short_names, train_transcoders, training_config
@@ -111,6 +111,15 @@ def test_names_are_short_unless_two_are_alike():
     assert short_names(["a/clt", "b/clt"]) == ["a/clt", "b/clt"]
 
 
+def test_one_that_does_not_fit_is_found_before_any_is_measured(model, tokens, transcoders, monkeypatch):
+    measured = []
+    monkeypatch.setattr("tl_clt.evaluation.tradeoff.evaluate", lambda *args, **kwargs: measured.append(args))
+    other = tiny_clt((model.cfg.n_layers + 1, model.cfg.d_model))
+    with pytest.raises(CLTMismatch):
+        compare(model, tokens, {**transcoders, "last": other})
+    assert measured == []
+
+
 def test_nothing_to_compare(model, tokens):
     with pytest.raises(ConfigError, match="nothing to compare"):
         compare(model, tokens, {})
@@ -151,6 +160,14 @@ def test_tradeoff_from_a_shell(tmp_path, text):
     assert list(table.index) == ["CLT", "PLT", "CLT", "neurons"]
     assert table.loc["PLT", "l0_mean_per_layer"] == pytest.approx(4, abs=0.5)
     assert CrossLayerTranscoder.from_pretrained(tmp_path / "out" / "clt-16-l0-4").cfg.k == 4
+
+
+def test_text_that_cannot_be_read_is_told_before_training(tmp_path, text, monkeypatch, as_users_run_it):
+    trained = []
+    monkeypatch.setattr("tl_clt.evaluation.tradeoff.train_transcoders", lambda *args: trained.append(args) or {})
+    basic = ("tradeoff", "--model", "atlas", "--dataset", str(tmp_path / "none.txt"), "--output", str(tmp_path / "out"))
+    output = run(*basic, "--train-on", text, "--d-transcoder", "16", "--l0", "4", status=1)
+    assert "DatasetError" in output and trained == [] and not (tmp_path / "out").exists()
 
 
 def test_evaluate_from_a_shell(tmp_path, text):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 import tl_clt
 from tests.transcoder.test_public_layouts import gemma_scope_1
 from tl_clt.cli import app
-from tl_clt.errors import CLTMismatch, FormatError
+from tl_clt.errors import CLTMismatch, FormatError, NotWritten
 from tl_clt.organisms import organism_folder
 from tl_clt.transcoder import CrossLayerTranscoder, check_fits, hub
 
@@ -50,6 +52,15 @@ def test_names_are_one_each_and_say_what_they_are():
     for entry in entries:
         assert entry.kind in ("CLT", "PLT") and entry.kind.lower() in entry.name
         assert hub.parse(entry.repo).repo.count("/") == 1 and entry.model.count("/") == 1
+
+
+def test_a_full_disk_is_no_missing_repository(monkeypatch):
+    def full(*args: object, **kwargs: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(hub, "snapshot_download", full)
+    with pytest.raises(NotWritten, match="No space left on device.* Make room there, or set HF_HOME"):
+        tl_clt.CrossLayerTranscoder.from_pretrained("owner/repo")
 
 
 def test_a_catalogue_name_a_repository_and_a_sub_folder_load(fake_hub, tmp_path: Path):

@@ -17,12 +17,17 @@ from tl_clt.attribution.nodes import NodeKind, Nodes
 
 WHOLE = (torch.int32, torch.int64)
 ADJACENCIES = ("adjacency", "adjacency_of_expanded", "adjacency_values")
+PER_NODE = ("kind", "layer", "pos", "index", "activation", "expanded", "dropped", "contrast_activation")
+PARTS = {*PER_NODE, *ADJACENCIES, "adjacency_starts", "adjacency_cols", "tokens", "logit_probs"}
+"""Names of tensors, beside the directions of targets."""
 
 
 def require_parts(tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """Raise unless all parts are there, of the right types, and of numbers of entries that agree."""
     if type(about["version"]) is not int or about["version"] < 1 or not isinstance(about["info"], dict):
         raise ValueError(f"version {about['version']!r} with info of type {type(about['info']).__name__}")
+    unknown = {name for name in tensors if name not in PARTS and not name.startswith("direction_")}
+    _require(not unknown, f"it has a tensor {min(unknown, default='')!r}, for which a graph has no place")
     kind, n = tensors["kind"], len(tensors["kind"])
     for name in ("kind", "layer", "pos", "index"):
         _require_vector(name, tensors[name], n, "nodes")
@@ -39,7 +44,8 @@ def require_parts(tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     _require(dtype.is_floating_point, f"{edges[0]} holds {dtype}, not floats")
     expanded = tensors["expanded"]
     _require_vector("expanded", expanded, n, "nodes")
-    _require(expanded.dtype == torch.bool, f"expanded holds {expanded.dtype}, not true and false")
+    is_binary = expanded.dtype == torch.bool and bool((expanded.view(torch.uint8) <= 1).all())
+    _require(is_binary, f"expanded holds {expanded.dtype}, not true and false alone")
     if edges[0] != "adjacency_values":
         rows, shape = n if edges[0] == "adjacency" else int(expanded.sum()), list(tensors[edges[0]].shape)
         _require(shape == [rows, n], f"{edges[0]} has shape {shape}, where [{rows}, {n}] was expected")
@@ -48,7 +54,7 @@ def require_parts(tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
 
 
 def _require_tokens(tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    kind, layer, pos, tokens = (tensors[name] for name in ("kind", "layer", "pos", "tokens"))
+    kind, layer, pos, index, tokens = (tensors[name] for name in ("kind", "layer", "pos", "index", "tokens"))
     for name in ("prompt_tokens", "logit_tokens"):
         _require(
             isinstance(about[name], list) and all(isinstance(text, str) for text in about[name]),
@@ -66,7 +72,16 @@ def _require_tokens(tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     _require(
         len(about["logit_tokens"]) == n_logits, f"{len(about['logit_tokens'])} logit_tokens for {n_logits} logit nodes"
     )
-    _require(bool(((pos >= -1) & (pos < len(tokens))).all()), f"pos leaves the {len(tokens)} tokens of the prompt")
+    targets = about.get("targets")
+    _require(
+        targets is None or (isinstance(targets, list) and len(targets) == n_logits),
+        f"its targets are not one for each of {n_logits} logit nodes",
+    )
+    # Biases act at all positions; differences and directions are no token.
+    first = torch.where(kind == int(NodeKind.BIAS), -1, 0)
+    _require(bool(((pos >= first) & (pos < len(tokens))).all()), f"pos leaves the {len(tokens)} tokens of the prompt")
+    first = torch.where(kind == int(NodeKind.LOGIT), -1, 0)
+    _require(bool((index >= first).all()) and bool((tokens >= 0).all()), "index or tokens has negative values")
     of_features = layer[kind == int(NodeKind.FEATURE)]
     _require(bool((of_features >= 0).all()) and bool((layer >= -1).all()), "layer has negative values")
 
@@ -88,6 +103,10 @@ def require_csr(parts: CSR, n_nodes: int) -> None:
     _require(
         bool(((cols >= 0) & (cols < n_nodes)).all()), f"adjacency_cols has numbers that none of {n_nodes} nodes has"
     )
+    rising = cols.diff() > 0
+    firsts = starts[1:-1].long()
+    rising[firsts[(firsts > 0) & (firsts < len(cols))] - 1] = True
+    _require(bool(rising.all()), "adjacency_cols does not rise within each row")
 
 
 def require_acyclic(graph: AttributionGraph) -> None:

@@ -92,6 +92,7 @@ def tradeoff(
 ) -> None:
     """Sparsity against fidelity of neurons, PLTs and CLTs, on the same held-out text."""
     with plain_errors():
+        from tl_clt.evaluation.prompts import held_out_prompts
         from tl_clt.evaluation.tradeoff import check_training, compare, short_names, train_transcoders, training_config
         from tl_clt.transcoder.formats.writing import require_new
 
@@ -106,6 +107,8 @@ def tradeoff(
             given = dict(zip(short_names(clt or ()), loaded, strict=True))
             hooked: Any = load_model(model, backend=backend, device=device)  # type: ignore[arg-type]
         if train_on is not None:
+            # Text that cannot be read is told before the training, not after it.
+            next(held_out_prompts(hooked, dataset, context_size))
             base = training_config(hooked, training_tokens, lr, context_size, device, seed)
             given |= train_transcoders(hooked, train_on, base, d_transcoder or (), l0 or (), output)
         found = compare(

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+import warnings
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_clt.arguments import as_seed, as_share, as_switch, as_whole
-from tl_clt.evaluation.graphs import graph_numbers
+from tl_clt.errors import LocalModelMismatch, ModelUnsupported
+from tl_clt.evaluation.graphs import graph_numbers, lacks_memory
 from tl_clt.evaluation.prompts import HeldOut, batches, held_out_prompts, up_to
 from tl_clt.evaluation.report import EvaluationReport
 from tl_clt.evaluation.sums import LayerSums, PredictionSums, add_batch
 from tl_clt.lens import HookedModel, model_name, user_hooks_aside
 from tl_clt.replacement import check_fit, require_free
-from tl_clt.shapes import Tokens
 from tl_clt.transcoder import CrossLayerTranscoder, explained_variance
 
 DENSITY_EDGES = [10 ** (exponent / 2) for exponent in range(-12, 1)]
@@ -43,7 +42,7 @@ def evaluate(
     Hooks of the user's own are set aside, as in `attribute` and `intervene`: the model itself is measured.
 
     Position 0 of each prompt is left out of all numbers, and keeps its own MLP outputs where MLPs are replaced or
-    silenced. The text is read no further than it is needed.
+    silenced. The text is read no further than it is needed, and before the model runs; prompts are traced first.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
@@ -65,7 +64,10 @@ def evaluate(
         DatasetError, PromptError, TokenizerMissing: nothing to read, texts that are too short, or a prompt that the
             model cannot take.
         ConfigError: an argument out of range.
-        MemoryLimit, ModelUnsupported, LocalModelMismatch: as `attribute`, where prompts are traced.
+
+    Where a prompt cannot be traced, for want of memory or as the model is (MemoryLimit, ModelUnsupported or
+    LocalModelMismatch, as `attribute` raises them), everything else is measured all the same: the report holds the
+    graphs until then, `graphs_missing` says why there are no more, and a warning says it before the long part.
     """
     max_tokens = as_whole("max_tokens", max_tokens, 1, none="all")
     n_graphs = as_whole("n_graphs", n_graphs, 0)
@@ -74,29 +76,32 @@ def evaluate(
     seed, progress = as_seed("seed", seed), as_switch("progress", progress)
     check_fit(model, clt)
     require_free(model)
-    layers, predictions, seen = LayerSums(clt), PredictionSums(), []
-    prompts = _noting(up_to(held_out_prompts(model, dataset, context_size), max_tokens), seen)
+    seen = list(up_to(held_out_prompts(model, dataset, context_size), max_tokens))
+    drawn = random.Random(seed).sample(seen, min(n_graphs, len(seen)))
+    graphs, missing = [], None
+    try:
+        for numbers in graph_numbers(model, clt, [t[:graph_tokens] for t in drawn], max_unexplored, progress):
+            graphs.append(numbers)
+    except (LocalModelMismatch, ModelUnsupported, MemoryError, RuntimeError) as error:
+        if not isinstance(error, (LocalModelMismatch, ModelUnsupported)) and not lacks_memory(error):
+            raise
+        missing = f"{len(graphs)} of {len(drawn)} prompts were traced, then {type(error).__name__}: {error}"
+        warnings.warn(f"Graph scores will be missing, and all else is measured: {missing}", stacklevel=2)
+    layers, predictions = LayerSums(clt), PredictionSums()
     with user_hooks_aside(model), tqdm(desc="Evaluating", unit=" tokens", delay=2.0, disable=not progress) as bar:
-        for tokens in batches(model, prompts):
+        for tokens in batches(model, iter(seen)):
             add_batch(layers, predictions, model, clt, tokens)
             bar.update(tokens[:, 1:].numel())
-    drawn = random.Random(seed).sample(seen, min(n_graphs, len(seen)))
-    graphs = graph_numbers(model, clt, [tokens[:graph_tokens] for tokens in drawn], max_unexplored, progress)
     return EvaluationReport(
         model=model_name(model),
         clt=clt.cfg.to_dict(),
         n_prompts=len(seen),
         graphs=graphs,
+        graphs_missing=missing,
         **_of_layers(layers, predictions.n),
         **_of_predictions(predictions),
         **_by_distance(layers, predictions.n),
     )
-
-
-def _noting(prompts: Iterator[Tokens], seen: list[Tensor]) -> Iterator[Tokens]:
-    for tokens in prompts:
-        seen.append(tokens)
-        yield tokens
 
 
 def _of_layers(sums: LayerSums, n: int) -> dict:

@@ -85,7 +85,8 @@ def _distance(report: EvaluationReport) -> Figure:
 
 def _graphs(report: EvaluationReport) -> Figure:
     if not report.graphs:
-        raise ConfigError("No prompt was traced: evaluate with n_graphs of at least 1.")
+        why = report.graphs_missing or "evaluate with n_graphs of at least 1."
+        raise ConfigError(f"No prompt was traced: {why}")
     figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(f"{report.model}: graphs of {len(report.graphs)} prompts (by replacement)")
     left, right = figure.subplots(1, 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_clt.attribution import AttributionGraph, NodeKind, PruneMasks, attribute
+from tl_clt.attribution.edges import ROWS_AT_ONCE
 from tl_clt.attribution.influence import SMALLEST_ROW_SUM
 from tl_clt.lens import HookedModel
 from tl_clt.transcoder import CrossLayerTranscoder
@@ -47,14 +48,21 @@ def graph_numbers(
     prompts: Sequence[Tensor],
     max_unexplored: float | None = None,
     progress: bool = True,
-) -> list[GraphNumbers]:
+) -> Iterator[GraphNumbers]:
     """Trace prompts, whose likeliest next tokens are the targets, one after another, keeping numbers alone.
 
     Raises:
         MemoryLimit, ModelUnsupported, LocalModelMismatch: as `attribute`.
     """
-    bar = tqdm(prompts, desc="Tracing prompts", unit=" prompts", delay=2.0, disable=not progress)
-    return [numbers_of(attribute(model, clt, tokens, max_unexplored=max_unexplored, progress=False)) for tokens in bar]
+    for tokens in tqdm(prompts, desc="Tracing prompts", unit=" prompts", delay=2.0, disable=not progress):
+        yield numbers_of(attribute(model, clt, tokens, max_unexplored=max_unexplored, progress=False))
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error is of too little memory; torch says so of main memory in words alone."""
+    said = str(error)
+    in_words = "not enough memory" in said or "allocate memory" in said
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or in_words
 
 
 def numbers_of(graph: AttributionGraph) -> GraphNumbers:
@@ -81,9 +89,13 @@ def kept_completeness(graph: AttributionGraph, kept: PruneMasks) -> float:
     """
     nodes = graph.nodes
     rows = torch.nonzero(kept.nodes & nodes.is_kind(NodeKind.FEATURE, NodeKind.LOGIT)).flatten()
-    inputs = graph.adjacency[rows].abs()
-    explained = inputs * kept.edges[rows] * ~nodes.is_kind(NodeKind.ERROR)
-    share = explained.sum(dim=1) / inputs.sum(dim=1).clamp_min(SMALLEST_ROW_SUM)
+    counted = ~nodes.is_kind(NodeKind.ERROR)
+    shares = []
+    for some in rows.split(ROWS_AT_ONCE):
+        inputs = graph.adjacency[some].abs()
+        explained = (inputs * (kept.edges[some] & counted)).sum(dim=1)
+        shares.append(explained / inputs.sum(dim=1).clamp_min(SMALLEST_ROW_SUM))
+    share = torch.cat(shares)
     output = (graph.influence() + graph.logit_weights)[rows]
     return float((output * share).sum() / output.sum())
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+import math
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tl_clt.errors import FormatError
 from tl_clt.evaluation.graphs import GraphNumbers, mean_numbers
+from tl_clt.transcoder.formats.reading import read_json
 from tl_clt.transcoder.formats.writing import new_folder
 
 if TYPE_CHECKING:
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 
 FigureName = Literal["layers", "density", "distance", "graphs"]
 FIGURES: tuple[FigureName, ...] = ("layers", "density", "distance", "graphs")
+PER_LAYER = (
+    *("explained_variance_per_layer", "nmse_per_layer", "l0_per_layer", "dead_share_per_layer", "density_counts"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +77,8 @@ class EvaluationReport:
 
     graphs: list[GraphNumbers]
     """One for each prompt that was traced."""
+    graphs_missing: str | None = None
+    """Why there are fewer graphs than were asked for; None where there are not."""
 
     @property
     def l0_mean_per_layer(self) -> float:
@@ -97,10 +104,10 @@ class EvaluationReport:
         return mean_numbers(self.graphs) if self.graphs else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields and what follows from them, for JSON."""
+        """Fields and what follows from them, for JSON, which has None in place of what is infinite or no number."""
         derived = ("l0_mean_per_layer", "l0_sum_over_layers", "cross_entropy_recovered")
         means = self.graph_means
-        return (
+        return _finite(
             asdict(self)
             | {name: getattr(self, name) for name in derived}
             | {"graph_means": None if means is None else asdict(means)}
@@ -118,10 +125,17 @@ class EvaluationReport:
             FormatError: it is no such text.
         """
         try:
-            values = json.loads(text)
-            own = {f.name: values[f.name] for f in fields(cls)}
-            return cls(**{**own, "graphs": [GraphNumbers(**graph) for graph in own["graphs"]]})
-        except (ValueError, KeyError, TypeError) as error:
+            report = _read(cls, read_json(text))
+            n_layers = report.clt["n_layers"]
+            per_layer = [getattr(report, name) for name in PER_LAYER]
+            if n_layers < 1 or any(len(values) != n_layers for values in per_layer):
+                raise ValueError(f"not every list by layer has an entry for each of {n_layers} layers")
+            if any(len(counts) != len(report.density_edges) - 1 for counts in report.density_counts):
+                raise ValueError("density_counts are not those of the bins between density_edges")
+            if len(report.decoder_norm_by_distance) != len(report.written_share_by_distance):
+                raise ValueError("decoder_norm_by_distance and written_share_by_distance differ in length")
+            return report
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise FormatError(f"This is no evaluation report ({error}). Give what `tl-clt evaluate` wrote.") from error
 
     def save(self, folder: str | Path) -> None:
@@ -146,3 +160,36 @@ class EvaluationReport:
         from tl_clt.evaluation.figures import draw
 
         return draw(self, name)
+
+
+def _finite(value: Any) -> Any:
+    """A tree of dicts and lists in which floats that JSON has no word for are None."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read(cls: type[Any], values: Any) -> Any:
+    """One of this file's dataclasses from what JSON holds, each field of the type that it states."""
+    if not isinstance(values, dict):
+        raise ValueError(f"a {cls.__name__} is {type(values).__name__}")
+    given = [f for f in fields(cls) if f.name in values or f.default is MISSING]
+    return cls(**{f.name: _read_field(f.name, str(f.type), values[f.name]) for f in given})
+
+
+def _read_field(name: str, kind: str, value: Any) -> Any:
+    if kind.startswith("list[") and isinstance(value, list):
+        return [_read_field(name, kind[len("list[") : -1], one) for one in value]
+    if kind == "GraphNumbers":
+        return _read(GraphNumbers, value)
+    if kind.startswith("float") and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if value is None and kind == "float":
+        return math.nan
+    if value is None and kind.endswith("| None"):
+        return None
+    if {"int": int, "str": str, "str | None": str, "dict[str, Any]": dict}.get(kind) is type(value):
+        return value
+    raise ValueError(f"{name} is {str(value)[:40]!r}, where {kind} was expected")

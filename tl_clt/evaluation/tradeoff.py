@@ -17,6 +17,7 @@ from tl_clt.evaluation.neurons import ThresholdedNeurons, thresholded_neurons
 from tl_clt.evaluation.prompts import DEFAULT_CONTEXT, HeldOut, batches, held_out_prompts, up_to
 from tl_clt.evaluation.report import EvaluationReport
 from tl_clt.lens import HookedModel, model_name
+from tl_clt.replacement import check_fit
 from tl_clt.transcoder import CrossLayerTranscoder
 from tl_clt.transcoder.formats.writing import files_into
 
@@ -99,6 +100,8 @@ def compare(
         candidates |= {f"neurons-l0-{l0:g}": neurons for l0, neurons in found.items()}
     if not candidates:
         raise ConfigError("There is nothing to compare: give transcoders, or L0s of neurons.")
+    for clt in candidates.values():
+        check_fit(model, clt)
     reports, rows = {}, []
     for name, clt in tqdm(candidates.items(), desc="Comparing", unit=" transcoders", delay=2.0, disable=not progress):
         reports[name] = evaluate(model, clt, dataset, progress=False, **options)
@@ -198,7 +201,8 @@ def training_config(
 
 
 def _row(report: EvaluationReport) -> dict[str, Any]:
-    means = report.graph_means
+    # Means over some of the prompts cannot stand beside means over all.
+    means = report.graph_means if report.graphs_missing is None else None
     return (
         {"d_transcoder": report.clt["d_transcoder"]}
         | {name: getattr(report, name) for name in COLUMNS}

@@ -166,7 +166,7 @@ def _fault(folder: Path) -> str | None:
         unknown = {path.name for path in folder.iterdir()} - {MANIFEST, *manifest["files"]}
         if unknown:
             return f"{min(unknown)} is not among the files that {MANIFEST} names"
-    except (*READING_ERRORS, AttributeError) as error:
+    except READING_ERRORS as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
     return None
 

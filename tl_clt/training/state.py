@@ -45,7 +45,7 @@ def readable(folder: Path | None) -> Iterator[None]:
         yield
     except TlCltError:
         raise
-    except (*READING_ERRORS, AttributeError) as error:
+    except READING_ERRORS as error:
         raise CheckpointError(
             f"Checkpoint '{folder}' is damaged: what it holds is no state of this run ({type(error).__name__}:"
             f" {error}). Resume from another one, or start anew."

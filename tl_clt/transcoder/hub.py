@@ -6,6 +6,7 @@ A place on the hub is written `owner/repo`, `owner/repo/sub/folder`, either with
 
 from __future__ import annotations
 
+import errno
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
@@ -13,10 +14,12 @@ from typing import NamedTuple
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from tl_clt.errors import FormatError
+from tl_clt.errors import FormatError, NotWritten
 from tl_clt.transcoder.catalogue import CATALOGUE
 
 URI = "hf://"
+NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What the system says where a download cannot be kept."""
 
 
 class HubPath(NamedTuple):
@@ -72,8 +75,14 @@ def fetch_folder(where: HubPath, patterns: list[str]) -> Path:
     return whole / where.path
 
 
-def _unreachable(where: HubPath, error: Exception) -> FormatError:
+def _unreachable(where: HubPath, error: Exception) -> FormatError | NotWritten:
     place = f"{where.repo}/{where.path}".rstrip("/") + (f"@{where.revision}" if where.revision else "")
+    if isinstance(error, OSError) and error.errno in NO_PLACE:
+        return NotWritten(
+            f"'{place}' could not be downloaded: the cache '{constants.HF_HUB_CACHE}' takes nothing"
+            f" ({error.strerror}). Make room there, or set HF_HOME to a folder on another disk; what was downloaded"
+            " is taken up again."
+        )
     offline = " HF_HUB_OFFLINE is set, so that only what is cached is looked at." if constants.HF_HUB_OFFLINE else ""
     return FormatError(
         f"'{place}' is neither a folder here nor a hub repository that can be reached"

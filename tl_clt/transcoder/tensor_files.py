@@ -31,7 +31,7 @@ DTYPES = {
 
 READING_ERRORS = (
     *(SafetensorError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError),
-    *(OSError, EOFError, ValueError, TypeError, LookupError, OverflowError, RuntimeError, SyntaxError),
+    *(OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RuntimeError, SyntaxError),
 )
 """What readers of files raise on damaged ones. ValueError has undecodable text in it, RuntimeError too deep nesting."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pandas import DataFrame, isna
+from rich.markup import escape
 from rich.table import Table
 
 from tl_clt.attribution import AttributionGraph
@@ -68,6 +69,8 @@ def evaluation_table(report: EvaluationReport) -> Table:
         table.add_row("completeness score", f"{means.completeness:.3f}, pruned {means.completeness_pruned:.3f}")
         table.add_row("path length", f"{means.path_length:.2f} edges")
         table.add_row("nodes", f"{means.n_nodes:.0f}, pruned {means.n_nodes_pruned:.0f}")
+    if report.graphs_missing is not None:
+        table.add_row("graphs missing", escape(report.graphs_missing))
     return table
 
 

@@ -35,11 +35,13 @@ def require_file(path: Path) -> None:
     """Check that a file can be written at a path, where one may be already.
 
     Raises:
-        NotWritten: a folder is there, or it lies below a file or where nothing may be written.
+        NotWritten: a folder or a device is there, or it lies below a file or where nothing may be written.
     """
     with _named_errors(path, MEND):
         if path.is_dir():
             raise NotWritten(f"'{path}' is a folder, and a file is to be written. Give a file's name within it.")
+        if path.exists() and not path.is_file():
+            raise NotWritten(f"'{path}' is a device or a pipe, which would be replaced. Give the path of a file.")
         _require_place(path, path.parent)
 
 
@@ -79,6 +81,7 @@ def files_into(folder: Path) -> Iterator[Path]:
         _require_place(folder, folder)
         with _parent_of(folder / "_") as inside:
             unfinished = inside / _unfinished_name()
+            added: list[Path] = []
             try:
                 unfinished.mkdir()
                 yield unfinished
@@ -87,9 +90,14 @@ def files_into(folder: Path) -> Iterator[Path]:
                     if (folder / path.name).is_dir():
                         raise NotWritten(f"'{folder / path.name}' is a folder, and a file is to be written. Remove it.")
                 for path in written:
+                    if not (folder / path.name).exists():
+                        added.append(folder / path.name)
                     path.replace(folder / path.name)
+                added.clear()
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
+                for path in added:
+                    path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -104,11 +112,13 @@ def new_file(path: Path, mend: str = MEND) -> Iterator[Path]:
         NotWritten: a folder is there, or the disk is full, for example; what was there stays.
     """
     require_file(path)
-    with _named_errors(path, mend), _parent_of(path) as parent:
+    # What a link points to is written, and the link stays.
+    final = path.resolve() if path.is_symlink() else path
+    with _named_errors(path, mend), _parent_of(final) as parent:
         unfinished = parent / _unfinished_name()
         try:
             yield unfinished
-            unfinished.replace(path)
+            unfinished.replace(final)
         finally:
             unfinished.unlink(missing_ok=True)
 
@@ -123,6 +133,10 @@ def _named_errors(path: Path, mend: str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         cause = (error.strerror if isinstance(error, OSError) else None) or error
         raise NotWritten(f"'{path}' could not be written ({cause}). Nothing half-written is left. {mend}") from error
+    except ValueError as error:
+        if "null" not in str(error):
+            raise
+        raise NotWritten(f"{str(path)!r} could not be written: no path has a null byte. {mend}") from error
 
 
 def _require_place(path: Path, folder: Path) -> None:
@@ -132,8 +146,18 @@ def _require_place(path: Path, folder: Path) -> None:
     there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
     if not there.is_dir():
         raise NotWritten(f"'{path}' cannot be written: '{there}' is no folder. Give another path.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise NotWritten(f"'{path}' cannot be written: '{there}' may not be written to. Give another path.")
+    # Tried, since permissions do not tell of all: not of what the system itself keeps, nor of disks that are read only.
+    trial = there / _unfinished_name()
+    try:
+        trial.mkdir()
+    except OSError as error:
+        cause = error.strerror or error
+        raise NotWritten(
+            f"'{path}' cannot be written: '{there}' takes nothing ({cause}). Give another path."
+        ) from error
+    finally:
+        if trial.is_dir():
+            trial.rmdir()
 
 
 @contextmanager
