@@ -1,8 +1,8 @@
 """Damaged files: seeded mutations of every file that this package reads, and what became of them.
 
-A load of damaged files may succeed, where nothing that it reads was harmed, or raise an error of `tl_clt.errors` other
-than `MemoryLimit`; anything else is a fault. `python -m tests.mutations --n 10000` mutates the files of each loader as
-often and prints a table; each loader has a process of its own, which may not grow beyond `ROOM`.
+A load of damaged files may succeed, where what it read is in order, or raise an error of `tl_clt.errors`; anything
+else is a fault. `python -m tests.mutations --n 10000` mutates the files of each loader as often and prints a table;
+each loader has a process of its own, which may not grow by more than `ROOM`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import tempfile
 import traceback
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -104,6 +105,18 @@ class Outcome(NamedTuple):
     """By the error's name."""
     faults: list[str]
     """Each with its mutation and its traceback."""
+
+
+@contextmanager
+def bounded_memory() -> Iterator[None]:
+    """Within, this process may grow by `ROOM` and no more."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + ROOM, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 # -- mutations of bytes --------------------------------------------------------------------------------------
@@ -660,10 +673,9 @@ def main() -> None:
             command = [sys.executable, "-m", "tests.mutations", "--within", "--loader", name]
             subprocess.run([*command, "--n", str(args.n), "--seed", str(args.seed)], check=False)
             continue
-        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (in_use + ROOM, in_use + ROOM))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        outcome = run(name, args.n, args.seed)
+        with bounded_memory():
+            outcome = run(name, args.n, args.seed)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         refused = ", ".join(f"{count} {error}" for error, count in outcome.refusals.most_common())
         print(f"| {name} | {args.n} | {outcome.loads} | {refused} | {len(outcome.faults)} | {grown:.0f} MiB |")

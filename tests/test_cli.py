@@ -164,7 +164,7 @@ BAD = {
     "prompt": ({"--prompt": " "}, "PromptError", "empty"),
     "max_n_logits": ({"--max-n-logits": "0"}, "TargetError", "max_n_logits is 0"),
     "bos": ({"--bos": "keep"}, "ConfigError", "bos is 'keep'"),
-    "backend": ({"--backend": "hugging"}, "ConfigError", "'hooked' or 'bridge'"),
+    "backend": ({"--backend": "hugging"}, "ConfigError", "backend is 'hugging': give one of hooked, bridge"),
     "threshold": ({"--node-threshold": "2"}, "ConfigError", "node_threshold"),
     "target": ({"--target": "Dallas Austin"}, "TargetError", "2 tokens"),
 }

@@ -136,6 +136,29 @@ def test_a_graph_file_that_contradicts_itself_is_refused(graph, tmp_path, damage
         AttributionGraph.load(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update(layer=t["layer"][1:]), r"layer has shape .* one for each of \d+ nodes"),
+        (lambda t: t.update(kind=t["kind"] + 9), "kind has values that no node kind has"),
+        (lambda t: t.update(logit_probs=t["logit_probs"][:1]), r"logit_probs has shape \[1\], .* logit nodes"),
+        (lambda t: t.update(tokens=t["tokens"][1:]), "tokens has shape .* prompt_tokens"),
+        (lambda t: t.update(adjacency=t["adjacency"][:, 1:]), "adjacency has shape"),
+        (lambda t: t.update(adjacency=t["adjacency"].T), "edges to nodes without inputs, or from a layer to the same"),
+        (lambda t: t["adjacency"][0].fill_(torch.nan), "adjacency has values that are infinite or no numbers"),
+        (lambda t: t.pop("expanded"), "KeyError: 'expanded'"),
+    ],
+)
+def test_a_graph_file_whose_parts_disagree_is_refused_with_what_disagrees(graph, tmp_path, change, message):
+    path = graph.save(tmp_path / "graph.safetensors")
+    with safe_open(path, framework="pt") as opened:
+        metadata, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    with pytest.raises(FormatError, match=message):
+        AttributionGraph.load(path)
+
+
 def test_a_full_disk_leaves_the_old_graph(graph, tmp_path, monkeypatch):
     path = graph.save(tmp_path / "graph.safetensors")
     before = path.read_bytes()

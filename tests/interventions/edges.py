@@ -17,7 +17,8 @@ Vectors = dict[NodeKind, Tensor]
 
 def measured_column(model: Model, clt: CrossLayerTranscoder, graph: AttributionGraph, what: AnyIntervention) -> Tensor:
     """The change of each traced feature's pre-activation and of each logit less the mean logit; 0 for other nodes."""
-    effect = intervene(model, clt, graph.tokens, [what], through_layer=clt.cfg.n_layers - 1, freeze="all")
+    through, bos = clt.cfg.n_layers - 1, graph.info["bos"]
+    effect = intervene(model, clt, graph.tokens, [what], through_layer=through, freeze="all", bos=bos)
     nodes = graph.nodes
     column = torch.zeros(len(nodes), dtype=graph.adjacency.dtype)
     features, logits = nodes.where(NodeKind.FEATURE), nodes.where(NodeKind.LOGIT)

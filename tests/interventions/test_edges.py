@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
@@ -10,9 +12,13 @@ from tests.interventions.edges import (
     assert_edges_are_effects_in_float32,
     increased,
     measured_column,
+    vectors_of,
 )
 from tests.models import Model, tiny_bridge, tiny_clt, tiny_hooked
-from tl_clt import Intervention, NodeKind, attribute, intervene, load_organism
+from tl_clt import Intervention, NodeKind, attach, attribute, intervene, load_organism
+from tl_clt.attribution.streams import Bos
+from tl_clt.errors import ConfigError
+from tl_clt.interventions import DirectionIntervention
 
 MODELS = ["hooked-gpt2", "hooked-llama", "hooked-gemma", "hooked-neox", "bridge-gpt2", "bridge-llama", "bridge-gemma3"]
 TOKENS = torch.tensor([0, 7, 19, 4, 33, 50, 21])
@@ -43,6 +49,56 @@ def test_edges_are_effects_for_every_kind_of_clt(one_of_each: Model, options: di
     bos = options.get("bos", "error")
     clt = tiny_clt(one_of_each, **{k: v for k, v in options.items() if k != "bos"})
     assert_edges_are_effects(one_of_each, clt, attribute(one_of_each, clt, TOKENS, bos=bos), every=3)
+
+
+@pytest.mark.parametrize("bos", get_args(Bos))
+def test_a_skip_connection_at_position_0_is_that_of_the_graph(one_of_each: Model, bos: Bos):
+    clt = tiny_clt(one_of_each, skip=True)
+    graph = attribute(one_of_each, clt, TOKENS, bos=bos)
+    vectors = vectors_of(one_of_each, clt, graph)
+    nodes = graph.nodes
+    kinds = (NodeKind.FEATURE, NodeKind.TOKEN, *([NodeKind.POSITION] if NodeKind.POSITION in vectors else []))
+    at_first = torch.nonzero(nodes.is_kind(*kinds) & (nodes.pos == 0)).flatten().tolist()
+    assert (NodeKind.FEATURE in nodes.kind[at_first]) == (bos == "features")
+    for node in at_first:
+        what, expected = increased(graph, node, vectors), graph.adjacency[:, node]
+        measured = measured_column(one_of_each, clt, graph, what)
+        # As assert_edges_are_effects has it.
+        allowed = 1e-8 * max(1.0, float(expected.abs().max()))
+        torch.testing.assert_close(measured, expected, rtol=0, atol=allowed)
+        # Left out, bos is that of the graphs that have such a node, or attribute's own.
+        if bos == ("features" if nodes.kind[node] == NodeKind.FEATURE else "error"):
+            effect, told = (
+                intervene(one_of_each, clt, TOKENS, [what], through_layer=2, freeze="all", bos=given)
+                for given in (None, bos)
+            )
+            assert torch.equal(effect.logits, told.logits)
+    token = int(nodes.where(NodeKind.TOKEN)[0])
+    other = attribute(one_of_each, clt, TOKENS, bos="drop" if bos == "error" else "error")
+    theirs = other.adjacency[other.nodes.where(NodeKind.LOGIT), int(other.nodes.where(NodeKind.TOKEN)[0])]
+    assert not torch.allclose(theirs, graph.adjacency[nodes.where(NodeKind.LOGIT), token])
+
+
+@pytest.mark.parametrize("span", [1, 3])
+def test_in_the_iterative_kind_a_skip_connection_stands_at_every_position_as_within_attach(one_of_each: Model, span):
+    clt = tiny_clt(one_of_each, skip=True, span=span)
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(clt.cfg.d_model, generator=generator, dtype=torch.float64)
+    what = DirectionIntervention(layer=-1, pos=0, vector=vector, add=1.0)
+    effect = intervene(one_of_each, clt, TOKENS, [what], freeze="none")
+
+    def add(x, hook):
+        x = x.clone()
+        x[:, 0] += vector
+        return x
+
+    with attach(one_of_each, clt, mode="replace_with_error"):
+        logits = one_of_each.run_with_hooks(TOKENS[None], fwd_hooks=[("blocks.0.hook_resid_pre", add)])
+    # The same sums in another order, through three blocks.
+    torch.testing.assert_close(effect.logits, logits, rtol=1e-9, atol=1e-9)
+    for bos in ("error", "drop"):
+        with pytest.raises(ConfigError, match="is for the constrained kind.*Give through_layer"):
+            intervene(one_of_each, clt, TOKENS, [what], bos=bos)
 
 
 @pytest.mark.parametrize("amount", [{"scale": 0}, {"scale": -1}, {"value": 3.5}, {"add": -2.0}], ids=str)

@@ -191,7 +191,7 @@ def test_top_changes_is_a_table_for_each_prompt(session_models):
 def test_top_changes_out_of_range(session_models, k: int, pos: int):
     model = session_models("hooked-gpt2")
     effect = intervene(model, tiny_clt(model), random_tokens(model), [SET])
-    with pytest.raises(InterventionError, match="give 1 to 64|positions 0 to 6"):
+    with pytest.raises(InterventionError, match="give 1 to 64|give -7 to 6, the positions"):
         effect.top_changes(k, pos)
 
 
@@ -257,7 +257,7 @@ def test_a_swap_with_itself_changes_nothing(one_of_each: Model):
         ({2: 2}, [(3, 0)], "no feature 0 in layer 3: the CLT has layers 0 to 2"),
         ({2: 2}, [(0, 24)], "no feature 24 in layer 0"),
         ({}, None, "nothing to swap"),
-        ({2: 2}, [], "nothing to swap"),
+        ({2: 2}, [], r"features is \[\].*: give \(layer, feature\) pairs, at least one"),
     ],
 )
 def test_swaps_out_of_range(session_models, positions: dict, features, message: str):

@@ -73,6 +73,8 @@ def test_training_learns_the_mlps(model, tokens, make_config, activation: str, s
     x, y = layer_io(model, tokens)
     error = (clt(x) - y).square().sum(dim=(0, 2)) / (y - y.mean(dim=0)).square().sum(dim=(0, 2))
     assert (1 - error).tolist() == pytest.approx(metrics.explained_variance_per_layer, abs=0.15)
+    # One definition, here and in evaluations: each layer counts alike.
+    assert metrics.explained_variance == pytest.approx(sum(metrics.explained_variance_per_layer) / 3, abs=1e-12)
     l0 = (clt.encode(x) > 0).double().sum(dim=-1).mean(dim=0)
     assert float(l0.sum()) == pytest.approx(metrics.l0_sum_over_layers, rel=0.15)
     assert metrics.l0_mean_per_layer == pytest.approx(metrics.l0_sum_over_layers / 3)

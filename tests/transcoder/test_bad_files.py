@@ -192,6 +192,21 @@ def test_yaml_runs_no_code(folder: Path, tmp_path: Path):
     assert not touched.exists()
 
 
+def test_aliases_that_stand_for_more_than_memory_holds_are_refused(folder: Path):
+    lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))]
+    (folder / "config.yaml").write_text("\n".join([*lines, "tl_clt: {scan: *a29}"]))
+    with pytest.raises(FormatError, match=r"config\.yaml' cannot be read .*alias of a list"):
+        CrossLayerTranscoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("change", [{"n_layers": 10**12}, {"d_model": 10**9, "skip": True}, {"d_transcoder": 2**62}])
+def test_sizes_that_only_the_config_states_take_no_memory(native_folder: Path, change: dict):
+    values = json.loads((native_folder / "cfg.json").read_text()) | change | {"span": 1}
+    (native_folder / "cfg.json").write_text(json.dumps(values))
+    with pytest.raises(FormatError, match="W_enc has shape"):
+        CrossLayerTranscoder.from_pretrained(native_folder)
+
+
 @pytest.mark.parametrize("kind", ["cross_layer_transcoder", "transcoder_set"])
 def test_weights_of_a_number_type_that_is_none_of_ours_raise(kind: str, tmp_path: Path):
     zeros = {"W_enc": torch.zeros(4, 2), "b_enc": torch.zeros(4), "b_dec": torch.zeros(2)}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.models import tiny_clt
+from tl_clt.errors import FormatError
 from tl_clt.transcoder import CrossLayerTranscoder
 from tl_clt.transcoder.decoders import LazyDecoders
 
@@ -89,3 +92,30 @@ def test_a_lazy_clt_saves_as_a_dense_one_does(pair, tmp_path: Path):
     assert again.cfg == dense.cfg
     for source in dense.layers:
         assert torch.equal(again.W_dec[source], dense.W_dec[source])
+
+
+def test_clts_are_copied_pickled_and_compared(pair, tmp_path, monkeypatch):
+    for clt in pair:
+        made = pickle.dumps(clt)
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        for same in (copy.copy(clt), copy.deepcopy(clt), pickle.loads(made)):
+            assert same.cfg == clt.cfg and hash(same.cfg) == hash(clt.cfg)
+            for name, values in clt.state_dict().items():
+                assert torch.equal(same.state_dict()[name], values)
+            assert torch.equal(same.W_dec[1], clt.W_dec[1])
+            assert (same == clt) is False  # As torch's modules: each is itself alone.
+        assert clt == clt and len({clt, clt}) == 1
+
+
+def test_a_pickle_whose_decoder_files_are_gone_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_clt((N_LAYERS, D_MODEL)).save_pretrained("clt")
+    lazy = CrossLayerTranscoder.from_pretrained("clt", lazy_decoder=True)
+    made = pickle.dumps(lazy)
+    monkeypatch.chdir("/")
+    assert torch.equal(pickle.loads(made).W_dec[0], lazy.W_dec[0])
+    (tmp_path / "clt").rename(tmp_path / "moved")
+    for copied in (lambda: pickle.loads(made), lambda: copy.deepcopy(lazy)):
+        with pytest.raises(FormatError, match="decoders left on disk.*not there. Put its folder back"):
+            copied()

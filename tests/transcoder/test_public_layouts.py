@@ -384,6 +384,14 @@ def test_npz_files_that_would_run_code_are_refused(tmp_path: Path):
         CrossLayerTranscoder.from_pretrained(made.folder)
 
 
+def test_npz_files_that_unpack_to_much_more_than_their_size_are_refused(tmp_path: Path):
+    made = gemma_scope_1(tmp_path / "set")
+    path = weight_files(made.folder)[-1]
+    np.savez_compressed(path, **(dict(np.load(path)) | {"b_enc": np.zeros(2**23, "f4")}))
+    with pytest.raises(FormatError, match="more than 64 times its size"):
+        CrossLayerTranscoder.from_pretrained(made.folder)
+
+
 # -- hub ---------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,6 @@ from tl_clt.attribution.tracing import Tracer, TracingOptions
 from tl_clt.errors import PromptError, TargetError
 from tl_clt.lens import HookedModel, Prompt, is_several, to_prompts
 from tl_clt.replacement import check_fit, require_free
-from tl_clt.shapes import Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
 
 Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor]
@@ -123,8 +122,8 @@ def attribute(
 
 
 def _contrasts(
-    model: HookedModel, contrast: Prompt | Prompts | None, prompts: Sequence[Tokens]
-) -> Sequence[Tokens] | list[None]:
+    model: HookedModel, contrast: Prompt | Prompts | None, prompts: Sequence[Tensor]
+) -> Sequence[Tensor] | list[None]:
     """For each prompt the one it is compared with."""
     if contrast is None:
         return [None] * len(prompts)

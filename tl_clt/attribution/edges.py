@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_clt.attribution.nodes import same_values
 from tl_clt.shapes import Adjacency, NodeMask, NodeValues
 
 ROWS_AT_ONCE = 256
@@ -51,15 +52,30 @@ def from_csr(parts: CSR) -> Adjacency:
         return torch.sparse_csr_tensor(parts.starts, parts.cols, parts.values, (size, size), check_invariants=False)
 
 
-def row_sums(adjacency: Adjacency, columns: NodeMask | None = None) -> NodeValues:
-    """Sum of |edges| into each node, from all nodes or those of a mask."""
+def same_adjacency(one: Adjacency, other: Adjacency) -> bool:
+    """Whether both are dense or both sparse, with the same numbers."""
+    if is_sparse(one) and is_sparse(other):
+        parts = zip(csr(one), csr(other), strict=True)
+        # Few edges may be counted in 32 bits, or in 64.
+        return all(same_values(a, b) if a.is_floating_point() else same_values(a.long(), b.long()) for a, b in parts)
+    return not is_sparse(one) and not is_sparse(other) and same_values(one, other)
+
+
+def row_sums(adjacency: Adjacency) -> NodeValues:
+    """Sum of |edges| into each node."""
     if is_sparse(adjacency):
-        starts, cols, values = csr(adjacency)
-        sizes = values.abs() if columns is None else values.abs() * columns[cols]
-        return torch.segment_reduce(sizes, "sum", offsets=starts.long(), initial=0)
-    wanted = columns if columns is None else columns.to(adjacency.dtype)
-    parts = [rows.abs().sum(dim=1) if wanted is None else rows.abs() @ wanted for rows in adjacency.split(ROWS_AT_ONCE)]
-    return torch.cat(parts)
+        starts, _, values = csr(adjacency)
+        return torch.segment_reduce(values.abs(), "sum", offsets=starts.long(), initial=0)
+    return torch.cat([rows.abs().sum(dim=1) for rows in adjacency.split(ROWS_AT_ONCE)])
+
+
+def input_from(adjacency: Adjacency, rows: Int[Tensor, " n"], columns: NodeMask | NodeValues) -> Float[Tensor, " n"]:
+    """Sum of |edges| into some nodes, from the nodes of a mask, or each times a weight of its source."""
+    if is_sparse(adjacency):
+        row, col, value = entries(adjacency, rows)
+        return value.new_zeros(len(rows)).index_add_(0, row, value.abs() * columns[col])
+    wanted = columns.to(adjacency.dtype)
+    return torch.cat([adjacency[some].abs() @ wanted for some in rows.split(ROWS_AT_ONCE)])
 
 
 def spread(adjacency: Adjacency, rows: Int[Tensor, " n"], amounts: Float[Tensor, " n"]) -> NodeValues:

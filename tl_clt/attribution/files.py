@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from tl_clt.transcoder.formats.writing import new_file
 from tl_clt.transcoder.tensor_files import reading
 
 FORMAT = "tl_clt.attribution_graph"
-VERSION = 2
-"""1: all rows of dense graphs. 2: of those with few traced rows, these alone."""
+VERSION = 3
+"""1: all rows of dense graphs. 2: of those with few traced rows, these alone. 3: of pruned graphs, what was cut."""
 SPARSE = {"adjacency_starts": "starts", "adjacency_cols": "cols", "adjacency_values": "values"}
 
 
@@ -104,6 +105,13 @@ def load_graph(path: Path) -> AttributionGraph:
                 f"'{path}' describes {len(graph.targets)} targets, but has {len(graph.logit_tokens)} target nodes."
             )
         checks.require_acyclic(graph)
+    if version < 3 and "node_threshold" in graph.info:
+        warnings.warn(
+            f"'{path}' is a pruned graph that does not tell what was cut, as files had it before graph version 3: its"
+            " influence and scores are those of what is left, with bounds that leave out what was cut. Prune the whole"
+            " graph again.",
+            stacklevel=3,
+        )
     return graph
 
 

@@ -1,10 +1,18 @@
-"""Influence and scores (Methods, "Graph Pruning" and "Evaluating Graphs").
+"""Influence and scores (Methods, "Graph Pruning" and "Evaluating Graphs"), and what is known of them.
 
 A = |adjacency| with each row divided by its sum; influence = w (A + A^2 + ...) with w the target weights (logit
 probabilities). Edges run from lower to higher layers only, so that the series is one pass from the top layer down.
 
-A sparse graph holds the strongest edges of each row; what was dropped counts in the row's sum, so that shares are
-those of the whole graph, and walks that would take a dropped edge end there.
+With w summing to 1, a node's influence is the probability that a walk from the targets upstream, along edges drawn by
+their share of each node's input, visits it. A reduced graph does not hold every edge: of features that were not traced
+it has no row, and of other nodes what `keep_edges` dropped or pruning cut is known by its size alone, which counts in
+the row's sum. A walk that goes there is lost: it ends, for this graph, at the node it went from. The walks that are not
+lost are those of the whole graph, so with u the share of walks lost,
+
+    influence here <= influence in the whole graph <= influence here + u,
+
+and what else is made of walks is bounded by what lost walks could do: each ends once, at a token, an error or another
+leaf, and from a node of layer l it visits at most l further features.
 """
 
 from __future__ import annotations
@@ -17,21 +25,63 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_clt.arguments import as_choice
-from tl_clt.attribution.edges import row_sums, spread
+from tl_clt.attribution.edges import input_from, row_sums, spread
 from tl_clt.attribution.nodes import NodeKind, Nodes
-from tl_clt.shapes import Adjacency, NodeValues
+from tl_clt.shapes import Adjacency, NodeMask, NodeValues
 
 Definition = Literal["paper", "circuit-tracer"]
 SMALLEST_ROW_SUM = 1e-8
 
 
-class GraphScores(NamedTuple):
-    """How much of a graph is explained by features. Never compare across definitions."""
+class Bounds(NamedTuple):
+    """Between these lies the whole graph's number. Alike where nothing is unknown."""
 
+    low: float
+    high: float
+
+
+class _TwoScores(NamedTuple):
     replacement: float
     """Share of influence that starts at tokens rather than errors."""
     completeness: float
     """Share of inputs, weighted by the receiving node's influence, that come from features or tokens."""
+
+
+class GraphScores(_TwoScores):
+    """How much of a graph is explained by features: two numbers, with their bounds. Never compare across definitions.
+
+    The numbers are those of what the graph holds: what is unknown stays out of numerator and denominator. The bounds
+    count it as error (low) and as explained (high); the whole graph's scores lie between them, and so do the numbers.
+    """
+
+    replacement_bounds: Bounds
+    completeness_bounds: Bounds
+
+    def __new__(
+        cls, replacement: float, completeness: float, replacement_bounds: Bounds, completeness_bounds: Bounds
+    ) -> GraphScores:
+        scores = super().__new__(cls, replacement, completeness)
+        scores.replacement_bounds, scores.completeness_bounds = replacement_bounds, completeness_bounds
+        return scores
+
+    def __getnewargs__(self) -> tuple:
+        return (*self, self.replacement_bounds, self.completeness_bounds)
+
+    def __repr__(self) -> str:
+        return f"GraphScores(replacement={self.replacement_text(4)}, completeness={self.completeness_text(4)})"
+
+    def replacement_text(self, digits: int = 3) -> str:
+        """The number, with its bounds where these differ."""
+        return _text(self.replacement, self.replacement_bounds, digits)
+
+    def completeness_text(self, digits: int = 3) -> str:
+        """The number, with its bounds where these differ."""
+        return _text(self.completeness, self.completeness_bounds, digits)
+
+
+def _text(number: float, bounds: Bounds, digits: int) -> str:
+    known = f"{number:.{digits}f}"
+    return known if bounds.low == bounds.high else f"{known} [{bounds.low:.{digits}f} to {bounds.high:.{digits}f}]"
 
 
 class InfluenceShares(NamedTuple):
@@ -44,7 +94,20 @@ class InfluenceShares(NamedTuple):
     unexplored: float
     """At features whose in-edges were not traced."""
     dropped: float = 0.0
-    """At edges that a sparse graph does not hold."""
+    """At edges that the graph does not hold: dropped by `keep_edges`, or cut by pruning."""
+
+
+class Walks(NamedTuple):
+    """How often walks come where, w summing to what it sums to."""
+
+    influence: NodeValues
+    """w (A + A^2 + ...): visits of each node on the way upstream."""
+    output: NodeValues
+    """influence + w: visits, the start included."""
+    lost: NodeValues
+    """The part of `output` that goes on where the graph does not know."""
+    unknown_visits: float
+    """How many visits, of nodes further on, lost walks make at most."""
 
 
 def normalised(adjacency: Adjacency) -> Adjacency:
@@ -53,7 +116,7 @@ def normalised(adjacency: Adjacency) -> Adjacency:
 
 
 def input_sums(adjacency: Adjacency, dropped: NodeValues | None = None) -> NodeValues:
-    """Each node's absolute input, dropped edges included; never quite 0."""
+    """Each node's absolute input, edges that are not held included; never quite 0."""
     sums = row_sums(adjacency)
     return (sums if dropped is None else sums + dropped).clamp_min(SMALLEST_ROW_SUM)
 
@@ -78,68 +141,148 @@ def node_influence(
     adjacency: Adjacency, nodes: Nodes, weights: NodeValues, dropped: NodeValues | None = None
 ) -> NodeValues:
     """w (A + A^2 + ...)."""
-    sums = input_sums(adjacency, dropped)
+    return _influence(adjacency, nodes, weights, input_sums(adjacency, dropped))
+
+
+def _influence(adjacency: Adjacency, nodes: Nodes, weights: NodeValues, sums: NodeValues) -> NodeValues:
     influence = torch.zeros_like(weights)
     for rows in top_down(nodes):
         influence += spread(adjacency, rows, (influence[rows] + weights[rows]) / sums[rows])
     return influence
 
 
-def influence_shares(
-    adjacency: Adjacency, nodes: Nodes, weights: NodeValues, dropped: NodeValues | None = None
-) -> InfluenceShares:
-    """Where walks upstream along normalised edges end, by kind."""
-    weights = weights / weights.sum()
-    influence = node_influence(adjacency, nodes, weights, dropped)
-    sums = input_sums(adjacency, dropped)
-    ends = influence * (sums <= SMALLEST_ROW_SUM)
-    kinds = (NodeKind.TOKEN, NodeKind.ERROR, NodeKind.POSITION, NodeKind.BIAS, NodeKind.FEATURE)
-    shares = [float(ends[nodes.is_kind(kind)].sum()) for kind in kinds]
-    lost = 0.0 if dropped is None else float(((influence + weights) * dropped / sums).sum())
-    whole = sum(shares) + lost or 1.0
-    return InfluenceShares(*(share / whole for share in (*shares, lost)))
-
-
-def graph_scores(
+def walk(
     adjacency: Adjacency,
     nodes: Nodes,
     weights: NodeValues,
-    definition: Definition,
     dropped: NodeValues | None = None,
-) -> GraphScores:
-    """Replacement and completeness.
+    expanded: NodeMask | None = None,
+    lacks_nodes: bool = False,
+) -> Walks:
+    """Walks from the targets upstream, and where they are lost: with `dropped`, in edges that are not held; at features
+    that are not `expanded`.
 
-    replacement = token influence / (token + error influence).
-    completeness = sum_t o_t (1 - A[t, errors]) / sum_t o_t with o = influence + w; "paper" sums over nodes that
-    have inputs (features and logits), "circuit-tracer" over all, leaves included, which flatters.
+    Args:
+        lacks_nodes: whether walks may come to nodes that are not there, since pruning took them out.
+    """
+    sums = input_sums(adjacency, dropped)
+    influence = _influence(adjacency, nodes, weights, sums)
+    output, unknown = influence + weights, _unknown(nodes, sums, dropped, expanded)
+    lost = output * unknown
+    visits = 0.0
+    if bool(lost.any()):
+        most = nodes.layer.clamp_min(0) + 1 if lacks_nodes else _most_visits(adjacency, nodes, sums, unknown)
+        visits = float((lost.double() * most).sum())
+    return Walks(influence, output, lost, visits)
+
+
+def _most_visits(adjacency: Adjacency, nodes: Nodes, sums: NodeValues, unknown: NodeValues) -> NodeValues:
+    """For each node, how many nodes a walk visits at most, on average, once it leaves the node by an unknown edge.
+
+    By layer from below: it comes to none from which more visits are expected, along edges that are held and at worst
+    along those that are not, than from the best node below.
+    """
+    features, layers = nodes.is_kind(NodeKind.FEATURE), nodes.layer.clamp_min(0)
+    # A walk ends at one leaf; features into which nothing comes count as if there were one behind them.
+    dead_end = features & (sums <= SMALLEST_ROW_SUM) & (unknown == 0)
+    expected = torch.ones_like(sums) + dead_end
+    most, best = torch.ones_like(sums), 1.0
+    for layer in range(int(layers.max()) + 1):
+        at = layers == layer
+        most[at] = best
+        here = torch.nonzero(features & at).flatten()
+        if len(here):
+            expected[here] += input_from(adjacency, here, expected) / sums[here] + unknown[here] * best
+            best = max(best, float(expected[here].amax()))
+    return most
+
+
+def _unknown(nodes: Nodes, sums: NodeValues, dropped: NodeValues | None, expanded: NodeMask | None) -> NodeValues:
+    """The share of each node's input that the graph does not know."""
+    unknown = torch.zeros_like(sums) if dropped is None else dropped / sums
+    return unknown if expanded is None else unknown.masked_fill(untraced(nodes, expanded), 1.0)
+
+
+def untraced(nodes: Nodes, expanded: NodeMask) -> NodeMask:
+    """Features that have no row."""
+    return nodes.is_kind(NodeKind.FEATURE) & ~expanded
+
+
+def influence_shares(walks: Walks, nodes: Nodes, expanded: NodeMask) -> InfluenceShares:
+    """Where walks upstream along normalised edges end, by kind."""
+    kinds = (NodeKind.TOKEN, NodeKind.ERROR, NodeKind.POSITION, NodeKind.BIAS)
+    shares = [float(walks.influence[nodes.is_kind(kind)].sum()) for kind in kinds]
+    open_ones = untraced(nodes, expanded)
+    shares += [float(walks.lost[open_ones].sum()), float(walks.lost[~open_ones].sum())]
+    whole = sum(shares) or 1.0
+    return InfluenceShares(*(share / whole for share in shares))
+
+
+def graph_scores(walks: Walks, nodes: Nodes, definition: Definition) -> GraphScores:
+    """Replacement and completeness, with bounds.
+
+    With T and E the influence of tokens and errors, o = influence + w, D = sum_t o_t, and u the walks lost:
+
+        replacement  = T / (T + E)       from T / (T + E + u) to (T + u) / (T + E + u)
+        completeness = 1 - E / (D - u)   from 1 - (E + u) / D to 1 - E / (D + further visits of lost walks)
+
+    which is sum_t o_t (1 - A[t, errors]) / sum_t o_t, since sum_t o_t A[t, errors] = E, over the inputs that are known.
+    "paper" sums over nodes that have inputs (features and logits), "circuit-tracer" over all, leaves included, which
+    flatters.
     """
     definition = as_choice("definition", definition, get_args(Definition))
-    influence = node_influence(adjacency, nodes, weights, dropped)
-    errors = nodes.is_kind(NodeKind.ERROR)
-    token = influence[nodes.is_kind(NodeKind.TOKEN)].sum()
-    error = influence[errors].sum()
-    counted = influence + weights
-    if definition == "paper":
-        counted = counted * nodes.is_kind(NodeKind.FEATURE, NodeKind.LOGIT)
-    explained = 1 - row_sums(adjacency, errors) / input_sums(adjacency, dropped)
-    tiny = torch.finfo(weights.dtype).tiny
+    output = walks.output.double()
+    counts = nodes.is_kind(NodeKind.FEATURE, NodeKind.LOGIT) if definition == "paper" else torch.ones_like(output)
+    token = float(output[nodes.is_kind(NodeKind.TOKEN)].sum())
+    error = float(output[nodes.is_kind(NodeKind.ERROR)].sum())
+    counted, lost = float((output * counts).sum()), float(walks.lost.double().sum())
+    further = walks.unknown_visits
+    # A lost walk ends at a leaf, which circuit-tracer counts and the paper does not.
+    at_least, at_most = (0.0, further - lost) if definition == "paper" else (lost, further)
     return GraphScores(
-        float(token / (token + error).clamp_min(tiny)),
-        float((counted * explained).sum() / counted.sum().clamp_min(tiny)),
+        _share(token, token + error),
+        1 - _share(error, counted - lost),
+        Bounds(_share(token, token + error + lost), _share(token + lost, token + error + lost)),
+        Bounds(1 - _share(error + lost, counted + at_least), 1 - _share(error, counted + at_most)),
     )
 
 
-def path_length(adjacency: Adjacency, nodes: Nodes, weights: NodeValues, dropped: NodeValues | None = None) -> float:
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
+
+
+class PathLength(NamedTuple):
+    """Mean number of edges on a path from a token to a logit, each path weighted by its strength."""
+
+    mean: float
+    """Of the paths that the graph holds."""
+    bounds: Bounds
+    """Of the whole graph's mean."""
+
+
+def path_length(
+    adjacency: Adjacency,
+    nodes: Nodes,
+    weights: NodeValues,
+    dropped: NodeValues | None = None,
+    expanded: NodeMask | None = None,
+) -> PathLength:
     """Mean number of edges on a path from a token to a logit, each path weighted by its strength.
 
     With P_l the tokens' sum of w (A + ... + A^l): sum_l l (P_l - P_{l-1}) / P_inf; 0 where no path leads to a token.
+    A lost walk may end at a token after 1 edge in all at least, and n_layers + 1 at most.
     """
     sums = input_sums(adjacency, dropped)
     tokens = nodes.is_kind(NodeKind.TOKEN)
     every = torch.arange(len(nodes), device=weights.device)
-    at, steps, whole, weighted = weights, 0, 0.0, 0.0
+    unknown = _unknown(nodes, sums, dropped, expanded)
+    at, steps, whole, weighted, lost = weights, 0, 0.0, 0.0, 0.0
     while bool((at > 0).any()):
+        lost += float((at * unknown).sum())
         at, steps = spread(adjacency, every, at / sums), steps + 1
         arrived = float(at[tokens].sum())
         whole, weighted = whole + arrived, weighted + steps * arrived
-    return weighted / whole if whole > 0 else 0.0
+    longest = int(nodes.layer.max()) + 1
+    # Where no path is known to lead to a token, the whole graph's mean may be the 0 that stands for none.
+    low = (weighted + lost) / (whole + lost) if whole > 0 else 0.0
+    return PathLength(_share(weighted, whole), Bounds(low, _share(weighted + longest * lost, whole + lost)))

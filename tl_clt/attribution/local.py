@@ -249,7 +249,8 @@ def build_local_model(
         model, clt: a model and a CLT that fits it.
         tokens: the prompt, [pos].
         bos: what position 0, whose activations are huge and mean nothing, contributes: "error" puts its whole
-            MLP outputs into error nodes, "drop" leaves out its features and errors, "features" keeps both.
+            MLP outputs into error nodes, "drop" leaves out its features and errors, "features" keeps both. A skip
+            connection is linear at position 0 unless that is "error".
         extra_points: residual-stream hooks to read besides the CLT's inputs.
 
     Raises:
@@ -350,12 +351,19 @@ def decoded_positions(bos: Bos) -> slice:
     return slice(0 if bos == "features" else 1, None)
 
 
+def skipped_positions(bos: Bos) -> slice:
+    """Positions where the CLT's skip connection is part of what is linear, in graphs and in constrained interventions
+    alike: not position 0 where its whole MLP output counts as error; with "drop" it is, as circuit-tracer has it."""
+    return slice(1 if bos == "error" else 0, None)
+
+
 def skip_output(clt: CrossLayerTranscoder, x: Stream, layer: int, bos: Bos) -> Stream:
-    """What a skip connection writes: nothing at position 0 where its whole MLP output counts as error."""
-    if clt.W_skip is None:
-        return torch.zeros_like(x)
-    written = clt.skip(x.to(clt.W_skip.dtype), layer).to(x.dtype)
-    return torch.cat([torch.zeros_like(written[:1]), written[1:]]) if bos == "error" else written
+    """What a skip connection writes, at the positions where it is linear; nothing at others."""
+    written = torch.zeros_like(x)
+    if clt.W_skip is not None:
+        at = skipped_positions(bos)
+        written[at] = clt.skip(x[at].to(clt.W_skip.dtype), layer).to(x.dtype)
+    return written
 
 
 @torch.no_grad()

@@ -27,9 +27,16 @@ class NodeKind(IntEnum):
     """A token's logit above the mean logit, at the last position."""
 
 
-@dataclass(frozen=True)
+def same_values(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors, or their absence, are alike: number type, shape and every number, on whatever device."""
+    if one is None or other is None:
+        return one is other
+    return one.dtype == other.dtype and torch.equal(one, other.to(one.device))
+
+
+@dataclass(frozen=True, eq=False)
 class Nodes:
-    """One entry a node in each tensor [n_nodes]."""
+    """One entry a node in each tensor [n_nodes]. Equal where all of them are, number for number."""
 
     kind: Int[Tensor, " n_nodes"]
     """Values of `NodeKind`."""
@@ -58,6 +65,14 @@ class Nodes:
     def take(self, kept: Int[Tensor, " n_kept"] | Bool[Tensor, " n_nodes"]) -> Nodes:
         """The nodes of a mask or list of numbers."""
         return Nodes(**{name: values[kept] for name, values in self.tensors().items()})
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Nodes):
+            return NotImplemented
+        return all(same_values(values, other.tensors()[name]) for name, values in self.tensors().items())
+
+    def __hash__(self) -> int:
+        return hash((len(self), tuple(self.layer.tolist()), tuple(self.index.tolist())))
 
     def __len__(self) -> int:
         return len(self.kind)

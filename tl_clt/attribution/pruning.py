@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -9,8 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_clt.arguments import as_share
-from tl_clt.attribution.edges import Entries, assemble, between, is_sparse
-from tl_clt.attribution.influence import SMALLEST_ROW_SUM, node_influence
+from tl_clt.attribution.edges import Entries, assemble, between, input_from, is_sparse
+from tl_clt.attribution.influence import SMALLEST_ROW_SUM, untraced, walk
 from tl_clt.attribution.nodes import NodeKind, Nodes
 from tl_clt.shapes import Adjacency, NodeMask, NodeValues
 
@@ -28,6 +30,10 @@ class Pruned(NamedTuple):
     nodes: NodeMask
     edges: Entries
     """In the numbering of the whole graph."""
+    cut: NodeValues
+    """Absolute input of each node kept along edges that go; 0 for other nodes."""
+    out_of_reach: list[str]
+    """Thresholds that what the graph holds cannot be sure to reach, so that all of it stays."""
 
 
 def prune_graph(
@@ -37,56 +43,107 @@ def prune_graph(
     node_threshold: float = 0.8,
     edge_threshold: float = 0.98,
     dropped: NodeValues | None = None,
+    expanded: NodeMask | None = None,
+    lacks_nodes: bool = False,
 ) -> Pruned:
     """The most influential nodes up to a share of all influence, then the strongest edges up to a share.
 
     Tokens and logits always stay. An edge's score is A[t, s] * (influence[t] + w[t]) among the nodes kept.
-    Then features without an in- or out-edge go, and other nodes without an out-edge, until nothing changes.
+    Then features without an in- or out-edge go, and other nodes without an out-edge, until nothing changes; features
+    that were not traced may have in-edges.
+
+    Of a reduced graph, both shares are of all that there may be: of what is known and the most that lost walks could
+    add. So the nodes kept carry `node_threshold` of the whole graph's influence for sure, and they are no fewer than
+    the whole graph's most influential nodes up to that share.
 
     Raises:
         ConfigError: a threshold is not between 0 and 1.
     """
     node_threshold, edge_threshold = check_thresholds(node_threshold, edge_threshold)
-    influence = node_influence(adjacency, nodes, weights, dropped)
+    walks = walk(adjacency, nodes, weights, dropped, expanded, lacks_nodes)
     stays = nodes.is_kind(NodeKind.TOKEN, NodeKind.LOGIT)
-    kept = (influence >= _smallest_of_share(influence, node_threshold)) | stays
+    least = _smallest_of_share(walks.influence, node_threshold, walks.unknown_visits)
+    kept = (walks.influence >= least.value) | stays
+    if not least.reached:
+        known = float(walks.influence.sum() / (walks.influence.sum() + walks.unknown_visits))
+        warnings.warn(
+            f"The graph is sure of {known:.0%} of the influence alone, so that node_threshold={node_threshold:g} keeps"
+            f" all its nodes. Give node_threshold={math.floor(50 * known) / 50:g} or less, or trace with a higher"
+            " keep_edges, a lower max_unexplored or more max_feature_nodes.",
+            stacklevel=4,
+        )
     numbers = torch.nonzero(kept).flatten()
     inner, left = nodes.take(kept), between(adjacency, kept)
-    among = _scores(left, inner, weights[kept], sparse=is_sparse(adjacency))
-    strong = among >= _smallest_of_share(among, edge_threshold)
-    row, col, value = (part[strong] for part in left)
+    inner_dropped = None if dropped is None else dropped[kept]
+    inner_expanded = None if expanded is None else expanded[kept]
+    among, unknown = _scores(left, inner, weights[kept], inner_dropped, inner_expanded, sparse=is_sparse(adjacency))
+    weakest = _smallest_of_share(among, edge_threshold, unknown)
+    held = among >= weakest.value
+    row, col, value = (part[held] for part in left)
     inner_stays, features = stays[kept], inner.is_kind(NodeKind.FEATURE)
+    may_have_inputs = torch.zeros_like(features) if inner_expanded is None else untraced(inner, inner_expanded)
     alive = torch.ones_like(inner_stays)
     while True:
         inside = alive[row] & alive[col]
         row, col, value = row[inside], col[inside], value[inside]
-        out, into = torch.zeros_like(alive), torch.zeros_like(alive)
+        out, into = torch.zeros_like(alive), may_have_inputs.clone()
         out[col], into[row] = True, True
         still = alive & (out | inner_stays) & (into | ~features)
         if bool((still == alive).all()):
             break
         alive = still
-    mask = torch.zeros_like(kept)
+    mask, cut = torch.zeros_like(kept), torch.zeros_like(walks.influence)
     mask[numbers[alive]] = True
-    return Pruned(mask, Entries(numbers[row], numbers[col], value))
+    gone = ~(held & alive[left.row] & alive[left.col])
+    lost = input_from(adjacency, numbers, ~kept).index_add_(0, left.row[gone], left.value[gone].abs())
+    cut[mask] = lost[alive]
+    reached = {"node_threshold": least.reached, "edge_threshold": weakest.reached}
+    edges = Entries(numbers[row], numbers[col], value)
+    return Pruned(mask, edges, cut, [name for name, is_reached in reached.items() if not is_reached])
 
 
-def _scores(edges: Entries, nodes: Nodes, weights: NodeValues, *, sparse: bool) -> Float[Tensor, " n_edges"]:
-    """A[t, s] * (influence[t] + w[t]) of each edge, the rows of what is left normalised anew."""
-    left = assemble(edges, len(nodes), sparse=sparse)
-    sums = torch.zeros_like(weights).index_add_(0, edges.row, edges.value.abs()).clamp_min(SMALLEST_ROW_SUM)
-    carried = node_influence(left, nodes, weights) + weights
-    return edges.value.abs() * (carried / sums)[edges.row]
+class _EdgeScores(NamedTuple):
+    known: Float[Tensor, " n_edges"]
+    unknown: float
+    """The most that the scores of edges which are not held can sum to."""
 
 
-def _smallest_of_share(values: Float[Tensor, " n"], share: float) -> Float[Tensor, ""]:
-    """The smallest of the largest values that together make up a share of the sum."""
+def _scores(
+    edges: Entries,
+    nodes: Nodes,
+    weights: NodeValues,
+    dropped: NodeValues | None,
+    expanded: NodeMask | None,
+    *,
+    sparse: bool,
+) -> _EdgeScores:
+    """A[t, s] * (influence[t] + w[t]) of each edge, the rows of what is left normalised anew.
+
+    What a row does not hold may come from nodes that are kept, and stays in the row's sum.
+    """
+    walks = walk(assemble(edges, len(nodes), sparse=sparse), nodes, weights, dropped, expanded)
+    sums = torch.zeros_like(weights).index_add_(0, edges.row, edges.value.abs())
+    sums = (sums if dropped is None else sums + dropped).clamp_min(SMALLEST_ROW_SUM)
+    # A lost walk's steps, each along one edge, are as many as its further visits.
+    return _EdgeScores(edges.value.abs() * (walks.output / sums)[edges.row], walks.unknown_visits)
+
+
+class _Smallest(NamedTuple):
+    value: Float[Tensor, ""]
+    reached: bool
+    """Whether the share was reached; else this is the smallest of all."""
+
+
+def _smallest_of_share(values: Float[Tensor, " n"], share: float, unknown: float = 0.0) -> _Smallest:
+    """The smallest of the largest values that together make up a share of the sum, unknown values included."""
     if len(values) == 0:
-        return values.new_zeros(())
+        return _Smallest(values.new_zeros(()), unknown == 0)
     ordered = values.sort(descending=True).values
-    running = ordered.cumsum(dim=0) / ordered.sum().clamp_min(torch.finfo(values.dtype).tiny)
-    at = torch.searchsorted(running, share)
-    return ordered[min(int(at), len(ordered) - 1)]
+    known = ordered.sum()
+    running = ordered.cumsum(dim=0) / (known + unknown).clamp_min(torch.finfo(values.dtype).tiny)
+    at = int(torch.searchsorted(running, share))
+    reached = at < len(ordered) or unknown == 0
+    return _Smallest(ordered[min(at, len(ordered) - 1)], reached)
 
 
 class Thresholds(NamedTuple):

@@ -18,7 +18,7 @@ from tl_clt.evaluation.report import EvaluationReport
 from tl_clt.evaluation.sums import LayerSums, PredictionSums, add_batch
 from tl_clt.lens import HookedModel, model_name, user_hooks_aside
 from tl_clt.replacement import check_fit, require_free
-from tl_clt.transcoder import CrossLayerTranscoder
+from tl_clt.transcoder import CrossLayerTranscoder, explained_variance
 
 DENSITY_EDGES = [10 ** (exponent / 2) for exponent in range(-12, 1)]
 """Half decades from one token in a million to every token."""
@@ -54,7 +54,8 @@ def evaluate(
         context_size: None for 128, or the model's own where that is less.
         n_graphs: so many of the prompts, drawn by `seed`, are traced; 0 for none.
         graph_tokens: of each the first so many tokens, whose next token is explained.
-        max_unexplored: as `attribute` has it; None traces every feature, so that scores are exact.
+        max_unexplored: as `attribute` has it; None traces every feature, so that scores are exact. Else they are those
+            of what is known, and `unexplored` says how much is not.
         progress: show bars where it takes longer than 2 s.
 
     Raises:
@@ -105,16 +106,14 @@ def evaluate(
 
 def _of_layers(sums: LayerSums, n: int) -> dict:
     variance = sums.out_squared - sums.out.square().sum(dim=-1) / n
-    # Where outputs do not vary, as on one token, what is left is rounding: all error counts as unexplained.
-    floor = (torch.finfo(torch.float64).eps * sums.out_squared).clamp_min(1e-30)
-    explained = 1 - sums.error_squared / variance.maximum(floor)
+    explained = explained_variance(sums.error_squared, variance, sums.out_squared)
     nmse = sums.error_squared / sums.out_squared.clamp_min(1e-30)
     density = sums.fired.double() / n
     dead = sums.fired == 0
     return {
         "n_tokens": n,
-        "explained_variance": float(explained.mean()),
-        "explained_variance_per_layer": explained.tolist(),
+        "explained_variance": explained.mean,
+        "explained_variance_per_layer": explained.per_layer,
         "nmse": float(nmse.mean()),
         "nmse_per_layer": nmse.tolist(),
         "l0_per_layer": density.sum(dim=-1).tolist(),

@@ -36,7 +36,8 @@ class GraphNumbers:
     n_nodes_pruned: float
     """Of the pruned graph."""
     unexplored: float
-    """Share of influence at features that were not traced: neither score's numerator or denominator is off by more."""
+    """Share of influence at features that were not traced. No node's influence is off by more, nor is the numerator or
+    the denominator of the replacement score; the scores are those of what is known."""
     n_tokens: float
     """Of the prompt."""
 

@@ -36,7 +36,7 @@ class EvaluationReport:
     """Positions measured: all but the first of each prompt."""
 
     explained_variance: float
-    """Mean over layers of 1 - sum ||mlp_out - recons||^2 / sum ||mlp_out - mean mlp_out||^2."""
+    """Mean over layers of 1 - sum ||mlp_out - recons||^2 / sum ||mlp_out - mean mlp_out||^2 (`ExplainedVariance`)."""
     explained_variance_per_layer: list[float]
     nmse: float
     """Mean over layers of sum ||mlp_out - recons||^2 / sum ||mlp_out||^2."""

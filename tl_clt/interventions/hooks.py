@@ -10,7 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_clt.arguments import as_choice, as_whole
-from tl_clt.errors import InterventionError, ModelUnsupported
+from tl_clt.attribution.local import skipped_positions
+from tl_clt.attribution.streams import Bos
+from tl_clt.errors import ConfigError, InterventionError, ModelUnsupported
 from tl_clt.interventions.intervention import (
     AnyIntervention,
     DirectionIntervention,
@@ -49,6 +51,7 @@ def intervention_hooks(
     through_layer: int | None = None,
     freeze: Freeze = "attention",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
+    bos: Bos | None = None,
 ) -> list[FwdHook]:
     """Hooks that change features, for `run_with_hooks`, `model.hooks` and `generate`, also within `attach`.
 
@@ -61,8 +64,11 @@ def intervention_hooks(
 
     which is what a hook on `blocks.{l}.clt.hook_acts_post` within `attach(mode="replace_with_error")` does. In the
     constrained kind `scale` and `add` refer to clean activations, in the iterative kind to those of the changed
-    run. A linear skip connection belongs to what is linear: it reads the changed run (in the constrained kind not at
-    position 0, whose whole MLP output counts as error, as in graphs with `bos="error"`).
+    run.
+
+    A linear skip connection stands wherever the CLT's features stand in for an MLP, and reads the changed run: at every
+    position in the iterative kind, as within `attach`. In the constrained kind it does so as in graphs, by `bos`: at
+    every position, but not at position 0 where its whole MLP output counts as error.
 
     The clean run is the model as it stands (an attached CLT included) without users' hooks. It runs beside every
     pass, over the whole text so far, so a pass takes twice as long. Hooks of the user's stay and act; one on an
@@ -83,6 +89,8 @@ def intervention_hooks(
         freeze: hold at the clean run's values, in every layer: "attention" patterns, "all" (patterns and the
             scales of norms), or "none".
         attention_mask: where `tokens` are padded already, 1 at their own tokens; the call itself needs it too.
+        bos: of the constrained kind: that of the graphs which it is held against. None is "error", as for `attribute`,
+            or "features" where a feature at position 0 is changed: graphs of that kind alone have such.
 
     Returns:
         Plain (name, function) pairs.
@@ -95,7 +103,7 @@ def intervention_hooks(
     """
     check_fit(model, clt)
     prompts = to_token_batch(model, tokens, attention_mask)
-    steering = Steering(model, clt, prompts, interventions, through_layer, freeze)
+    steering = Steering(model, clt, prompts, interventions, through_layer, freeze, bos=bos)
     return plain_hooks(model, steering.hooks)
 
 
@@ -120,6 +128,7 @@ class Steering:
         through_layer: int | None,
         freeze: Freeze,
         record: Collection[str] = (),
+        bos: Bos | None = None,
     ) -> None:
         freeze = as_choice("freeze", freeze, get_args(Freeze))
         through_layer = as_whole(
@@ -130,6 +139,13 @@ class Steering:
             none="the iterative kind",
             error=InterventionError,
         )
+        if bos is not None:
+            bos = as_choice("bos", bos, get_args(Bos))
+        if through_layer is None and bos in ("error", "drop"):
+            raise ConfigError(
+                f"bos={bos!r} is for the constrained kind: in the iterative one the CLT stands in for the MLPs at every"
+                " position. Give through_layer, or leave bos out."
+            )
         given = as_interventions(interventions)
         for what in given:
             check(what, clt.cfg, prompts.lengths, through_layer)
@@ -142,6 +158,10 @@ class Steering:
         """Layers whose MLP outputs are written here."""
         self.features = [what for what in given if isinstance(what, Intervention)]
         self.directions = [what for what in given if not isinstance(what, Intervention)]
+        if bos is None:
+            bos = "features" if not self.constrained or self._change_position_0() else "error"
+        self.first_skipped = skipped_positions(bos).start
+        """First position of a prompt where the skip connection reads the changed run."""
         names = [hook(t) for t in clt.layers for hook in (self._in, self._out)]
         self.clean = CleanRun(model, [*names, *record], freeze)
         self.inputs: dict[int, Tensor] = {}
@@ -156,6 +176,14 @@ class Steering:
             hooks.append((self._in(t), at_layer(self._read, t)))
             hooks.append((self._out(t), at_layer(self._write, t)))
         return hooks
+
+    def _change_position_0(self) -> bool:
+        """Whether features at the first position of a prompt are changed."""
+        for what in self.features:
+            lengths = self.prompts.lengths if what.prompt is None else [self.prompts.lengths[what.prompt]]
+            if any(0 in positions_of(what, length) for length in lengths):
+                return True
+        return False
 
     def delta(self, feature_acts: Acts, layer: int) -> Acts:
         """What the interventions at a layer add to its activations, one after another."""
@@ -228,11 +256,11 @@ class Steering:
         if self.clt.W_skip is None:
             return torch.zeros_like(change)
         written = self.clt.skip(change, layer)
-        if self.constrained and self.clean.first == 0:
-            # Padding has no meaning, and each prompt's first token counts as error.
-            column = torch.arange(written.shape[1], device=written.device)
-            after_first = column > torch.tensor(self.clean.offsets, device=written.device)[:, None]
-            return torch.where(after_first[..., None], written, torch.zeros_like(written))
+        if self.clean.first < self.first_skipped:
+            # Positions count from each prompt's first token; padding has no meaning.
+            column = torch.arange(written.shape[1], device=written.device) + self.clean.first
+            first = torch.tensor(self.clean.offsets, device=written.device)[:, None] + self.first_skipped
+            return torch.where((column >= first)[..., None], written, torch.zeros_like(written))
         return written
 
     def _changed_acts(self, x: Stream, clean_x: Stream, layer: int) -> Acts | None:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_clt.attribution.streams import Bos
 from tl_clt.interventions.effect import InactiveFeature, InterventionEffect, Recorded
 from tl_clt.interventions.hooks import Steering
 from tl_clt.interventions.intervention import AnyIntervention
@@ -35,16 +36,18 @@ def intervene(
     freeze: Freeze = "attention",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     record: Collection[str] = (),
+    bos: Bos | None = None,
 ) -> InterventionEffect:
     """Run prompts with features changed, and without, and compare.
 
     Hooks of the user's own are set aside, as in `attribute`: what is measured is what a graph predicts. With
     every layer constrained and `freeze="all"`, doubling a feature changes every other node's pre-activation and
-    every logit (less the mean logit, before any soft-cap) by exactly the graph's edge.
+    every logit (less the mean logit, before any soft-cap) by exactly the graph's edge, for a CLT with a skip connection
+    by that of the graph with this `bos`.
 
     Args:
-        model, clt, tokens, interventions, through_layer, freeze, attention_mask: as for `intervention_hooks`. Prompts
-            of unequal lengths are padded, on the tokenizer's side, and masked.
+        model, clt, tokens, interventions, through_layer, freeze, attention_mask, bos: as for `intervention_hooks`.
+            Prompts of unequal lengths are padded, on the tokenizer's side, and masked.
         record: further hooks whose values, in both runs, to give back in `recorded`.
 
     Raises:
@@ -52,7 +55,7 @@ def intervene(
     """
     check_fit(model, clt)
     prompts = to_token_batch(model, tokens, attention_mask)
-    steering = Steering(model, clt, prompts, interventions, through_layer, freeze, record)
+    steering = Steering(model, clt, prompts, interventions, through_layer, freeze, record, bos)
     call = {} if prompts.mask is None else {"attention_mask": prompts.mask}
     seen: dict[str, Tensor] = {}
 

@@ -269,7 +269,8 @@ class _Measurement:
         changes = self._written(sources) if kind == "model" else self._changes(sources)
         tokens = self.graph.tokens.expand(len(sources), -1)
         through = {"constrained": self.clt.cfg.n_layers - 1, "iterative": None, "model": -1}[kind]
-        effect = intervene(self.model, self.clt, tokens, changes, through, self.freeze, record=self.hooks)
+        bos = None if kind == "iterative" else self.graph.info.get("bos")
+        effect = intervene(self.model, self.clt, tokens, changes, through, self.freeze, record=self.hooks, bos=bos)
         self._check_graph(effect.baseline_feature_acts[0])
         hidden_change = effect.hidden_pre - effect.baseline_hidden_pre
         features = self.features

@@ -137,7 +137,8 @@ def attach(model: HookedModel, clt: CrossLayerTranscoder, mode: Mode = "observe"
     """Within the block, the CLT runs inside the model; afterwards the model is as it was before.
 
     Weights, flags and the user's own hooks stay untouched, also after an exception. Hooks of the user's on the
-    input hook act before the CLT reads; hooks on the output hook act on what the CLT puts there.
+    input hook act before the CLT reads; hooks on the output hook act on what the CLT puts there. The CLT stands at
+    every position, position 0 included, with its features and its skip connection alike.
 
     Args:
         model: any HookedTransformer or TransformerBridge.

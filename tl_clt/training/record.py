@@ -15,16 +15,17 @@ from tl_clt.training.chunks import DataCounts
 from tl_clt.training.scaling import Batch
 from tl_clt.training.step import Workspace
 from tl_clt.training.training_clt import TrainingCLT
+from tl_clt.transcoder import explained_variance
 
 
 class Metrics(NamedTuple):
     """Measured on batches that training has not seen (repeats of the dataset aside), on scaled activations."""
 
     explained_variance: float
-    """1 - squared error / variance about the mean, both summed over all layers."""
+    """Mean over layers of 1 - squared error / variance about the mean, as in `EvaluationReport`."""
 
     explained_variance_per_layer: list[float]
-    """The same of each layer."""
+    """That of each layer."""
 
     l0_sum_over_layers: float
     """Features that fire at a token, of all layers together."""
@@ -75,10 +76,12 @@ def measure(
         fired.append(clt.count_firing(step).unflatten(0, (clt.cfg.n_layers, -1)).sum(dim=1).double())
     y = torch.cat(outputs)
     variance = (y - y.mean(dim=0)).square().sum(dim=(0, 2))
+    out_squared = y.square().sum(dim=(0, 2))
     error, l0 = torch.stack(errors).sum(dim=0), torch.stack(fired).sum(dim=0) / len(y)
+    explained = explained_variance(error, variance, out_squared)
     return Metrics(
-        explained_variance=float(1 - error.sum() / variance.sum()),
-        explained_variance_per_layer=(1 - error / variance).tolist(),
+        explained_variance=explained.mean,
+        explained_variance_per_layer=explained.per_layer,
         l0_sum_over_layers=float(l0.sum()),
         l0_mean_per_layer=float(l0.mean()),
         l0_per_layer=l0.tolist(),

@@ -2,13 +2,15 @@
 
 from tl_clt.transcoder.catalogue import PublicTranscoders, check_fits, public_transcoders
 from tl_clt.transcoder.config import CrossLayerTranscoderConfig
-from tl_clt.transcoder.transcoder import CrossLayerTranscoder, Encoding
+from tl_clt.transcoder.transcoder import CrossLayerTranscoder, Encoding, ExplainedVariance, explained_variance
 
 __all__ = [
     "CrossLayerTranscoder",
     "CrossLayerTranscoderConfig",
     "Encoding",
+    "ExplainedVariance",
     "PublicTranscoders",
     "check_fits",
+    "explained_variance",
     "public_transcoders",
 ]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_clt.errors import FormatError
 from tl_clt.transcoder.tensor_files import TensorFile, open_tensors
 
 
@@ -85,7 +86,10 @@ class DenseDecoders(nn.Module):
 
 
 class LazyDecoders(nn.Module):
-    """Decoders left in their files. `rows` reads what it is asked for; indexing reads a whole layer."""
+    """Decoders left in their files. `rows` reads what it is asked for; indexing reads a whole layer.
+
+    A copy, or what is made of a pickle, reads the same files, which must still lie where they were.
+    """
 
     def __init__(
         self,
@@ -96,7 +100,8 @@ class LazyDecoders(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.sources = list(sources)
+        # Absolute, so that another working folder, as a pickle's reader may have, does not lose them.
+        self.sources = [source._replace(path=source.path.absolute()) for source in sources]
         self.n_writes = list(n_writes)
         self.d_transcoder = d_transcoder
         self.dtype = dtype
@@ -104,6 +109,15 @@ class LazyDecoders(nn.Module):
 
     def __len__(self) -> int:
         return len(self.sources)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for source in self.sources:
+            if not source.path.is_file():
+                raise FormatError(
+                    f"This CLT was copied or pickled with its decoders left on disk, in '{source.path}', which is not"
+                    " there. Put its folder back, or load the CLT with lazy_decoder=False before it is pickled."
+                )
 
     def __getitem__(self, source: int) -> Float[Tensor, "d_transcoder n_writes d_model"]:
         return self._read(source, [slice(0, self.d_transcoder)])

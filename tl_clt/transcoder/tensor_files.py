@@ -116,7 +116,7 @@ class SafetensorsFile(TensorFile):
 
     def dtype(self, key: str) -> str:
         self.require(key)
-        stored = self.opened.get_slice(key).get_dtype()
+        stored = str(self.opened.get_slice(key).get_dtype())
         return DTYPES.get(stored, stored)
 
     def part(self, key: str, where: tuple[int | slice, ...]) -> Tensor:

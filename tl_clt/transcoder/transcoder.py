@@ -214,3 +214,31 @@ class CrossLayerTranscoder(nn.Module):
         from tl_clt.transcoder.formats import save
 
         return save(self, as_path("folder", folder), layout)
+
+
+class ExplainedVariance(NamedTuple):
+    """The one measure of this name, in training's metrics and in reports on held-out text."""
+
+    per_layer: list[float]
+    """Of each layer: 1 - sum ||out - recons||^2 / sum ||out - mean out||^2, sums and mean over tokens."""
+
+    mean: float
+    """Mean over layers, so that each counts alike however large its outputs are."""
+
+
+def explained_variance(
+    error_squared: Float[Tensor, " n_layers"],
+    variance: Float[Tensor, " n_layers"],
+    out_squared: Float[Tensor, " n_layers"],
+) -> ExplainedVariance:
+    """How much of what outputs vary by a reconstruction accounts for.
+
+    Args:
+        error_squared: sum over tokens of ||out - recons||^2.
+        variance: sum of ||out - mean out||^2.
+        out_squared: sum of ||out||^2. Where outputs do not vary, as on one token, `variance` is what rounding leaves of
+            this, and all error counts as unexplained.
+    """
+    floor = (torch.finfo(torch.float64).eps * out_squared).clamp_min(1e-30)
+    explained = 1 - error_squared / variance.maximum(floor)
+    return ExplainedVariance(explained.tolist(), float(explained.mean()))

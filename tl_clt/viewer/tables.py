@@ -12,16 +12,22 @@ from tl_clt.interventions import InterventionEffect
 
 
 def graph_table(graph: AttributionGraph, pruned: AttributionGraph) -> Table:
-    """Sizes and scores of a graph."""
+    """Sizes and scores of a graph, with their bounds where something of it is unknown."""
     scores, shares = graph.scores(), graph.shares()
     table = Table(title="The graph", title_justify="left", show_header=False)
     table.add_row("nodes and edges", f"{len(graph.nodes)} and {graph.n_edges}")
     table.add_row("shown (pruned)", f"{len(pruned.nodes)} and {pruned.n_edges}")
-    table.add_row("replacement score", f"{scores.replacement:.3f} (tokens against errors)")
-    table.add_row("completeness score", f"{scores.completeness:.3f} (inputs that are not errors)")
+    table.add_row("replacement score", f"{scores.replacement_text()} (tokens against errors)")
+    table.add_row("completeness score", f"{scores.completeness_text()} (inputs that are not errors)")
     table.add_row("influence from biases", f"{shares.bias:.3f}, positions {shares.position:.3f}")
     if shares.unexplored > 0:
         table.add_row("influence not traced", f"{shares.unexplored:.3f}")
+    if shares.dropped > 0:
+        table.add_row("influence along edges not held", f"{shares.dropped:.3f}")
+    table.add_row("unknown once pruned", f"{pruned.unexplored:.3f} of influence")
+    if pruned.info.get("thresholds_out_of_reach"):
+        names = " and ".join(pruned.info["thresholds_out_of_reach"])
+        table.add_row("kept for want of knowledge", f"all there is: what is held cannot be sure to reach {names}")
     return table
 
 

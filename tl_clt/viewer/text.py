@@ -36,8 +36,9 @@ def node_name(graph: AttributionGraph, node: int, label: FeatureLabel | None = N
 def graph_tree(graph: AttributionGraph, *, width: int = 3, depth: int = 4, label: FeatureLabel | None = None) -> Tree:
     """The strongest inputs of each output, their strongest inputs, and so on.
 
-    Each branch gives the share of the node above's absolute input, with its sign. A node that is already shown
-    elsewhere is named again, but not opened again.
+    Each branch gives the share of the node above's absolute input, with its sign; what the graph does not hold counts
+    in the whole, and the first line says how much influence is lost there. A node that is already shown elsewhere is
+    named again, but not opened again.
 
     Args:
         graph: a pruned graph, or any.
@@ -60,7 +61,9 @@ def graph_tree(graph: AttributionGraph, *, width: int = 3, depth: int = 4, label
                 again = " (see above)" if source in shown and steps > 1 else ""
                 grow(branch.add(Text(words + again)), source, steps - 1)
 
-    root = Tree(Text(str(graph.info.get("prompt", "".join(graph.prompt_tokens)))))
+    prompt = str(graph.info.get("prompt", "".join(graph.prompt_tokens)))
+    unknown = f"  [{graph.unexplored:.1%} of influence is not in this graph]" if graph.is_reduced else ""
+    root = Tree(Text(prompt + unknown))
     for logit in graph.nodes.where(NodeKind.LOGIT).tolist():
         grow(root.add(Text(node_name(graph, logit))), logit, depth)
     return root

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tl_clt.attribution.engines.engine import EdgeRows, Engine
 from tl_clt.attribution.engines.held_maps import FoldedModel, HeldMaps
-from tl_clt.attribution.local import LocalReplacementModel
+from tl_clt.attribution.local import LocalReplacementModel, skipped_positions
 from tl_clt.attribution.nodes import NodeKind, Nodes
 from tl_clt.attribution.sources import Segment, Sources
 from tl_clt.attribution.streams import Readouts
@@ -201,8 +201,7 @@ class SweepEngine(Engine):
         if W_skip is None:
             return batch.R[:0]
         back = self.maps.output_transposed(t, batch.R[: batch.joined]) @ W_skip[t].detach().to(batch.R.dtype).T
-        if self.local.bos == "error":
-            back[:, 0] = 0
+        back[:, : skipped_positions(self.local.bos).start] = 0
         return self.maps.input_transposed(t, back, slice(0, back.shape[1]))
 
     def _through_attention(self, batch: Batch, t: int) -> None:

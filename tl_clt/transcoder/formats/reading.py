@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from yaml.composer import ComposerError
 
 from tl_clt.errors import FormatError
 from tl_clt.transcoder.decoders import Decoders, DecoderSource, DenseDecoders, LazyDecoders
@@ -46,7 +47,7 @@ class PlainLoader(yaml.SafeLoader):
         is_alias = self.check_event(yaml.AliasEvent)
         node = super().compose_node(parent, index)
         if is_alias and not isinstance(node, yaml.ScalarNode):
-            raise yaml.composer.ComposerError(None, None, "an alias of a list or a mapping: write it out", None)
+            raise ComposerError(None, None, "an alias of a list or a mapping: write it out", None)
         return node
 
     def whole_number(self, node: Any) -> int:
