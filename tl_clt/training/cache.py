@@ -152,8 +152,8 @@ class ActivationCache:
             raise FormatError(f"'{path}' is damaged: its contents do not have the checksum it states. {mend}")
         with reading(path, "shard of activations", mend):
             packed = Packed(tensors["values"], tensors["scales"])
-            expected = (tokens.numel(), 2, len(self._about["hooks"]) // 2)
-            if packed.values.shape[:-1] != expected or packed.scales.shape != expected:
+            n_tokens, sides, _ = packed.scales.shape
+            if (n_tokens, sides) != (tokens.numel(), 2) or packed.values.shape[:-1] != packed.scales.shape:
                 raise ValueError(f"values {list(packed.values.shape)}, scales {list(packed.scales.shape)}")
             if packed.values.dtype != getattr(torch, self._dtype) or packed.scales.dtype != torch.float32:
                 raise ValueError(f"values of {packed.values.dtype}, scales of {packed.scales.dtype}")
@@ -166,7 +166,7 @@ class ActivationCache:
             "sha256": _checksum(tensors),
             "error": json.dumps({name: value.tolist() for name, value in error._asdict().items()}),
         }
-        errors = self._errors_of_shards()
+        errors = self._errors_of_shards(error.largest.shape)
         try:
             with new_file(path) as unfinished:
                 save_file(tensors, unfinished, metadata)
@@ -179,8 +179,9 @@ class ActivationCache:
                 " stays good. Make room, give a cache_path on another disk, use cache_dtype='int8', or train without."
             ) from cause
 
-    def _errors_of_shards(self) -> dict[str, RoundingError]:
-        """Of each shard by name; read from their headers once, so that it holds whatever happened to an index."""
+    def _errors_of_shards(self, shape: torch.Size) -> dict[str, RoundingError]:
+        """Of each shard by name, where they are of this shape; read from their headers once, so that it holds whatever
+        happened to an index."""
         if self._errors is None:
             self._errors = {}
             for path in sorted(self.folder.glob("*" + SUFFIX)):
@@ -190,7 +191,7 @@ class ActivationCache:
                     error = [torch.tensor(values[name], dtype=torch.float64) for name in RoundingError._fields]
                 except READING_ERRORS:
                     continue  # told by name when it is read
-                if all(part.shape == (2, len(self._about["hooks"]) // 2) for part in error):
+                if all(part.shape == shape for part in error):
                     self._errors[path.stem] = RoundingError(*error)
         return self._errors
 
