@@ -172,16 +172,15 @@ class ActivationCache:
             "sha256": _checksum(tensors),
             "error": json.dumps({name: value.tolist() for name, value in error._asdict().items()}),
         }
-<<<<<<< HEAD
-        self._count_shards()
+        self._count_shards(error.largest.shape)
         with new_file(path, MEND) as unfinished:
             save_file(tensors, unfinished, metadata)
         self._count(path.stem, error)
         with new_file(self.folder / INDEX, MEND) as unfinished:
             unfinished.write_text(json.dumps(self._index(), indent=2) + "\n")
 
-    def _count_shards(self) -> None:
-        """Count what is in the folder: from headers, once a run, so that it holds whatever happened to an index."""
+    def _count_shards(self, shape: torch.Size) -> None:
+        """Count what is in the folder, and of this shape: from headers, once a run, whatever happened to an index."""
         if self._counted is not None:
             return
         self._counted = set()
@@ -192,38 +191,8 @@ class ActivationCache:
                 error = [torch.tensor(values[name], dtype=torch.float64) for name in RoundingError._fields]
             except READING_ERRORS:
                 continue  # told by name when it is read
-            if all(part.shape == (2, len(self._about["hooks"]) // 2) for part in error):
+            if all(part.shape == shape for part in error):
                 self._count(path.stem, RoundingError(*error))
-=======
-        errors = self._errors_of_shards(error.largest.shape)
-        try:
-            with new_file(path) as unfinished:
-                save_file(tensors, unfinished, metadata)
-            errors[path.stem] = error
-            with new_file(self.folder / INDEX) as unfinished:
-                unfinished.write_text(json.dumps(self._index(errors), indent=2) + "\n")
-        except (OSError, SafetensorError) as cause:
-            raise NotWritten(
-                f"'{path}' could not be written ({cause}). Nothing half-written is left, and what was cached before"
-                " stays good. Make room, give a cache_path on another disk, use cache_dtype='int8', or train without."
-            ) from cause
-
-    def _errors_of_shards(self, shape: torch.Size) -> dict[str, RoundingError]:
-        """Of each shard by name, where they are of this shape; read from their headers once, so that it holds whatever
-        happened to an index."""
-        if self._errors is None:
-            self._errors = {}
-            for path in sorted(self.folder.glob("*" + SUFFIX)):
-                try:
-                    with safe_open(path, framework="pt") as opened:
-                        values = read_json((opened.metadata() or {})["error"])
-                    error = [torch.tensor(values[name], dtype=torch.float64) for name in RoundingError._fields]
-                except READING_ERRORS:
-                    continue  # told by name when it is read
-                if all(part.shape == shape for part in error):
-                    self._errors[path.stem] = RoundingError(*error)
-        return self._errors
->>>>>>> wt-f
 
     def _count(self, name: str, error: RoundingError) -> None:
         """Add a shard to the running sums: however many there are, the index of one more costs the same."""
