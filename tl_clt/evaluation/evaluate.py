@@ -8,6 +8,7 @@ import warnings
 
 import torch
 from jaxtyping import Float
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_clt.arguments import as_seed, as_share, as_switch, as_whole
