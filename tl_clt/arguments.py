@@ -21,6 +21,8 @@ from torch import Tensor
 from tl_clt.errors import ConfigError, TlCltError, nearest
 
 Refusal = type[TlCltError]
+NO_NUMBERS = (bool, np.timedelta64)
+"""Python counts these among its numbers."""
 SMALLEST, LARGEST = -(2**63), 2**63 - 1
 """Whole numbers that torch can hold."""
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -60,7 +62,7 @@ def has_values(tensor: Tensor) -> bool:
 
 def is_whole(value: object) -> TypeGuard[int]:
     """Whether a plain value is a whole number; True and False are none."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, NO_NUMBERS)
 
 
 @overload
@@ -262,7 +264,7 @@ def as_features(value: object, d_transcoder: int) -> Int[Tensor, " n"]:
 
 
 def _is_finite(number: object) -> TypeGuard[float]:
-    if isinstance(number, bool) or not isinstance(number, numbers.Real):
+    if isinstance(number, NO_NUMBERS) or not isinstance(number, numbers.Real):
         return False
     try:
         return math.isfinite(number)
