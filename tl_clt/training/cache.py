@@ -152,7 +152,8 @@ class ActivationCache:
         with reading(path, "safetensors file", mend), safe_open(path, framework="pt") as opened:
             metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-        if metadata.get("key") != self.key or not torch.equal(tensors.get("tokens", tokens[:0]), tokens):
+            are_ours = metadata.get("key") == self.key and torch.equal(tensors.get("tokens", tokens[:0]), tokens)
+        if not are_ours:
             raise FormatError(f"'{path}' holds other activations than its folder and name say. {mend}")
         if _checksum(tensors) != metadata.get("sha256"):
             raise FormatError(f"'{path}' is damaged: its contents do not have the checksum it states. {mend}")

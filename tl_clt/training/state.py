@@ -176,7 +176,10 @@ def position_of(state: TrainingState) -> Position:
 
 
 def _like(name: str, value: Any, expected: Any) -> Any:
-    """A value of a checkpoint, which must be of the type that a trainer has there."""
+    """A value of a checkpoint, which must be of the type that a trainer has there. None stands for a number that is not
+    known yet."""
+    if expected is None:
+        return None if value is None else _like(name, value, 0.0)
     is_number = isinstance(expected, int | float) and not isinstance(expected, bool)
     right = (int, float) if is_number else type(expected)
     if not isinstance(value, right) or (is_number and (isinstance(value, bool) or not math.isfinite(value))):
