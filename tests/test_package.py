@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +39,68 @@ def test_every_public_name_can_be_loaded():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'atribute'"):
         _ = tl_clt.atribute
+
+
+UNPICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+LOADERS_OF_YAML = {"load", "load_all", "full_load", "full_load_all", "unsafe_load", "unsafe_load_all"}
+
+
+def what_can_run_code(source: str) -> list[str]:
+    """Calls and imports through which reading a file, or text, can run code that is in it."""
+    tree, found = ast.parse(source), []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            named = [alias.name for alias in node.names]
+            whole = named if isinstance(node, ast.Import) else [node.module or ""]
+            found += [name for name in whole if name.split(".")[0] in UNPICKLERS]
+            # Only by their full names can loaders be told below.
+            if isinstance(node, ast.ImportFrom) and node.module in ("torch", "numpy", "yaml", "pandas"):
+                found += [name for name in named if name in {"load", "read_pickle", *LOADERS_OF_YAML}]
+        if not isinstance(node, ast.Call):
+            continue
+        given = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+        called = ast.unparse(node.func)
+        room, _, name = called.rpartition(".")
+        unsafe = (
+            (called == "torch.load" and given.get("weights_only") is not True)
+            or any(
+                k.arg in ("allow_pickle", "trust_remote_code") and given.get(k.arg) is not False for k in node.keywords
+            )
+            or (room == "yaml" and name in LOADERS_OF_YAML)
+            or name in ("read_pickle", "load_from_checkpoint")
+            or called in ("eval", "exec", "torch.hub.load")
+        )
+        if unsafe:
+            found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import torch\ntorch.load(path)", True),
+        ("torch.load(path, weights_only=False)", True),
+        ("torch.load(path, weights_only=chosen)", True),
+        ("torch.load(path, weights_only=True)", False),
+        ("from torch import load", True),
+        ("np.load(path, allow_pickle=True)", True),
+        ("np.load(path)", False),
+        ("np.load(path, allow_pickle=False)", False),
+        ("yaml.load(text, Loader=yaml.Loader)", True),
+        ("yaml.safe_load(text)", False),
+        ("def f():\n    import pickle", True),
+        ("from joblib import load", True),
+        ("pd.read_pickle(path)", True),
+        ("model.eval()", False),
+        ("eval(text)", True),
+        ("load(path, trust_remote_code=True)", True),
+    ],
+)
+def test_what_can_run_code_is_found(source, expected):
+    assert bool(what_can_run_code(source)) == expected
+
+
+def test_nothing_that_is_read_can_run_code():
+    files = sorted(Path(tl_clt.__file__).parent.rglob("*.py"))
+    assert len(files) > 50
+    assert {str(path): found for path in files if (found := what_can_run_code(path.read_text(encoding="utf-8")))} == {}

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
 
+from tl_clt.cli.interruption import interruptible
 from tl_clt.errors import TlCltError
 
-app = typer.Typer(
+
+class App(typer.Typer):
+    """The commands, each of which Ctrl-C ends with one line."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with interruptible():
+            return super().__call__(*args, **kwargs)
+
+
+app = App(
     name="tl-clt",
     help="Cross-layer transcoders for TransformerLens: train one, and trace how a model arrives at its answer.",
     no_args_is_help=True,

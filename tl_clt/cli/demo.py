@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from tl_clt.cli.app import app, console, errors, plain_errors
+from tl_clt.cli.interruption import interruption
 from tl_clt.cli.show import show_graph, write
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ def demo(
 ) -> None:
     """Trace a prompt through the bundled model "atlas" and show how it arrives at its answer."""
     with plain_errors():
+        from tl_clt.transcoder.formats.writing import require_file
+
+        require_file(output)
         with console.status("Loading the model and its CLT"):
             import torch
 
@@ -40,6 +44,7 @@ def demo(
         if "<unk>" in graph.prompt_tokens:
             errors.print("Words that atlas does not know became <unk>: it has read of US states and cities only.")
         write(graph, output)
+        interruption.kept = lambda: f"The graph is in {output}."
         show_graph(graph, graph.prune(), model, clt)
         with console.status("Measuring how well the CLT stands in for the MLPs"):
             from tl_clt.viewer.tables import evaluation_table

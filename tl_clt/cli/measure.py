@@ -8,6 +8,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from tl_clt.cli.app import Backend, CLTName, Device, LazyDecoder, ModelName, ModelOfCLT, app, console, plain_errors
+from tl_clt.cli.interruption import interruption
 from tl_clt.cli.pair import load_pair
 
 HeldOutText = Annotated[str, typer.Option(help="Held-out text: a text file, dataset folder, or hub dataset.")]
@@ -43,6 +44,8 @@ def evaluate(
         from tl_clt.transcoder.formats.writing import require_new
 
         require_new(output)
+        written = output / "report.json"
+        interruption.kept = lambda: f"The report is in {output}." if written.exists() else "Nothing was written."
         with console.status("Loading the model and the CLT"):
             from tl_clt.evaluation import evaluate as measure
             from tl_clt.viewer.tables import evaluation_table, layer_table
@@ -97,6 +100,7 @@ def tradeoff(
         from tl_clt.transcoder.formats.writing import require_new
 
         require_new(output)
+        interruption.kept = lambda: _kept(output)
         check_training(train_on, d_transcoder, l0)
         with console.status("Loading the model and transcoders"):
             from tl_clt.lens import load_model
@@ -126,3 +130,13 @@ def tradeoff(
         found.save(output)
         console.print(tradeoff_table(found.table))
         console.print(f"The table and its figure are in {output}.")
+
+
+def _kept(output: Path) -> str:
+    """What of a comparison is there."""
+    if (output / "tradeoff.csv").exists():
+        return f"The table is in {output}."
+    trained = sorted(str(path.parent) for path in output.glob("*/cfg.json"))
+    if trained:
+        return "These are trained, and can be compared with " + " ".join(f"--clt {folder}" for folder in trained) + "."
+    return "Nothing was written."

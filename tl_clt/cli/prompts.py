@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from tl_clt.cli.app import Backend, CLTName, Device, LazyDecoder, ModelOfCLT, app, console, plain_errors
+from tl_clt.cli.interruption import interruption
 from tl_clt.cli.pair import load_pair
 from tl_clt.cli.show import show_effect, show_graph, write
 from tl_clt.errors import InterventionError, OutputNotEmpty
@@ -50,8 +52,12 @@ def trace(
 ) -> None:
     """Trace one prompt into an attribution graph, show it pruned, and write it whole to a file."""
     with plain_errors():
-        if output.exists():
+        from tl_clt.transcoder.formats.writing import require_file
+
+        require_file(output)
+        if os.path.lexists(output):
             raise OutputNotEmpty(f"'{output}' exists. Give another --output, or remove it first.")
+        interruption.kept = lambda: f"The graph is in {output}." if output.exists() else "Nothing was written."
         with console.status("Loading the model and the CLT"):
             from tl_clt.attribution import attribute, check_thresholds
 

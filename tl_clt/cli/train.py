@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from tl_clt.cli.app import Backend, ModelName, app, console, errors, plain_errors
+from tl_clt.cli.interruption import interruption
 
 
 @app.command()
@@ -93,6 +94,11 @@ def train(
         # Of several processes the main one speaks; its errors are raised on all.
         console.quiet = errors.quiet = "LOCAL_RANK" in os.environ and int(os.environ.get("RANK", "0")) > 0
         require_new(output)
+        checkpoint_path = _checkpoint_folder(checkpoints, resume)
+        if checkpoints is not None and resume is None:
+            require_new(checkpoints)
+        interruption.quiet = errors.quiet
+        interruption.kept = lambda: _kept(output, checkpoint_path, cache)
         with console.status("Loading the model and the training loop"):
             from tl_clt.lens import load_model
             from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig, own_device
@@ -121,7 +127,7 @@ def train(
             "cache_path": None if cache is None else str(cache),
             "cache_dtype": cache_dtype,
             "max_norm_ratio": max_norm_ratio,
-            "checkpoint_path": _checkpoint_folder(checkpoints, resume),
+            "checkpoint_path": checkpoint_path,
             "checkpoint_every": checkpoint_every,
         }
         cfg = CLTTrainingRunnerConfig.from_dict(
@@ -155,3 +161,18 @@ def _checkpoint_folder(checkpoints: Path | None, resume: Path | None) -> str | N
     if checkpoints is None and resume is not None:
         checkpoints = resume.parent if resume.name.startswith("step_") else resume
     return None if checkpoints is None else str(checkpoints)
+
+
+def _kept(output: Path, checkpoint_path: str | None, cache: Path | None) -> str:
+    """What of a run is there."""
+    if (output / "cfg.json").exists():
+        return f"The CLT is in {output}."
+    cached = "" if cache is None or not cache.exists() else f" Cached activations stay in {cache}."
+    written = sorted(Path(checkpoint_path).glob("step_*")) if checkpoint_path is not None else []
+    if not written:
+        return "No CLT and no checkpoint was written." + cached
+    step = int(written[-1].name.removeprefix("step_"))
+    return (
+        f"The newest checkpoint is of step {step}: the same command with --resume {written[-1].parent} goes on."
+        + cached
+    )
