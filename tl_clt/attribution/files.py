@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -46,7 +47,7 @@ def save_graph(graph: AttributionGraph, path: Path) -> Path:
     for number, target in enumerate(targets):
         if isinstance(target, DirectionTarget):
             # safetensors takes no tensor twice, and two targets may read along the same one.
-            tensors[f"direction_{number}"] = target.direction.clone()
+            tensors[f"direction_{number}"] = torch.as_tensor(target.direction).clone()
     for name in ("dropped", "contrast_activation"):
         if getattr(graph, name) is not None:
             tensors[name] = getattr(graph, name)

@@ -324,7 +324,7 @@ class _Measurement:
         if isinstance(target, DirectionTarget):
             seen = effect.recorded[target.hook]
             change = (seen.value - seen.baseline)[:, target.pos].double()
-            return change @ target.direction.to(change)
+            return change @ torch.as_tensor(target.direction).to(change)
         after, before = (logits[:, target.pos].double() for logits in (effect.logits, effect.baseline_logits))
         if isinstance(target, DifferenceTarget):
             return (after - before)[:, int(target.plus)] - (after - before)[:, int(target.minus)]
