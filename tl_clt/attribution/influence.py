@@ -187,7 +187,7 @@ def _most_visits(adjacency: Adjacency, nodes: Nodes, sums: NodeValues, unknown: 
     dead_end = features & (sums <= SMALLEST_ROW_SUM) & (unknown == 0)
     expected = torch.ones_like(sums) + dead_end
     most, best = torch.ones_like(sums), 1.0
-    for layer in range(int(layers.max()) + 1):
+    for layer in layers.unique().tolist():
         at = layers == layer
         most[at] = best
         here = torch.nonzero(features & at).flatten()
