@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_clt.errors import ConfigError, TlCltError, nearest
+from tl_clt.errors import ConfigError, FeatureNotFound, TlCltError, nearest
 
 Refusal = type[TlCltError]
 NO_NUMBERS = (bool, np.timedelta64)
@@ -228,7 +228,8 @@ def as_dtype(name: str, value: object) -> torch.dtype:
     """A floating number type of torch's, by name or as it is."""
     named = str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else None
     if named not in DTYPES:
-        raise ConfigError(f"{name} is {shown(value)}: give one of {', '.join(DTYPES)}, as text or of torch.")
+        said = shown(value) if named is None else f"{named!r:.60}"
+        raise ConfigError(f"{name} is {said}: give one of {', '.join(DTYPES)}, as text or of torch.")
     return getattr(torch, named)
 
 
@@ -259,7 +260,7 @@ def as_features(value: object, d_transcoder: int) -> Int[Tensor, " n"]:
         entries = as_several("features", value, "feature numbers, as a tensor or a list")
         found = torch.tensor([as_whole(f"features[{i}]", n, 0, d_transcoder - 1) for i, n in enumerate(entries)])
     if len(found) and not (int(found.min()) >= 0 and int(found.max()) < d_transcoder):
-        raise ConfigError(f"features holds numbers out of range: a layer has features 0 to {d_transcoder - 1}.")
+        raise FeatureNotFound(f"features holds numbers out of range: a layer has features 0 to {d_transcoder - 1}.")
     return found
 
 

@@ -34,6 +34,10 @@ class ConfigError(TlCltError, ValueError):
     """A configuration with an unknown key or a value out of range."""
 
 
+class FeatureNotFound(ConfigError, IndexError):
+    """A feature number that a layer does not have."""
+
+
 class CLTMismatch(TlCltError, ValueError):
     """A CLT that was made for another model: depth, width or hooks differ."""
 

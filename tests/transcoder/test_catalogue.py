@@ -141,14 +141,14 @@ def test_a_clt_that_does_not_know_its_model_says_so(tmp_path: Path):
 @pytest.mark.parametrize("where", ["/no/such/folder", Path("no/such"), "./no/such", "~/no/such"])
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(where, monkeypatch):
     monkeypatch.setattr(hub, "fetch_folder", lambda *a: pytest.fail("asked the hub"))
-    with pytest.raises(FormatError, match=f"There is no folder '{where}'"):
+    with pytest.raises(FormatError, match=f"'{where}' is neither a folder here .*there is no folder"):
         CrossLayerTranscoder.from_pretrained(where)
 
 
 def test_a_name_that_is_nearly_in_the_catalogue_gets_the_nearest_ones():
     with pytest.raises(FormatError, match="tl-clt list.*Nearest names: gemma-2-2b-plt"):
         CrossLayerTranscoder.from_pretrained("Gemma-2-2B-PLTs")
-    with pytest.raises(FormatError, match="no folder here"):
+    with pytest.raises(FormatError, match="neither a folder here"):
         CrossLayerTranscoder.from_pretrained(" ")
 
 

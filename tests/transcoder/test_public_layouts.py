@@ -479,7 +479,7 @@ def test_layouts_that_could_not_be_verified_are_named(name: str, tmp_path: Path)
 def test_a_missing_layer_of_sparsifys_is_named(tmp_path: Path):
     made = sparsify(tmp_path / "set")
     (made.folder / "layers.1.mlp").rename(tmp_path / "elsewhere")
-    with pytest.raises(FormatError, match=r"layers\.1\.mlp"):
+    with pytest.raises(FormatError, match=r"layers\.2\.mlp but nothing of layer 1"):
         CrossLayerTranscoder.from_pretrained(made.folder)
 
 

@@ -61,7 +61,9 @@ class _Change:
             raise InterventionError(f"{self} sets {said}: give exactly one of value, scale, add or noise.")
         self._set("layer", as_whole("layer", self.layer, error=InterventionError))
         self._set("pos", _as_positions(self.pos))
-        prompt = as_whole("prompt", self.prompt, 0, why="counted within the batch", none="all", error=InterventionError)
+        prompt = as_whole(
+            "prompt", self.prompt, 0, why="numbered from 0 within the batch", none="all", error=InterventionError
+        )
         self._set("prompt", prompt)
         self._set(given[0], _as_amount(given[0], getattr(self, given[0])))
         self._set("seed", as_whole("seed", self.seed, error=InterventionError))

@@ -77,7 +77,10 @@ def _local_folder(folder_or_hub_repo: str | Path) -> Path:
         raise FormatError(f"'{folder}' is a file: give the folder that holds the CLT's files.")
     known = catalogue.find(str(folder_or_hub_repo))
     if known is None and _names_a_folder(folder_or_hub_repo):
-        raise FormatError(f"There is no folder '{folder_or_hub_repo}'. Check the path.")
+        raise FormatError(
+            f"'{folder_or_hub_repo}' is neither a folder here nor a hub repository that can be reached: there is no folder"
+            " of this path. Check it."
+        )
     revision = str(folder_or_hub_repo).partition("@")[2]
     where = hub.parse(str(folder_or_hub_repo) if known is None else known.repo)
     where = where._replace(revision=where.revision or revision or None)
