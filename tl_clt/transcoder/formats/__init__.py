@@ -78,8 +78,8 @@ def _local_folder(folder_or_hub_repo: str | Path) -> Path:
     known = catalogue.find(str(folder_or_hub_repo))
     if known is None and _names_a_folder(folder_or_hub_repo):
         raise FormatError(
-            f"'{folder_or_hub_repo}' is neither a folder here nor a hub repository that can be reached: there is no folder"
-            " of this path. Check it."
+            f"'{folder_or_hub_repo}' is neither a folder here nor a hub repository that can be reached: there is no"
+            " folder of this path. Check it."
         )
     revision = str(folder_or_hub_repo).partition("@")[2]
     where = hub.parse(str(folder_or_hub_repo) if known is None else known.repo)
