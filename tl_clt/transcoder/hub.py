@@ -51,8 +51,8 @@ def parse(where: str) -> HubPath:
         alike = get_close_matches(where.lower(), [entry.name for entry in CATALOGUE], n=2, cutoff=0.5)
         raise FormatError(
             f"'{where}' is neither a folder here nor a hub repository that can be reached, nor a name that `tl-clt"
-            f" list` gives: repositories are written owner/repo, owner/repo/folder or {URI}owner/repo/file, with @revision"
-            " behind it where one is meant." + (f" Nearest names: {', '.join(alike)}." if alike else "")
+            f" list` gives: repositories are written owner/repo, owner/repo/folder or {URI}owner/repo/file, with"
+            " @revision behind it where one is meant." + (f" Nearest names: {', '.join(alike)}." if alike else "")
         )
     return HubPath(f"{owner}/{name}", path, revision or None)
 
