@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
 
-from tl_clt.cli.interruption import interruptible
+from tl_clt.cli.interruption import run_interruptible
 from tl_clt.errors import TlCltError
 
 
@@ -17,8 +18,7 @@ class App(typer.Typer):
     """The commands, each of which Ctrl-C ends with one line."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with interruptible():
-            return super().__call__(*args, **kwargs)
+        return run_interruptible(partial(super().__call__, *args, **kwargs))
 
 
 app = App(

@@ -6,16 +6,18 @@ Nothing but the standard library is imported here: this is there before the rest
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TypeVar
+
+T = TypeVar("T")
 
 STATUS = 128 + signal.SIGINT
 """What shells give a program that Ctrl-C ended."""
@@ -53,33 +55,29 @@ def end_interrupted() -> NoReturn:
     sys.exit(STATUS)
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Within, Ctrl-C ends the program with one line, once everything within has cleaned up.
+def run_interruptible(command: Callable[[], T]) -> T:
+    """What a command gives; Ctrl-C ends the program with one line, once everything within has cleaned up.
 
     A library may turn the interruption into an error of its own, which counts as one then.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # no signal is handled here
-        return
+        return command()  # no signal is handled here
     before = signal.signal(signal.SIGINT, _on_signal)
     hook, sys.unraisablehook = sys.unraisablehook, _unraisable
-    interrupted = False
     try:
-        yield
+        return command()
     except BaseException as error:
         done = isinstance(error, SystemExit) and error.code in (0, None)
-        interrupted = not done and (isinstance(error, KeyboardInterrupt) or interruption.seen_at is not None)
-        if not interrupted:
+        if done or (interruption.seen_at is None and not isinstance(error, KeyboardInterrupt)):
             raise
     finally:
         sys.unraisablehook = hook
         signal.signal(signal.SIGINT, before)
         # All is done, and libraries are being taken down: they have nothing to say of a Ctrl-C.
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
-    # Here the error with all its frames is gone, and so are progress bars that were in them.
-    if interrupted:
-        end_interrupted()
+    # The error with its frames is gone here, and now the progress bars in them end their lines.
+    gc.collect()
+    end_interrupted()
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
