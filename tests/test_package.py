@@ -48,6 +48,8 @@ LOADERS_OF_YAML = {"load", "load_all", "full_load", "full_load_all", "unsafe_loa
 def what_can_run_code(source: str) -> list[str]:
     """Calls and imports through which reading a file, or text, can run code that is in it."""
     tree, found = ast.parse(source), []
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    safe = {node.name for node in classes if [ast.unparse(base) for base in node.bases] == ["yaml.SafeLoader"]}
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             named = [alias.name for alias in node.names]
@@ -66,7 +68,7 @@ def what_can_run_code(source: str) -> list[str]:
             or any(
                 k.arg in ("allow_pickle", "trust_remote_code") and given.get(k.arg) is not False for k in node.keywords
             )
-            or (room == "yaml" and name in LOADERS_OF_YAML)
+            or (room == "yaml" and name in LOADERS_OF_YAML and not {ast.unparse(arg) for arg in node.args} & safe)
             or name in ("read_pickle", "load_from_checkpoint")
             or called in ("eval", "exec", "torch.hub.load")
         )
@@ -87,6 +89,9 @@ def what_can_run_code(source: str) -> list[str]:
         ("np.load(path)", False),
         ("np.load(path, allow_pickle=False)", False),
         ("yaml.load(text, Loader=yaml.Loader)", True),
+        ("yaml.load(text, Mine)", True),
+        ("class Mine(yaml.UnsafeLoader): ...\nyaml.load(text, Mine)", True),
+        ("class Mine(yaml.SafeLoader): ...\nyaml.load(text, Mine)", False),
         ("yaml.safe_load(text)", False),
         ("def f():\n    import pickle", True),
         ("from joblib import load", True),
