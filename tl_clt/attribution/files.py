@@ -20,9 +20,7 @@ from tl_clt.attribution.nodes import Nodes
 from tl_clt.attribution.row_store import zero_rows
 from tl_clt.attribution.targets import NAMED_TARGETS, DirectionTarget, NamedTarget
 from tl_clt.errors import FormatError
-from tl_clt.transcoder.formats.reading import read_json
-from tl_clt.transcoder.formats.writing import new_file
-from tl_clt.transcoder.tensor_files import reading
+from tl_clt.files import new_file, read_json, reading
 
 FORMAT = "tl_clt.attribution_graph"
 VERSION = 3
