@@ -38,9 +38,8 @@ from tests.models import tiny_clt
 from tests.training.conftest import D_MODEL, D_VOCAB, N_CTX, N_LAYERS, tiny_model
 from tests.training.conftest import config as training_config
 from tests.transcoder import test_public_layouts as public
-from tl_clt.attribution.edges import CSR, from_csr
+from tl_clt.attribution.edges import CSR, NodeKind, Nodes, from_csr
 from tl_clt.attribution.graph import AttributionGraph
-from tl_clt.attribution.nodes import NodeKind, Nodes
 from tl_clt.attribution.targets import DirectionTarget, TokenTarget
 from tl_clt.errors import TlCltError
 from tl_clt.evaluation import EvaluationReport, GraphNumbers

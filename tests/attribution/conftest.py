@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.attribution.helpers import TOKENS
 from tests.models import tiny_clt, tiny_hooked
 from tl_clt import attribute
-
-TOKENS = torch.tensor([0, 7, 19, 4, 33, 50, 21])
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.attribution.conftest import TOKENS
+from tests.attribution.helpers import TOKENS
 from tests.models import tiny_clt, tiny_hf
 from tl_clt import attach, attribute
 from tl_clt.attribution import NodeKind

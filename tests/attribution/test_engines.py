@@ -11,8 +11,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from tests.conftest import KINDS
 from tests.models import COMMON, ROTARY, input_hook_of, random_tokens, randomise, save_hf, tiny_clt, tiny_hf
-from tl_clt.attribution import DifferenceTarget, DirectionTarget, FeatureTarget, TokenTarget, attribute
-from tl_clt.attribution.engines import held_maps, sweep
+from tl_clt.attribution import DifferenceTarget, DirectionTarget, FeatureTarget, TokenTarget, attribute, sweep
 from tl_clt.errors import LocalModelMismatch, ModelUnsupported
 from tl_clt.lens import linear, load_model
 
@@ -151,8 +150,8 @@ def test_an_unknown_norm_is_named_and_auto_uses_autograd(one_of_each, monkeypatc
 
 def test_an_architecture_that_only_looks_known_is_found_out(one_of_each, monkeypatch):
     """The sweep's maps are tested against the clean run: here attention weights that are not the model's."""
-    honest = held_maps.ov_weights
-    monkeypatch.setattr(held_maps, "ov_weights", lambda m, t: honest(m, t)._replace(W_V=honest(m, t).W_V * 1.01))
+    honest = sweep.ov_weights
+    monkeypatch.setattr(sweep, "ov_weights", lambda m, t: honest(m, t)._replace(W_V=honest(m, t).W_V * 1.01))
     clt = tiny_clt(one_of_each)
     with pytest.raises(LocalModelMismatch, match="does not know the architecture"):
         attribute(one_of_each, clt, TOKENS, engine="sweep")

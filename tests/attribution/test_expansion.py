@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from tests.attribution.conftest import TOKENS
+from tests.attribution.helpers import TOKENS
 from tl_clt import CrossLayerTranscoder, NodeKind, attribute
 from tl_clt.attribution import expansion
-from tl_clt.attribution.influence import node_influence
 from tl_clt.transcoder.decoders import LazyDecoders
 
 
@@ -20,8 +21,8 @@ def test_visits_kept_up_to_date_are_those_computed_anew(model, clt, graph, monke
         n_traced = trace(self, features, batch_size, bar, ranked)
         rows = graph.adjacency * self.expanded[:, None]
         if keep_edges is None:
-            weights = graph.logit_weights / graph.logit_probs.sum()
-            wanted = weights + node_influence(rows, graph.nodes, weights)
+            whole = graph.logit_probs.sum()
+            wanted = (graph.logit_weights + replace(graph, adjacency=rows).influence()) / whole
             torch.testing.assert_close(self.visits, wanted, rtol=1e-12, atol=1e-15)
         rounds.append(float(self.open_shares().sum()))
         return n_traced

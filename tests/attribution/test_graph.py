@@ -10,10 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tests.attribution.conftest import TOKENS
+from tests.attribution.helpers import TOKENS, normalised
 from tl_clt import AttributionGraph
-from tl_clt.attribution.influence import normalised
-from tl_clt.attribution.nodes import NodeKind
+from tl_clt.attribution.edges import NodeKind
 from tl_clt.errors import ConfigError, FormatError
 
 
@@ -166,7 +165,7 @@ def test_a_full_disk_leaves_the_old_graph(graph, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tl_clt.attribution.files.save_file", full)
+    monkeypatch.setattr("tl_clt.attribution.graph.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         graph.save(path)
     assert path.read_bytes() == before

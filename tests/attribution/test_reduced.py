@@ -12,12 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.attribution.conftest import TOKENS
+from tests.attribution.helpers import TOKENS
 from tl_clt import AttributionGraph, NodeKind, attribute
-from tl_clt.attribution import files
-from tl_clt.attribution.edges import Entries, assemble
-from tl_clt.attribution.influence import GraphScores
-from tl_clt.attribution.nodes import Nodes
+from tl_clt.attribution import graph as graph_module
+from tl_clt.attribution.edges import EdgeList, Nodes, build_adjacency
+from tl_clt.attribution.influence import GraphScores, walk_upstream
 from tl_clt.attribution.pruning import _smallest_of_share
 from tl_clt.viewer import graph_tree
 from tl_clt.viewer.tables import graph_table
@@ -74,9 +73,9 @@ def hold_strongest(graph: AttributionGraph, share: float) -> AttributionGraph:
     enough = (before < share * ordered.values.sum(dim=1, keepdim=True)) & (ordered.values > 0)
     kept = torch.zeros_like(enough).scatter_(1, ordered.indices, enough)
     row, col = torch.nonzero(kept, as_tuple=True)
-    edges = Entries(row, col, graph.adjacency[row, col])
+    edges = EdgeList(row, col, graph.adjacency[row, col])
     dropped = (sizes * ~kept).sum(dim=1)
-    return replace(graph, adjacency=assemble(edges, len(graph.nodes), sparse=True), dropped=dropped)
+    return replace(graph, adjacency=build_adjacency(edges, len(graph.nodes), sparse=True), dropped=dropped)
 
 
 def leave_untraced(graph: AttributionGraph, n_traced: int) -> AttributionGraph:
@@ -214,7 +213,7 @@ def test_pruning_a_reduced_graph_keeps_the_share_asked_for_of_the_whole(how: str
     part = REDUCTIONS[how](whole)
     influence, ours = whole.influence(), part.influence()
     # What the node threshold keeps, before loose ends go.
-    unknown = part._walks().unknown_visits
+    unknown = walk_upstream(part).unknown_visits
     theirs = influence >= _smallest_of_share(influence, share).value
     least = _smallest_of_share(ours, share, unknown)
     kept = ours >= least.value
@@ -250,7 +249,7 @@ def test_what_is_unknown_survives_the_disk(graph, tmp_path):
 
 
 def test_older_files_are_read_and_pruned_ones_named(graph, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "VERSION", 2)
+    monkeypatch.setattr(graph_module, "VERSION", 2)
     whole = graph.save(tmp_path / "whole.safetensors")
     smaller = replace(graph.prune(), dropped=None).save(tmp_path / "pruned.safetensors")
     monkeypatch.undo()

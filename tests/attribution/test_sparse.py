@@ -7,10 +7,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tests.attribution.conftest import TOKENS
+from tests.attribution.helpers import TOKENS
 from tl_clt import AttributionGraph, NodeKind, attribute, machine
-from tl_clt.attribution import expansion, memory, row_store, tracing
-from tl_clt.attribution.edges import csr
+from tl_clt.attribution import edges, expansion, memory, tracing
+from tl_clt.attribution.edges import csr_parts
 from tl_clt.errors import ConfigError, FormatError, MemoryLimit
 from tl_clt.viewer.text import graph_tree
 
@@ -63,7 +63,7 @@ def test_all_edges_held_sparsely_give_the_dense_graphs_numbers(model, clt, graph
 def test_it_survives_the_disk(sparse, tmp_path):
     loaded = AttributionGraph.load(sparse.save(tmp_path / "graph.safetensors"))
     assert loaded.is_sparse
-    for ours, theirs in zip(csr(loaded.adjacency), csr(sparse.adjacency), strict=True):
+    for ours, theirs in zip(csr_parts(loaded.adjacency), csr_parts(sparse.adjacency), strict=True):
         assert torch.equal(ours, theirs)
     torch.testing.assert_close(loaded.dropped, sparse.dropped)
     assert loaded.scores() == sparse.scores()
@@ -155,7 +155,7 @@ def test_a_trace_that_outgrows_its_room_ends_early_with_the_most_influential(
     model, clt, limited, monkeypatch, options, room, mend
 ):
     graph = attribute(model, clt, TOKENS, max_n_logits=1)
-    at_work = memory._at_work(engine_of(model, clt, monkeypatch), 4)
+    at_work = engine_of(model, clt, monkeypatch).work_bytes(4)
     with pytest.warns(UserWarning, match=f"Tracing ended after .* unexplored share.*{mend}"):
         part = limited(model, clt, at_work + room, max_n_logits=1, max_unexplored=0.0, batch_size=4, **options)
     assert 0 < part.shares().unexplored < 1
@@ -186,7 +186,7 @@ def test_the_strongest_are_those_that_sorting_finds(share, dtype):
     sizes[3] = 0  # Nothing comes in.
     sizes[4] = 1  # All alike.
     sizes[5, 2:] = 0  # One edge, since the first is 0.
-    kept = row_store.strongest(sizes, share)
+    kept = memory.strongest(sizes, share)
     ordered = sizes.double().sort(dim=1, descending=True).values
     sums = ordered.cumsum(dim=1)
     # Rounding of sums of 300 numbers may move the end by one.
@@ -211,7 +211,7 @@ def test_what_was_not_traced_takes_no_memory_when_it_is_read_and_no_room_on_disk
     assert path.stat().st_size < 0.5 * graph.save(tmp_path / "whole.safetensors").stat().st_size
     n = 2**14
     before = machine.held_memory(torch.device("cpu"))
-    rows = row_store.zero_rows(n, torch.float32, torch.device("cpu"))
+    rows = edges.zero_rows(n, torch.float32, torch.device("cpu"))
     assert float(rows[::2].sum()) == 0
     rows[5] = 1
     assert float(rows.sum()) == n

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.attribution.conftest import TOKENS
+from tests.attribution.helpers import TOKENS
 from tl_clt import AttributionGraph, NodeKind, attribute
 from tl_clt.attribution import DifferenceTarget, DirectionTarget, FeatureTarget, TokenTarget
 from tl_clt.errors import HookNotFound, TargetError

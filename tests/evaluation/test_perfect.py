@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.attribution.helpers import normalised
 from tests.models import random_tokens, tiny_bridge, tiny_clt, tiny_hooked
 from tl_clt import NodeKind, attribute, evaluate
-from tl_clt.attribution.influence import normalised
 from tl_clt.errors import ConfigError, ModelUnsupported
 from tl_clt.evaluation.evaluate import numbers_of
 from tl_clt.evaluation.report import mean_numbers

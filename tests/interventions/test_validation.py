@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
+from tests.attribution.helpers import normalised
 from tests.models import COMMON, Model, input_hook_of, random_tokens, randomise, tiny_clt, tiny_hooked
 from tests.test_package import modules_after
 from tl_clt import (
@@ -29,7 +30,6 @@ from tl_clt import (
     validate,
 )
 from tl_clt.attribution import DifferenceTarget, DirectionTarget, FeatureTarget, TokenTarget
-from tl_clt.attribution.influence import normalised
 from tl_clt.errors import CLTMismatch, ConfigError, OutputNotEmpty, TargetError
 from tl_clt.interventions import ValidationReport
 from tl_clt.interventions.validation import KINDS, STRATA, baseline_clt, predict, sample_features

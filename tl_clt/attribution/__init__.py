@@ -1,10 +1,10 @@
 """From one prompt to an attribution graph, and from a graph to what matters in it."""
 
 from tl_clt.attribution.attribute import attribute
+from tl_clt.attribution.edges import NodeKind, Nodes
 from tl_clt.attribution.graph import AttributionGraph
 from tl_clt.attribution.influence import GraphScores, InfluenceShares
 from tl_clt.attribution.local import LocalReplacementModel, build_local_model
-from tl_clt.attribution.nodes import NodeKind, Nodes
 from tl_clt.attribution.pruning import PruneMasks, check_thresholds
 from tl_clt.attribution.targets import DifferenceTarget, DirectionTarget, FeatureTarget, TokenTarget
 

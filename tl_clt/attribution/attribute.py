@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tl_clt.arguments import as_choice, as_number, as_share, as_switch, as_whole
-from tl_clt.attribution.engines import EngineChoice
 from tl_clt.attribution.expansion import Limits
 from tl_clt.attribution.graph import AttributionGraph
 from tl_clt.attribution.streams import Bos
+from tl_clt.attribution.sweep import EngineChoice
 from tl_clt.attribution.targets import TargetsGiven, as_targets
 from tl_clt.attribution.tracing import Tracer, TracingOptions
 from tl_clt.errors import PromptError, TargetError

@@ -11,11 +11,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_clt.arguments import as_share, as_whole
-from tl_clt.attribution.engines import Engine
-from tl_clt.attribution.influence import SMALLEST_ROW_SUM, logit_weights
-from tl_clt.attribution.memory import MemoryPlan
-from tl_clt.attribution.nodes import NodeKind
-from tl_clt.attribution.row_store import RowStore, SparseRows
+from tl_clt.attribution.autograd import Engine
+from tl_clt.attribution.edges import NodeKind, place_logit_weights
+from tl_clt.attribution.influence import SMALLEST_ROW_SUM
+from tl_clt.attribution.memory import MemoryPlan, RowStore, SparseRows
 from tl_clt.attribution.targets import Targets, feature_readouts
 from tl_clt.errors import MemoryLimit
 from tl_clt.shapes import NodeMask, NodeValues
@@ -51,7 +50,7 @@ class Expansion:
         self.nodes = engine.sources.nodes
         self.features = self.nodes.where(NodeKind.FEATURE)
         self.expanded: Bool[Tensor, " n_nodes"] = torch.zeros_like(self.nodes.kind, dtype=torch.bool)
-        weights = logit_weights(self.nodes, targets.weights)
+        weights = place_logit_weights(self.nodes, targets.weights)
         self.visits: NodeValues = weights / weights.sum()
         """The probability that a walk from the targets upstream along normalised |edges| visits each node."""
         ends = self.nodes.where(NodeKind.LOGIT)
@@ -102,7 +101,7 @@ class Expansion:
 
     def _hand_on(self, new: NodeValues, rows: Int[Tensor, " n"]) -> None:
         if len(rows):
-            given = self.store.spread(rows, new[rows] / self.store.sums[rows].clamp_min(SMALLEST_ROW_SUM))
+            given = self.store.pass_upstream(rows, new[rows] / self.store.sums[rows].clamp_min(SMALLEST_ROW_SUM))
             new += given
             self.visits += given
 

@@ -1,47 +1,74 @@
-"""`AttributionGraph`: what wrote what into what, on one prompt."""
+"""`AttributionGraph`: what wrote what into what, on one prompt; what it says, and the file that it is kept in.
+
+A file is one safetensors file with JSON metadata. What is read is checked before it is a graph: its parts fit each
+other, and its edges run from lower layers to higher.
+"""
 
 from __future__ import annotations
 
+import json
+import warnings
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tl_clt.arguments import as_path, as_whole, plain
-from tl_clt.attribution.edges import Entries, assemble, entries, is_sparse, same_adjacency
+from tl_clt.attribution.edges import (
+    CSR,
+    ROWS_AT_ONCE,
+    EdgeList,
+    NodeKind,
+    Nodes,
+    WeightedGraph,
+    build_adjacency,
+    csr_parts,
+    from_csr,
+    is_sparse,
+    list_edges,
+    same_adjacency,
+    same_values,
+    sum_rows,
+    zero_rows,
+)
 from tl_clt.attribution.influence import (
     SMALLEST_ROW_SUM,
     Bounds,
     Definition,
     GraphScores,
+    InfluenceBounds,
     InfluenceShares,
-    Walks,
-    graph_scores,
-    influence_shares,
-    logit_weights,
-    path_length,
-    untraced,
-    walk,
+    bound_influence,
+    measure_path_length,
+    score_graph,
+    share_influence,
+    walk_upstream,
 )
-from tl_clt.attribution.nodes import Nodes, same_values
-from tl_clt.attribution.pruning import Pruned, PruneMasks, check_thresholds, prune_graph
-from tl_clt.attribution.targets import NamedTarget
-from tl_clt.shapes import Adjacency, NodeValues
+from tl_clt.attribution.pruning import PruneMasks, check_thresholds, prune_graph
+from tl_clt.attribution.targets import NAMED_TARGETS, DirectionTarget, NamedTarget
+from tl_clt.errors import FormatError
+from tl_clt.files import new_file, read_json, reading
+from tl_clt.shapes import NodeValues
 
-
-class InfluenceBounds(NamedTuple):
-    """Between these lies each node's influence in the whole graph."""
-
-    low: NodeValues
-    high: NodeValues
+FORMAT = "tl_clt.attribution_graph"
+VERSION = 3
+"""1: all rows of dense graphs. 2: of those with few traced rows, these alone. 3: of pruned graphs, what was cut."""
+SPARSE = {"adjacency_starts": "starts", "adjacency_cols": "cols", "adjacency_values": "values"}
+WHOLE = (torch.int32, torch.int64)
+ADJACENCIES = ("adjacency", "adjacency_of_expanded", "adjacency_values")
+PER_NODE = ("kind", "layer", "pos", "index", "activation", "expanded", "dropped", "contrast_activation")
+PARTS = {*PER_NODE, *ADJACENCIES, "adjacency_starts", "adjacency_cols", "tokens", "logit_probs"}
+"""Names of tensors, beside the directions of targets."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AttributionGraph:
+class AttributionGraph(WeightedGraph):
     """The attribution graph of one prompt. `adjacency[target, source]` is the edge source -> target.
 
     A graph is whole, or reduced: features were not traced, `keep_edges` dropped edges, or `prune` cut some. What a
@@ -52,34 +79,17 @@ class AttributionGraph:
     hash, and so may stand for it in sets and dictionaries. Changing a graph's tensors in place changes what it equals.
     """
 
-    nodes: Nodes
-    """kind, layer, pos, index and activation of every node: features, errors, tokens, positions, biases, logits."""
-
-    adjacency: Adjacency
-    """Linear effect of each source node on each target's pre-activation or logit. Rows that were not traced are 0.
-    A torch CSR tensor where the graph was traced with `keep_edges`."""
-
-    expanded: Bool[Tensor, " n_nodes"]
-    """Nodes whose in-edges were traced."""
-
     tokens: Int[Tensor, " pos"]
     """Token ids of the prompt."""
 
     prompt_tokens: list[str]
     """The same as text."""
 
-    logit_probs: Float[Tensor, " n_logits"]
-    """Weights of the target nodes: probabilities of tokens, 1 for other targets."""
-
     logit_tokens: list[str]
     """The target nodes as text: tokens, or what else was asked for."""
 
     targets: list[NamedTarget] | None = None
     """What each target node is: tokens as ids, positions counted from the first. None in graphs of older files."""
-
-    dropped: NodeValues | None = None
-    """Absolute input of each node along edges that the graph does not hold: dropped by `keep_edges`, or cut by `prune`.
-    None where every edge of the nodes traced is held."""
 
     contrast_activation: NodeValues | None = None
     """Of a contrastive graph: each feature's activation on the other prompt."""
@@ -125,38 +135,31 @@ class AttributionGraph:
         return int((self.adjacency.values() if self.is_sparse else self.adjacency).count_nonzero())
 
     @property
-    def is_sparse(self) -> bool:
-        """Whether only the strongest edges are held."""
-        return is_sparse(self.adjacency)
-
-    @property
     def is_reduced(self) -> bool:
         """Whether something is unknown: features that were not traced, or edges that are not held."""
-        if bool(untraced(self.nodes, self.expanded).any()):
+        if bool(self.untraced.any()):
             return True
         return self.dropped is not None and bool(self.dropped.any())
 
     @property
-    def logit_weights(self) -> NodeValues:
-        """w: logit probabilities on the logit nodes, 0 elsewhere."""
-        return logit_weights(self.nodes, self.logit_probs.to(self.adjacency.dtype))
+    def lacks_nodes(self) -> bool:
+        """Whether pruning took nodes out."""
+        return "node_threshold" in self.info
 
     def influence(self) -> NodeValues:
         """Each node's influence on the logits through all paths that are held: w (A + A^2 + ...).
 
         Of a reduced graph, a lower bound of the whole graph's; see `influence_bounds`.
         """
-        return self._walks().influence
+        return walk_upstream(self).influence
 
     def influence_bounds(self) -> InfluenceBounds:
         """Between which values each node's influence in the whole graph lies."""
-        walks = self._walks()
-        most = (walks.influence + walks.lost.sum()).minimum(self.logit_weights.sum())
-        return InfluenceBounds(walks.influence, most.maximum(walks.influence))
+        return bound_influence(self)
 
     def shares(self) -> InfluenceShares:
         """Share of influence that starts at each kind of leaf and at untraced features, or along edges not held."""
-        return influence_shares(self._walks(), self.nodes, self.expanded)
+        return share_influence(self)
 
     @property
     def unexplored(self) -> float:
@@ -176,7 +179,7 @@ class AttributionGraph:
         node = as_whole("node", node, -len(self.nodes), len(self.nodes) - 1) % len(self.nodes)
         if not self.is_sparse:
             return self.adjacency[node]
-        _, col, value = entries(self.adjacency, torch.tensor([node], device=self.nodes.kind.device))
+        _, col, value = list_edges(self.adjacency, torch.tensor([node], device=self.nodes.kind.device))
         return value.new_zeros(len(self.nodes)).index_add_(0, col, value)
 
     def scores(self, definition: Definition = "paper") -> GraphScores:
@@ -186,22 +189,22 @@ class AttributionGraph:
         scores of the whole graph, however much of it was not traced, dropped or pruned away. Of a whole graph the
         bounds are the number itself.
         """
-        return graph_scores(self._walks(), self.nodes, definition)
+        return score_graph(self, definition)
 
     def path_length(self) -> float:
         """Mean number of edges on a path from a token to a logit, paths weighted by their strength (Methods).
 
         Of the paths that the graph holds; see `path_length_bounds`.
         """
-        return path_length(self.adjacency, self.nodes, self.logit_weights, self.dropped, self.expanded).mean
+        return measure_path_length(self).mean
 
     def path_length_bounds(self) -> Bounds:
         """Between which values the whole graph's path length lies."""
-        return path_length(self.adjacency, self.nodes, self.logit_weights, self.dropped, self.expanded).bounds
+        return measure_path_length(self).bounds
 
     def prune_masks(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> PruneMasks:
         """Which nodes and edges `prune` keeps."""
-        kept = self._pruned(node_threshold, edge_threshold)
+        kept = prune_graph(self, node_threshold, edge_threshold)
         edges = torch.zeros(len(self.nodes), len(self.nodes), dtype=torch.bool, device=self.nodes.kind.device)
         edges[kept.edges.row, kept.edges.col] = True
         return PruneMasks(kept.nodes, edges)
@@ -218,10 +221,10 @@ class AttributionGraph:
             ConfigError: a threshold is not between 0 and 1.
         """
         node_threshold, edge_threshold = check_thresholds(node_threshold, edge_threshold)
-        mask, edges, cut, out_of_reach = self._pruned(node_threshold, edge_threshold)
+        mask, edges, cut, out_of_reach = prune_graph(self, node_threshold, edge_threshold)
         new = mask.cumsum(0) - 1
-        adjacency = assemble(
-            Entries(new[edges.row], new[edges.col], edges.value), int(mask.sum()), sparse=self.is_sparse
+        adjacency = build_adjacency(
+            EdgeList(new[edges.row], new[edges.col], edges.value), int(mask.sum()), sparse=self.is_sparse
         )
         dropped = cut if self.dropped is None else self.dropped + cut
         info = {**self.info, "node_threshold": node_threshold, "edge_threshold": edge_threshold}
@@ -235,35 +238,39 @@ class AttributionGraph:
             info={**info, "thresholds_out_of_reach": out_of_reach},
         )
 
-    @property
-    def _lacks_nodes(self) -> bool:
-        """Whether pruning took nodes out."""
-        return "node_threshold" in self.info
-
-    def _walks(self) -> Walks:
-        return walk(self.adjacency, self.nodes, self.logit_weights, self.dropped, self.expanded, self._lacks_nodes)
-
-    def _pruned(self, node_threshold: float, edge_threshold: float) -> Pruned:
-        return prune_graph(
-            self.adjacency,
-            self.nodes,
-            self.logit_weights,
-            node_threshold,
-            edge_threshold,
-            self.dropped,
-            self.expanded,
-            self._lacks_nodes,
-        )
-
     def save(self, path: str | Path) -> Path:
         """Write the graph to one safetensors file, all or nothing; a file that is there is replaced.
 
         Raises:
             NotWritten: the path is a folder, or the disk is full, for example; what was there stays.
         """
-        from tl_clt.attribution.files import save_graph
-
-        return save_graph(self, as_path("path", path))
+        path = as_path("path", path)
+        tensors = {
+            **self.nodes.tensors(),
+            **_edges_out(self.adjacency, self.expanded),
+            "expanded": self.expanded,
+            "tokens": self.tokens,
+            "logit_probs": self.logit_probs,
+        }
+        targets = self.targets or []
+        for number, target in enumerate(targets):
+            if isinstance(target, DirectionTarget):
+                # safetensors takes no tensor twice, and two targets may read along the same one.
+                tensors[f"direction_{number}"] = torch.as_tensor(target.direction).clone()
+        for name in ("dropped", "contrast_activation"):
+            if getattr(self, name) is not None:
+                tensors[name] = getattr(self, name)
+        about = {
+            "version": VERSION,
+            "prompt_tokens": self.prompt_tokens,
+            "logit_tokens": self.logit_tokens,
+            "info": self.info,
+            "targets": None if self.targets is None else [_target_out(target) for target in self.targets],
+        }
+        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with new_file(path) as unfinished:
+            save_file(ready, unfinished, metadata={"format": FORMAT, "about": json.dumps(about)})
+        return path
 
     @staticmethod
     def load(path: str | Path) -> AttributionGraph:
@@ -274,6 +281,222 @@ class AttributionGraph:
             FormatError: the path is missing or a folder, or the file truncated, no graph, or one whose parts contradict
                 each other.
         """
-        from tl_clt.attribution.files import load_graph
+        path = as_path("path", path)
+        if path.is_dir():
+            raise FormatError(f"'{path}' is a folder. Give the graph file within it.")
+        if not path.is_file():
+            raise FormatError(f"'{path}' does not exist. Check the path of the graph file.")
+        with reading(path, "graph file", "Copy it again."):
+            with safe_open(path, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise FormatError(f"'{path}' is a safetensors file, but no attribution graph.")
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            about = read_json(metadata["about"])
+            version = about["version"]
+            if type(version) is int and version > VERSION:
+                raise FormatError(
+                    f"'{path}' is of graph version {version}, this tl_clt reads up to {VERSION}: update tl_clt."
+                )
+            _require_parts(tensors, about)
+            graph = AttributionGraph(
+                nodes=Nodes(**{f.name: tensors[f.name] for f in fields(Nodes)}),
+                adjacency=_edges_in(tensors),
+                expanded=tensors["expanded"],
+                tokens=tensors["tokens"],
+                logit_probs=tensors["logit_probs"],
+                prompt_tokens=about["prompt_tokens"],
+                logit_tokens=about["logit_tokens"],
+                targets=_targets_in(about.get("targets"), tensors),
+                dropped=tensors.get("dropped"),
+                contrast_activation=tensors.get("contrast_activation"),
+                info=about["info"],
+            )
+            if graph.targets is not None and len(graph.targets) != len(graph.logit_tokens):
+                raise FormatError(
+                    f"'{path}' describes {len(graph.targets)} targets, but has {len(graph.logit_tokens)} target nodes."
+                )
+            _require_acyclic(graph)
+        if version < 3 and "node_threshold" in graph.info:
+            warnings.warn(
+                f"'{path}' is a pruned graph that does not tell what was cut, as files had it before graph version 3:"
+                " its influence and scores are those of what is left, with bounds that leave out what was cut. Prune"
+                " the whole graph again.",
+                stacklevel=2,
+            )
+        return graph
 
-        return load_graph(as_path("path", path))
+
+def _target_out(target: NamedTarget) -> dict[str, Any]:
+    """A target in plain values; a direction's vector is a tensor of its own."""
+    values = {f.name: getattr(target, f.name) for f in fields(target) if f.name != "direction"}
+    return {"kind": type(target).__name__, **values}
+
+
+def _targets_in(given: list[dict[str, Any]] | None, tensors: dict[str, Tensor]) -> list[NamedTarget] | None:
+    if given is None:
+        return None
+    kinds = {kind.__name__: kind for kind in NAMED_TARGETS}
+    found: list[NamedTarget] = []
+    for number, values in enumerate(given):
+        arguments = {name: value for name, value in values.items() if name != "kind"}
+        if f"direction_{number}" in tensors:
+            arguments["direction"] = tensors[f"direction_{number}"]
+        found.append(kinds[values["kind"]](**arguments))
+    return found
+
+
+def _edges_out(adjacency: Tensor, expanded: Tensor) -> dict[str, Tensor]:
+    if not is_sparse(adjacency):
+        few = int(expanded.sum()) < len(expanded) / 2
+        return {"adjacency_of_expanded": adjacency[expanded]} if few else {"adjacency": adjacency}
+    parts = csr_parts(adjacency)
+    return {name: getattr(parts, part) for name, part in SPARSE.items()}
+
+
+def _edges_in(tensors: dict[str, Tensor]) -> Tensor:
+    if "adjacency" in tensors:
+        return tensors["adjacency"]
+    if "adjacency_of_expanded" in tensors:
+        expanded, rows = tensors["expanded"], tensors["adjacency_of_expanded"]
+        adjacency = zero_rows(len(expanded), rows.dtype, rows.device)
+        adjacency[expanded] = rows
+        return adjacency
+    parts = CSR(*(tensors[name] for name in SPARSE))
+    _require_csr(parts, len(tensors["kind"]))
+    return from_csr(parts)
+
+
+def _require_parts(tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Raise unless all parts are there, of the right types, and of numbers of entries that agree."""
+    if type(about["version"]) is not int or about["version"] < 1 or not isinstance(about["info"], dict):
+        raise ValueError(f"version {about['version']!r} with info of type {type(about['info']).__name__}")
+    unknown = {name for name in tensors if name not in PARTS and not name.startswith("direction_")}
+    _require(not unknown, f"it has a tensor {min(unknown, default='')!r}, for which a graph has no place")
+    kind, n = tensors["kind"], len(tensors["kind"])
+    for name in ("kind", "layer", "pos", "index"):
+        _require_vector(name, tensors[name], n, "nodes")
+        _require(tensors[name].dtype in WHOLE, f"{name} holds {tensors[name].dtype}, not whole numbers")
+    edges = [name for name in ADJACENCIES if name in tensors]
+    _require(len(edges) == 1, f"it has {len(edges)} adjacencies ({', '.join(edges)}), where one was expected")
+    dtype = tensors[edges[0]].dtype
+    for name in ("activation", "dropped", "contrast_activation"):
+        if name in tensors:
+            _require_vector(name, tensors[name], n, "nodes")
+            _require_numbers(name, tensors[name])
+    _require("dropped" not in tensors or tensors["dropped"].dtype == dtype, f"dropped and {edges[0]} differ in dtype")
+    _require("dropped" not in tensors or bool((tensors["dropped"] >= 0).all()), "dropped has negative values")
+    _require(dtype.is_floating_point, f"{edges[0]} holds {dtype}, not floats")
+    expanded = tensors["expanded"]
+    _require_vector("expanded", expanded, n, "nodes")
+    is_binary = expanded.dtype == torch.bool and bool((expanded.view(torch.uint8) <= 1).all())
+    _require(is_binary, f"expanded holds {expanded.dtype}, not true and false alone")
+    if edges[0] != "adjacency_values":
+        rows, shape = n if edges[0] == "adjacency" else int(expanded.sum()), list(tensors[edges[0]].shape)
+        _require(shape == [rows, n], f"{edges[0]} has shape {shape}, where [{rows}, {n}] was expected")
+    _require(bool(torch.isin(kind, torch.tensor(list(NodeKind))).all()), "kind has values that no node kind has")
+    _require_tokens(tensors, about)
+
+
+def _require_tokens(tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    kind, layer, pos, index, tokens = (tensors[name] for name in ("kind", "layer", "pos", "index", "tokens"))
+    for name in ("prompt_tokens", "logit_tokens"):
+        _require(
+            isinstance(about[name], list) and all(isinstance(text, str) for text in about[name]),
+            f"{name} is no list of texts",
+        )
+    _require_vector("tokens", tokens, len(about["prompt_tokens"]), "prompt_tokens")
+    _require(tokens.dtype in WHOLE, f"tokens holds {tokens.dtype}, not whole numbers")
+    n_logits = int((kind == int(NodeKind.LOGIT)).sum())
+    _require(n_logits > 0, "it has no logit node")
+    _require_vector("logit_probs", tensors["logit_probs"], n_logits, "logit nodes")
+    probs = tensors["logit_probs"]
+    _require_numbers("logit_probs", probs)
+    # A probability, or 1: rounded, in the shortest floats there are.
+    _require(bool(((probs >= 0) & (probs < 1.01)).all()), "logit_probs has values that are no probabilities")
+    _require(
+        len(about["logit_tokens"]) == n_logits, f"{len(about['logit_tokens'])} logit_tokens for {n_logits} logit nodes"
+    )
+    targets = about.get("targets")
+    _require(
+        targets is None or (isinstance(targets, list) and len(targets) == n_logits),
+        f"its targets are not one for each of {n_logits} logit nodes",
+    )
+    # Biases act at all positions; differences and directions are no token.
+    first = torch.where(kind == int(NodeKind.BIAS), -1, 0)
+    _require(bool(((pos >= first) & (pos < len(tokens))).all()), f"pos leaves the {len(tokens)} tokens of the prompt")
+    first = torch.where(kind == int(NodeKind.LOGIT), -1, 0)
+    _require(bool((index >= first).all()) and bool((tokens >= 0).all()), "index or tokens has negative values")
+    of_features = layer[kind == int(NodeKind.FEATURE)]
+    _require(bool((of_features >= 0).all()) and bool((layer >= -1).all()), "layer has negative values")
+
+
+def _require_csr(parts: CSR, n_nodes: int) -> None:
+    """Raise unless these are the parts of a sparse matrix of as many rows and columns as there are nodes."""
+    starts, cols, values = parts
+    _require_vector("adjacency_starts", starts, n_nodes + 1, "nodes and one")
+    _require_vector("adjacency_values", values, len(cols), "adjacency_cols")
+    _require_vector("adjacency_cols", cols, len(values), "adjacency_values")
+    _require(
+        starts.dtype in WHOLE and starts.dtype == cols.dtype,
+        f"adjacency_starts and adjacency_cols hold {starts.dtype} and {cols.dtype}, not whole numbers of one kind",
+    )
+    _require(
+        int(starts[0]) == 0 and int(starts[-1]) == len(cols) and bool((starts[1:] >= starts[:-1]).all()),
+        f"adjacency_starts does not rise from 0 to the {len(cols)} edges that there are",
+    )
+    _require(
+        bool(((cols >= 0) & (cols < n_nodes)).all()), f"adjacency_cols has numbers that none of {n_nodes} nodes has"
+    )
+    rising = cols.diff() > 0
+    firsts = starts[1:-1].long()
+    rising[firsts[(firsts > 0) & (firsts < len(cols))] - 1] = True
+    _require(bool(rising.all()), "adjacency_cols does not rise within each row")
+
+
+def _require_acyclic(graph: AttributionGraph) -> None:
+    """Raise unless all edges are finite and run upwards: into features of higher layers and into logits alone.
+
+    Reads each row once; rows of a dense graph that were not traced and were not in its file are left alone.
+    """
+    rank = _rank(graph.nodes)
+    if graph.is_sparse:
+        starts, cols, values = csr_parts(graph.adjacency)
+        targets = torch.repeat_interleave(torch.arange(len(rank)), starts.diff().long())
+        _require_numbers("adjacency", sum_rows(graph.adjacency))
+        _require_upwards((rank[targets] <= rank[cols.long()]) & (values != 0))
+        return
+    for rows, ranks in zip(graph.adjacency.split(ROWS_AT_ONCE), rank.split(ROWS_AT_ONCE), strict=True):
+        _require_numbers("adjacency", rows.abs().sum(dim=1))
+        _require_upwards((ranks[:, None] <= rank) & (rows != 0))
+
+
+def _rank(nodes: Nodes) -> Int[Tensor, " n_nodes"]:
+    """Edges run from lower to higher ranks: features by layer, above them logits, below them what has no inputs."""
+    is_feature, is_logit = nodes.is_kind(NodeKind.FEATURE), nodes.is_kind(NodeKind.LOGIT)
+    above = int(nodes.layer.max()) + 1
+    return torch.where(is_feature, nodes.layer, torch.where(is_logit, above, -1))
+
+
+def _require_upwards(wrong: Tensor) -> None:
+    _require(
+        not bool(wrong.any()), "the adjacency has edges to nodes without inputs, or from a layer to the same or a lower"
+    )
+
+
+def _require_vector(name: str, values: Tensor, n: int, of: str) -> None:
+    _require(
+        values.shape == (n,), f"{name} has shape {list(values.shape)}, where one for each of {n} {of} was expected"
+    )
+
+
+def _require_numbers(name: str, values: Float[Tensor, " n"]) -> None:
+    _require(
+        values.dtype.is_floating_point and bool(values.isfinite().all()),
+        f"{name} has values that are infinite or no numbers",
+    )
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)

@@ -21,13 +21,12 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from tl_clt.arguments import as_choice
-from tl_clt.attribution.edges import input_from, row_sums, spread
-from tl_clt.attribution.nodes import NodeKind, Nodes
-from tl_clt.shapes import Adjacency, NodeMask, NodeValues
+from tl_clt.attribution.edges import NodeKind, Nodes, WeightedGraph, pass_upstream, sum_inputs_from, sum_rows
+from tl_clt.shapes import NodeValues
 
 Definition = Literal["paper", "circuit-tracer"]
 SMALLEST_ROW_SUM = 1e-8
@@ -100,6 +99,8 @@ class InfluenceShares(NamedTuple):
 class Walks(NamedTuple):
     """How often walks come where, w summing to what it sums to."""
 
+    inputs: NodeValues
+    """Each node's absolute input, which the shares of its in-edges are taken of."""
     influence: NodeValues
     """w (A + A^2 + ...): visits of each node on the way upstream."""
     output: NodeValues
@@ -110,22 +111,10 @@ class Walks(NamedTuple):
     """How many visits, of nodes further on, lost walks make at most."""
 
 
-def normalised(adjacency: Adjacency) -> Adjacency:
-    """|adjacency| with each row divided by its sum, of a dense adjacency."""
-    return adjacency.abs() / row_sums(adjacency).clamp_min(SMALLEST_ROW_SUM)[:, None]
-
-
-def input_sums(adjacency: Adjacency, dropped: NodeValues | None = None) -> NodeValues:
+def sum_inputs(graph: WeightedGraph) -> NodeValues:
     """Each node's absolute input, edges that are not held included; never quite 0."""
-    sums = row_sums(adjacency)
-    return (sums if dropped is None else sums + dropped).clamp_min(SMALLEST_ROW_SUM)
-
-
-def logit_weights(nodes: Nodes, logit_probs: Float[Tensor, " n_logits"]) -> NodeValues:
-    """w: the weight of each target node, 0 elsewhere."""
-    weights = torch.zeros(len(nodes), dtype=logit_probs.dtype, device=logit_probs.device)
-    weights[nodes.where(NodeKind.LOGIT)] = logit_probs
-    return weights
+    sums = sum_rows(graph.adjacency)
+    return (sums if graph.dropped is None else sums + graph.dropped).clamp_min(SMALLEST_ROW_SUM)
 
 
 def top_down(nodes: Nodes) -> Iterator[Int[Tensor, " n"]]:
@@ -137,52 +126,28 @@ def top_down(nodes: Nodes) -> Iterator[Int[Tensor, " n"]]:
         yield features[layers == layer]
 
 
-def node_influence(
-    adjacency: Adjacency, nodes: Nodes, weights: NodeValues, dropped: NodeValues | None = None
-) -> NodeValues:
-    """w (A + A^2 + ...)."""
-    return _influence(adjacency, nodes, weights, input_sums(adjacency, dropped))
-
-
-def _influence(adjacency: Adjacency, nodes: Nodes, weights: NodeValues, sums: NodeValues) -> NodeValues:
+def walk_upstream(graph: WeightedGraph) -> Walks:
+    """Walks from the targets upstream, and where they are lost: along edges that are not held, at untraced features."""
+    nodes, weights, sums = graph.nodes, graph.logit_weights, sum_inputs(graph)
     influence = torch.zeros_like(weights)
     for rows in top_down(nodes):
-        influence += spread(adjacency, rows, (influence[rows] + weights[rows]) / sums[rows])
-    return influence
-
-
-def walk(
-    adjacency: Adjacency,
-    nodes: Nodes,
-    weights: NodeValues,
-    dropped: NodeValues | None = None,
-    expanded: NodeMask | None = None,
-    lacks_nodes: bool = False,
-) -> Walks:
-    """Walks from the targets upstream, and where they are lost: with `dropped`, in edges that are not held; at features
-    that are not `expanded`.
-
-    Args:
-        lacks_nodes: whether walks may come to nodes that are not there, since pruning took them out.
-    """
-    sums = input_sums(adjacency, dropped)
-    influence = _influence(adjacency, nodes, weights, sums)
-    output, unknown = influence + weights, _unknown(nodes, sums, dropped, expanded)
+        influence += pass_upstream(graph.adjacency, rows, (influence[rows] + weights[rows]) / sums[rows])
+    output, unknown = influence + weights, _unknown_shares(graph, sums)
     lost = output * unknown
     visits = 0.0
     if bool(lost.any()):
-        most = nodes.layer.clamp_min(0) + 1 if lacks_nodes else _most_visits(adjacency, nodes, sums, unknown)
+        most = nodes.layer.clamp_min(0) + 1 if graph.lacks_nodes else _most_visits(graph, sums, unknown)
         visits = float((lost.double() * most).sum())
-    return Walks(influence, output, lost, visits)
+    return Walks(sums, influence, output, lost, visits)
 
 
-def _most_visits(adjacency: Adjacency, nodes: Nodes, sums: NodeValues, unknown: NodeValues) -> NodeValues:
+def _most_visits(graph: WeightedGraph, sums: NodeValues, unknown: NodeValues) -> NodeValues:
     """For each node, how many nodes a walk visits at most, on average, once it leaves the node by an unknown edge.
 
     By layer from below: it comes to none from which more visits are expected, along edges that are held and at worst
     along those that are not, than from the best node below.
     """
-    features, layers = nodes.is_kind(NodeKind.FEATURE), nodes.layer.clamp_min(0)
+    features, layers = graph.nodes.is_kind(NodeKind.FEATURE), graph.nodes.layer.clamp_min(0)
     # A walk ends at one leaf; features into which nothing comes count as if there were one behind them.
     dead_end = features & (sums <= SMALLEST_ROW_SUM) & (unknown == 0)
     expected = torch.ones_like(sums) + dead_end
@@ -192,34 +157,44 @@ def _most_visits(adjacency: Adjacency, nodes: Nodes, sums: NodeValues, unknown: 
         most[at] = best
         here = torch.nonzero(features & at).flatten()
         if len(here):
-            expected[here] += input_from(adjacency, here, expected) / sums[here] + unknown[here] * best
+            along_edges = sum_inputs_from(graph.adjacency, here, expected) / sums[here]
+            expected[here] += along_edges + unknown[here] * best
             best = max(best, float(expected[here].amax()))
     return most
 
 
-def _unknown(nodes: Nodes, sums: NodeValues, dropped: NodeValues | None, expanded: NodeMask | None) -> NodeValues:
+def _unknown_shares(graph: WeightedGraph, sums: NodeValues) -> NodeValues:
     """The share of each node's input that the graph does not know."""
-    unknown = torch.zeros_like(sums) if dropped is None else dropped / sums
-    return unknown if expanded is None else unknown.masked_fill(untraced(nodes, expanded), 1.0)
+    unknown = torch.zeros_like(sums) if graph.dropped is None else graph.dropped / sums
+    return unknown.masked_fill(graph.untraced, 1.0)
 
 
-def untraced(nodes: Nodes, expanded: NodeMask) -> NodeMask:
-    """Features that have no row."""
-    return nodes.is_kind(NodeKind.FEATURE) & ~expanded
+class InfluenceBounds(NamedTuple):
+    """Between these lies each node's influence in the whole graph."""
+
+    low: NodeValues
+    high: NodeValues
 
 
-def influence_shares(walks: Walks, nodes: Nodes, expanded: NodeMask) -> InfluenceShares:
+def bound_influence(graph: WeightedGraph) -> InfluenceBounds:
+    """Between which values each node's influence in the whole graph lies."""
+    walks = walk_upstream(graph)
+    most = (walks.influence + walks.lost.sum()).minimum(graph.logit_weights.sum())
+    return InfluenceBounds(walks.influence, most.maximum(walks.influence))
+
+
+def share_influence(graph: WeightedGraph) -> InfluenceShares:
     """Where walks upstream along normalised edges end, by kind."""
+    walks, nodes, untraced = walk_upstream(graph), graph.nodes, graph.untraced
     kinds = (NodeKind.TOKEN, NodeKind.ERROR, NodeKind.POSITION, NodeKind.BIAS)
     shares = [float(walks.influence[nodes.is_kind(kind)].sum()) for kind in kinds]
-    open_ones = untraced(nodes, expanded)
-    shares += [float(walks.lost[open_ones].sum()), float(walks.lost[~open_ones].sum())]
+    shares += [float(walks.lost[untraced].sum()), float(walks.lost[~untraced].sum())]
     whole = sum(shares) or 1.0
     return InfluenceShares(*(share / whole for share in shares))
 
 
-def graph_scores(walks: Walks, nodes: Nodes, definition: Definition) -> GraphScores:
-    """Replacement and completeness, with bounds.
+def score_graph(graph: WeightedGraph, definition: Definition) -> GraphScores:
+    """Replacement and completeness (Methods, "Evaluating Graphs"), with bounds.
 
     With T and E the influence of tokens and errors, o = influence + w, D = sum_t o_t, and u the walks lost:
 
@@ -231,6 +206,7 @@ def graph_scores(walks: Walks, nodes: Nodes, definition: Definition) -> GraphSco
     flatters.
     """
     definition = as_choice("definition", definition, get_args(Definition))
+    walks, nodes = walk_upstream(graph), graph.nodes
     output = walks.output.double()
     counts = nodes.is_kind(NodeKind.FEATURE, NodeKind.LOGIT) if definition == "paper" else torch.ones_like(output)
     token = float(output[nodes.is_kind(NodeKind.TOKEN)].sum())
@@ -260,26 +236,20 @@ class PathLength(NamedTuple):
     """Of the whole graph's mean."""
 
 
-def path_length(
-    adjacency: Adjacency,
-    nodes: Nodes,
-    weights: NodeValues,
-    dropped: NodeValues | None = None,
-    expanded: NodeMask | None = None,
-) -> PathLength:
+def measure_path_length(graph: WeightedGraph) -> PathLength:
     """Mean number of edges on a path from a token to a logit, each path weighted by its strength.
 
     With P_l the tokens' sum of w (A + ... + A^l): sum_l l (P_l - P_{l-1}) / P_inf; 0 where no path leads to a token.
     A lost walk may end at a token after 1 edge in all at least, and n_layers + 1 at most.
     """
-    sums = input_sums(adjacency, dropped)
+    nodes, weights, sums = graph.nodes, graph.logit_weights, sum_inputs(graph)
     tokens = nodes.is_kind(NodeKind.TOKEN)
     every = torch.arange(len(nodes), device=weights.device)
-    unknown = _unknown(nodes, sums, dropped, expanded)
+    unknown = _unknown_shares(graph, sums)
     at, steps, whole, weighted, lost = weights, 0, 0.0, 0.0, 0.0
     while bool((at > 0).any()):
         lost += float((at * unknown).sum())
-        at, steps = spread(adjacency, every, at / sums), steps + 1
+        at, steps = pass_upstream(graph.adjacency, every, at / sums), steps + 1
         arrived = float(at[tokens].sum())
         whole, weighted = whole + arrived, weighted + steps * arrived
     longest = int(nodes.layer.max()) + 1

@@ -11,10 +11,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_clt.arguments import as_share
-from tl_clt.attribution.edges import Entries, assemble, between, input_from, is_sparse
-from tl_clt.attribution.influence import SMALLEST_ROW_SUM, untraced, walk
-from tl_clt.attribution.nodes import NodeKind, Nodes
-from tl_clt.shapes import Adjacency, NodeMask, NodeValues
+from tl_clt.attribution.edges import (
+    EdgeList,
+    NodeKind,
+    WeightedGraph,
+    build_adjacency,
+    list_edges_between,
+    sum_inputs_from,
+)
+from tl_clt.attribution.influence import walk_upstream
+from tl_clt.shapes import NodeMask, NodeValues
 
 
 class PruneMasks(NamedTuple):
@@ -28,7 +34,7 @@ class Pruned(NamedTuple):
     """The nodes kept, and the edges kept among them."""
 
     nodes: NodeMask
-    edges: Entries
+    edges: EdgeList
     """In the numbering of the whole graph."""
     cut: NodeValues
     """Absolute input of each node kept along edges that go; 0 for other nodes."""
@@ -36,16 +42,7 @@ class Pruned(NamedTuple):
     """Thresholds that what the graph holds cannot be sure to reach, so that all of it stays."""
 
 
-def prune_graph(
-    adjacency: Adjacency,
-    nodes: Nodes,
-    weights: NodeValues,
-    node_threshold: float = 0.8,
-    edge_threshold: float = 0.98,
-    dropped: NodeValues | None = None,
-    expanded: NodeMask | None = None,
-    lacks_nodes: bool = False,
-) -> Pruned:
+def prune_graph(graph: WeightedGraph, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> Pruned:
     """The most influential nodes up to a share of all influence, then the strongest edges up to a share.
 
     Tokens and logits always stay. An edge's score is A[t, s] * (influence[t] + w[t]) among the nodes kept.
@@ -60,8 +57,8 @@ def prune_graph(
         ConfigError: a threshold is not between 0 and 1.
     """
     node_threshold, edge_threshold = check_thresholds(node_threshold, edge_threshold)
-    walks = walk(adjacency, nodes, weights, dropped, expanded, lacks_nodes)
-    stays = nodes.is_kind(NodeKind.TOKEN, NodeKind.LOGIT)
+    walks = walk_upstream(graph)
+    stays = graph.nodes.is_kind(NodeKind.TOKEN, NodeKind.LOGIT)
     least = _smallest_of_share(walks.influence, node_threshold, walks.unknown_visits)
     kept = (walks.influence >= least.value) | stays
     if not least.reached:
@@ -70,35 +67,27 @@ def prune_graph(
             f"The graph is sure of {known:.0%} of the influence alone, so that node_threshold={node_threshold:g} keeps"
             f" all its nodes. Give node_threshold={math.floor(50 * known) / 50:g} or less, or trace with a higher"
             " keep_edges, a lower max_unexplored or more max_feature_nodes.",
-            stacklevel=4,
+            stacklevel=3,
         )
-    numbers = torch.nonzero(kept).flatten()
-    inner, left = nodes.take(kept), between(adjacency, kept)
-    inner_dropped = None if dropped is None else dropped[kept]
-    inner_expanded = None if expanded is None else expanded[kept]
-    among, unknown = _scores(left, inner, weights[kept], inner_dropped, inner_expanded, sparse=is_sparse(adjacency))
-    weakest = _smallest_of_share(among, edge_threshold, unknown)
-    held = among >= weakest.value
-    row, col, value = (part[held] for part in left)
-    inner_stays, features = stays[kept], inner.is_kind(NodeKind.FEATURE)
-    may_have_inputs = torch.zeros_like(features) if inner_expanded is None else untraced(inner, inner_expanded)
-    alive = torch.ones_like(inner_stays)
-    while True:
-        inside = alive[row] & alive[col]
-        row, col, value = row[inside], col[inside], value[inside]
-        out, into = torch.zeros_like(alive), may_have_inputs.clone()
-        out[col], into[row] = True, True
-        still = alive & (out | inner_stays) & (into | ~features)
-        if bool((still == alive).all()):
-            break
-        alive = still
+    numbers, left = torch.nonzero(kept).flatten(), list_edges_between(graph.adjacency, kept)
+    inner = WeightedGraph(
+        nodes=graph.nodes.take(kept),
+        adjacency=build_adjacency(left, len(numbers), sparse=graph.is_sparse),
+        expanded=graph.expanded[kept],
+        logit_probs=graph.logit_probs,
+        dropped=None if graph.dropped is None else graph.dropped[kept],
+    )
+    scores = _score_edges(inner, left)
+    weakest = _smallest_of_share(scores.known, edge_threshold, scores.unknown)
+    strong = scores.known >= weakest.value
+    alive = _drop_loose_ends(inner, EdgeList(*(part[strong] for part in left)), stays[kept])
+    stay = strong & alive[left.row] & alive[left.col]
     mask, cut = torch.zeros_like(kept), torch.zeros_like(walks.influence)
     mask[numbers[alive]] = True
-    gone = ~(held & alive[left.row] & alive[left.col])
-    lost = input_from(adjacency, numbers, ~kept).index_add_(0, left.row[gone], left.value[gone].abs())
-    cut[mask] = lost[alive]
+    from_outside = sum_inputs_from(graph.adjacency, numbers, ~kept)
+    cut[mask] = from_outside.index_add_(0, left.row[~stay], left.value[~stay].abs())[alive]
+    edges = EdgeList(numbers[left.row[stay]], numbers[left.col[stay]], left.value[stay])
     reached = {"node_threshold": least.reached, "edge_threshold": weakest.reached}
-    edges = Entries(numbers[row], numbers[col], value)
     return Pruned(mask, edges, cut, [name for name, is_reached in reached.items() if not is_reached])
 
 
@@ -108,24 +97,31 @@ class _EdgeScores(NamedTuple):
     """The most that the scores of edges which are not held can sum to."""
 
 
-def _scores(
-    edges: Entries,
-    nodes: Nodes,
-    weights: NodeValues,
-    dropped: NodeValues | None,
-    expanded: NodeMask | None,
-    *,
-    sparse: bool,
-) -> _EdgeScores:
-    """A[t, s] * (influence[t] + w[t]) of each edge, the rows of what is left normalised anew.
+def _score_edges(graph: WeightedGraph, edges: EdgeList) -> _EdgeScores:
+    """A[t, s] * (influence[t] + w[t]) of each edge of a graph.
 
     What a row does not hold may come from nodes that are kept, and stays in the row's sum.
     """
-    walks = walk(assemble(edges, len(nodes), sparse=sparse), nodes, weights, dropped, expanded)
-    sums = torch.zeros_like(weights).index_add_(0, edges.row, edges.value.abs())
-    sums = (sums if dropped is None else sums + dropped).clamp_min(SMALLEST_ROW_SUM)
+    walks = walk_upstream(graph)
     # A lost walk's steps, each along one edge, are as many as its further visits.
-    return _EdgeScores(edges.value.abs() * (walks.output / sums)[edges.row], walks.unknown_visits)
+    return _EdgeScores(edges.value.abs() * (walks.output / walks.inputs)[edges.row], walks.unknown_visits)
+
+
+def _drop_loose_ends(graph: WeightedGraph, edges: EdgeList, stays: NodeMask) -> NodeMask:
+    """The nodes left once features without an in- or out-edge are gone, and other nodes without an out-edge but those
+    that stay, until nothing changes."""
+    row, col, _ = edges
+    features, alive = graph.nodes.is_kind(NodeKind.FEATURE), torch.ones_like(stays)
+    while True:
+        inside = alive[row] & alive[col]
+        row, col = row[inside], col[inside]
+        # Features that were not traced may have in-edges.
+        has_output, has_input = torch.zeros_like(alive), graph.untraced
+        has_output[col], has_input[row] = True, True
+        still = alive & (has_output | stays) & (has_input | ~features)
+        if bool((still == alive).all()):
+            return alive
+        alive = still
 
 
 class _Smallest(NamedTuple):

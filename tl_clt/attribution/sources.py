@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_clt.attribution.edges import NodeKind, Nodes
 from tl_clt.attribution.local import LocalReplacementModel
-from tl_clt.attribution.nodes import NodeKind, Nodes
 from tl_clt.attribution.streams import Stream, Writes
 from tl_clt.attribution.targets import Targets
 from tl_clt.transcoder import CrossLayerTranscoder

@@ -10,15 +10,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_clt.attribution.autograd import Engine
 from tl_clt.attribution.contrast import contrast
-from tl_clt.attribution.engines import Engine, EngineChoice, EngineMaker
 from tl_clt.attribution.expansion import Limits, expand
 from tl_clt.attribution.graph import AttributionGraph
 from tl_clt.attribution.local import LocalReplacementModel, build_local_model
-from tl_clt.attribution.memory import Budget, MemoryPlan, plan_memory
-from tl_clt.attribution.row_store import DenseRows, SparseRows
+from tl_clt.attribution.memory import Budget, DenseRows, MemoryPlan, SparseRows, plan_memory
 from tl_clt.attribution.sources import build_sources
 from tl_clt.attribution.streams import Bos
+from tl_clt.attribution.sweep import EngineChoice, EngineMaker
 from tl_clt.attribution.targets import Target, find_targets, residual_hooks
 from tl_clt.lens import HookedModel, model_name, token_strings
 from tl_clt.shapes import Tokens

@@ -59,7 +59,7 @@ from tl_clt.attribution import (
     TokenTarget,
     attribute,
 )
-from tl_clt.attribution.influence import input_sums, top_down
+from tl_clt.attribution.influence import sum_inputs, top_down
 from tl_clt.attribution.targets import NamedTarget
 from tl_clt.errors import CLTMismatch, ConfigError, MemoryLimit, TargetError
 from tl_clt.interventions.intervene import Acts, InterventionEffect, intervene
@@ -526,7 +526,7 @@ def predict(graph: AttributionGraph, sources: Nodes) -> Predictions:
     features = nodes.is_kind(NodeKind.FEATURE) & (nodes.activation != 0)
     per_unit = torch.where(features, 1 / torch.where(features, nodes.activation, 1), 0).to(graph.adjacency.dtype)
     everything = torch.ones_like(per_unit)
-    share = 1 / input_sums(graph.adjacency, graph.dropped)
+    share = 1 / sum_inputs(graph)
     return Predictions(
         _carried(graph, sources, everything, torch.zeros_like(per_unit)),
         _carried(graph, sources, everything, per_unit),

@@ -1,20 +1,70 @@
-"""The definition: run the local replacement model once with gradients on, then one backward pass a target.
+"""What an engine is, and the definition of one: run the local replacement model once with gradients on, then one
+backward pass a target.
 
-The adjoint of a target is the gradient of what it reads with respect to each site, which autograd gives for a
-batch of targets at a time; its products with the source vectors are the edges.
+An engine finds rows of the adjacency: the in-edges of target nodes, given what they read. All engines give the same
+numbers. The adjoint of a target is the gradient of what it reads with respect to each place that is written into, which
+autograd gives for a batch of targets at a time; its products with the source vectors are the edges.
 """
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_clt.attribution.engines.engine import EdgeRows, Engine
+from tl_clt.attribution.edges import NodeKind
 from tl_clt.attribution.local import LocalReplacementModel
 from tl_clt.attribution.sources import Segment, Sources
 from tl_clt.attribution.streams import Readouts, Sites, Stream
 from tl_clt.errors import ModelUnsupported
+
+EdgeRows = Float[Tensor, "n_targets n_nodes"]
+
+
+class Engine(ABC):
+    """Finds rows of the adjacency."""
+
+    name: str
+
+    def __init__(self, local: LocalReplacementModel, sources: Sources) -> None:
+        self.local = local
+        self.sources = sources
+
+    @torch.no_grad()
+    def rows(self, readouts: Readouts) -> EdgeRows:
+        """In-edges of targets that read these."""
+        rows = self._written(readouts)
+        self._add_read_biases(rows, readouts)
+        return rows
+
+    @abstractmethod
+    def batches(
+        self, point: Int[Tensor, " n_targets"], pos: Int[Tensor, " n_targets"], size: int
+    ) -> list[Int[Tensor, " n"]]:
+        """Targets, by read point and position, in batches of at most `size` that this engine does well together."""
+
+    @abstractmethod
+    def work_bytes(self, batch_size: int) -> int:
+        """Bytes that a batch of targets takes while it is at work."""
+
+    @abstractmethod
+    def _written(self, readouts: Readouts) -> EdgeRows:
+        """Edges of everything that is written into the residual stream."""
+
+    def _add_read_biases(self, rows: EdgeRows, readouts: Readouts) -> None:
+        """What biases on the way to the read-out (of norms, and b_U) give, to that layer's bias node."""
+        biases = self.sources.writes.biases
+        if biases is None:
+            return
+        bias_nodes = self.sources.nodes.where(NodeKind.BIAS)
+        for point in readouts.point.unique().tolist():
+            at = torch.nonzero(readouts.point == point).flatten()
+            if point < len(bias_nodes):
+                read = biases.reads[point][readouts.pos[at]]
+                given = (read * readouts.directions[at]).sum(dim=-1) + readouts.constants[at]
+                rows[at, bias_nodes[point]] += given
 
 
 class AutogradEngine(Engine):
@@ -47,6 +97,12 @@ class AutogradEngine(Engine):
         for one in point.unique().tolist():
             found += torch.nonzero(point == one).flatten().split(size)
         return found
+
+    def work_bytes(self, batch_size: int) -> int:
+        n_pos, d_model = self.local.sites.embed.shape
+        # Three copies of the edges, and gradients with respect to every place of every layer, and those on the way.
+        numbers = 3 * len(self.sources.nodes) + n_pos * d_model * (4 * self.local.n_layers + 8)
+        return self.local.dtype.itemsize * batch_size * numbers
 
     def _written(self, readouts: Readouts) -> EdgeRows:
         rows = readouts.directions.new_zeros(len(readouts.pos), len(self.sources.nodes))
