@@ -119,9 +119,8 @@ def ours(
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    from tl_clt.training.init import init_encoder_biases
-    from tl_clt.training.trainer import CLTTrainer
-    from tl_clt.training.training_clt import TrainingCLT, TrainingCLTConfig
+    from tl_clt.training.clt import TrainingCLT, TrainingCLTConfig, init_encoder_biases
+    from tl_clt.training.run.trainer import CLTTrainer
 
     batch = synthetic_batch(size, clock.device)
     values: dict[str, Any] = {

@@ -8,8 +8,8 @@ import torch
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
-from tl_clt.training.activations import jumprelu, step_function
-from tl_clt.training.training_clt import TrainingCLT
+from tl_clt.training.clt import TrainingCLT
+from tl_clt.training.losses import jumprelu, step_function
 
 
 class Definition(NamedTuple):

@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.conftest import small_disk
 from tests.training.conftest import tiny_model
 from tl_clt.errors import FormatError, ModelUnsupported, NotWritten
-from tl_clt.training import CLTTrainingRunner, cache
-from tl_clt.training.batches import ActivationBatches, without_store_noise
-from tl_clt.training.cache import BOUND, ActivationCache, pack, unpack
-from tl_clt.training.data import open_dataset
+from tl_clt.training import CLTTrainingRunner
+from tl_clt.training.data import cache
+from tl_clt.training.data.batches import ActivationBatches, without_store_noise
+from tl_clt.training.data.cache import BOUND, ActivationCache, pack, unpack
+from tl_clt.training.data.dataset import open_dataset
 
 TOKENS = torch.arange(12).reshape(3, 4)
 NAMES = ["blocks.0.hook_resid_mid", "blocks.0.hook_mlp_out"]

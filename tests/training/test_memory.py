@@ -6,8 +6,9 @@ import pytest
 
 from tests.training.test_training_clt import build
 from tl_clt.errors import NotEnoughMemory
-from tl_clt.training import CLTTrainingRunner, MemoryEstimate, memory
-from tl_clt.training.memory import estimate_memory
+from tl_clt.training import CLTTrainingRunner, MemoryEstimate
+from tl_clt.training.run import memory
+from tl_clt.training.run.memory import estimate_memory
 
 
 @pytest.mark.parametrize(("dtype", "weight", "moment"), [("float32", 4, 4), ("float64", 8, 8), ("bfloat16", 2, 4)])
@@ -33,7 +34,7 @@ def test_what_cannot_fit_is_refused_with_the_parts_before_any_activations(
     told: list[MemoryEstimate] = []
     monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     cfg = make_config(output_path=str(tmp_path / "clt"))
-    monkeypatch.setattr("tl_clt.training.runner.ActivationBatches", lambda *_: pytest.fail("activations were made"))
+    monkeypatch.setattr("tl_clt.training.run.runner.ActivationBatches", lambda *_: pytest.fail("activations were made"))
     with pytest.raises(NotEnoughMemory, match=r"needs about .* GiB \(weights .* moments .* buffer .*Lower d_trans"):
         CLTTrainingRunner(cfg, model=model, dataset=tokens, on_start=told.append).run()
     assert len(told) == 1 and not list(tmp_path.iterdir())

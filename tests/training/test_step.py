@@ -10,10 +10,9 @@ from sae_lens.saes.sae import TrainStepInput
 
 from tests.training.definition import define
 from tests.training.test_training_clt import N_LAYERS, F, build, step_input
-from tl_clt.training import step as step_module
-from tl_clt.training import terms
-from tl_clt.training.step import Workspace
-from tl_clt.training.training_clt import TrainingCLT
+from tl_clt.training.clt import TrainingCLT
+from tl_clt.training.fast import step as step_module
+from tl_clt.training.fast.step import Workspace
 
 KINDS = {
     "relu": {"activation": "relu"},
@@ -63,7 +62,7 @@ def assert_same_gradients(got: dict[str, torch.Tensor], want: dict[str, torch.Te
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Products over all features, or over active ones only; blocks of two tokens."""
     monkeypatch.setitem(step_module.SPARSE_BELOW, "cpu", SPARSE[request.param])
-    monkeypatch.setitem(terms.BLOCK_ELEMENTS, "cpu", 20)
+    monkeypatch.setitem(step_module.BLOCK_ELEMENTS, "cpu", 20)
     return request.param
 
 

@@ -11,13 +11,19 @@ from sae_lens import registry
 from sae_lens.saes.sae import SAE, TrainCoefficientConfig, TrainingSAE, TrainStepInput
 
 from tl_clt.errors import ConfigError
-from tl_clt.training import training_clt
+from tl_clt.training import clt as clt_module
+from tl_clt.training.clt import (
+    ARCHITECTURE,
+    InferenceCLT,
+    TrainingCLT,
+    TrainingCLTConfig,
+    init_decoder_biases,
+    init_encoder_biases,
+    initial_firing_rate,
+)
+from tl_clt.training.data.batches import ActivationScale, apply_scale, estimate_scale
 from tl_clt.training.export import export
-from tl_clt.training.init import init_decoder_biases, init_encoder_biases, initial_firing_rate
-from tl_clt.training.layers import ARCHITECTURE
-from tl_clt.training.scaling import ActivationScale, apply_scale, estimate_scale
-from tl_clt.training.step import Workspace
-from tl_clt.training.training_clt import InferenceCLT, TrainingCLT, TrainingCLTConfig
+from tl_clt.training.fast.step import Workspace
 
 N_LAYERS, D, F, BATCH = 3, 8, 10, 7
 EVERY_KIND = list(product(["relu", "jumprelu", "topk"], [1, 2, 3]))
@@ -192,7 +198,7 @@ def test_coefficients_go_through_saelens_schedulers() -> None:
 
 
 def test_registering_twice_changes_nothing() -> None:
-    training_clt.register()
+    clt_module.register()
     assert registry.get_sae_training_class(ARCHITECTURE) == (TrainingCLT, TrainingCLTConfig)
     assert registry.get_sae_class(ARCHITECTURE)[0] is InferenceCLT
 

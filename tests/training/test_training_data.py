@@ -12,9 +12,8 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from tl_clt.errors import ConfigError, DatasetError, HookNotFound, ModelUnsupported, TokenizerMissing
-from tl_clt.training.batches import ActivationBatches, check_fits, without_store_noise
-from tl_clt.training.data import open_dataset
-from tl_clt.training.scaling import estimate_scale
+from tl_clt.training.data.batches import ActivationBatches, check_fits, estimate_scale, without_store_noise
+from tl_clt.training.data.dataset import open_dataset
 
 LINES = [
     f"the {colour} {animal} sees a {other} ."

@@ -17,7 +17,7 @@ from tl_clt.lens import HookedModel, Prompt, model_name, to_tokens
 from tl_clt.shapes import TokenBatch, Tokens
 
 if TYPE_CHECKING:
-    from tl_clt.training.data import DatasetSource
+    from tl_clt.training.data.dataset import DatasetSource
 
     HeldOut: TypeAlias = Sequence[Prompt] | DatasetSource
 else:
@@ -96,7 +96,7 @@ def _context_size(model: HookedModel, context_size: int | None) -> int:
 def _rows(model: HookedModel, source: Any, size: int) -> Iterator[Tokens]:
     # Only here, since it loads sae_lens.
     from tl_clt.training import CLTTrainingRunnerConfig
-    from tl_clt.training.data import TEXT_COLUMNS, open_dataset
+    from tl_clt.training.data.dataset import TEXT_COLUMNS, open_dataset
 
     tokenizer: Any = getattr(model, "tokenizer", None)
     bos = None if tokenizer is None else tokenizer.bos_token_id

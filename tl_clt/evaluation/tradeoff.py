@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from tl_clt.training import CLTTrainingRunnerConfig
-    from tl_clt.training.data import DatasetSource
+    from tl_clt.training.data.dataset import DatasetSource
 
 THRESHOLD_TOKENS = 4096
 """Tokens of the text on which neurons' thresholds are found."""

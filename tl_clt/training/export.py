@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tl_clt.training.low_rank import full_decoder
-from tl_clt.training.training_clt import InferenceCLT, TrainingCLT
+from tl_clt.training.clt import InferenceCLT, TrainingCLT
+from tl_clt.training.fast.products import full_decoder
 from tl_clt.transcoder import CrossLayerTranscoder
 from tl_clt.transcoder.decoders import DenseDecoders
 

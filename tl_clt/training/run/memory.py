@@ -8,8 +8,8 @@ import torch
 
 from tl_clt.errors import NotEnoughMemory
 from tl_clt.machine import GIB, free_memory
-from tl_clt.training.config import CLTTrainingRunnerConfig
-from tl_clt.training.training_clt import TrainingCLT
+from tl_clt.training.clt import TrainingCLT
+from tl_clt.training.run.config import CLTTrainingRunnerConfig
 
 
 class MemoryEstimate(NamedTuple):

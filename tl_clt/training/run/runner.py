@@ -1,50 +1,166 @@
-"""From a config to a trained CLT."""
+"""From a config to a trained CLT, and what is written down about the run."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sae_lens
 import torch
 import wandb
+from jaxtyping import Bool
 from sae_lens.config import LoggingConfig
-from sae_lens.saes.sae import SAEMetadata
+from sae_lens.saes.sae import SAEMetadata, TrainStepInput
+from torch import Tensor
 
 from tl_clt.arguments import shown
 from tl_clt.errors import ConfigError
 from tl_clt.lens import HookedModel, load_model, mlp_hook_points, model_fingerprint, model_name, require_model
-from tl_clt.training import checkpoints
-from tl_clt.training.batches import ActivationBatches, check_fits, without_store_noise
-from tl_clt.training.chunks import DataCounts
-from tl_clt.training.config import CLTTrainingRunnerConfig
-from tl_clt.training.data import AnyDataset, DatasetSource, open_dataset
+from tl_clt.training.clt import TrainingCLT, TrainingCLTConfig, init_decoder_biases, init_encoder_biases
+from tl_clt.training.data.batches import (
+    ActivationBatches,
+    ActivationScale,
+    Batch,
+    DataCounts,
+    Handout,
+    apply_scale,
+    check_fits,
+    estimate_scale,
+    from_main,
+    without_store_noise,
+)
+from tl_clt.training.data.dataset import AnyDataset, DatasetSource, open_dataset
 from tl_clt.training.export import export
-from tl_clt.training.gathering import gather_clt
-from tl_clt.training.handout import Handout, from_main
-from tl_clt.training.init import init_decoder_biases, init_encoder_biases
-from tl_clt.training.memory import MemoryEstimate, estimate_memory, require_memory
-from tl_clt.training.record import TrainingRecord, measure
-from tl_clt.training.resuming import (
+from tl_clt.training.fast.step import Workspace
+from tl_clt.training.parallel import ProcessGrid, only_main_shows, own_device, process_grid
+from tl_clt.training.run.checkpoints import (
+    Checkpoint,
     CheckpointWriter,
+    TrainingState,
     find_checkpoint,
+    gather_clt,
+    position_of,
+    read_checkpoint,
     require_checkpoint_folder,
     require_same_model,
+    restore,
+    scale_of,
 )
-from tl_clt.training.scaling import ActivationScale, Batch, apply_scale, estimate_scale
-from tl_clt.training.sharding import ProcessGrid, only_main_shows, own_device, process_grid
-from tl_clt.training.state import TrainingState, position_of, restore, scale_of
-from tl_clt.training.trainer import CLTTrainer, CLTTrainerConfig
-from tl_clt.training.training_clt import TrainingCLT, TrainingCLTConfig
-from tl_clt.transcoder import CrossLayerTranscoder
+from tl_clt.training.run.config import CLTTrainingRunnerConfig
+from tl_clt.training.run.memory import MemoryEstimate, estimate_memory, require_memory
+from tl_clt.training.run.trainer import CLTTrainer, CLTTrainerConfig
+from tl_clt.transcoder import CrossLayerTranscoder, explained_variance
 from tl_clt.transcoder.formats import native
 from tl_clt.transcoder.formats.writing import new_folder, require_new
+
+
+class Metrics(NamedTuple):
+    """Measured on batches that training has not seen (repeats of the dataset aside), on scaled activations."""
+
+    explained_variance: float
+    """Mean over layers of 1 - squared error / variance about the mean, as in `EvaluationReport`."""
+
+    explained_variance_per_layer: list[float]
+    """That of each layer."""
+
+    l0_sum_over_layers: float
+    """Features that fire at a token, of all layers together."""
+
+    l0_mean_per_layer: float
+    """l0_sum_over_layers / n_layers."""
+
+    l0_per_layer: list[float]
+    """Features that fire at a token, of each layer."""
+
+    dead_share: float
+    """Share of features whose density, over the last `dead_window_steps` training steps, is below
+    `dead_feature_density`; such as fired at no token of them always count."""
+
+    dead_window_steps: int
+    """`dead_feature_window`, or the last quarter of a run shorter than four times that: at the start every feature
+    fires, so a longer window would find none dead."""
+
+    n_tokens: int
+    """Tokens on which all but `dead_share` was measured."""
+
+
+@torch.no_grad()
+def measure(
+    clt: TrainingCLT,
+    batches: Iterable[Batch],
+    dead: Bool[Tensor, " d_sae"],
+    dead_window_steps: int,
+    workspace: Workspace,
+) -> Metrics:
+    """The final metrics.
+
+    Args:
+        clt: the trained CLT.
+        batches: scaled inputs and outputs; on a grid, of this rank's tokens.
+        dead: for each feature of all layers, whether it is dead.
+        dead_window_steps: the training steps by which that was told.
+        workspace: that of the training.
+    """
+    outputs, errors, fired = [], [], []
+    without_penalties = dict.fromkeys(clt.get_coefficients(), 0.0)
+    clt.eval()
+    for batch in batches:
+        step = clt.step(TrainStepInput(batch, without_penalties, None, 0, False), workspace)
+        y = clt.grid.all_tokens(batch[:, 1]).double()
+        outputs.append(y)
+        errors.append((clt.grid.all_tokens(step.recons) - y).square().sum(dim=(0, 2)))
+        fired.append(clt.count_firing(step).unflatten(0, (clt.cfg.n_layers, -1)).sum(dim=1).double())
+    y = torch.cat(outputs)
+    variance = (y - y.mean(dim=0)).square().sum(dim=(0, 2))
+    out_squared = y.square().sum(dim=(0, 2))
+    error, l0 = torch.stack(errors).sum(dim=0), torch.stack(fired).sum(dim=0) / len(y)
+    explained = explained_variance(error, variance, out_squared)
+    return Metrics(
+        explained_variance=explained.mean,
+        explained_variance_per_layer=explained.per_layer,
+        l0_sum_over_layers=float(l0.sum()),
+        l0_mean_per_layer=float(l0.mean()),
+        l0_per_layer=l0.tolist(),
+        dead_share=float(dead.double().mean()),
+        dead_window_steps=dead_window_steps,
+        n_tokens=len(y),
+    )
+
+
+class TrainingRecord(NamedTuple):
+    """What `training.json` holds."""
+
+    config: dict[str, Any]
+    """The run's config."""
+
+    tokens_seen: int
+    """Tokens trained on."""
+
+    data: DataCounts
+    """What was read, and what of it was left out; more than `tokens_seen`, for the shuffling buffer and the metrics."""
+
+    seconds: float
+    """Wall time of the run, loading and measuring included; of a resumed one, with what it took before."""
+
+    sae_lens_version: str
+    """Version of SAELens that trained it."""
+
+    coefficients: dict[str, float]
+    """Weights of the loss terms at the last step; "sparsity" is the lambda that `target_l0` came to."""
+
+    metrics: Metrics
+    """After training."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return self._asdict() | {"metrics": self.metrics._asdict(), "data": asdict(self.data)}
+
 
 RECORD = "training.json"
 OWN_PATHS = ("output_path", "checkpoint_path", "cache_path")
@@ -82,7 +198,7 @@ class Start(NamedTuple):
     fingerprint: str | None
     """Of the model, where the run makes or takes up checkpoints."""
 
-    checkpoint: checkpoints.Checkpoint | None
+    checkpoint: Checkpoint | None
     """To go on from."""
 
 
@@ -90,7 +206,7 @@ class CLTTrainingRunner:
     """Trains a `CrossLayerTranscoder` with SAELens's activation store and trainer; see `CLTTrainer` for its step.
 
     Under torchrun, or where the caller has set up torch.distributed, all processes train one CLT together: see
-    `sharding`. The main process alone loads the model and the dataset, calls back, and writes.
+    `parallel`. The main process alone loads the model and the dataset, calls back, and writes.
     """
 
     record: TrainingRecord | None = None
@@ -167,7 +283,7 @@ class CLTTrainingRunner:
         grid.everywhere(lambda: self._check_memory(start, grid))
         state = None
         if start.checkpoint is not None:
-            state = checkpoints.read(start.checkpoint, cfg.device, grid)
+            state = read_checkpoint(start.checkpoint, cfg.device, grid)
             started -= start.checkpoint.about["seconds"]
         with (
             without_store_noise(),

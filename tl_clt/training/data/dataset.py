@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tl_clt.errors import ConfigError, DatasetError
 from tl_clt.lens import HookedModel, model_name, require_tokenizer
-from tl_clt.training.config import CLTTrainingRunnerConfig
+from tl_clt.training.run.config import CLTTrainingRunnerConfig
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 DatasetSource: TypeAlias = str | Path | Tensor | Dataset | IterableDataset | DatasetDict | IterableDatasetDict

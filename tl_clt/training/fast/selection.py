@@ -15,17 +15,16 @@ kept, every rank sees all offers, and so all agree.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from tl_clt.training.sharding import SINGLE, ProcessGrid
-from tl_clt.training.sparse import Support, support_of_topk
+from tl_clt.training.fast.products import Support, support_of_topk
+from tl_clt.training.parallel import SINGLE, ProcessGrid
 
-Across = Literal["layer", "all_layers"]
 Scores = Float[Tensor, "batch d_transcoder"]
 
 CANDIDATES_ABOVE = 0.7

@@ -3,27 +3,54 @@
 Which products run over active features only is chosen by their measured density; the results are the same.
 A layer is done before the next one begins, where selection allows it, so that backward too has one layer's gradients
 at a time.
+
+phi and the loss terms that are sums over features, taken at once, keep half a dozen tensors [batch, d_transcoder] for
+the backward pass. Here a block of tokens goes through the plain formulas (`plain_terms`), which stays in the cache;
+backward goes through them again, with gradients.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from tl_clt.training.auxk import auxk_features, auxk_loss
-from tl_clt.training.losses import mse_loss, sparsity_loss
-from tl_clt.training.low_rank import far_norms, spread
-from tl_clt.training.products import decode, decode_places, encode, given, pick, row_norms, sum_by_target
-from tl_clt.training.selection import annealed_k, layer_topk
-from tl_clt.training.sparse import Support, support_of_dense
-from tl_clt.training.terms import TermOptions, terms
+from tl_clt.training.fast.products import (
+    Support,
+    Values,
+    decode,
+    decode_places,
+    encode,
+    far_norms,
+    given,
+    pick,
+    row_norms,
+    spread,
+    sum_by_target,
+    support_of_dense,
+    support_of_topk,
+)
+from tl_clt.training.fast.selection import annealed_k, largest_offers, layer_topk
+from tl_clt.training.losses import (
+    SparsityKind,
+    StraightThrough,
+    auxk_loss,
+    dead_feature_loss,
+    jumprelu,
+    mse_loss,
+    sparsity_loss,
+    step_function,
+    tanh_count,
+)
 
 if TYPE_CHECKING:
-    from tl_clt.training.training_clt import TrainingCLT
+    from tl_clt.training.clt import TrainingCLT
 
 SPARSE_BELOW = {"cpu": 0.1}
 """Share of active features below which sparse products are faster, by kind of device. Measured on two cores with
@@ -269,3 +296,182 @@ def _spread(clt: TrainingCLT, layer: int, written: Tensor) -> Tensor:
 
 def _sparse_below(device: torch.device) -> float:
     return SPARSE_BELOW.get(device.type, SPARSE_BELOW_ELSEWHERE)
+
+
+# -- phi and the terms that are sums over features
+
+BLOCK_ELEMENTS = {"cpu": 2**18}
+"""Pre-activations of a block: 1 MiB in float32."""
+BLOCK_ELEMENTS_ELSEWHERE = 2**26
+"""On a GPU launching small blocks costs more than the memory saved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermOptions:
+    """Which phi and which terms."""
+
+    activation: Literal["relu", "jumprelu"]
+    """phi."""
+
+    bandwidth: float
+    """Of the straight-through gradient."""
+
+    straight_through: StraightThrough
+    """What it reaches."""
+
+    sparsity: SparsityKind
+    """What each feature counts for in the sparsity loss."""
+
+    tanh_scale: float
+    """c of "tanh"."""
+
+    dead_features: bool
+    """Whether there is a dead-feature loss."""
+
+
+class PlainTerms(NamedTuple):
+    """What the plain formulas give for a block of tokens of one layer."""
+
+    feature_acts: Float[Tensor, "batch d_transcoder"]
+    """After phi."""
+
+    counts: Float[Tensor, " batch"]
+    """What the features count for in the sparsity loss, summed over the layer, at each token."""
+
+    dead_features: Float[Tensor, ""]
+    """The dead-feature loss, summed over tokens."""
+
+
+class Terms(NamedTuple):
+    """The same for a whole batch, with firing counts."""
+
+    feature_acts: Float[Tensor, "batch d_transcoder"]
+    """After phi."""
+
+    counts: Float[Tensor, " batch"]
+    """What the features count for in the sparsity loss, summed over the layer, at each token."""
+
+    dead_features: Float[Tensor, ""]
+    """The dead-feature loss, summed over tokens."""
+
+    fired: Int[Tensor, " d_transcoder"]
+    """Tokens at which each feature fires."""
+
+
+def plain_terms(
+    hidden_pre: Float[Tensor, "batch d_transcoder"],
+    threshold: Float[Tensor, " d_transcoder"],
+    norms: Float[Tensor, " d_transcoder"],
+    options: TermOptions,
+) -> PlainTerms:
+    """The formulas of `activations` and `losses`, for one layer."""
+    if options.activation == "jumprelu":
+        acts = jumprelu(hidden_pre, threshold, options.bandwidth, options.straight_through)
+    else:
+        acts = torch.relu(hidden_pre)
+    if options.sparsity == "tanh":
+        counts = tanh_count(acts, norms, options.tanh_scale)
+    else:
+        counts = step_function(hidden_pre, threshold, options.bandwidth, options.straight_through).sum(dim=1)
+    dead = hidden_pre.new_zeros(())
+    if options.dead_features:
+        dead = len(hidden_pre) * dead_feature_loss([hidden_pre], [threshold], [norms])
+    return PlainTerms(acts, counts, dead)
+
+
+def terms(
+    hidden_pre: Float[Tensor, "batch d_transcoder"],
+    threshold: Float[Tensor, " d_transcoder"],
+    norms: Float[Tensor, " d_transcoder"],
+    options: TermOptions,
+    out: Float[Tensor, "batch d_transcoder"],
+) -> Terms:
+    """`plain_terms` of a whole batch, with its gradients, block by block. Activations are written into `out`."""
+    return Terms(*_Terms.apply(hidden_pre, threshold, norms, options, out))
+
+
+class _Terms(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_pre: Tensor, threshold: Tensor, norms: Tensor, options: TermOptions, acts: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(hidden_pre, threshold, norms)
+        ctx.mark_dirty(acts)
+        ctx.options = options
+        counts, dead_features = hidden_pre.new_empty(len(hidden_pre)), hidden_pre.new_zeros(())
+        fired = torch.zeros(hidden_pre.shape[1], dtype=torch.long, device=hidden_pre.device)
+        for rows in _blocks(hidden_pre):
+            block = plain_terms(hidden_pre[rows], threshold, norms, options)
+            acts[rows] = block.feature_acts
+            counts[rows] = block.counts
+            dead_features += block.dead_features
+            fired += block.feature_acts.count_nonzero(dim=0)
+        ctx.mark_non_differentiable(fired)
+        return acts, counts, dead_features, fired
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, for_acts: Tensor, for_counts: Tensor, for_dead: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        hidden_pre, threshold, norms = ctx.saved_tensors
+        for_hidden_pre = torch.empty_like(hidden_pre)
+        for_threshold, for_norms = torch.zeros_like(threshold), torch.zeros_like(norms)
+        threshold, norms = threshold.detach().requires_grad_(), norms.detach().requires_grad_()
+        for rows in _blocks(hidden_pre):
+            with torch.enable_grad():
+                h = hidden_pre[rows].detach().requires_grad_()
+                block = plain_terms(h, threshold, norms, ctx.options)
+            upstream = (for_acts[rows], for_counts[rows], for_dead)
+            wanted = [(term, grad) for term, grad in zip(block, upstream, strict=True) if term.requires_grad]
+            outputs, upstream = zip(*wanted, strict=True)
+            grads = torch.autograd.grad(outputs, (h, threshold, norms), upstream, allow_unused=True)
+            for_hidden_pre[rows] = grads[0]
+            for total, grad in zip((for_threshold, for_norms), grads[1:], strict=True):
+                if grad is not None:
+                    total += grad
+        return for_hidden_pre, for_threshold, for_norms, None, None
+
+
+def _blocks(hidden_pre: Tensor) -> list[slice]:
+    elements = BLOCK_ELEMENTS.get(hidden_pre.device.type, BLOCK_ELEMENTS_ELSEWHERE)
+    n = max(1, elements // hidden_pre.shape[1])
+    return [slice(start, start + n) for start in range(0, len(hidden_pre), n)]
+
+
+# -- AuxK: see `losses`
+
+
+def auxk_features(
+    clt: TrainingCLT,
+    layer: int,
+    x: Float[Tensor, "batch d_model"],
+    hidden_pre: Float[Tensor, "batch d_transcoder"],
+    dead: Bool[Tensor, " all_features"],
+    k_aux: int,
+) -> tuple[Values, Support] | None:
+    """One layer's chosen dead features: their pre-activations, with gradients, and places. None where none is dead.
+
+    Args:
+        clt: on a grid, one rank's share of it.
+        layer: which.
+        x: its scaled input.
+        hidden_pre: of this rank's features.
+        dead: of all features of the layer, on whatever rank.
+        k_aux: to choose at a token, of all ranks' features.
+    """
+    grid, d_transcoder = clt.grid, clt.cfg.d_transcoder
+    if not dead.any():
+        return None
+    numbers = dead[grid.own(d_transcoder)].nonzero().flatten()
+    offers = torch.topk(hidden_pre.detach()[:, numbers], min(k_aux, len(numbers)), dim=1, sorted=False)
+    if grid.n_feature_shards == 1:
+        places = support_of_topk(numbers[offers.indices], d_transcoder)
+    else:
+        most = int(dead.unflatten(0, (grid.n_feature_shards, -1)).sum(dim=1).max())
+        padding = (0, min(k_aux, most) - offers.values.shape[1])
+        kept = largest_offers(F.pad(offers.values, padding, value=-torch.inf), min(k_aux, int(dead.sum())), grid)
+        kept = kept[:, : offers.values.shape[1]]
+        offsets = F.pad(kept.sum(dim=1).cumsum(dim=0), (1, 0))
+        places = Support(numbers[offers.indices][kept], offsets, clt.n_own_features)
+    return pick(hidden_pre.detach(), x, clt.W_enc[layer], clt.b_enc[layer], places), places
