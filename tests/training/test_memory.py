@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.training.test_training_clt import build
+from tests.training.small_clts import build
 from tl_clt.errors import NotEnoughMemory
 from tl_clt.training import CLTTrainingRunner, MemoryEstimate
 from tl_clt.training.run import memory

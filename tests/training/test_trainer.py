@@ -9,7 +9,7 @@ import torch
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-from tests.training.test_training_clt import BATCH, N_LAYERS, D, F, build, raw_batch, scale_of
+from tests.training.small_clts import BATCH, N_LAYERS, D, F, build, raw_batch, scale_of
 from tl_clt.training.clt import TrainingCLT
 from tl_clt.training.data.batches import apply_scale
 from tl_clt.training.fast import step as step_module

@@ -1,18 +1,18 @@
-"""A CLT in training: its configs, its weights and their start, its two passes, and the classes that SAELens sees.
+"""What is trained: the config, weights and start of a CLT, its forward pass and losses as they are defined, and the
+classes through which SAELens sees it.
 
-Each source layer's weights are parameters of their own: a slice of one stacked parameter would fill a gradient of the
-whole stack with zeros for every slice taken. A layer's decoder vectors lie side by side, so that what it writes to
-all its targets is one matrix product. At the start every feature fires at the same, known rate, and the CLT writes the
-mean output. SAELens's trainer takes a CLT as a `TrainingSAE`, registered under `ARCHITECTURE`.
+`define_step` is the definition: dense tensors, plain loops over layers, autograd for everything. SAELens's own trainer
+takes it. `fast.step` gives the same result in less time and memory, and is tested against it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from sae_lens import registry
 from sae_lens.saes.sae import (
@@ -28,80 +28,59 @@ from sae_lens.saes.sae import (
 from torch import Tensor, nn
 
 from tl_clt.errors import ConfigError
-from tl_clt.training.fast.products import far_norms, full_decoder
-from tl_clt.training.fast.selection import batch_threshold, token_thresholds
-from tl_clt.training.fast.step import CLTStep, Workspace, clt_step
 from tl_clt.training.losses import (
     Across,
     SparsityKind,
     StraightThrough,
+    TrainedActivation,
+    auxk_loss,
     dead_feature_loss,
-    decoder_norms,
     jumprelu,
+    mse_loss,
     sparsity_loss,
     step_function,
     tanh_count,
 )
 from tl_clt.training.parallel import SINGLE, ProcessGrid
-from tl_clt.transcoder.config import Activation, CrossLayerTranscoderConfig
+from tl_clt.transcoder.config import CrossLayerTranscoderConfig
 
 ARCHITECTURE = "cross_layer_transcoder"
 """Name of a CLT in SAELens's registries."""
 
-
 SMALLEST_NORM = 1e-12
 """Norms below count as this where a threshold is divided by them: such a feature writes nothing and never fires."""
 
+THRESHOLD_RATE = 0.01
+"""Weight of a step in the running mean of the smallest kept score."""
 
-class LayerEncoding(NamedTuple):
-    """One layer's features at a batch of tokens."""
-
-    feature_acts: Float[Tensor, "batch d_transcoder"]
-    """After phi."""
-
-    hidden_pre: Float[Tensor, "batch d_transcoder"]
-    """Before phi."""
+# -- configs
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, unsafe_hash=True)
 class CLTShape:
-    """What a CLT's weights look like and how they were scaled: shared by SAELens's training and inference configs."""
-
-    n_layers: int
-    """Layers of the model."""
+    """What a user says of a CLT's weights and activation."""
 
     d_transcoder: int
     """Features per layer."""
 
     span: int | None = None
-    """Layers a feature writes to; n_layers where left out."""
+    """Layers a feature writes to: n_layers (a CLT) where left out, 1 for per-layer transcoders."""
 
-    activation: Activation = "jumprelu"
-    """relu, jumprelu, topk or batchtopk."""
+    activation: TrainedActivation = "jumprelu"
+    """relu, jumprelu, topk, or batchtopk. topk and batchtopk rank features by activation * ||W_dec,i||."""
 
     k: int | None = None
     """Features kept per layer and token, in the mean; for topk and batchtopk."""
 
     topk_across: Across = "layer"
-    """What k is counted over: each layer by itself, or all layers together."""
+    """What k is counted over: each layer by itself ("layer"), or all layers together ("all_layers"), so that layers
+    which need more features get them. All layers together, and batchtopk, are exported as jumprelu."""
 
     skip: bool = False
     """Whether each layer adds a linear map of its own input."""
 
     far_rank: int | None = None
-    """Rank of the decoders to later layers; full where left out."""
-
-    jumprelu_init_threshold: float = 0.03
-    """Threshold of every feature at the start."""
-
-    jumprelu_bandwidth: float = 1.0
-    """Width of the window in which the straight-through gradient acts, in units of hidden_pre."""
-
-    straight_through: StraightThrough = "all"
-    """Whether that gradient reaches hidden_pre as well ("all") or the threshold only ("threshold")."""
-
-    model_name: str = "unknown"
-    """The model that it is trained on."""
+    """Rank of the decoders to later layers, which are exported as full ones; full where left out."""
 
     input_hook: str = "hook_resid_mid"
     """Hook that features read, within a block."""
@@ -109,11 +88,14 @@ class CLTShape:
     output_hook: str = "hook_mlp_out"
     """Hook that features write, within a block."""
 
-    input_scale: Sequence[float] | None = None
-    """Factor that each layer's inputs are multiplied by before they get here; 1 where left out."""
+    jumprelu_init_threshold: float = 0.03
+    """Threshold of every feature at the start, in units of hidden_pre."""
 
-    output_scale: Sequence[float] | None = None
-    """Factor that each layer's outputs are multiplied by before they get here; 1 where left out."""
+    jumprelu_bandwidth: float = 1.0
+    """Width of the window of the straight-through gradient, in units of hidden_pre."""
+
+    straight_through: StraightThrough = "all"
+    """Whether that gradient reaches hidden_pre as well ("all") or the threshold only ("threshold")."""
 
     @property
     def selects(self) -> bool:
@@ -128,43 +110,176 @@ class CLTShape:
         """
         return self.activation == "batchtopk" or (self.selects and self.topk_across == "all_layers")
 
-    def transcoder_config(self, d_model: int, dtype: str) -> CrossLayerTranscoderConfig:
-        """The config of the `CrossLayerTranscoder` that this one becomes.
 
-        Raises:
-            ConfigError: a value is out of range.
-        """
-        if self.has_score_threshold and self.k is None:
-            raise ConfigError(f"k is None with activation {self.activation!r}: topk and batchtopk need k.")
-        return CrossLayerTranscoderConfig(
-            n_layers=self.n_layers,
-            d_model=d_model,
-            d_transcoder=self.d_transcoder,
-            span=self.span,
-            activation="jumprelu" if self.has_score_threshold else self.activation,
-            k=None if self.has_score_threshold else self.k,
-            skip=self.skip,
-            input_hook=self.input_hook,
-            output_hook=self.output_hook,
-            model_name=self.model_name,
-            dtype=dtype,
-            input_scale=None if self.input_scale is None else tuple(self.input_scale),
-            output_scale=None if self.output_scale is None else tuple(self.output_scale),
+@dataclass(kw_only=True, unsafe_hash=True)
+class CLTSettings(CLTShape):
+    """All that a user says of a CLT in training: the `clt` of a `CLTTrainingRunnerConfig`. The formulas and units of
+    the losses are in `losses`."""
+
+    dtype: str = "float32"
+    """Number type of the CLT's weights and of training; bfloat16 weights are rounded at random."""
+
+    k_start: int | None = None
+    """k at the first step, from where it falls linearly to `k` over the first `k_anneal_steps` steps."""
+
+    k_anneal_steps: int = 0
+    """Steps over which k falls from `k_start`."""
+
+    sparsity_loss: SparsityKind = "tanh"
+    """tanh, l0 or quadratic_l0. The latter two are for jumprelu. No part for topk and batchtopk."""
+
+    sparsity_coefficient: float = 1.0
+    """lambda at the end; it rises linearly from 0 over the whole run. About the squared error, summed over
+    layers, that a feature must save to be worth firing. With target_l0 a guess is enough."""
+
+    target_l0: float | None = None
+    """Active features per layer and token, mean over layers, to ask for in place of a lambda: lambda is adjusted
+    during training until they are reached. "quadratic_l0" needs it, and leaves lambda as it is."""
+
+    tanh_scale: float = 4.0
+    """c of the tanh sparsity loss."""
+
+    dead_feature_coefficient: float = 3e-6
+    """lambda_P. Small dictionaries with lambda near 1 need far more, 0.01 to 0.1, to keep most features alive; more
+    of it raises L0. No part for topk and batchtopk."""
+
+    auxk_coefficient: float = 1 / 32
+    """Weight of AuxK, by which dead features learn what the others leave out; for topk and batchtopk."""
+
+    k_aux: int | None = None
+    """Dead features of each layer that it trains at a token; d_model / 2 where left out."""
+
+    dead_feature_density: float = 1e-6
+    """Share of tokens below which a feature counts as dead. Such as fire at no token of the window always do."""
+
+    def k_at(self, step: int) -> int | None:
+        """k at a training step: it falls linearly from `k_start` to `k` over the first `k_anneal_steps` steps."""
+        if self.k is None or self.k_start is None or step >= self.k_anneal_steps:
+            return self.k
+        return round(self.k_start + (self.k - self.k_start) * step / self.k_anneal_steps)
+
+
+@dataclass(kw_only=True)
+class OfModel:
+    """What a CLT's config says of the model, and how its activations were scaled."""
+
+    n_layers: int
+    """Layers of the model."""
+
+    model_name: str = "unknown"
+    """The model that it is trained on."""
+
+    input_scale: Sequence[float] | None = None
+    """Factor that each layer's inputs are multiplied by before they get here; 1 where left out."""
+
+    output_scale: Sequence[float] | None = None
+    """Factor that each layer's outputs are multiplied by before they get here; 1 where left out."""
+
+
+@dataclass(kw_only=True)
+class InferenceCLTConfig(CLTShape, OfModel, SAEConfig):
+    """SAELens's config of a trained CLT. d_in is d_model, d_sae is n_layers * d_transcoder."""
+
+    metadata: Any = field(default_factory=SAEMetadata)
+    """SAELens's record of the training; its loader puts a plain dict here for a moment."""
+
+    apply_b_dec_to_input: bool = False
+    """Always False: outputs are not inputs."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        """`ARCHITECTURE`."""
+        return ARCHITECTURE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self)
+
+
+@dataclass(kw_only=True)
+class TrainingCLTConfig(CLTSettings, OfModel, TrainingSAEConfig):
+    """SAELens's config of a CLT in training. d_in is d_model, d_sae is n_layers * d_transcoder."""
+
+    apply_b_dec_to_input: bool = False
+    """Always False: outputs are not inputs."""
+
+    decoder_init_norm: float | None = None
+    """Always None: the decoder starts uniform."""
+
+    sparsity_warm_up_steps: int = 0
+    """Steps over which lambda rises linearly from 0, or the controller's L0 falls to its target."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        """`ARCHITECTURE`."""
+        return ARCHITECTURE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self)
+
+
+CLTConfig: TypeAlias = InferenceCLTConfig | TrainingCLTConfig
+
+
+def transcoder_config(cfg: CLTConfig) -> CrossLayerTranscoderConfig:
+    """The config of the `CrossLayerTranscoder` that a CLT becomes.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    if cfg.has_score_threshold and cfg.k is None:
+        raise ConfigError(f"k is None with activation {cfg.activation!r}: topk and batchtopk need k.")
+    return CrossLayerTranscoderConfig(
+        n_layers=cfg.n_layers,
+        d_model=cfg.d_in,
+        d_transcoder=cfg.d_transcoder,
+        span=cfg.span,
+        activation="jumprelu" if cfg.has_score_threshold else cfg.activation,
+        k=None if cfg.has_score_threshold else cfg.k,
+        skip=cfg.skip,
+        input_hook=cfg.input_hook,
+        output_hook=cfg.output_hook,
+        model_name=cfg.model_name,
+        dtype=cfg.dtype,
+        input_scale=None if cfg.input_scale is None else tuple(cfg.input_scale),
+        output_scale=None if cfg.output_scale is None else tuple(cfg.output_scale),
+    )
+
+
+def _check(cfg: CLTConfig) -> None:
+    transcoder_config(cfg)
+    n_features = cfg.n_layers * cfg.d_transcoder
+    if cfg.d_sae != n_features:
+        raise ConfigError(f"d_sae is {cfg.d_sae}: it must be n_layers * d_transcoder = {n_features}.")
+    if cfg.normalize_activations != "none" or cfg.apply_b_dec_to_input:
+        raise ConfigError(
+            "A CLT is trained with normalize_activations='none' and apply_b_dec_to_input=False:"
+            " each layer's inputs and outputs are scaled before they reach SAELens's trainer."
         )
 
 
-class CLTLayers:
-    """Weights and passes of a CLT, mixed into SAELens's `SAE` and `TrainingSAE`.
+# -- weights
 
-    The passes here are the plain definition; training takes those of `step`.
 
-    Weights, one tensor a source layer unless said otherwise:
+class CLTWeights:
+    """Weights of a CLT, mixed into SAELens's `SAE` and `TrainingSAE`, one tensor a source layer unless said otherwise.
+
         W_enc [d_transcoder, d_model], b_enc [d_transcoder],
         W_dec [d_transcoder, n_writes * d_model], or with `far_rank` [d_transcoder, d_model + n_far * far_rank] and
-        W_far [n_far, far_rank, d_model] for all layers but the last (see `fast.products`),
+        W_far [n_far, far_rank, d_model] for all layers but the last,
         log_threshold [d_transcoder] (jumprelu only), W_skip [d_model, d_model] (`skip` only; x @ W_skip),
         b_dec [n_layers, d_model] for all layers, and where scores have a threshold at inference, score_threshold
         [n_layers], which is no parameter but a running mean.
+
+    Each source layer's weights are parameters of their own: a slice of one stacked parameter would fill a gradient of
+    the whole stack with zeros for every slice taken. A layer's decoder vectors lie side by side, so that what it writes
+    to all its targets is one matrix product.
+
+    Features of a layer mostly write to the layer itself; what they write further on is a small part of the result and
+    most of the weights. With `far_rank` = r a layer's own decoder and all its A lie side by side, [own | A_1 | ...]:
+        W_dec[s -> s] is full,   W_dec[s -> t] = A[s -> t] @ W_far[s -> t]   for t > s,   A [d_transcoder, r]
+
     On a grid of processes, d_transcoder is the rank's share in all of them; `cfg` stays that of the whole CLT.
     """
 
@@ -231,7 +346,13 @@ class CLTLayers:
     @property
     def transcoder_config(self) -> CrossLayerTranscoderConfig:
         """Shape, activation and hooks, as the exported CLT has them."""
-        return self.cfg.transcoder_config(self.cfg.d_in, self.cfg.dtype)
+        return transcoder_config(self.cfg)
+
+    @property
+    def targets(self) -> list[range]:
+        """The layers that each source layer writes to."""
+        cfg = self.transcoder_config
+        return [cfg.targets(source) for source in range(cfg.n_layers)]
 
     @property
     def n_own_features(self) -> int:
@@ -247,15 +368,26 @@ class CLTLayers:
         """What the far columns of a layer's W_dec are multiplied with; None where there are none of low rank."""
         return None if self.W_far is None or source >= len(self.W_far) else self.W_far[source]
 
-    def full_decoders(self) -> list[Float[Tensor, "d_transcoder width"]]:
-        """Each layer's decoder vectors side by side, [d_transcoder, n_writes * d_model]."""
-        pairs = [(W, self.far(s)) for s, W in enumerate(self.W_dec)]
-        return [W if far is None else full_decoder(W, far) for W, far in pairs]
+    def decoders(self, dtype: torch.dtype | None = None) -> list[dict[int, Float[Tensor, "d_transcoder d_model"]]]:
+        """For each source layer, `W_dec[s -> t]` by target layer.
 
-    def norms(self) -> list[Float[Tensor, " d_transcoder"]]:
-        """||W_dec,i|| of each layer's features, over all their decoder vectors."""
-        pairs = [(W, self.far(s)) for s, W in enumerate(self.W_dec)]
-        return [decoder_norms([W])[0] if far is None else far_norms(W, far) for W, far in pairs]
+        Args:
+            dtype: that they are to have; `sum_dtype` where left out.
+        """
+        kind, result = dtype or self.sum_dtype, []
+        for source, (W, targets) in enumerate(zip(self.W_dec, self.targets, strict=True)):
+            W, far = W.to(kind), self.far(source)
+            if far is None:
+                blocks = W.split(self.cfg.d_in, dim=1)
+            else:
+                own, *thin = W.split([self.cfg.d_in, *[self.cfg.far_rank] * len(far)], dim=1)
+                blocks = [own, *(A @ B for A, B in zip(thin, far.to(kind), strict=True))]
+            result.append(dict(zip(targets, blocks, strict=True)))
+        return result
+
+    def norms(self, dtype: torch.dtype | None = None) -> list[Float[Tensor, " d_transcoder"]]:
+        """||W_dec,i||: for each source layer, each feature's norm over the concatenation of its decoder vectors."""
+        return [torch.cat(list(pairs.values()), dim=1).norm(dim=1) for pairs in self.decoders(dtype)]
 
     def thresholds(self) -> list[Float[Tensor, " d_transcoder"]]:
         """theta of each layer's features, in units of hidden_pre: 0 where phi has no threshold.
@@ -269,90 +401,13 @@ class CLTLayers:
             return [torch.zeros_like(b) for b in self.b_enc]
         return [log.exp() for log in self.log_threshold]
 
-    def encode_layers(self, inputs: Sequence[Float[Tensor, "batch d_model"]]) -> list[LayerEncoding]:
-        """`phi(x[s] @ W_enc[s].T + b_enc[s])` for each layer's (scaled) input."""
-        hidden_pre = [
-            torch.addmm(b_enc, x, W_enc.T) for x, W_enc, b_enc in zip(inputs, self.W_enc, self.b_enc, strict=True)
-        ]
-        acts = self._selected(hidden_pre) if self.cfg.selects else self._activated(hidden_pre)
-        return [LayerEncoding(a, h) for a, h in zip(acts, hidden_pre, strict=True)]
-
-    def _activated(self, hidden_pre: list[Tensor]) -> list[Tensor]:
-        if self.cfg.activation == "relu":
-            return [torch.relu(h) for h in hidden_pre]
-        bandwidth, mode = self.cfg.jumprelu_bandwidth, self.cfg.straight_through
-        return [jumprelu(h, t, bandwidth, mode) for h, t in zip(hidden_pre, self.thresholds(), strict=True)]
-
-    def _selected(self, hidden_pre: list[Tensor]) -> list[Tensor]:
-        scores = [h.detach() * norm.detach() for h, norm in zip(hidden_pre, self.norms(), strict=True)]
-        if self.cfg.has_score_threshold and not self.selects_in_batch:
-            kept = [s > t for s, t in zip(scores, self.score_threshold, strict=True)]
-        else:
-            kept = [s >= t for s, t in zip(scores, self.smallest_kept(scores, self.cfg.k), strict=True)]
-        return [torch.relu(h) * keep for h, keep in zip(hidden_pre, kept, strict=True)]
-
     @property
     def selects_in_batch(self) -> bool:
         """Whether features compete with those of the batch and of other layers, or with a fixed threshold."""
         return self.training
 
-    def smallest_kept(
-        self, scores: Sequence[Float[Tensor, "batch d_transcoder"]], k: int
-    ) -> list[Float[Tensor, "_ 1"]]:
-        """The smallest score that is kept in each layer: of each token for topk, of the batch for batchtopk."""
-        together = self.cfg.topk_across == "all_layers"
-        groups = [list(scores)] if together else [[s] for s in scores]
-        smallest = []
-        for layer, group in enumerate(groups):
-            n_kept = k * len(group)
-            if self.cfg.activation == "topk":
-                smallest.append(token_thresholds(group, n_kept, self.grid))
-            else:
-                guess = float(self.score_threshold[layer])
-                n_tokens = len(group[0]) * self.grid.n_data_parallel
-                smallest.append(batch_threshold(group, n_kept * n_tokens, guess, self.grid))
-        return smallest * len(scores) if together else smallest
 
-    def decode_layers(
-        self,
-        feature_acts: Sequence[Float[Tensor, "batch d_transcoder"]],
-        inputs: Sequence[Float[Tensor, "batch d_model"]] | None = None,
-    ) -> Float[Tensor, "batch n_layers d_model"]:
-        """The (scaled) outputs of every layer: one matrix product a source, summed by target.
-
-        Args:
-            feature_acts: one tensor a layer.
-            inputs: the layers' (scaled) inputs, which a skip connection needs.
-        """
-        cfg = self.transcoder_config
-        written: list[list[Tensor]] = [[] for _ in range(cfg.n_layers)]
-        for source, (acts, W_dec) in enumerate(zip(feature_acts, self.full_decoders(), strict=True)):
-            slots = (acts @ W_dec).unflatten(-1, (-1, cfg.d_model))
-            for target, slot in zip(cfg.targets(source), slots.unbind(dim=1), strict=True):
-                written[target].append(slot)
-        recons = self.grid.sum_over_features(torch.stack([_sum(slots) for slots in written], dim=1)) + self.b_dec
-        if self.W_skip is None:
-            return recons
-        if inputs is None:
-            raise ConfigError("This CLT has a skip connection, which reads the inputs: decode needs them.")
-        return recons + torch.stack([x @ W_skip for x, W_skip in zip(inputs, self.W_skip, strict=True)], dim=1)
-
-    def decode(self, feature_acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch n_layers d_model"]:
-        """`decode_layers` of activations flattened over layers, as SAELens keeps them.
-
-        Raises:
-            ConfigError: the CLT has a skip connection.
-        """
-        per_layer = feature_acts.unflatten(-1, (self.cfg.n_layers, self.n_own_features))
-        return self.decode_layers(per_layer.unbind(dim=1))
-
-
-def _sum(tensors: Sequence[Tensor]) -> Tensor:
-    total = tensors[0]
-    for tensor in tensors[1:]:
-        total = total + tensor
-    return total
-
+# -- the start of the biases: every feature fires at the same, known rate, and the CLT writes the mean output
 
 FIRING_BUDGET = 10_000
 """Features that fire at one token at the start, over all layers, where the dictionary is large."""
@@ -393,102 +448,212 @@ def init_decoder_biases(clt: TrainingCLT, outputs: Float[Tensor, "batch n_layers
     clt.b_dec.copy_(outputs.double().mean(dim=0))
 
 
-THRESHOLD_RATE = 0.01
-"""Weight of a step in the running mean of the smallest kept score."""
+# -- the definition: forward pass and losses
 
 
-@dataclass(kw_only=True)
-class InferenceCLTConfig(CLTShape, SAEConfig):
-    """SAELens's config of a trained CLT. d_in is d_model, d_sae is n_layers * d_transcoder."""
+class LayerFeatures(NamedTuple):
+    """One layer's activations at a batch of tokens."""
 
-    metadata: Any = field(default_factory=SAEMetadata)
-    """SAELens's record of the training; its loader puts a plain dict here for a moment."""
+    dense: Callable[[], Float[Tensor, "batch d_transcoder"]]
+    """Gives all activations, without gradients."""
 
-    apply_b_dec_to_input: bool = False
-    """Always False: outputs are not inputs."""
-
-    @classmethod
-    def architecture(cls) -> str:
-        """`ARCHITECTURE`."""
-        return ARCHITECTURE
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self, self)
+    fired: Int[Tensor, " d_transcoder"]
+    """Tokens at which each feature fires."""
 
 
-@dataclass(kw_only=True)
-class TrainingCLTConfig(CLTShape, TrainingSAEConfig):
-    """SAELens's config of a CLT in training. d_in is d_model, d_sae is n_layers * d_transcoder."""
+class CLTStep(NamedTuple):
+    """What a forward pass gives."""
 
-    apply_b_dec_to_input: bool = False
-    """Always False: outputs are not inputs."""
+    recons: Float[Tensor, "batch n_layers d_model"]
+    """Of the scaled outputs."""
 
-    decoder_init_norm: float | None = None
-    """Always None: the decoder starts uniform."""
+    losses: dict[str, Float[Tensor, ""]]
+    """Terms of the loss, coefficients included."""
 
-    sparsity_loss: SparsityKind = "tanh"
-    """Form of the sparsity loss; no part for topk and batchtopk."""
+    features: list[LayerFeatures]
+    """One a layer."""
 
-    sparsity_coefficient: float = 1.0
-    """lambda at the end of training, or where the controller of `target_l0` begins."""
+    hidden_pre: list[Float[Tensor, "batch d_transcoder"]]
+    """One a layer, before phi."""
 
-    sparsity_warm_up_steps: int = 0
-    """Steps over which lambda rises linearly from 0, or the controller's L0 falls to its target."""
+    smallest_kept: Float[Tensor, " n_layers"] | None
+    """Smallest score that selection kept in each layer, mean over tokens; None without selection."""
 
-    target_l0: float | None = None
-    """Active features per layer and token, mean over layers, that training is to reach."""
+    @property
+    def loss(self) -> Float[Tensor, ""]:
+        """The sum of the terms."""
+        return torch.stack(list(self.losses.values())).sum()
 
-    tanh_scale: float = 4.0
-    """c of the tanh sparsity loss."""
-
-    dead_feature_coefficient: float = 3e-6
-    """lambda_P."""
-
-    k_start: int | None = None
-    """k at the first step; `k` where left out."""
-
-    k_anneal_steps: int = 0
-    """Steps over which k falls linearly from `k_start`."""
-
-    auxk_coefficient: float = 1 / 32
-    """Weight of AuxK, for topk and batchtopk."""
-
-    k_aux: int | None = None
-    """Dead features of each layer that AuxK trains at a token; d_model / 2 where left out."""
-
-    dead_feature_density: float = 1e-6
-    """Share of tokens, over the dead-feature window, below which a feature counts as dead."""
-
-    @classmethod
-    def architecture(cls) -> str:
-        """`ARCHITECTURE`."""
-        return ARCHITECTURE
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self, self)
+    @property
+    def fired(self) -> Int[Tensor, " d_sae"]:
+        """Tokens at which each feature of all layers fires."""
+        return torch.cat([f.fired for f in self.features])
 
 
-def _check(shape: CLTShape, cfg: SAEConfig) -> None:
-    shape.transcoder_config(cfg.d_in, cfg.dtype)
-    n_features = shape.n_layers * shape.d_transcoder
-    if cfg.d_sae != n_features:
-        raise ConfigError(f"d_sae is {cfg.d_sae}: it must be n_layers * d_transcoder = {n_features}.")
-    if cfg.normalize_activations != "none" or cfg.apply_b_dec_to_input:
-        raise ConfigError(
-            "A CLT is trained with normalize_activations='none' and apply_b_dec_to_input=False:"
-            " each layer's inputs and outputs are scaled before they reach SAELens's trainer."
-        )
+class Encoding(NamedTuple):
+    """What features make of a batch of tokens."""
+
+    hidden_pre: Float[Tensor, "batch n_layers d_transcoder"]
+    """Before phi."""
+
+    feature_acts: Float[Tensor, "batch n_layers d_transcoder"]
+    """After phi."""
+
+    smallest_kept: Float[Tensor, " n_layers"] | None
+    """See `CLTStep`."""
 
 
-class InferenceCLT(CLTLayers, SAE[InferenceCLTConfig]):
+def encode(clt: InferenceCLT | TrainingCLT, x: Float[Tensor, "batch n_layers d_model"], k: int | None) -> Encoding:
+    """hidden_pre[s] = x[s] @ W_enc[s].T + b_enc[s],   feature_acts[s] = phi(hidden_pre[s])
+
+    TopK and BatchTopK keep what scores, by hidden_pre * ||W_dec,i||, at least `smallest_kept_scores` and more than 0;
+    at inference, what scores more than `score_threshold` where there is one.
+
+    Args:
+        clt: a whole one.
+        x: scaled inputs.
+        k: for topk and batchtopk.
+    """
+    cfg = clt.cfg
+    pairs = zip(x.unbind(dim=1), clt.W_enc, clt.b_enc, strict=True)
+    hidden_pre = torch.stack([x_s @ W.T.to(x.dtype) + b.to(x.dtype) for x_s, W, b in pairs], dim=1)
+    if cfg.selects:
+        scores = (hidden_pre * torch.stack(clt.norms())).detach()
+        if cfg.has_score_threshold and not clt.selects_in_batch:
+            smallest = clt.score_threshold
+            kept = scores > smallest[:, None]
+        else:
+            assert k is not None
+            lowest = smallest_kept_scores(cfg, scores, k)
+            smallest = lowest.mean(dim=0).expand(cfg.n_layers)
+            kept = (scores >= lowest[..., None]) & (scores > 0)
+        return Encoding(hidden_pre, torch.relu(hidden_pre) * kept, smallest)
+    if cfg.activation == "relu":
+        return Encoding(hidden_pre, torch.relu(hidden_pre), None)
+    straight = (cfg.jumprelu_bandwidth, cfg.straight_through)
+    layers = zip(hidden_pre.unbind(dim=1), clt.thresholds(), strict=True)
+    acts = [jumprelu(h, theta.to(h.dtype), *straight) for h, theta in layers]
+    return Encoding(hidden_pre, torch.stack(acts, dim=1), None)
+
+
+def smallest_kept_scores(
+    cfg: CLTShape, scores: Float[Tensor, "batch n_layers d_transcoder"], k: int
+) -> Float[Tensor, "batch_or_1 n_layers_or_1"]:
+    """The smallest score that is kept, by sorting all that compete:
+
+        topk, per layer           the k-th largest score of the token in the layer
+        topk, across layers       the (k * n_layers)-th largest of the token in all layers
+        batchtopk, per layer      the (k * batch)-th largest of the batch in the layer, or 0 if that is more
+        batchtopk, across layers  the (k * batch * n_layers)-th largest of the batch in all layers, likewise
+
+    so that k is the mean number of features per layer and token in each.
+    """
+    competing, n_kept, (n_tokens, n_layers, _) = scores, k, scores.shape
+    if cfg.activation == "batchtopk":
+        competing, n_kept = rearrange(competing, "token layer feature -> 1 layer (token feature)"), n_kept * n_tokens
+    if cfg.topk_across == "all_layers":
+        competing, n_kept = rearrange(competing, "token layer feature -> token 1 (layer feature)"), n_kept * n_layers
+    smallest = competing.sort(dim=-1, descending=True).values[..., n_kept - 1]
+    return smallest.clamp(min=0) if cfg.activation == "batchtopk" else smallest
+
+
+def decode(
+    clt: InferenceCLT | TrainingCLT,
+    feature_acts: Float[Tensor, "batch n_layers d_transcoder"],
+    x: Float[Tensor, "batch n_layers d_model"] | None = None,
+) -> Float[Tensor, "batch n_layers d_model"]:
+    """recons[t] = sum_s feature_acts[s] @ W_dec[s -> t] + b_dec[t] (+ x[t] @ W_skip[t])
+
+    Args:
+        clt: a whole one.
+        feature_acts: of all layers.
+        x: scaled inputs, which a skip connection needs.
+
+    Raises:
+        ConfigError: there is a skip connection, and no x.
+    """
+    if clt.W_skip is not None and x is None:
+        raise ConfigError("This CLT has a skip connection, which reads the inputs: decode needs them.")
+    recons = [b.to(feature_acts.dtype).expand(len(feature_acts), -1) for b in clt.b_dec]
+    for source, pairs in enumerate(clt.decoders(feature_acts.dtype)):
+        for target, W in pairs.items():
+            recons[target] = recons[target] + feature_acts[:, source] @ W
+    if clt.W_skip is not None and x is not None:
+        recons = [y + x[:, t] @ clt.W_skip[t].to(x.dtype) for t, y in enumerate(recons)]
+    return torch.stack(recons, dim=1)
+
+
+def define_step(clt: TrainingCLT, step_input: TrainStepInput) -> CLTStep:
+    """The forward pass and the losses of a step on scaled activations [batch, 2, n_layers, d_model]: the definition.
+
+    In training mode features are selected within the batch; otherwise as at inference.
+
+    Raises:
+        ConfigError: the CLT is split among several processes.
+    """
+    cfg, coefficients = clt.cfg, step_input.coefficients
+    if clt.grid.n_processes > 1:
+        raise ConfigError(f"This CLT is split among {clt.grid.n_processes} processes: train it with CLTTrainingRunner.")
+    inputs, outputs = step_input.sae_in.to(clt.sum_dtype).unbind(dim=1)
+    hidden_pre, acts, smallest_kept = encode(clt, inputs, cfg.k_at(step_input.n_training_steps))
+    recons = decode(clt, acts, inputs)
+    losses = {"mse_loss": mse_loss(recons, outputs)}
+    pre_by_layer, acts_by_layer = hidden_pre.unbind(dim=1), acts.unbind(dim=1)
+    if cfg.selects:
+        losses |= _define_auxk(clt, hidden_pre, (outputs - recons).detach(), step_input)
+    else:
+        norms, thresholds = clt.norms(), [t.to(acts.dtype) for t in clt.thresholds()]
+        straight = (cfg.jumprelu_bandwidth, cfg.straight_through)
+        if cfg.sparsity_loss == "tanh":
+            counts = [tanh_count(a, norm, cfg.tanh_scale) for a, norm in zip(acts_by_layer, norms, strict=True)]
+        else:
+            counts = [step_function(h, t, *straight).sum(dim=1) for h, t in zip(pre_by_layer, thresholds, strict=True)]
+        sparsity = sparsity_loss(torch.stack(counts).sum(dim=0), cfg.sparsity_loss, clt.l0_target)
+        losses["sparsity_loss"] = coefficients["sparsity"] * sparsity
+        if coefficients["dead_feature"] > 0:
+            losses["dead_feature_loss"] = coefficients["dead_feature"] * dead_feature_loss(
+                pre_by_layer, thresholds, norms
+            )
+    features = [LayerFeatures(a.detach, a.count_nonzero(dim=0)) for a in acts_by_layer]
+    return CLTStep(recons, losses, features, [h.detach() for h in pre_by_layer], smallest_kept)
+
+
+def _define_auxk(
+    clt: TrainingCLT, hidden_pre: Tensor, residual: Tensor, step_input: TrainStepInput
+) -> dict[str, Tensor]:
+    """AuxK: see `losses`. Nothing where no feature is dead."""
+    coefficient, dead = step_input.coefficients.get("auxk", 0.0), step_input.dead_neuron_mask
+    if dead is None or coefficient == 0 or not dead.any():
+        return {}
+    k_aux, chosen = clt.cfg.k_aux or clt.cfg.d_in // 2, torch.zeros_like(hidden_pre)
+    for layer, mask in enumerate(dead.unflatten(0, (clt.cfg.n_layers, -1))):
+        ranked = torch.where(mask, hidden_pre[:, layer].detach(), -torch.inf).argsort(dim=1, descending=True)
+        chosen[:, layer].scatter_(1, ranked[:, : min(k_aux, int(mask.sum()))], 1.0)
+    written = decode(clt, hidden_pre * chosen, torch.zeros_like(residual)) - clt.b_dec.to(hidden_pre.dtype)
+    return {"auxk_loss": coefficient * auxk_loss(residual, written, int(dead.sum()), k_aux)}
+
+
+Step: TypeAlias = "Callable[[TrainingCLT, TrainStepInput], CLTStep]"
+"""`define_step`, or what gives the same: `fast.step.FastStep`."""
+
+
+# -- as SAELens sees it
+
+
+class InferenceCLT(CLTWeights, SAE[InferenceCLTConfig]):
     """A trained CLT, on scaled inputs, as SAELens loads it. For everything else export a `CrossLayerTranscoder`."""
 
     def encode(self, x: Float[Tensor, "batch n_layers d_model"]) -> Float[Tensor, "batch d_sae"]:
         """Feature activations of scaled inputs, flattened over layers."""
-        encodings = self.encode_layers(x.to(self.dtype).unbind(dim=1))
-        return torch.cat([e.feature_acts for e in encodings], dim=1)
+        return encode(self, x.to(self.dtype), self.cfg.k).feature_acts.flatten(start_dim=1)
+
+    def decode(self, feature_acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch n_layers d_model"]:
+        """Scaled outputs of flattened activations.
+
+        Raises:
+            ConfigError: the CLT has a skip connection.
+        """
+        return decode(self, feature_acts.unflatten(-1, (self.cfg.n_layers, -1)))
 
     @property
     def selects_in_batch(self) -> bool:
@@ -496,7 +661,7 @@ class InferenceCLT(CLTLayers, SAE[InferenceCLTConfig]):
         return False
 
 
-class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
+class TrainingCLT(CLTWeights, TrainingSAE[TrainingCLTConfig]):
     """A CLT in training. Its input is [batch, 2, n_layers, d_model]: scaled inputs, then scaled outputs."""
 
     last_losses: dict[str, Tensor]
@@ -517,22 +682,19 @@ class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
         super().__init__(cfg, use_error_term)
         self.last_losses = {}
 
-    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
-        """lambda and lambda_P for SAELens's schedulers, or the weight of AuxK."""
-        if self.cfg.selects:
-            return {"auxk": self.cfg.auxk_coefficient}
-        return {
-            "dead_feature": self.cfg.dead_feature_coefficient,
-            "sparsity": TrainCoefficientConfig(self.cfg.sparsity_coefficient, self.cfg.sparsity_warm_up_steps),
-        }
+    def step(self, step_input: TrainStepInput, step: Step = define_step) -> CLTStep:
+        """One step's losses and activations, layer by layer. In training mode the running threshold follows.
 
-    def encode_with_hidden_pre(
-        self, x: Float[Tensor, "batch n_layers d_model"]
-    ) -> tuple[Float[Tensor, "batch d_sae"], Float[Tensor, "batch d_sae"]]:
-        """(feature_acts, hidden_pre) of scaled inputs, flattened over layers."""
-        encodings = self.encode_layers(x.to(self.dtype).unbind(dim=1))
-        feature_acts, hidden_pre = zip(*encodings, strict=True)
-        return torch.cat(feature_acts, dim=1), torch.cat(hidden_pre, dim=1)
+        Args:
+            step_input: as SAELens's trainer makes it.
+            step: computes them.
+        """
+        result = step(self, step_input)
+        if self.cfg.has_score_threshold and self.training and result.smallest_kept is not None:
+            rate = max(1 / (step_input.n_training_steps + 1), THRESHOLD_RATE)
+            self.score_threshold.lerp_(result.smallest_kept.to(self.score_threshold.dtype), rate)
+        self.last_losses = {name: value.detach() for name, value in result.losses.items()}
+        return result
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """One step's losses and activations, all flattened over layers as SAELens's metrics expect.
@@ -541,19 +703,18 @@ class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
         [batch, n_layers * d_model]; `feature_acts` and `hidden_pre` are [batch, n_layers * d_transcoder] and
         carry no gradient (the loss does).
         """
-        step = self.step(step_input, Workspace())
+        step = self.step(step_input)
         acts = torch.cat([f.dense() for f in step.features], dim=1)
-        hidden_pre = torch.cat(step.hidden_pre, dim=1)
-        return self.step_output(step, step_input, acts, hidden_pre)
+        return self.step_output(step, step_input, acts, torch.cat(step.hidden_pre, dim=1))
 
-    def step(self, step_input: TrainStepInput, workspace: Workspace) -> CLTStep:
-        """One step's losses and activations, layer by layer. In training mode the running threshold follows."""
-        step = clt_step(self, step_input, workspace)
-        if self.cfg.has_score_threshold and self.training and step.smallest_kept is not None:
-            rate = max(1 / (step_input.n_training_steps + 1), THRESHOLD_RATE)
-            self.score_threshold.lerp_(step.smallest_kept.to(self.score_threshold.dtype), rate)
-        self.last_losses = {name: value.detach() for name, value in step.losses.items()}
-        return step
+    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
+        """lambda and lambda_P for SAELens's schedulers, or the weight of AuxK."""
+        if self.cfg.selects:
+            return {"auxk": self.cfg.auxk_coefficient}
+        return {
+            "dead_feature": self.cfg.dead_feature_coefficient,
+            "sparsity": TrainCoefficientConfig(self.cfg.sparsity_coefficient, self.cfg.sparsity_warm_up_steps),
+        }
 
     def count_firing(self, step: CLTStep) -> Int[Tensor, " d_sae"]:
         """Tokens of a step at which each feature fires: of all layers, all ranks' features, all ranks' tokens."""
@@ -582,26 +743,28 @@ class TrainingCLT(CLTLayers, TrainingSAE[TrainingCLTConfig]):
             metrics=metrics,
         )
 
-    def calculate_aux_loss(
-        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
-    ) -> dict[str, Tensor]:
-        """Sparsity and dead-feature terms of flattened activations, times their coefficients. AuxK is the step's."""
-        if self.cfg.selects:
-            return {}
-        cfg, coefficients = self.cfg, step_input.coefficients
-        shape = (cfg.n_layers, self.n_own_features)
-        acts, pre = (flat.unflatten(-1, shape).unbind(dim=1) for flat in (feature_acts, hidden_pre))
-        norms, thresholds = self.norms(), self.thresholds()
-        if cfg.sparsity_loss == "tanh":
-            counts = [tanh_count(a, norm, cfg.tanh_scale) for a, norm in zip(acts, norms, strict=True)]
-        else:
-            gradient = (cfg.jumprelu_bandwidth, cfg.straight_through)
-            counts = [step_function(h, t, *gradient).sum(dim=1) for h, t in zip(pre, thresholds, strict=True)]
-        sparsity = sparsity_loss(torch.stack(counts).sum(dim=0), cfg.sparsity_loss, self.l0_target)
-        losses = {"sparsity_loss": coefficients["sparsity"] * sparsity}
-        if coefficients["dead_feature"] > 0:
-            losses["dead_feature_loss"] = coefficients["dead_feature"] * dead_feature_loss(pre, thresholds, norms)
-        return losses
+    def encode_with_hidden_pre(
+        self, x: Float[Tensor, "batch n_layers d_model"]
+    ) -> tuple[Float[Tensor, "batch d_sae"], Float[Tensor, "batch d_sae"]]:
+        """(feature_acts, hidden_pre) of scaled inputs, flattened over layers: what SAELens encodes with."""
+        hidden_pre, feature_acts, _ = encode(self, x.to(self.dtype), self.cfg.k)
+        return feature_acts.flatten(start_dim=1), hidden_pre.flatten(start_dim=1)
+
+    def decode(self, feature_acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch n_layers d_model"]:
+        """Scaled outputs of flattened activations.
+
+        Raises:
+            ConfigError: the CLT has a skip connection.
+        """
+        return decode(self, feature_acts.unflatten(-1, (self.cfg.n_layers, -1)))
+
+    def calculate_aux_loss(self, *_: Any, **__: Any) -> dict[str, Tensor]:
+        """Not offered: SAELens requires it for a forward pass of its own, in the place of which stands ours.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("The losses of a CLT are those of its step: call training_forward_pass instead.")
 
     @property
     def l0_target(self) -> float | None:

@@ -127,11 +127,6 @@ PerFeature = Sequence[Float[Tensor, " d_transcoder"]]
 # -- the terms
 
 
-def decoder_norms(W_dec: Sequence[Float[Tensor, "d_transcoder _"]]) -> list[Float[Tensor, " d_transcoder"]]:
-    """||W_dec,i||: for each source layer, each feature's norm over the concatenation of all its decoder vectors."""
-    return [w.norm(dim=1) for w in W_dec]
-
-
 def mse_loss(
     recons: Float[Tensor, "batch n_layers d_model"], outputs: Float[Tensor, "batch n_layers d_model"]
 ) -> Float[Tensor, ""]:

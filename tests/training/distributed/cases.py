@@ -14,7 +14,7 @@ from sae_lens.saes.sae import TrainStepInput
 from tl_clt.training.clt import TrainingCLT, TrainingCLTConfig
 from tl_clt.training.fast import step as step_module
 from tl_clt.training.fast.selection import layer_topk
-from tl_clt.training.fast.step import Workspace
+from tl_clt.training.fast.step import FastStep
 from tl_clt.training.parallel import SINGLE, ProcessGrid, clip_gradients, combine_gradients, is_shared, process_grid
 from tl_clt.training.run.checkpoints import gather_clt, own_share
 from tl_clt.training.run.trainer import CLTTrainer
@@ -95,7 +95,7 @@ def step(kind: str, products: str, n_data_parallel: int = 1) -> StepResult:
     with process_grid(n_data_parallel, "cpu") as grid:
         clt = build(kind, grid)
         dead = (torch.arange(N_FEATURES) == DEAD[..., None]).any(dim=1).flatten()
-        result = clt.step(TrainStepInput(own_tokens(batch(), grid), COEFFICIENTS, dead, 9, False), Workspace())
+        result = clt.step(TrainStepInput(own_tokens(batch(), grid), COEFFICIENTS, dead, 9, False), FastStep())
         result.loss.backward()
         combine_gradients(clt, grid)
         losses = {name: value.detach().clone() for name, value in result.losses.items()}

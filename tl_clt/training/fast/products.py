@@ -14,12 +14,6 @@ that count,
     add_outer       G += A.T @ g      writes each weight row once
     inner_products  (g @ W.T) on S
 are what the dense products are, up to the order of addition, at a cost in proportion to the places of S.
-
-Far decoders of low rank: features of a layer mostly write to the layer itself; what they write further on is a small
-part of the result and most of the weights. With `far_rank` = r:
-    W_dec[s -> s] is full,   W_dec[s -> t] = A[s -> t] @ B[s -> t]   for t > s,   A [d_transcoder, r], B [r, d_model]
-A layer's own decoder and all its A lie side by side, [own | A_1 | A_2 | ...], so that decoding is one product of
-all features, and then one of r numbers a target.
 """
 
 from __future__ import annotations
@@ -425,13 +419,6 @@ def spread(
     own, ranks = written[:, :d_model], written[:, d_model:].unflatten(1, (n_far, rank))
     far = torch.einsum("bjr,jrd->bjd", ranks, W_far.to(written.dtype)).to(written.dtype)
     return torch.cat([own, far.flatten(start_dim=1)], dim=1)
-
-
-def full_decoder(
-    W_dec: Float[Tensor, "d_transcoder own_and_ranks"], W_far: Float[Tensor, "n_far rank d_model"]
-) -> Float[Tensor, "d_transcoder width"]:
-    """A layer's decoder vectors side by side, as without `far_rank`."""
-    return spread(W_dec, W_far)
 
 
 def far_norms(

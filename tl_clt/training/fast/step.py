@@ -1,4 +1,4 @@
-"""One training step's forward pass: what `CLTLayers` and `losses` define, at the speed that training needs.
+"""One training step's forward pass: what `clt.define_step` defines, at the speed that training needs.
 
 Which products run over active features only is chosen by their measured density; the results are the same.
 A layer is done before the next one begins, where selection allows it, so that backward too has one layer's gradients
@@ -12,7 +12,8 @@ backward goes through them again, with gradients.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from tl_clt.training.clt import CLTStep, LayerFeatures, TrainingCLT
 from tl_clt.training.fast.products import (
     Support,
     Values,
@@ -36,7 +38,7 @@ from tl_clt.training.fast.products import (
     support_of_dense,
     support_of_topk,
 )
-from tl_clt.training.fast.selection import annealed_k, largest_offers, layer_topk
+from tl_clt.training.fast.selection import largest_offers, layer_topk, smallest_kept
 from tl_clt.training.losses import (
     SparsityKind,
     StraightThrough,
@@ -49,72 +51,46 @@ from tl_clt.training.losses import (
     tanh_count,
 )
 
-if TYPE_CHECKING:
-    from tl_clt.training.clt import TrainingCLT
-
 SPARSE_BELOW = {"cpu": 0.1}
 """Share of active features below which sparse products are faster, by kind of device. Measured on two cores with
 AVX-512: at 10% they take half the time of dense ones, at 20% as much."""
 SPARSE_BELOW_ELSEWHERE = 0.01
 
 
-class LayerFeatures(NamedTuple):
-    """One layer's activations at a batch of tokens, with gradients: of the rank's own features at its own tokens."""
+class FastStep:
+    """`define_step`, up to the order of addition, at the speed that training needs: of one training run.
 
-    acts: Float[Tensor, "batch d_transcoder"] | Float[Tensor, " n_places"]
-    """All of them, or where `places` is given those at the places."""
-
-    places: Support | None
-    """Where activations exist at all (topk and batchtopk on their sparse path)."""
-
-    fired: Int[Tensor, " d_transcoder"]
-    """Tokens at which each feature fires."""
-
-    def dense(self) -> Float[Tensor, "batch d_transcoder"]:
-        """All activations, without gradients."""
-        acts = self.acts.detach()
-        return acts if self.places is None else self.places.to_dense(acts)
-
-
-class CLTStep(NamedTuple):
-    """What a forward pass gives."""
-
-    recons: Float[Tensor, "batch n_layers d_model"]
-    """Of the scaled outputs."""
-
-    losses: dict[str, Float[Tensor, ""]]
-    """Terms of the loss, coefficients included."""
-
-    features: list[LayerFeatures]
-    """One a layer."""
-
-    hidden_pre: list[Float[Tensor, "batch d_transcoder"]]
-    """One a layer, before phi."""
-
-    smallest_kept: Float[Tensor, " n_layers"] | None
-    """Smallest score that selection kept in each layer, mean over tokens; None without selection."""
-
-    @property
-    def loss(self) -> Float[Tensor, ""]:
-        """The sum of the terms."""
-        return torch.stack(list(self.losses.values())).sum()
-
-    @property
-    def fired(self) -> Int[Tensor, " d_sae"]:
-        """Tokens at which each feature of all layers fires."""
-        return torch.cat([f.fired for f in self.features])
-
-
-class Workspace:
-    """Tensors that are used again at every step.
-
-    Without it a step's activations are freed at its end: the system takes them back and hands them out again page by
-    page, which costs a tenth of a step on the CPU. With it, a step's `features` and `hidden_pre` hold until the next
-    step with the same workspace; a backward pass after that raises torch's error about changed values.
+    It keeps tensors that are used again at every step. Without them a step's activations are freed at its end: the
+    system takes them back and hands them out again page by page, which costs a tenth of a step on the CPU. With them, a
+    step's `features` and `hidden_pre` hold until the next step; a backward pass after that raises torch's error about
+    changed values.
     """
 
     def __init__(self) -> None:
         self._tensors: dict[tuple[str, int], Tensor] = {}
+
+    def __call__(self, clt: TrainingCLT, step_input: TrainStepInput) -> CLTStep:
+        """The forward pass and the losses of a step on scaled activations [batch, 2, n_layers, d_model].
+
+        On a grid of processes the reconstruction and the losses are of all ranks' features, at the tokens of this rank.
+        """
+        inputs, outputs = step_input.sae_in.to(clt.sum_dtype).unbind(dim=1)
+        xs = inputs.unbind(dim=1)
+        smallest = None
+        if clt.cfg.selects:
+            layers, smallest = _selected_layers(clt, xs, step_input.n_training_steps, self)
+        else:
+            layers = _thresholded_layers(clt, xs, step_input.coefficients, self)
+        recons = sum_by_target(clt.b_dec, [one.written for one in layers], clt.grid)
+        if clt.W_skip is not None:
+            recons = recons + torch.stack([decode(x, W_skip) for x, W_skip in zip(xs, clt.W_skip, strict=True)], dim=1)
+        losses = {"mse_loss": mse_loss(recons, outputs)}
+        hidden_pre = [one.hidden_pre for one in layers]
+        if clt.cfg.selects:
+            losses |= _auxk(clt, xs, hidden_pre, (outputs - recons).detach(), step_input)
+        else:
+            losses |= _penalties(clt, layers, step_input.coefficients)
+        return CLTStep(recons, losses, [one.features for one in layers], hidden_pre, smallest)
 
     def take(self, name: str, layer: int, shape: tuple[int, int], like: Tensor) -> Tensor:
         """The tensor of that name and layer, its values whatever they were."""
@@ -122,31 +98,6 @@ class Workspace:
         if held is None or held.shape != shape or held.dtype != like.dtype or held.device != like.device:
             held = self._tensors[(name, layer)] = like.new_empty(shape)
         return held.detach()
-
-
-def clt_step(clt: TrainingCLT, step_input: TrainStepInput, workspace: Workspace) -> CLTStep:
-    """The forward pass of a step on scaled activations [batch, 2, n_layers, d_model].
-
-    In training mode features are selected within the batch; otherwise as at inference. On a grid of processes the
-    reconstruction and the losses are of all ranks' features, at the tokens of this rank.
-    """
-    inputs, outputs = step_input.sae_in.to(clt.sum_dtype).unbind(dim=1)
-    xs = inputs.unbind(dim=1)
-    smallest = None
-    if clt.cfg.selects:
-        layers, smallest = _selected_layers(clt, xs, step_input.n_training_steps, workspace)
-    else:
-        layers = _thresholded_layers(clt, xs, step_input.coefficients, workspace)
-    recons = sum_by_target(clt.b_dec, [one.written for one in layers], clt.grid)
-    if clt.W_skip is not None:
-        recons = recons + torch.stack([decode(x, W_skip) for x, W_skip in zip(xs, clt.W_skip, strict=True)], dim=1)
-    losses = {"mse_loss": mse_loss(recons, outputs)}
-    hidden_pre = [one.hidden_pre for one in layers]
-    if clt.cfg.selects:
-        losses |= _auxk(clt, xs, hidden_pre, (outputs - recons).detach(), step_input)
-    else:
-        losses |= _penalties(clt, layers, step_input.coefficients)
-    return CLTStep(recons, losses, [one.features for one in layers], hidden_pre, smallest)
 
 
 class _Layer(NamedTuple):
@@ -158,7 +109,7 @@ class _Layer(NamedTuple):
 
 
 def _thresholded_layers(
-    clt: TrainingCLT, xs: tuple[Tensor, ...], coefficients: dict[str, float], workspace: Workspace
+    clt: TrainingCLT, xs: tuple[Tensor, ...], coefficients: dict[str, float], held: FastStep
 ) -> list[_Layer]:
     """ReLU and JumpReLU, with the sums of the sparsity and dead-feature losses."""
     options = TermOptions(
@@ -172,31 +123,32 @@ def _thresholded_layers(
     layers: list[_Layer] = []
     for layer, (x, threshold) in enumerate(zip(xs, clt.thresholds(), strict=True)):
         shape = (len(x), clt.n_own_features)
-        h = encode(x, clt.W_enc[layer], clt.b_enc[layer], workspace.take("hidden_pre", layer, shape, x))
-        out = workspace.take("feature_acts", layer, shape, x)
+        h = encode(x, clt.W_enc[layer], clt.b_enc[layer], held.take("hidden_pre", layer, shape, x))
+        out = held.take("feature_acts", layer, shape, x)
         result = terms(h, threshold.to(x.dtype), _norms(clt, layer), options, out)
         acts = result.feature_acts
         sparse = float(result.fired.sum()) / acts.numel() < _sparse_below(acts.device)
         written = decode(acts, clt.W_dec[layer], support_of_dense(acts.detach()) if sparse else None, clt.cfg.d_in)
-        features = LayerFeatures(acts, None, result.fired)
+        features = LayerFeatures(acts.detach, result.fired)
         written = _spread(clt, layer, written)
         layers.append(_Layer(features, h.detach(), written, result.counts, result.dead_features))
     return layers
 
 
 def _selected_layers(
-    clt: TrainingCLT, xs: tuple[Tensor, ...], n_training_steps: int, workspace: Workspace
+    clt: TrainingCLT, xs: tuple[Tensor, ...], n_training_steps: int, held: FastStep
 ) -> tuple[list[_Layer], Tensor]:
     """TopK and BatchTopK, and the smallest scores kept."""
     cfg = clt.cfg
-    k = annealed_k(cfg.k, cfg.k_start, cfg.k_anneal_steps, n_training_steps)
+    k = cfg.k_at(n_training_steps)
+    assert k is not None
     layers: list[_Layer] = []
     smallest: list[Tensor] = []
     together = cfg.topk_across == "all_layers"
     for group in [range(cfg.n_layers)] if together else [range(s, s + 1) for s in range(cfg.n_layers)]:
         with torch.no_grad():
-            hidden_pre = [_encoded(clt, s, xs[s], workspace) for s in group]
-            scores = [_scored(clt, s, h, workspace) for s, h in zip(group, hidden_pre, strict=True)]
+            hidden_pre = [_encoded(clt, s, xs[s], held) for s in group]
+            scores = [_scored(clt, s, h, held) for s, h in zip(group, hidden_pre, strict=True)]
             places, thresholds = _places(clt, group, scores, k)
         smallest += thresholds
         for s, h, where in zip(group, hidden_pre, places, strict=True):
@@ -206,15 +158,15 @@ def _selected_layers(
     return layers, of_all_tokens
 
 
-def _encoded(clt: TrainingCLT, layer: int, x: Tensor, workspace: Workspace) -> Tensor:
-    out = workspace.take("hidden_pre", layer, (len(x), clt.n_own_features), x)
+def _encoded(clt: TrainingCLT, layer: int, x: Tensor, held: FastStep) -> Tensor:
+    out = held.take("hidden_pre", layer, (len(x), clt.n_own_features), x)
     return encode(x, clt.W_enc[layer], clt.b_enc[layer], out)
 
 
-def _scored(clt: TrainingCLT, layer: int, hidden_pre: Tensor, workspace: Workspace) -> Tensor:
-    """Scores: see `selection`. One layer's may take the place of the last one's, unless they compete."""
+def _scored(clt: TrainingCLT, layer: int, hidden_pre: Tensor, held: FastStep) -> Tensor:
+    """hidden_pre * ||W_dec,i||. One layer's may take the place of the last one's, unless they compete."""
     slot = layer if clt.cfg.topk_across == "all_layers" else 0
-    out = workspace.take("scores", slot, (len(hidden_pre), clt.n_own_features), hidden_pre)
+    out = held.take("scores", slot, (len(hidden_pre), clt.n_own_features), hidden_pre)
     return torch.mul(hidden_pre, _norms(clt, layer).to(hidden_pre.dtype), out=out)
 
 
@@ -228,7 +180,7 @@ def _places(clt: TrainingCLT, group: range, scores: list[Tensor], k: int) -> tup
         thresholds = [clt.score_threshold[s].view(1, 1) for s in group]
         kept = [s > t for s, t in zip(scores, thresholds, strict=True)]
     else:
-        thresholds = clt.smallest_kept(scores, k)
+        thresholds = smallest_kept(clt, scores, k)
         kept = [s >= t for s, t in zip(scores, thresholds, strict=True)]
     places = [support_of_dense((s * keep).clamp_(min=0.0)) for s, keep in zip(scores, kept, strict=True)]
     return places, [t.mean() for t in thresholds]
@@ -244,11 +196,12 @@ def _kept(clt: TrainingCLT, layer: int, x: Tensor, hidden_pre: Tensor, places: S
         values = torch.relu(places.gather(given(hidden_pre, x, W_enc, b_enc)))
     fired = torch.bincount(places.features[values > 0], minlength=n_features)
     if sparse:
-        features = LayerFeatures(values, places, fired)
+        features = LayerFeatures(partial(places.to_dense, values.detach()), fired)
         written = decode_places(values, clt.W_dec[layer], places, clt.cfg.d_in)
     else:
-        features = LayerFeatures(places.to_dense(values), None, fired)
-        written = decode(features.acts, clt.W_dec[layer])
+        acts = places.to_dense(values)
+        features = LayerFeatures(acts.detach, fired)
+        written = decode(acts, clt.W_dec[layer])
     return _Layer(features, hidden_pre, _spread(clt, layer, written))
 
 
@@ -277,7 +230,7 @@ def _auxk(
     for layer, dead_here in enumerate(dead.unflatten(0, (clt.cfg.n_layers, -1))):
         chosen = auxk_features(clt, layer, xs[layer], hidden_pre[layer], dead_here, k_aux)
         if chosen is None:
-            written.append(residual.new_zeros(len(residual), len(clt.transcoder_config.targets(layer)) * clt.cfg.d_in))
+            written.append(residual.new_zeros(len(residual), len(clt.targets[layer]) * clt.cfg.d_in))
         else:
             written.append(_spread(clt, layer, decode_places(chosen[0], clt.W_dec[layer], chosen[1], clt.cfg.d_in)))
     by_target = sum_by_target(torch.zeros_like(residual[0]), written, clt.grid)

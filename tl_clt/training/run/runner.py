@@ -22,7 +22,7 @@ from torch import Tensor
 from tl_clt.arguments import shown
 from tl_clt.errors import ConfigError
 from tl_clt.lens import HookedModel, load_model, mlp_hook_points, model_fingerprint, model_name, require_model
-from tl_clt.training.clt import TrainingCLT, TrainingCLTConfig, init_decoder_biases, init_encoder_biases
+from tl_clt.training.clt import Step, TrainingCLT, TrainingCLTConfig, init_decoder_biases, init_encoder_biases
 from tl_clt.training.data.batches import (
     ActivationBatches,
     ActivationScale,
@@ -37,7 +37,6 @@ from tl_clt.training.data.batches import (
 )
 from tl_clt.training.data.dataset import AnyDataset, DatasetSource, open_dataset
 from tl_clt.training.export import export
-from tl_clt.training.fast.step import Workspace
 from tl_clt.training.parallel import ProcessGrid, only_main_shows, own_device, process_grid
 from tl_clt.training.run.checkpoints import (
     Checkpoint,
@@ -96,7 +95,7 @@ def measure(
     batches: Iterable[Batch],
     dead: Bool[Tensor, " d_sae"],
     dead_window_steps: int,
-    workspace: Workspace,
+    step: Step,
 ) -> Metrics:
     """The final metrics.
 
@@ -105,17 +104,17 @@ def measure(
         batches: scaled inputs and outputs; on a grid, of this rank's tokens.
         dead: for each feature of all layers, whether it is dead.
         dead_window_steps: the training steps by which that was told.
-        workspace: that of the training.
+        step: computes the forward pass.
     """
     outputs, errors, fired = [], [], []
     without_penalties = dict.fromkeys(clt.get_coefficients(), 0.0)
     clt.eval()
     for batch in batches:
-        step = clt.step(TrainStepInput(batch, without_penalties, None, 0, False), workspace)
+        result = clt.step(TrainStepInput(batch, without_penalties, None, 0, False), step)
         y = clt.grid.all_tokens(batch[:, 1]).double()
         outputs.append(y)
-        errors.append((clt.grid.all_tokens(step.recons) - y).square().sum(dim=(0, 2)))
-        fired.append(clt.count_firing(step).unflatten(0, (clt.cfg.n_layers, -1)).sum(dim=1).double())
+        errors.append((clt.grid.all_tokens(result.recons) - y).square().sum(dim=(0, 2)))
+        fired.append(clt.count_firing(result).unflatten(0, (clt.cfg.n_layers, -1)).sum(dim=1).double())
     y = torch.cat(outputs)
     variance = (y - y.mean(dim=0)).square().sum(dim=(0, 2))
     out_squared = y.square().sum(dim=(0, 2))
@@ -358,7 +357,7 @@ class CLTTrainingRunner:
         trainer.after_step = CheckpointWriter(cfg, about, lambda: None if raw is None else raw.position, started)
         trainer.fit()
         last = islice(own_part(raw), cfg.n_eval_batches)
-        metrics = measure(sae, last, trainer.dead_neurons, cfg.dead_window_steps, trainer.workspace)
+        metrics = measure(sae, last, trainer.dead_neurons, cfg.dead_window_steps, trainer.fast_step)
         self.record = TrainingRecord(
             config={k: v for k, v in cfg.to_dict().items() if k not in OWN_PATHS},
             tokens_seen=trainer.n_training_samples,

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tl_clt.training.clt import TrainingCLT, TrainingCLTConfig
-from tl_clt.training.fast.step import Workspace
+from tl_clt.training.fast.step import FastStep
 from tl_clt.training.losses import L0Controller
 from tl_clt.training.parallel import clip_gradients, combine_gradients
 
@@ -64,7 +64,7 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
 
     def __init__(self, cfg: SAETrainerConfig, sae: TrainingCLT, data_provider: Any, **options: Any) -> None:
         super().__init__(cfg, sae, data_provider, **options)
-        self.workspace = Workspace()
+        self.fast_step = FastStep()
         self.density = RunningDensity(sae.cfg.d_sae, cfg.dead_feature_window, cfg.device)
         self._use_controller()
         if sae.dtype == torch.bfloat16:
@@ -136,7 +136,7 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
         return replace(output, loss=torch.stack(list(losses.values())).sum(), losses=losses)
 
     def _forward(self, sae: TrainingCLT, step_input: TrainStepInput) -> TrainStepOutput:
-        step = sae.step(step_input, self.workspace)
+        step = sae.step(step_input, self.fast_step)
         self._count(sae.count_firing(step), len(step.recons) * sae.grid.n_data_parallel)
         if step_input.is_logging_step:
             acts = torch.cat([f.dense() for f in step.features], dim=1)
