@@ -546,7 +546,7 @@ def a_run(folder: Path) -> Run:
     start = Start(N_LAYERS, D_MODEL, "tiny", None, None)
 
     def fresh() -> CLTTrainer:
-        sae = TrainingCLT(runner._sae_config(start, None), grid=SINGLE)
+        sae = TrainingCLT(runner._clt_config(start, None), grid=SINGLE)
         return CLTTrainer(cfg=runner._trainer_config(), sae=sae, data_provider=None)
 
     return Run(cfg, start, fresh)

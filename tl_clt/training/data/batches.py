@@ -24,7 +24,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -44,12 +44,68 @@ from tl_clt.lens import (
     require_hooks,
     require_tokenizer,
 )
-from tl_clt.training.data.cache import ActivationCache, Activations, Prompts
+from tl_clt.training.clt import CLTSettings, CLTShape
+from tl_clt.training.data.cache import ActivationCache, Activations, CacheDtype, Prompts
 from tl_clt.training.data.dataset import AnyDataset
 from tl_clt.training.parallel import ProcessGrid
-from tl_clt.training.run.config import CLTTrainingRunnerConfig
 
 Batch = Float[Tensor, "batch 2 n_layers d_model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """What a CLT is trained on: the `data` of a `CLTTrainingRunnerConfig`."""
+
+    streaming: bool = True
+    """Read a hub dataset while training, in place of a download beforehand."""
+
+    training_tokens: int = 2_000_000
+    """Tokens to train on, repeats of the dataset included. Exactly so many: the last batch may be shorter."""
+
+    context_size: int = 128
+    """Tokens of a prompt."""
+
+    train_batch_size_tokens: int = 4096
+    """Tokens of a training step."""
+
+    store_batch_size_prompts: int = 32
+    """Prompts of a forward pass of the model."""
+
+    n_batches_in_buffer: int = 128
+    """The shuffling buffer's size in prompts; n_batches_in_buffer * context_size tokens must hold a batch."""
+
+    activations_mixing_fraction: float = 0.5
+    """Share of the buffer that is kept back for mixing with new activations."""
+
+    prepend_bos: bool = True
+    """Begin each prompt made of text with the beginning-of-sequence token."""
+
+    sequence_separator_token: int | Literal["bos", "eos", "sep"] | None = "bos"
+    """What goes between rows of text that share a prompt."""
+
+    exclude_special_tokens: bool | tuple[int, ...] = False
+    """Leave the tokenizer's special tokens (True), or these token ids, out of training."""
+
+    seqpos_slice: tuple[int | None, ...] = (None,)
+    """Positions to train on, as the arguments of `slice`: (1, None) leaves the first out."""
+
+    max_norm_ratio: float | None = None
+    """Leave out tokens at which some layer's input or output has a norm of more than so many times its median over
+    the prompts of a forward pass. None leaves none out. On Gemma 3 270M, of 1,024 tokens 10 leaves out 6%, 30 2%."""
+
+    cache_path: str | None = None
+    """Folder of cached activations: what is in it is read, what is not is added. Any run of the same model and hooks
+    may use it, whatever its dataset, context size, left-out tokens and seed."""
+
+    cache_dtype: CacheDtype = "float16"
+    """float16, or int8 for half the space. A run with a cache trains on the rounded activations, the first run
+    as well as the next. On Gemma 3 270M a layer's activations change by up to 0.02% (float16) or 5% (int8)."""
+
+    prefetch: bool = True
+    """Run the model for the next batches on a thread of its own while a step is made. Batches are the same."""
+
+    n_batches_for_scale: int = 8
+    """First batches, on which scales and encoder biases are set. They are trained on as well."""
 
 
 class ActivationScale(NamedTuple):
@@ -374,20 +430,20 @@ NOISE = (
 """SAELens's warnings about what is meant to be so: text, repeats, and rows cut to context_size."""
 
 
-def hook_names(model: HookedModel, cfg: CLTTrainingRunnerConfig) -> list[str]:
+def hook_names(model: HookedModel, clt: CLTShape) -> list[str]:
     """The input hook of every layer, then the output hook of every layer.
 
     Raises:
         HookNotFound: the model lacks one.
     """
     layers = range(model.cfg.n_layers)
-    names = [block_hook(layer, hook) for hook in (cfg.input_hook, cfg.output_hook) for layer in layers]
+    names = [block_hook(layer, hook) for hook in (clt.input_hook, clt.output_hook) for layer in layers]
     with mlp_hook_points(model):
         require_hooks(model, names)
     return names
 
 
-def check_fits(model: HookedModel, cfg: CLTTrainingRunnerConfig) -> None:
+def check_fits(model: HookedModel, clt: CLTShape, data: DataSettings) -> None:
     """Raise where the run asks for what the model does not have.
 
     Raises:
@@ -395,45 +451,58 @@ def check_fits(model: HookedModel, cfg: CLTTrainingRunnerConfig) -> None:
         ConfigError: context_size or span is more than the model's.
         TokenizerMissing: special tokens are to be left out, and there is no tokenizer to name them.
     """
-    hook_names(model, cfg)
+    hook_names(model, clt)
     name, n_ctx, n_layers = model_name(model), model.cfg.n_ctx, model.cfg.n_layers
-    if cfg.context_size > n_ctx:
-        raise ConfigError(f"context_size is {cfg.context_size}, but {name} takes {n_ctx} tokens: give at most {n_ctx}.")
-    if cfg.span is not None and cfg.span > n_layers:
-        raise ConfigError(f"span is {cfg.span}, but {name} has {n_layers} layers: give 1 (PLT) to {n_layers} (CLT).")
-    if cfg.exclude_special_tokens is True:
+    if data.context_size > n_ctx:
+        raise ConfigError(
+            f"context_size is {data.context_size}, but {name} takes {n_ctx} tokens: give at most {n_ctx}."
+        )
+    if clt.span is not None and clt.span > n_layers:
+        raise ConfigError(f"span is {clt.span}, but {name} has {n_layers} layers: give 1 (PLT) to {n_layers} (CLT).")
+    if data.exclude_special_tokens is True:
         require_tokenizer(model, "name its special tokens, which exclude_special_tokens=True leaves out,")
 
 
 class ActivationBatches(Iterator[Batch]):
-    """Endless, shuffled batches of raw inputs and outputs [batch, 2, n_layers, d_model] in the run's dtype.
+    """Endless, shuffled batches of raw inputs and outputs [batch, 2, n_layers, d_model] in the CLT's dtype.
 
-    Prompts and activations are SAELens's store's. With `cfg.prefetch` a thread of its own runs the model for the next
+    Prompts and activations are SAELens's store's. With `data.prefetch` a thread of its own runs the model for the next
     fill of the buffer while a step is made, in the same order: close the batches when done, and use the model
     elsewhere only within `paused()`.
 
     Args:
         model: run over the dataset.
         dataset: as `open_dataset` gives it.
-        cfg: the run.
+        clt: what is trained: its hooks and dtype.
+        data: what of the dataset, and how it is mixed.
+        device: where the batches are.
+        seed: of the shuffling.
+        model_name: for people, in a cache's index.
         position: go on from there; from the beginning where left out.
     """
 
     def __init__(
-        self, model: HookedModel, dataset: AnyDataset, cfg: CLTTrainingRunnerConfig, position: Position | None = None
+        self,
+        model: HookedModel,
+        dataset: AnyDataset,
+        clt: CLTSettings,
+        data: DataSettings,
+        *,
+        device: str,
+        seed: int,
+        model_name: str,
+        position: Position | None = None,
     ) -> None:
-        source = _chunks(model, dataset, cfg)
-        buffer = cfg.n_batches_in_buffer * len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
-        kept = int(buffer * cfg.activations_mixing_fraction)
+        source = _chunks(model, dataset, clt, data, device, model_name)
+        buffer = data.n_batches_in_buffer * len(range(data.context_size)[slice(*data.seqpos_slice)])
+        kept = int(buffer * data.activations_mixing_fraction)
         rows = source.find(position.ids) if position is not None and len(position.ids) > 0 else None
         chunks = source.after(None) if position is None else source.after(position.place, position.tokens_digest)
         self._prefetching: PrefetchingIterator[Chunk] | None = None
-        if cfg.prefetch:
-            n_chunks = -(-(buffer - kept) // (cfg.store_batch_size_prompts * cfg.context_size))
+        if data.prefetch:
+            n_chunks = -(-(buffer - kept) // (data.store_batch_size_prompts * data.context_size))
             chunks = self._prefetching = PrefetchingIterator(chunks, max(1, n_chunks))
-        self._batches = MixedBatches(
-            chunks, size=buffer, batch_size=cfg.train_batch_size_tokens, kept=kept, seed=cfg.seed
-        )
+        self._batches = MixedBatches(chunks, size=buffer, batch_size=data.train_batch_size_tokens, kept=kept, seed=seed)
         if position is not None:
             self._batches.go_on(position, rows)
         self._ahead: list[tuple[Batch, Position]] = []
@@ -463,39 +532,42 @@ class ActivationBatches(Iterator[Batch]):
             self._prefetching.close()
 
 
-def _chunks(model: HookedModel, dataset: AnyDataset, cfg: CLTTrainingRunnerConfig) -> Chunks:
-    names, dtype, device = hook_names(model, cfg), getattr(torch, cfg.dtype), torch.device(cfg.device)
-    store = _store(model, dataset, cfg, names)
+def _chunks(
+    model: HookedModel, dataset: AnyDataset, clt: CLTSettings, data: DataSettings, device: str, model_name: str
+) -> Chunks:
+    names, dtype = hook_names(model, clt), getattr(torch, clt.dtype)
+    store = _store(model, dataset, data, names, device)
 
     def run(tokens: Prompts) -> Activations:
         activations = store.get_multi_hook_activations(tokens)
         return pack([activations[name].flatten(0, 1).to(device) for name in names], names, model.cfg.d_model)
 
     def one_pass() -> Iterator[Prompts]:
-        return _prompts(_store(model, dataset, cfg, names), cfg.store_batch_size_prompts)
+        return _prompts(_store(model, dataset, data, names, device), data.store_batch_size_prompts)
 
-    rules = Rules(cfg.seqpos_slice, _excluded(model, cfg), cfg.max_norm_ratio)
-    full = cfg.store_batch_size_prompts * cfg.context_size
-    if cfg.cache_path is None:
+    rules = Rules(data.seqpos_slice, _excluded(model, data, device), data.max_norm_ratio)
+    full = data.store_batch_size_prompts * data.context_size
+    if data.cache_path is None:
         return Chunks(one_pass, lambda tokens: run(tokens).to(dtype), rules, full)
-    name = cfg.model_name or model_name(model)
-    cache = ActivationCache(Path(cfg.cache_path), model_fingerprint(model), names, cfg.cache_dtype, name)
+    cache = ActivationCache(Path(data.cache_path), model_fingerprint(model), names, data.cache_dtype, model_name)
     return Chunks(one_pass, lambda tokens: cache.read(tokens, run).to(device, dtype), rules, full)
 
 
-def _store(model: HookedModel, dataset: AnyDataset, cfg: CLTTrainingRunnerConfig, names: list[str]) -> ActivationsStore:
+def _store(
+    model: HookedModel, dataset: AnyDataset, data: DataSettings, names: list[str], device: str
+) -> ActivationsStore:
     """SAELens's store, which reads prompts and runs the model; shuffling and leaving tokens out come after it."""
     return ActivationsStore.from_config_multi_hook(
         cast(Any, model),
         dataset=dataset,
         hook_names=names,
         hook_d_ins=dict.fromkeys(names, model.cfg.d_model),
-        context_size=cfg.context_size,
-        total_training_tokens=cfg.training_tokens,
-        store_batch_size_prompts=cfg.store_batch_size_prompts,
-        prepend_bos=cfg.prepend_bos,
-        device=cfg.device,
-        sequence_separator_token=cfg.sequence_separator_token,
+        context_size=data.context_size,
+        total_training_tokens=data.training_tokens,
+        store_batch_size_prompts=data.store_batch_size_prompts,
+        prepend_bos=data.prepend_bos,
+        device=device,
+        sequence_separator_token=data.sequence_separator_token,
     )
 
 
@@ -529,12 +601,12 @@ def pack(activations: list[Tensor], names: list[str], d_model: int) -> Batch:
     return torch.stack(activations, dim=1).unflatten(1, (2, -1))
 
 
-def _excluded(model: HookedModel, cfg: CLTTrainingRunnerConfig) -> Tensor | None:
-    if cfg.exclude_special_tokens is False:
+def _excluded(model: HookedModel, data: DataSettings, device: str) -> Tensor | None:
+    if data.exclude_special_tokens is False:
         return None
-    ids = cfg.exclude_special_tokens
+    ids = data.exclude_special_tokens
     ids = get_special_token_ids(cast(Any, model.tokenizer)) if ids is True else list(ids)
-    return torch.tensor(ids, dtype=torch.long, device=cfg.device)
+    return torch.tensor(ids, dtype=torch.long, device=device)
 
 
 @contextmanager

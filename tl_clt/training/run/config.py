@@ -2,25 +2,79 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from tl_clt.arguments import as_choice, as_number, as_several, as_switch, as_whole, is_whole, plain, shown
 from tl_clt.errors import ConfigError, nearest
 from tl_clt.lens import Backend
+from tl_clt.training.clt import CLTSettings
+from tl_clt.training.data.batches import DataSettings
 from tl_clt.training.data.cache import CacheDtype
 from tl_clt.training.losses import Across, SparsityKind, StraightThrough, TrainedActivation
 from tl_clt.transcoder.config import DTYPES
 
+Config = TypeVar("Config")
+Scheduler = Literal["constant", "cosineannealing", "cosineannealingwarmrestarts"]
 
+PARTS: dict[str, type[CLTSettings] | type[DataSettings]] = {"clt": CLTSettings, "data": DataSettings}
+"""Settings that a run's config contains, by the field that holds them."""
+
+
+def part_of(name: str) -> str | None:
+    """The part of a run's config that has a field, if any."""
+    return next((part for part, kind in PARTS.items() if name in {f.name for f in fields(kind)}), None)
+
+
+def _takes_fields_of_parts(cls: type[Config]) -> type[Config]:
+    """Let a config be made with its parts' fields as keywords of its own: `(d_transcoder=8, lr=1e-3)` is
+    `(clt=CLTSettings(d_transcoder=8), lr=1e-3)`, and beside `clt=` it changes `d_transcoder` there."""
+    init = cls.__init__
+
+    @wraps(init)
+    def make(self: Config, **values: Any) -> None:
+        init(self, **_by_part(cls, values))
+
+    cls.__init__ = make  # type: ignore[method-assign]
+    return cls
+
+
+def _by_part(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    own = [f.name for f in fields(cls)]
+    known = [*own, *(f.name for kind in PARTS.values() for f in fields(kind))]
+    result = {name: value for name, value in values.items() if name in own}
+    for name in values:
+        require(name in known, f"'{name}' is no key of CLTTrainingRunnerConfig.{nearest(name, known)}")
+    require("clt" in values or "d_transcoder" in values, "'d_transcoder' is missing: give the features per layer.")
+    for part, kind in PARTS.items():
+        changes = {name: value for name, value in values.items() if part_of(name) == part}
+        if part not in result:
+            result[part] = kind(**changes)
+        elif changes and isinstance(result[part], kind):
+            result[part] = replace(result[part], **changes)
+    return result
+
+
+@_takes_fields_of_parts
 @dataclass(frozen=True, kw_only=True)
 class CLTTrainingRunnerConfig:
     """A training run. Names are those of SAELens's `LanguageModelSAERunnerConfig` where it has them.
 
+    It contains the settings of the CLT (`clt`) and of the data (`data`), as SAELens's contains those of the SAE. Their
+    fields may be given as keywords of the run, and read as its attributes: `d_transcoder` is `clt.d_transcoder`.
+
     Raises:
         ConfigError: a value is out of range, or two do not fit; the message names the field and the mend.
     """
+
+    clt: CLTSettings
+    """The CLT."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    """What it is trained on."""
 
     model_name: str | None = None
     """A bundled organism, a Hugging Face folder, a `.gguf` file or a hub name. May be left out where the runner
@@ -36,135 +90,8 @@ class CLTTrainingRunnerConfig:
     """A text file, a folder (data files, or saved with `save_to_disk`) or a hub dataset. May be left out
     where the runner is given a dataset."""
 
-    streaming: bool = True
-    """Read a hub dataset while training, in place of a download beforehand."""
-
     output_path: str | None = None
     """New or empty folder for the CLT and `training.json`; nothing is written where left out."""
-
-    # -- the CLT
-
-    d_transcoder: int
-    """Features per layer."""
-
-    span: int | None = None
-    """Layers a feature writes to: n_layers (a CLT) where left out, 1 for per-layer transcoders."""
-
-    activation: TrainedActivation = "jumprelu"
-    """relu, jumprelu, topk, or batchtopk. topk and batchtopk rank features by activation * ||W_dec,i||."""
-
-    k: int | None = None
-    """Features kept per layer and token, in the mean; for topk and batchtopk."""
-
-    topk_across: Across = "layer"
-    """What k is counted over: each layer by itself ("layer"), or all layers together ("all_layers"), so that layers
-    which need more features get them. All layers together, and batchtopk, are exported as jumprelu."""
-
-    k_start: int | None = None
-    """k at the first step, from where it falls linearly to `k` over the first `k_anneal_steps` steps."""
-
-    k_anneal_steps: int = 0
-    """Steps of that."""
-
-    skip: bool = False
-    """Whether each layer adds a linear map of its own input."""
-
-    far_rank: int | None = None
-    """Rank of the decoders to later layers, which are exported as full ones; full where left out."""
-
-    input_hook: str = "hook_resid_mid"
-    """Hook that features read, within a block."""
-
-    output_hook: str = "hook_mlp_out"
-    """Hook that features write, within a block."""
-
-    dtype: str = "float32"
-    """Number type of the CLT's weights and of training."""
-
-    # -- losses: see `losses` for their formulas and units
-
-    sparsity_loss: SparsityKind = "tanh"
-    """tanh, l0 or quadratic_l0. The latter two are for jumprelu. No part for topk and batchtopk."""
-
-    sparsity_coefficient: float = 1.0
-    """lambda at the end; it rises linearly from 0 over the whole run. About the squared error, summed over
-    layers, that a feature must save to be worth firing. With target_l0 a guess is enough."""
-
-    target_l0: float | None = None
-    """Active features per layer and token, mean over layers, to ask for in place of a lambda: lambda is adjusted
-    during training until they are reached. "quadratic_l0" needs it, and leaves lambda as it is."""
-
-    tanh_scale: float = 4.0
-    """c of the tanh sparsity loss."""
-
-    dead_feature_coefficient: float = 3e-6
-    """lambda_P. Small dictionaries with lambda near 1 need far more, 0.01 to 0.1, to keep most features alive; more
-    of it raises L0. No part for topk and batchtopk."""
-
-    auxk_coefficient: float = 1 / 32
-    """Weight of AuxK, by which dead features learn what the others leave out; for topk and batchtopk."""
-
-    k_aux: int | None = None
-    """Dead features of each layer that it trains at a token; d_model / 2 where left out."""
-
-    jumprelu_init_threshold: float = 0.03
-    """Threshold of every feature at the start, in units of hidden_pre."""
-
-    jumprelu_bandwidth: float = 1.0
-    """Width of the window of the straight-through gradient, in units of hidden_pre."""
-
-    straight_through: StraightThrough = "all"
-    """Whether that gradient reaches hidden_pre as well ("all") or the threshold only ("threshold")."""
-
-    # -- data
-
-    training_tokens: int = 2_000_000
-    """Tokens to train on, repeats of the dataset included. Exactly so many: the last batch may be shorter."""
-
-    context_size: int = 128
-    """Tokens of a prompt."""
-
-    train_batch_size_tokens: int = 4096
-    """Tokens of a training step."""
-
-    store_batch_size_prompts: int = 32
-    """Prompts of a forward pass of the model."""
-
-    n_batches_in_buffer: int = 128
-    """The shuffling buffer's size in prompts; n_batches_in_buffer * context_size tokens must hold a batch."""
-
-    activations_mixing_fraction: float = 0.5
-    """Share of the buffer that is kept back for mixing with new activations."""
-
-    prepend_bos: bool = True
-    """Begin each prompt made of text with the beginning-of-sequence token."""
-
-    sequence_separator_token: int | Literal["bos", "eos", "sep"] | None = "bos"
-    """What goes between rows of text that share a prompt."""
-
-    exclude_special_tokens: bool | tuple[int, ...] = False
-    """Leave the tokenizer's special tokens (True), or these token ids, out of training."""
-
-    seqpos_slice: tuple[int | None, ...] = (None,)
-    """Positions to train on, as the arguments of `slice`: (1, None) leaves the first out."""
-
-    max_norm_ratio: float | None = None
-    """Leave out tokens at which some layer's input or output has a norm of more than so many times its median over
-    the prompts of a forward pass. None leaves none out. On Gemma 3 270M, of 1,024 tokens 10 leaves out 6%, 30 2%."""
-
-    cache_path: str | None = None
-    """Folder of cached activations: what is in it is read, what is not is added. Any run of the same model and hooks
-    may use it, whatever its dataset, context size, left-out tokens and seed."""
-
-    cache_dtype: CacheDtype = "float16"
-    """float16, or int8 for half the space. A run with a cache trains on the rounded activations, the first run
-    as well as the next. On Gemma 3 270M a layer's activations change by up to 0.02% (float16) or 5% (int8)."""
-
-    prefetch: bool = True
-    """Run the model for the next batches on a thread of its own while a step is made. Batches are the same."""
-
-    n_batches_for_scale: int = 8
-    """First batches, on which scales and encoder biases are set. They are trained on as well."""
 
     # -- optimisation
 
@@ -207,9 +134,6 @@ class CLTTrainingRunnerConfig:
     dead_feature_window: int = 1000
     """Steps over which the density of features is measured, which tells the dead ones; a quarter of the run at most."""
 
-    dead_feature_density: float = 1e-6
-    """Share of tokens below which a feature counts as dead. Such as fire at no token of the window always do."""
-
     n_eval_batches: int = 8
     """Batches after training on which the final metrics are measured."""
 
@@ -243,7 +167,7 @@ class CLTTrainingRunnerConfig:
     @property
     def n_steps(self) -> int:
         """Training steps; the last may be on fewer tokens."""
-        return -(-self.training_tokens // self.train_batch_size_tokens)
+        return -(-self.data.training_tokens // self.data.train_batch_size_tokens)
 
     @property
     def dead_window_steps(self) -> int:
@@ -251,26 +175,36 @@ class CLTTrainingRunnerConfig:
         window would find none dead."""
         return min(self.dead_feature_window, -(-self.n_steps // 4))
 
+    def __getattr__(self, name: str) -> Any:
+        """A field of a part."""
+        part = part_of(name)
+        if part is None:
+            raise AttributeError(f"CLTTrainingRunnerConfig has no field '{name}'.")
+        return getattr(getattr(self, part), name)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` takes them back."""
-        return asdict(self)
+        """Plain values for JSON, those of the parts among them; `from_dict` takes them back."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in PARTS}
+        return own | vars(self.clt) | vars(self.data)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> CLTTrainingRunnerConfig:
-        """The config of `to_dict`'s values.
+    def from_dict(cls, values: Mapping[str, Any]) -> CLTTrainingRunnerConfig:
+        """The config of `to_dict`'s values. Those of a part may also stand together: {"clt": {...}, "data": {...}}.
 
         Raises:
             ConfigError: a key is unknown, or d_transcoder is missing.
         """
-        known = {f.name for f in fields(cls)}
-        for key in values:
-            require(key in known, f"'{key}' is no key of CLTTrainingRunnerConfig.{nearest(key, known)}")
-        require("d_transcoder" in values, "'d_transcoder' is missing: give the features per layer.")
-        as_tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        flat: dict[str, Any] = {}
+        for name, value in values.items():
+            if name in PARTS and isinstance(value, Mapping):
+                strange = [key for key in value if part_of(key) != name]
+                require(not strange, f"{name} has the keys {strange}, which are none of its fields.")
+                flat.update(value)
+            else:
+                flat[name] = value
+        as_tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in flat.items()}
         return cls(**as_tuples)
 
-
-Scheduler = Literal["constant", "cosineannealing", "cosineannealingwarmrestarts"]
 
 POSITIVE = (
     *("d_transcoder", "training_tokens", "context_size", "train_batch_size_tokens", "lr", "tanh_scale"),
@@ -292,9 +226,9 @@ def check(cfg: CLTTrainingRunnerConfig) -> None:
     """
     _make_plain(cfg)
     _check_values(cfg)
-    _check_activation(cfg)
-    _check_sparsity(cfg)
-    _check_data(cfg)
+    _check_activation(cfg.clt)
+    _check_sparsity(cfg.clt)
+    _check_data(cfg.data)
     _check_parts(cfg)
     _check_course(cfg)
     _check_folders(cfg)
@@ -308,30 +242,37 @@ def require(holds: bool, message: str) -> None:
 
 def _make_plain(cfg: CLTTrainingRunnerConfig) -> None:
     """Put plain values of Python's in the place of what was given for numbers, switches and text."""
-    for field in fields(cfg):
-        value, kind = getattr(cfg, field.name), str(field.type)
-        if value is None and kind.endswith("| None"):
-            continue
-        told = f"CLTTrainingRunnerConfig: {field.name}"
-        as_plain = {"int": as_whole, "float": as_number, "bool": as_switch, "str": _as_text}
-        kind = kind.removesuffix(" | None")
-        if kind in as_plain:
-            object.__setattr__(cfg, field.name, as_plain[kind](told, value))
+    for part, kind in PARTS.items():
+        given = getattr(cfg, part)
+        require(isinstance(given, kind), f"{part} is {shown(given)}: give a {kind.__name__}.")
+        # A copy, so that what was given stays as it is.
+        object.__setattr__(cfg, part, replace(given))
+    for holder in (cfg, cfg.clt, cfg.data):
+        for field_ in fields(holder):
+            value, kind = getattr(holder, field_.name), str(field_.type)
+            if value is None and kind.endswith("| None"):
+                continue
+            told = f"CLTTrainingRunnerConfig: {field_.name}"
+            as_plain = {"int": as_whole, "float": as_number, "bool": as_switch, "str": _as_text}
+            kind = kind.removesuffix(" | None")
+            if kind in as_plain:
+                object.__setattr__(holder, field_.name, as_plain[kind](told, value))
+    data = cfg.data
     for name in ("seqpos_slice", "exclude_special_tokens"):
-        value = getattr(cfg, name)
+        value = getattr(data, name)
         if name == "seqpos_slice" or not isinstance(value, bool):
             entries = as_several(f"CLTTrainingRunnerConfig: {name}", value, "whole numbers")
             told = f"CLTTrainingRunnerConfig: {name}"
             whole = [as_whole(f"{told}[{i}]", n, none="no bound") for i, n in enumerate(entries)]
             require(None not in whole or name == "seqpos_slice", f"{name} is {value!r}: give token ids.")
             require(len(whole) <= 3 or name != "seqpos_slice", f"seqpos_slice is {value!r}: give start, stop and step.")
-            object.__setattr__(cfg, name, tuple(whole))
-    token = plain(cfg.sequence_separator_token)
+            object.__setattr__(data, name, tuple(whole))
+    token = plain(data.sequence_separator_token)
     require(
         token is None or is_whole(token) or token in ("bos", "eos", "sep"),
         f"sequence_separator_token is {shown(token)}: give a token id, 'bos', 'eos', 'sep' or None.",
     )
-    object.__setattr__(cfg, "sequence_separator_token", token)
+    object.__setattr__(data, "sequence_separator_token", token)
 
 
 def _as_text(name: str, value: object) -> str:
@@ -357,90 +298,90 @@ def _check_values(cfg: CLTTrainingRunnerConfig) -> None:
         "cache_dtype": get_args(CacheDtype),
     }.items():
         as_choice(f"CLTTrainingRunnerConfig: {name}", getattr(cfg, name), choices)
-    mix = cfg.activations_mixing_fraction
+    mix = cfg.data.activations_mixing_fraction
     require(0 <= mix <= 1, f"activations_mixing_fraction is {mix}: give 0 to 1.")
-    ratio = cfg.max_norm_ratio
+    ratio = cfg.data.max_norm_ratio
     require(ratio is None or ratio > 1, f"max_norm_ratio is {ratio}: give more than 1, or None.")
 
 
-def _check_activation(cfg: CLTTrainingRunnerConfig) -> None:
-    selects = cfg.activation in ("topk", "batchtopk")
+def _check_activation(clt: CLTSettings) -> None:
+    selects = clt.activation in ("topk", "batchtopk")
     require(
-        (cfg.k is not None) == selects,
-        f"k is {cfg.k} with activation {cfg.activation!r}: topk and batchtopk need k, others take none.",
+        (clt.k is not None) == selects,
+        f"k is {clt.k} with activation {clt.activation!r}: topk and batchtopk need k, others take none.",
     )
     for name in ("k", "k_start", "k_aux"):
-        k = getattr(cfg, name)
+        k = getattr(clt, name)
         require(
-            k is None or 1 <= k <= cfg.d_transcoder,
-            f"{name} is {k} for {cfg.d_transcoder} features per layer: give 1 to {cfg.d_transcoder}.",
+            k is None or 1 <= k <= clt.d_transcoder,
+            f"{name} is {k} for {clt.d_transcoder} features per layer: give 1 to {clt.d_transcoder}.",
         )
     require(
-        selects or cfg.topk_across == "layer",
-        f"topk_across is {cfg.topk_across!r} with activation {cfg.activation!r}: only topk and batchtopk have it.",
+        selects or clt.topk_across == "layer",
+        f"topk_across is {clt.topk_across!r} with activation {clt.activation!r}: only topk and batchtopk have it.",
     )
     require(
-        (cfg.k_start is not None) == (cfg.k_anneal_steps > 0),
-        f"k_start is {cfg.k_start} with k_anneal_steps {cfg.k_anneal_steps}: give both or neither.",
+        (clt.k_start is not None) == (clt.k_anneal_steps > 0),
+        f"k_start is {clt.k_start} with k_anneal_steps {clt.k_anneal_steps}: give both or neither.",
     )
     require(
-        cfg.k_start is None or (selects and cfg.k_start >= (cfg.k or 0)),
-        f"k_start is {cfg.k_start} with k {cfg.k}: k falls from k_start, which must be more; topk and batchtopk only.",
+        clt.k_start is None or (selects and clt.k_start >= (clt.k or 0)),
+        f"k_start is {clt.k_start} with k {clt.k}: k falls from k_start, which must be more; topk and batchtopk only.",
     )
-    require(cfg.far_rank is None or cfg.far_rank >= 1, f"far_rank is {cfg.far_rank}: give 1 or more, or leave it out.")
+    require(clt.far_rank is None or clt.far_rank >= 1, f"far_rank is {clt.far_rank}: give 1 or more, or leave it out.")
     require(
-        cfg.far_rank is None or cfg.span != 1,
-        f"far_rank is {cfg.far_rank} with span 1: such features write to no far layer. Leave far_rank out.",
+        clt.far_rank is None or clt.span != 1,
+        f"far_rank is {clt.far_rank} with span 1: such features write to no far layer. Leave far_rank out.",
     )
-    require(cfg.span is None or cfg.span >= 1, f"span is {cfg.span}: give 1 (PLT) to n_layers (CLT).")
+    require(clt.span is None or clt.span >= 1, f"span is {clt.span}: give 1 (PLT) to n_layers (CLT).")
     require(
-        cfg.input_hook != cfg.output_hook,
-        f"input_hook and output_hook are both {cfg.input_hook!r}: give two different hooks.",
+        clt.input_hook != clt.output_hook,
+        f"input_hook and output_hook are both {clt.input_hook!r}: give two different hooks.",
     )
 
 
-def _check_sparsity(cfg: CLTTrainingRunnerConfig) -> None:
-    target = cfg.target_l0
+def _check_sparsity(clt: CLTSettings) -> None:
+    target = clt.target_l0
     require(
-        target is None or 0 < target <= cfg.d_transcoder,
-        f"target_l0 is {target} for {cfg.d_transcoder} features per layer: give more than 0 and at most as many.",
+        target is None or 0 < target <= clt.d_transcoder,
+        f"target_l0 is {target} for {clt.d_transcoder} features per layer: give more than 0 and at most as many.",
     )
     require(
-        target is None or cfg.activation in ("relu", "jumprelu"),
-        f"target_l0 is {target} with activation {cfg.activation!r}, whose L0 is k: set k, and leave target_l0 out.",
+        target is None or clt.activation in ("relu", "jumprelu"),
+        f"target_l0 is {target} with activation {clt.activation!r}, whose L0 is k: set k, and leave target_l0 out.",
     )
     require(
-        cfg.sparsity_loss == "tanh" or cfg.activation == "jumprelu",
-        f"sparsity_loss is {cfg.sparsity_loss!r} with activation {cfg.activation!r}: its gradient goes through"
+        clt.sparsity_loss == "tanh" or clt.activation == "jumprelu",
+        f"sparsity_loss is {clt.sparsity_loss!r} with activation {clt.activation!r}: its gradient goes through"
         " thresholds, which only jumprelu has. Use jumprelu, or 'tanh'.",
     )
     require(
-        cfg.sparsity_loss != "quadratic_l0" or target is not None,
+        clt.sparsity_loss != "quadratic_l0" or target is not None,
         "sparsity_loss is 'quadratic_l0' without target_l0: set the active features per layer to reach.",
     )
     require(
-        target is None or cfg.sparsity_coefficient > 0,
+        target is None or clt.sparsity_coefficient > 0,
         "sparsity_coefficient is 0 with target_l0: give more than 0 for lambda to start from.",
     )
 
 
-def _check_data(cfg: CLTTrainingRunnerConfig) -> None:
-    require(0 not in cfg.seqpos_slice[2:], f"seqpos_slice is {cfg.seqpos_slice}: give a step other than 0.")
-    per_prompt = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+def _check_data(data: DataSettings) -> None:
+    require(0 not in data.seqpos_slice[2:], f"seqpos_slice is {data.seqpos_slice}: give a step other than 0.")
+    per_prompt = len(range(data.context_size)[slice(*data.seqpos_slice)])
     require(
         per_prompt > 0,
-        f"seqpos_slice {cfg.seqpos_slice} leaves none of {cfg.context_size} positions: widen it.",
+        f"seqpos_slice {data.seqpos_slice} leaves none of {data.context_size} positions: widen it.",
     )
-    needed = -(-cfg.train_batch_size_tokens // per_prompt)
+    needed = -(-data.train_batch_size_tokens // per_prompt)
     require(
-        cfg.n_batches_in_buffer >= needed,
-        f"n_batches_in_buffer is {cfg.n_batches_in_buffer}, which is a buffer of"
-        f" {cfg.n_batches_in_buffer * per_prompt} tokens for a batch of {cfg.train_batch_size_tokens}:"
+        data.n_batches_in_buffer >= needed,
+        f"n_batches_in_buffer is {data.n_batches_in_buffer}, which is a buffer of"
+        f" {data.n_batches_in_buffer * per_prompt} tokens for a batch of {data.train_batch_size_tokens}:"
         f" give at least {needed}, better {4 * needed}, or a smaller train_batch_size_tokens.",
     )
     require(
-        cfg.training_tokens >= cfg.train_batch_size_tokens,
-        f"training_tokens is {cfg.training_tokens}, less than one batch of {cfg.train_batch_size_tokens}:"
+        data.training_tokens >= data.train_batch_size_tokens,
+        f"training_tokens is {data.training_tokens}, less than one batch of {data.train_batch_size_tokens}:"
         " give more tokens or a smaller train_batch_size_tokens.",
     )
 

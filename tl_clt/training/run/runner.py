@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -294,7 +294,16 @@ class CLTTrainingRunner:
             raw = None
             for model, dataset in source:
                 opened.enter_context(mlp_hook_points(model))
-                batches = ActivationBatches(model, dataset, cfg, None if state is None else position_of(state))
+                batches = ActivationBatches(
+                    model,
+                    dataset,
+                    cfg.clt,
+                    cfg.data,
+                    device=cfg.device,
+                    seed=cfg.seed,
+                    model_name=start.name,
+                    position=None if state is None else position_of(state),
+                )
                 raw = opened.enter_context(closing(batches))
             clt = self._train(start, raw, grid, started, state)
         if grid.is_main:
@@ -309,8 +318,17 @@ class CLTTrainingRunner:
         checkpoint = None if resume is None else find_checkpoint(cfg, Path(resume))
         require_checkpoint_folder(cfg, checkpoint)
         model = self.model or self._load_model()
-        check_fits(model, cfg)
-        dataset = open_dataset(cfg.dataset_path if self.dataset is None else self.dataset, model, cfg)  # type: ignore[arg-type]
+        check_fits(model, cfg.clt, cfg.data)
+        source_of_data = cfg.dataset_path if self.dataset is None else self.dataset
+        assert source_of_data is not None
+        dataset = open_dataset(
+            source_of_data,
+            model,
+            context_size=cfg.data.context_size,
+            batch_size=cfg.data.train_batch_size_tokens,
+            prepend_bos=cfg.data.prepend_bos,
+            streaming=cfg.data.streaming,
+        )
         fingerprint = None
         if checkpoint is not None or cfg.checkpoint_path is not None:
             fingerprint = model_fingerprint(model)
@@ -322,8 +340,8 @@ class CLTTrainingRunner:
         )
 
     def _check_memory(self, start: Start, grid: ProcessGrid) -> None:
-        shape = replace(self._sae_config(start, None), device="meta")
-        estimate = estimate_memory(TrainingCLT(shape, grid=grid), self.cfg)
+        shape = replace(self._clt_config(start, None), device="meta")
+        estimate = estimate_memory(TrainingCLT(shape, grid=grid), self.cfg.data)
         if self.on_start is not None and grid.is_main:
             self.on_start(estimate)
         require_memory(estimate, torch.device(self.cfg.device))
@@ -372,9 +390,9 @@ class CLTTrainingRunner:
     def _new_clt(
         self, start: Start, raw: ActivationBatches | None, grid: ProcessGrid
     ) -> tuple[TrainingCLT, ActivationScale]:
-        first = [] if raw is None else raw.peek(self.cfg.n_batches_for_scale)
+        first = [] if raw is None else raw.peek(self.cfg.data.n_batches_for_scale)
         scale = grid.on_main(lambda: estimate_scale(first))
-        sae = TrainingCLT(self._sae_config(start, scale), grid=grid)
+        sae = TrainingCLT(self._clt_config(start, scale), grid=grid)
         scaled = [apply_scale(batch, scale) for batch in first]
         inputs = torch.cat([batch[:, 0] for batch in scaled]) if scaled else None
         init_encoder_biases(sae, from_main(inputs, grid, sae.dtype, sae.device))
@@ -386,7 +404,7 @@ class CLTTrainingRunner:
         self, start: Start, state: TrainingState, grid: ProcessGrid
     ) -> tuple[TrainingCLT, ActivationScale]:
         scale = scale_of(state, start.n_layers)
-        return TrainingCLT(self._sae_config(start, scale), grid=grid), scale
+        return TrainingCLT(self._clt_config(start, scale), grid=grid), scale
 
     def _save(self, clt: CrossLayerTranscoder) -> None:
         assert self.record is not None
@@ -404,75 +422,47 @@ class CLTTrainingRunner:
                 losses = {name: float(value) for name, value in trainer.sae.last_losses.items()}
                 with raw.paused():
                     self.on_progress(TrainingProgress(step, cfg.n_steps, tokens, losses))
-            yield batch[: cfg.training_tokens - tokens]
+            yield batch[: cfg.data.training_tokens - tokens]
 
-    def _sae_config(self, start: Start, scale: ActivationScale | None) -> TrainingCLTConfig:
-        cfg, n_layers, name = self.cfg, start.n_layers, start.name
+    def _clt_config(self, start: Start, scale: ActivationScale | None) -> TrainingCLTConfig:
+        cfg = self.cfg
         return TrainingCLTConfig(
+            **vars(cfg.clt),
             d_in=start.d_model,
-            d_sae=n_layers * cfg.d_transcoder,
-            dtype=cfg.dtype,
+            d_sae=start.n_layers * cfg.clt.d_transcoder,
             device=cfg.device,
-            n_layers=n_layers,
-            d_transcoder=cfg.d_transcoder,
-            span=cfg.span,
-            activation=cfg.activation,
-            k=cfg.k,
-            topk_across=cfg.topk_across,
-            k_start=cfg.k_start,
-            k_anneal_steps=cfg.k_anneal_steps,
-            auxk_coefficient=cfg.auxk_coefficient,
-            k_aux=cfg.k_aux,
-            skip=cfg.skip,
-            far_rank=cfg.far_rank,
-            jumprelu_init_threshold=cfg.jumprelu_init_threshold,
-            jumprelu_bandwidth=cfg.jumprelu_bandwidth,
-            straight_through=cfg.straight_through,
-            sparsity_loss=cfg.sparsity_loss,
-            sparsity_coefficient=cfg.sparsity_coefficient,
-            # lambda rises over the whole run; a controller's target is kept for the last quarter.
-            sparsity_warm_up_steps=cfg.n_steps if cfg.target_l0 is None else cfg.n_steps * 3 // 4,
-            target_l0=cfg.target_l0,
-            tanh_scale=cfg.tanh_scale,
-            dead_feature_coefficient=cfg.dead_feature_coefficient,
-            dead_feature_density=cfg.dead_feature_density,
-            model_name=name,
-            input_hook=cfg.input_hook,
-            output_hook=cfg.output_hook,
+            n_layers=start.n_layers,
+            model_name=start.name,
             input_scale=None if scale is None else scale.inputs,
             output_scale=None if scale is None else scale.outputs,
+            # lambda rises over the whole run; a controller's target is kept for the last quarter.
+            sparsity_warm_up_steps=cfg.n_steps if cfg.clt.target_l0 is None else cfg.n_steps * 3 // 4,
             metadata=SAEMetadata(
-                model_name=name,
-                hook_name=cfg.input_hook,
-                hook_name_out=cfg.output_hook,
-                context_size=cfg.context_size,
-                prepend_bos=cfg.prepend_bos,
+                model_name=start.name,
+                hook_name=cfg.clt.input_hook,
+                hook_name_out=cfg.clt.output_hook,
+                context_size=cfg.data.context_size,
+                prepend_bos=cfg.data.prepend_bos,
             ),
         )
 
     def _trainer_config(self) -> CLTTrainerConfig:
         cfg = self.cfg
-        return CLTTrainerConfig(
-            total_training_samples=cfg.training_tokens,
-            train_batch_size_samples=cfg.train_batch_size_tokens,
-            lr=cfg.lr,
-            lr_end=cfg.lr / 10 if cfg.lr_end is None else cfg.lr_end,
-            lr_scheduler_name=cfg.lr_scheduler_name,
-            lr_warm_up_steps=cfg.lr_warm_up_steps,
-            lr_decay_steps=cfg.lr_decay_steps,
-            adam_beta1=cfg.adam_beta1,
-            adam_beta2=cfg.adam_beta2,
-            device=cfg.device,
-            autocast=cfg.autocast,
-            dead_feature_window=cfg.dead_window_steps,
-            logger=LoggingConfig(
-                log_to_wandb=cfg.log_to_wandb,
-                wandb_project=cfg.wandb_project,
-                wandb_entity=cfg.wandb_entity,
-                run_name=cfg.run_name,
-                wandb_log_frequency=cfg.wandb_log_frequency,
-            ),
-        )
+        ours = {
+            "total_training_samples": cfg.data.training_tokens,
+            "train_batch_size_samples": cfg.data.train_batch_size_tokens,
+            "lr_end": cfg.lr / 10 if cfg.lr_end is None else cfg.lr_end,
+            "dead_feature_window": cfg.dead_window_steps,
+            "checkpoint_path": None,  # checkpoints are ours
+            "logger": LoggingConfig(**_of_same_name(cfg, LoggingConfig)),
+        }
+        return CLTTrainerConfig(**(_of_same_name(cfg, CLTTrainerConfig) | ours))
+
+
+def _of_same_name(cfg: CLTTrainingRunnerConfig, kind: type) -> dict[str, Any]:
+    """The values of a run's config that a config of SAELens's has under the same name."""
+    names = {f.name for f in fields(kind)} & {f.name for f in fields(cfg)}
+    return {name: getattr(cfg, name) for name in names}
 
 
 @contextmanager
