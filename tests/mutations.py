@@ -43,14 +43,15 @@ from tl_clt.attribution.graph import AttributionGraph
 from tl_clt.attribution.targets import DirectionTarget, TokenTarget
 from tl_clt.errors import TlCltError
 from tl_clt.evaluation import EvaluationReport, GraphNumbers
-from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig, checkpoints, resuming
-from tl_clt.training import cache as cache_files
-from tl_clt.training.cache import ActivationCache
-from tl_clt.training.runner import Start
-from tl_clt.training.sharding import SINGLE
-from tl_clt.training.state import position_of, restore, scale_of
-from tl_clt.training.trainer import CLTTrainer
-from tl_clt.training.training_clt import TrainingCLT
+from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig
+from tl_clt.training.clt import TrainingCLT
+from tl_clt.training.data import cache as cache_files
+from tl_clt.training.data.cache import ActivationCache
+from tl_clt.training.parallel import SINGLE
+from tl_clt.training.run import checkpoints
+from tl_clt.training.run.checkpoints import position_of, restore, scale_of
+from tl_clt.training.run.runner import Start
+from tl_clt.training.run.trainer import CLTTrainer
 from tl_clt.transcoder import CrossLayerTranscoder
 from tl_clt.viewer.tables import evaluation_table, layer_table
 
@@ -544,7 +545,7 @@ def a_run(folder: Path) -> Run:
     start = Start(N_LAYERS, D_MODEL, "tiny", None, None)
 
     def fresh() -> CLTTrainer:
-        sae = TrainingCLT(runner._sae_config(start, None), grid=SINGLE)
+        sae = TrainingCLT(runner._clt_config(start, None), grid=SINGLE)
         return CLTTrainer(cfg=runner._trainer_config(), sae=sae, data_provider=None)
 
     return Run(cfg, start, fresh)
@@ -556,9 +557,9 @@ def make_checkpoints(folder: Path) -> None:
 
 def use_checkpoint(folder: Path, _: random.Random) -> None:
     run = a_run(folder)
-    checkpoint = resuming.find_checkpoint(run.cfg, folder)
-    resuming.require_same_model(checkpoint, checkpoint.about["model_fingerprint"])
-    saved = checkpoints.read(checkpoint, "cpu")
+    checkpoint = checkpoints.find_checkpoint(run.cfg, folder)
+    checkpoints.require_same_model(checkpoint, checkpoint.about["model_fingerprint"])
+    saved = checkpoints.read_checkpoint(checkpoint, "cpu")
     position_of(saved)
     scale_of(saved, N_LAYERS)
     restore(run.fresh(), saved)

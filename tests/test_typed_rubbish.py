@@ -123,6 +123,7 @@ def calls(right: Right) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     """Each public function with right arguments, by name."""
     model, clt, graph = right.model, right.clt, right.graph
     pair = {"model": model, "clt": clt}
+    run = CLTTrainingRunnerConfig(d_transcoder=4)
     one = {**pair, "prompt": TOKENS, "tokens": [3, 4], "pos": -1, "freeze": "none", "progress": False}
     direction = torch.ones(32, dtype=torch.float64)
     return {
@@ -239,11 +240,11 @@ def calls(right: Right) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             tl_clt.load_organism,
             {"name": "nowhere", "backend": "hooked", "device": "cpu", "dtype": torch.float32},
         ),
-        "CLTTrainingRunnerConfig": (CLTTrainingRunnerConfig, _values(CLTTrainingRunnerConfig(d_transcoder=4))),
+        "CLTTrainingRunnerConfig": (CLTTrainingRunnerConfig, {**run.to_dict(), "clt": run.clt, "data": run.data}),
         "CLTTrainingRunner": (
             CLTTrainingRunner,
             {
-                **{"cfg": CLTTrainingRunnerConfig(d_transcoder=4), "model": model, "dataset": torch.zeros(9, 9).long()},
+                **{"cfg": run, "model": model, "dataset": torch.zeros(9, 9).long()},
                 **{"on_progress": None, "on_start": None},
             },
         ),

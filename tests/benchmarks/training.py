@@ -119,9 +119,8 @@ def ours(
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    from tl_clt.training.init import init_encoder_biases
-    from tl_clt.training.trainer import CLTTrainer
-    from tl_clt.training.training_clt import TrainingCLT, TrainingCLTConfig
+    from tl_clt.training.clt import TrainingCLT, TrainingCLTConfig, init_encoder_biases
+    from tl_clt.training.run.trainer import CLTTrainer
 
     batch = synthetic_batch(size, clock.device)
     values: dict[str, Any] = {
@@ -170,11 +169,11 @@ CASES: dict[str, Callable[[Size, Clock, int], None]] = {
     "dense JumpReLU + tanh, plain torch": partial(plain, topk=False),
     "dense JumpReLU + tanh, ours": partial(ours, topk=False),
     "  and dead-feature loss": partial(ours, topk=False, dead_feature_coefficient=3e-6),
-    "  on SAELens's own step": partial(ours, topk=False, saelens=True),
+    "  the definition on SAELens's own step": partial(ours, topk=False, saelens=True),
     "  in bfloat16 autocast": partial(ours, topk=False, autocast=True),
     f"TopK k={K}, plain torch": partial(plain, topk=True),
     f"TopK k={K}, ours": partial(ours, topk=True),
-    "  TopK on SAELens's own step": partial(ours, topk=True, saelens=True),
+    "  TopK's definition on SAELens's own step": partial(ours, topk=True, saelens=True),
     f"BatchTopK k={K}, ours": partial(ours, topk=True, activation="batchtopk"),
     "  across layers": partial(ours, topk=True, activation="batchtopk", topk_across="all_layers"),
 }

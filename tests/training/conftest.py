@@ -13,6 +13,8 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
 from tl_clt.training import CLTTrainingRunnerConfig
+from tl_clt.training.data.batches import ActivationBatches
+from tl_clt.training.data.dataset import AnyDataset, DatasetSource, open_dataset
 
 N_LAYERS, D_MODEL, N_CTX, D_VOCAB = 3, 16, 8, 30
 WORDS = ["red", "green", "blue", "cat", "dog", "sees", "eats", "the", "a", "."]
@@ -86,6 +88,23 @@ def config(**changes: object) -> CLTTrainingRunnerConfig:
     if values["activation"] not in ("topk", "batchtopk"):
         values["k"] = None
     return CLTTrainingRunnerConfig(**values)
+
+
+def opened(source: DatasetSource, model: HookedTransformer, cfg: CLTTrainingRunnerConfig) -> AnyDataset:
+    """A dataset as the runner opens it."""
+    data = cfg.data
+    return open_dataset(
+        source,
+        model,
+        context_size=data.context_size,
+        batch_size=data.train_batch_size_tokens,
+        prepend_bos=data.prepend_bos,
+    )
+
+
+def batches_of(model: HookedTransformer, dataset: AnyDataset, cfg: CLTTrainingRunnerConfig) -> ActivationBatches:
+    """Batches as the runner makes them."""
+    return ActivationBatches(model, dataset, cfg.clt, cfg.data, device=cfg.device, seed=cfg.seed, model_name="tiny")
 
 
 @pytest.fixture(scope="session")

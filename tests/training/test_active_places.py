@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tl_clt.training.sparse import (
+from tl_clt.training.fast.products import (
     Support,
     add_outer,
     inner_products,

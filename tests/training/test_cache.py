@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import small_disk
-from tests.training.conftest import tiny_model
+from tests.training.conftest import batches_of, opened, tiny_model
 from tl_clt.errors import FormatError, ModelUnsupported, NotWritten
-from tl_clt.training import CLTTrainingRunner, cache
-from tl_clt.training.batches import ActivationBatches, without_store_noise
-from tl_clt.training.cache import BOUND, ActivationCache, pack, unpack
-from tl_clt.training.data import open_dataset
+from tl_clt.training import CLTTrainingRunner
+from tl_clt.training.data import cache
+from tl_clt.training.data.batches import without_store_noise
+from tl_clt.training.data.cache import BOUND, ActivationCache, pack, unpack
 
 TOKENS = torch.arange(12).reshape(3, 4)
 NAMES = ["blocks.0.hook_resid_mid", "blocks.0.hook_mlp_out"]
@@ -262,11 +262,11 @@ def test_a_second_run_reads_what_the_first_wrote_and_gives_the_same_weights(
 def test_one_changed_weight_makes_another_cache(tokens, make_config, tmp_path: Path, monkeypatch) -> None:
     changed = tiny_model()
     cfg = make_config(cache_path=str(tmp_path), prefetch=False)
-    dataset = open_dataset(tokens, changed, cfg)
+    dataset = opened(tokens, changed, cfg)
     calls = count_runs(changed, monkeypatch)
     with without_store_noise():
         for runs, change in ((2, 0.0), (2, 0.0), (4, 1e-3)):  # two forward passes fill the buffer
             changed.blocks[0].mlp.W_out.data[0, 0] += change
-            next(ActivationBatches(changed, dataset, cfg))
+            next(batches_of(changed, dataset, cfg))
             assert len(calls) == runs
     assert len(list(tmp_path.iterdir())) == 2

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from tests.conftest import small_disk
 from tests.training.conftest import tiny_model
 from tl_clt.errors import CheckpointError, DatasetError, NotWritten, OutputNotEmpty
-from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig, TrainingProgress, checkpoints, resuming
+from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig, TrainingProgress
+from tl_clt.training.run import checkpoints
 from tl_clt.transcoder import CrossLayerTranscoder
 
 STEPS = 24
@@ -169,7 +170,7 @@ def test_killed_process_resumes_to_the_bit(cfg, tokens, tmp_path: Path) -> None:
         again = replace(cfg, checkpoint_path=str(checkpoint_path), checkpoint_every=step + 3)
         with pytest.raises(KeyboardInterrupt):
             CLTTrainingRunner(again, model=model, dataset=tokens, on_progress=stop).run(None if fresh else folder)
-        ends.append(checkpoints.read(checkpoints.find(checkpoint_path), "cpu"))
+        ends.append(checkpoints.read_checkpoint(checkpoints.find(checkpoint_path), "cpu"))
     resumed, fresh_one = ends
     assert resumed.values == fresh_one.values
     for group, tensors in fresh_one.tensors.items():
@@ -330,10 +331,10 @@ def test_wandb_run_goes_on(cfg, model, tokens, monkeypatch) -> None:
         id = "abc123"
 
         def __enter__(self) -> None:
-            monkeypatch.setattr(resuming.wandb, "run", self)
+            monkeypatch.setattr(checkpoints.wandb, "run", self)
 
         def __exit__(self, *_: object) -> None:
-            monkeypatch.setattr(resuming.wandb, "run", None)
+            monkeypatch.setattr(checkpoints.wandb, "run", None)
 
     asked: list[dict] = []
     monkeypatch.setattr("wandb.init", lambda **options: (asked.append(options), Run())[1])

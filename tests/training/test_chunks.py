@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tl_clt.errors import DatasetError
-from tl_clt.training.chunks import Chunks, DataCounts, Place, Rules
+from tl_clt.training.data.batches import Chunks, DataCounts, Place, Rules
 
 PASS = [torch.arange(12).reshape(3, 4), torch.arange(12, 24).reshape(3, 4), torch.arange(24, 32).reshape(2, 4)]
 """A dataset of 32 different tokens: two full chunks and a shorter one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tl_clt.training.density import BLOCKS, RunningDensity
+from tl_clt.training.run.trainer import BLOCKS, RunningDensity
 
 
 def fired(*counts: int) -> torch.Tensor:

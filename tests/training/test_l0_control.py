@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tl_clt.training.l0_control import L0Controller
+from tl_clt.training.losses import L0Controller
 
 
 def run(controller: L0Controller, steps: int, response: float = 0.5, lag: float = 0.9) -> list[float]:

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import pytest
 
-from tests.training.test_training_clt import build
+from tests.training.small_clts import build
 from tl_clt.errors import NotEnoughMemory
-from tl_clt.training import CLTTrainingRunner, MemoryEstimate, memory
-from tl_clt.training.memory import estimate_memory
+from tl_clt.training import CLTTrainingRunner, MemoryEstimate
+from tl_clt.training.run import memory
+from tl_clt.training.run.memory import estimate_memory
 
 
 @pytest.mark.parametrize(("dtype", "weight", "moment"), [("float32", 4, 4), ("float64", 8, 8), ("bfloat16", 2, 4)])
 def test_weights_gradients_and_moments_are_counted_exactly(make_config, dtype: str, weight: int, moment: int) -> None:
     clt = build("jumprelu", dtype=dtype)
     n = sum(p.numel() for p in clt.parameters())
-    estimate = estimate_memory(clt, make_config(dtype=dtype))
+    estimate = estimate_memory(clt, make_config(dtype=dtype).data)
     assert estimate[:3] == (weight * n, weight * n, 2 * moment * n)
     assert estimate.total == sum(estimate) and "weights" in str(estimate)
 
 
 def test_buffer_and_activations_grow_with_what_they_hold(make_config) -> None:
     clt = build("jumprelu")
-    small = estimate_memory(clt, make_config())
-    assert estimate_memory(clt, make_config(n_batches_in_buffer=64)).buffer > 2 * small.buffer
-    assert estimate_memory(clt, make_config(train_batch_size_tokens=128)).activations == 2 * small.activations
-    assert estimate_memory(clt, make_config(seqpos_slice=(4, None))).buffer < small.buffer
+    small = estimate_memory(clt, make_config().data)
+    assert estimate_memory(clt, make_config(n_batches_in_buffer=64).data).buffer > 2 * small.buffer
+    assert estimate_memory(clt, make_config(train_batch_size_tokens=128).data).activations == 2 * small.activations
+    assert estimate_memory(clt, make_config(seqpos_slice=(4, None)).data).buffer < small.buffer
 
 
 def test_what_cannot_fit_is_refused_with_the_parts_before_any_activations(
@@ -33,7 +34,7 @@ def test_what_cannot_fit_is_refused_with_the_parts_before_any_activations(
     told: list[MemoryEstimate] = []
     monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     cfg = make_config(output_path=str(tmp_path / "clt"))
-    monkeypatch.setattr("tl_clt.training.runner.ActivationBatches", lambda *_: pytest.fail("activations were made"))
+    monkeypatch.setattr("tl_clt.training.run.runner.ActivationBatches", lambda *_: pytest.fail("activations were made"))
     with pytest.raises(NotEnoughMemory, match=r"needs about .* GiB \(weights .* moments .* buffer .*Lower d_trans"):
         CLTTrainingRunner(cfg, model=model, dataset=tokens, on_start=told.append).run()
     assert len(told) == 1 and not list(tmp_path.iterdir())

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from tests.training.test_chunks import chunks
-from tl_clt.training.chunks import Chunks, Rules
-from tl_clt.training.mixing import MixedBatches
+from tl_clt.training.data.batches import Chunks, MixedBatches, Rules
 
 SIZE, BATCH = 20, 4
 LARGE = [torch.arange(start, min(start + 12, 1000)).reshape(-1, 4) for start in range(0, 1000, 12)]

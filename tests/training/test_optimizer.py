@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from tl_clt.training.optimizer import RandomRoundingAdam, round_at_random
+from tl_clt.training.run.trainer import RandomRoundingAdam, round_at_random
 
 
 def test_rounding_gives_a_neighbour_with_the_right_mean() -> None:

@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tl_clt.training.products import decode, decode_places, encode, pick, row_norms, sum_by_target
-from tl_clt.training.sparse import support_of_dense
+from tl_clt.training.fast.products import (
+    decode,
+    decode_places,
+    encode,
+    pick,
+    row_norms,
+    sum_by_target,
+    support_of_dense,
+)
 
 BATCH, F, D, WIDTH = 5, 7, 4, 12
 

@@ -1,4 +1,4 @@
-"""The fast step against its definition: `CLTLayers`' plain passes, `losses`, and autograd, in float64."""
+"""The fast step against its definition, `define_step`, in float64."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import pytest
 import torch
 from sae_lens.saes.sae import TrainStepInput
 
-from tests.training.definition import define
-from tests.training.test_training_clt import N_LAYERS, F, build, step_input
-from tl_clt.training import step as step_module
-from tl_clt.training import terms
-from tl_clt.training.step import Workspace
-from tl_clt.training.training_clt import TrainingCLT
+from tests.training.small_clts import BATCH, N_LAYERS, F, build, step_input
+from tl_clt.training.clt import TrainingCLT, define_step
+from tl_clt.training.fast import step as step_module
+from tl_clt.training.fast.step import FastStep
 
 KINDS = {
     "relu": {"activation": "relu"},
@@ -63,14 +61,14 @@ def assert_same_gradients(got: dict[str, torch.Tensor], want: dict[str, torch.Te
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Products over all features, or over active ones only; blocks of two tokens."""
     monkeypatch.setitem(step_module.SPARSE_BELOW, "cpu", SPARSE[request.param])
-    monkeypatch.setitem(terms.BLOCK_ELEMENTS, "cpu", 20)
+    monkeypatch.setitem(step_module.BLOCK_ELEMENTS, "cpu", 20)
     return request.param
 
 
 @pytest.mark.parametrize(("kind", "shape"), product(KINDS, SHAPES))
 def test_loss_and_every_gradient_are_those_of_the_definition(products: str, kind: str, shape: str) -> None:
     clt = build(**KINDS[kind], **SHAPES[shape])
-    ours, defined = clt.step(step_input(clt), Workspace()), define(clt, step_input(clt))
+    ours, defined = clt.step(step_input(clt), FastStep()), define_step(clt, step_input(clt))
     torch.testing.assert_close(ours.loss, defined.loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(ours.recons, defined.recons, rtol=1e-11, atol=1e-12)
     assert ours.losses.keys() == defined.losses.keys()
@@ -83,7 +81,7 @@ def test_loss_and_every_gradient_are_those_of_the_definition(products: str, kind
 @pytest.mark.parametrize("k_aux", [2, 9])
 def test_auxk_is_that_of_the_definition(products: str, kind: str, shape: str, k_aux: int) -> None:
     clt = build(**KINDS[kind], **SHAPES[shape], k_aux=k_aux)
-    ours, defined = clt.step(with_dead(clt), Workspace()), define(clt, with_dead(clt))
+    ours, defined = clt.step(with_dead(clt), FastStep()), define_step(clt, with_dead(clt))
     torch.testing.assert_close(ours.losses["auxk_loss"], defined.losses["auxk_loss"], rtol=1e-12, atol=0)
     assert_same_gradients(gradients(clt, ours.loss), gradients(clt, defined.loss))
 
@@ -91,7 +89,7 @@ def test_auxk_is_that_of_the_definition(products: str, kind: str, shape: str, k_
 def test_auxk_reaches_dead_features_and_no_encoder_of_the_others() -> None:
     clt = build("topk", k_aux=2)
     given = with_dead(clt)
-    clt.step(given, Workspace()).losses["auxk_loss"].backward()
+    clt.step(given, FastStep()).losses["auxk_loss"].backward()
     dead = given.dead_neuron_mask.unflatten(0, (N_LAYERS, F))
     touched = torch.stack([b.grad != 0 for b in clt.b_enc[1:]])
     assert clt.b_enc[0].grad is None
@@ -102,7 +100,7 @@ def test_without_dead_features_auxk_costs_nothing() -> None:
     clt = build("topk")
     given = step_input(clt)
     given.dead_neuron_mask = torch.zeros(clt.cfg.d_sae, dtype=torch.bool)
-    assert set(clt.step(given, Workspace()).losses) == {"mse_loss"}
+    assert set(clt.step(given, FastStep()).losses) == {"mse_loss"}
 
 
 @pytest.mark.parametrize("activation", ["topk", "batchtopk"])
@@ -112,18 +110,19 @@ def test_k_falls_from_k_start(activation: str) -> None:
         given = step_input(clt)
         given.n_training_steps = step
         k_now = 8 - 1.5 * step if step < 4 else 2
-        assert k == round(k_now)
-        defined = define(clt, given, k)
-        torch.testing.assert_close(clt.step(given, Workspace()).loss, defined.loss, rtol=1e-12, atol=0)
+        assert k == round(k_now) == clt.cfg.k_at(step)
+        defined = define_step(clt, given)
+        assert int((torch.stack([f.dense() for f in defined.features]) != 0).sum()) <= N_LAYERS * BATCH * k
+        torch.testing.assert_close(clt.step(given, FastStep()).loss, defined.loss, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_add_up_over_backward_passes(products: str, kind: str) -> None:
     clt = build(**KINDS[kind])
-    want = gradients(clt, clt.step(step_input(clt), Workspace()).loss)
-    workspace = Workspace()
+    want = gradients(clt, clt.step(step_input(clt), FastStep()).loss)
+    fast = FastStep()
     for _ in range(3):
-        clt.step(step_input(clt), workspace).loss.backward()
+        clt.step(step_input(clt), fast).loss.backward()
     for name, parameter in clt.named_parameters():
         torch.testing.assert_close(parameter.grad, 3 * want[name], rtol=1e-10, atol=1e-12)
 
@@ -131,27 +130,32 @@ def test_gradients_add_up_over_backward_passes(products: str, kind: str) -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_and_firing_counts_are_those_of_the_definition(products: str, kind: str) -> None:
     clt = build(**KINDS[kind])
-    ours = clt.step(step_input(clt), Workspace())
+    ours = clt.step(step_input(clt), FastStep())
     acts, hidden_pre = clt.encode_with_hidden_pre(step_input(clt).sae_in[:, 0])
-    torch.testing.assert_close(acts, torch.cat(define(clt, step_input(clt)).acts, dim=1))
+    defined = define_step(clt, step_input(clt))
+    torch.testing.assert_close(acts, torch.cat([f.dense() for f in defined.features], dim=1))
     torch.testing.assert_close(torch.cat([f.dense() for f in ours.features], dim=1), acts)
     torch.testing.assert_close(torch.cat(ours.hidden_pre, dim=1), hidden_pre)
     assert torch.equal(ours.fired, (acts > 0).sum(dim=0))
+    assert torch.equal(defined.fired, ours.fired)
+    assert (ours.smallest_kept is None) == (defined.smallest_kept is None)
+    if defined.smallest_kept is not None:
+        torch.testing.assert_close(ours.smallest_kept, defined.smallest_kept)
 
 
 def test_no_dead_feature_loss_where_its_coefficient_is_zero() -> None:
     clt = build("jumprelu")
     coefficients = {"sparsity": 0.7, "dead_feature": 0.0}
-    ours = clt.step(step_input(clt, coefficients), Workspace())
+    ours = clt.step(step_input(clt, coefficients), FastStep())
     assert set(ours.losses) == {"mse_loss", "sparsity_loss"}
-    defined = define(clt, step_input(clt, coefficients))
+    defined = define_step(clt, step_input(clt, coefficients))
     assert_same_gradients(gradients(clt, ours.loss), gradients(clt, defined.loss))
 
 
-def test_steps_of_one_workspace_share_memory_and_say_so_when_backward_comes_too_late() -> None:
-    clt, workspace = build("jumprelu"), Workspace()
-    first = clt.step(step_input(clt), workspace)
-    second = clt.step(step_input(clt), workspace)
+def test_steps_of_one_run_share_memory_and_say_so_when_backward_comes_too_late() -> None:
+    clt, fast = build("jumprelu"), FastStep()
+    first = clt.step(step_input(clt), fast)
+    second = clt.step(step_input(clt), fast)
     assert all(a.data_ptr() == b.data_ptr() for a, b in zip(first.hidden_pre, second.hidden_pre, strict=True))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         first.loss.backward()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tl_clt.training.activations import jumprelu, step_function
+from tl_clt.training.losses import jumprelu, step_function
 from tl_clt.transcoder.transcoder import jumprelu as inference_jumprelu
 
 BANDWIDTH = 0.6

@@ -9,11 +9,11 @@ import torch
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-from tests.training.test_training_clt import BATCH, N_LAYERS, D, F, build, raw_batch, scale_of
-from tl_clt.training import step as step_module
-from tl_clt.training.scaling import apply_scale
-from tl_clt.training.trainer import CONTROLLER_START, CLTTrainer
-from tl_clt.training.training_clt import TrainingCLT
+from tests.training.small_clts import BATCH, N_LAYERS, D, F, build, raw_batch, scale_of
+from tl_clt.training.clt import TrainingCLT
+from tl_clt.training.data.batches import apply_scale
+from tl_clt.training.fast import step as step_module
+from tl_clt.training.run.trainer import CONTROLLER_START, CLTTrainer
 
 STEPS = 12
 

@@ -8,58 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 from sae_lens import registry
-from sae_lens.saes.sae import SAE, TrainCoefficientConfig, TrainingSAE, TrainStepInput
+from sae_lens.saes.sae import SAE, TrainCoefficientConfig, TrainingSAE
 
+from tests.training.small_clts import BATCH, N_LAYERS, D, F, build, raw_batch, scale_of, step_input
 from tl_clt.errors import ConfigError
-from tl_clt.training import training_clt
+from tl_clt.training import clt as clt_module
+from tl_clt.training.clt import (
+    ARCHITECTURE,
+    InferenceCLT,
+    TrainingCLT,
+    TrainingCLTConfig,
+    init_decoder_biases,
+    init_encoder_biases,
+    initial_firing_rate,
+)
+from tl_clt.training.data.batches import apply_scale, estimate_scale
 from tl_clt.training.export import export
-from tl_clt.training.init import init_decoder_biases, init_encoder_biases, initial_firing_rate
-from tl_clt.training.layers import ARCHITECTURE
-from tl_clt.training.scaling import ActivationScale, apply_scale, estimate_scale
-from tl_clt.training.step import Workspace
-from tl_clt.training.training_clt import InferenceCLT, TrainingCLT, TrainingCLTConfig
+from tl_clt.training.fast.step import FastStep
 
-N_LAYERS, D, F, BATCH = 3, 8, 10, 7
 EVERY_KIND = list(product(["relu", "jumprelu", "topk"], [1, 2, 3]))
-COEFFICIENTS = {"sparsity": 0.7, "dead_feature": 0.2, "auxk": 0.3}
-
-
-def raw_batch(n: int = BATCH) -> torch.Tensor:
-    scale = torch.tensor([[0.1, 2.0, 30.0], [5.0, 0.7, 0.02]], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(2)
-    return torch.randn(n, 2, N_LAYERS, D, dtype=torch.float64, generator=generator) * scale[..., None]
-
-
-def build(activation: str = "jumprelu", span: int = N_LAYERS, dtype: str = "float64", **changes) -> TrainingCLT:
-    torch.manual_seed(3)
-    scale = estimate_scale([raw_batch(50)])
-    values = {
-        "d_in": D,
-        "d_sae": N_LAYERS * F,
-        "n_layers": N_LAYERS,
-        "d_transcoder": F,
-        "activation": activation,
-        "span": span,
-        "k": 3 if activation in ("topk", "batchtopk") else None,
-        "dtype": dtype,
-        "input_scale": scale.inputs,
-        "output_scale": scale.outputs,
-    }
-    clt = TrainingCLT(TrainingCLTConfig(**(values | changes)))
-    with torch.no_grad():
-        for parameter in (*clt.b_enc, clt.b_dec, *(clt.log_threshold or ())):
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    return clt
-
-
-def scale_of(clt: TrainingCLT) -> ActivationScale:
-    return ActivationScale(clt.cfg.input_scale, clt.cfg.output_scale)
-
-
-def step_input(clt: TrainingCLT, coefficients: dict[str, float] = COEFFICIENTS) -> TrainStepInput:
-    return TrainStepInput(apply_scale(raw_batch(), scale_of(clt)), coefficients, None, 0, True)
-
-
 SHAPES = {"full": {}, "skip": {"skip": True}, "low rank": {"far_rank": 2}, "both": {"far_rank": 3, "skip": True}}
 
 
@@ -107,7 +74,7 @@ def test_what_competes_beyond_a_token_and_layer_is_exported_as_jumprelu(activati
     for step in range(3):
         given = step_input(clt)
         given.n_training_steps, given.sae_in = step, given.sae_in + 0.1 * step
-        clt.step(given, Workspace())
+        clt.step(given, FastStep())
     clt.eval()
     step = clt.training_forward_pass(step_input(clt))
     exported = export(clt)
@@ -128,10 +95,10 @@ def test_running_threshold_is_the_mean_of_the_smallest_kept_scores(activation: s
     for n in range(4):
         given = step_input(clt)
         given.n_training_steps, given.sae_in = n, given.sae_in + 0.1 * n
-        seen.append(clt.step(given, Workspace()).smallest_kept)
+        seen.append(clt.step(given, FastStep()).smallest_kept)
     torch.testing.assert_close(clt.score_threshold, torch.stack(seen).mean(dim=0))
     if activation == "batchtopk":
-        acts = clt.step(given, Workspace()).features
+        acts = clt.step(given, FastStep()).features
         lowest = [
             float((f.dense() * norm.detach())[f.dense() > 0].min()) for f, norm in zip(acts, clt.norms(), strict=True)
         ]
@@ -139,8 +106,19 @@ def test_running_threshold_is_the_mean_of_the_smallest_kept_scores(activation: s
         assert seen[-1].tolist() == pytest.approx(want)
     before = clt.score_threshold.clone()
     clt.eval()
-    clt.step(given, Workspace())
+    clt.step(given, FastStep())
     assert torch.equal(clt.score_threshold, before)
+
+
+@pytest.mark.parametrize("far_rank", [None, 2])
+def test_norm_is_over_all_decoder_vectors_of_a_feature(far_rank: int | None) -> None:
+    clt = build("relu", span=2, far_rank=far_rank)
+    exported = export(clt)
+    scale = torch.tensor(clt.cfg.output_scale, dtype=torch.float64)
+    for s, norms in enumerate(clt.norms()):
+        written = [W * scale[t] for t, W in zip(exported.cfg.targets(s), exported.W_dec[s].unbind(dim=1), strict=True)]
+        want = [sum(float(W.detach()[i].square().sum()) for W in written) ** 0.5 for i in range(F)]
+        assert norms.tolist() == pytest.approx(want, rel=1e-12)
 
 
 def test_export_takes_another_dtype() -> None:
@@ -173,13 +151,12 @@ def test_saelens_own_calls_agree_with_the_step() -> None:
     torch.testing.assert_close(feature_acts, step.feature_acts)
     torch.testing.assert_close(hidden_pre, step.hidden_pre)
     torch.testing.assert_close(clt.decode(feature_acts).flatten(1), step.sae_out)
-    aux = clt.calculate_aux_loss(step_input(clt), feature_acts, hidden_pre, step.sae_out)
-    for name in ("sparsity_loss", "dead_feature_loss"):
-        torch.testing.assert_close(aux[name], step.losses[name])
     assert clt.get_W_dec_norm().shape == (clt.cfg.d_sae,)
     assert clt.log_histograms()["weights/W_dec_norms"].shape == (clt.cfg.d_sae,)
     with pytest.raises(NotImplementedError, match="export a CrossLayerTranscoder"):
         clt.fold_W_dec_norm()
+    with pytest.raises(NotImplementedError, match="call training_forward_pass"):
+        clt.calculate_aux_loss(step_input(clt), feature_acts, hidden_pre, step.sae_out)
 
 
 def test_coefficients_go_through_saelens_schedulers() -> None:
@@ -192,7 +169,7 @@ def test_coefficients_go_through_saelens_schedulers() -> None:
 
 
 def test_registering_twice_changes_nothing() -> None:
-    training_clt.register()
+    clt_module.register()
     assert registry.get_sae_training_class(ARCHITECTURE) == (TrainingCLT, TrainingCLTConfig)
     assert registry.get_sae_class(ARCHITECTURE)[0] is InferenceCLT
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 
 from tl_clt.errors import ConfigError
-from tl_clt.training import CLTTrainingRunnerConfig
+from tl_clt.training import CLTSettings, CLTTrainingRunnerConfig, DataSettings
 
 
 def test_defaults_are_valid_and_span_everything() -> None:
@@ -27,9 +27,45 @@ def test_survives_json(make_config) -> None:
     assert CLTTrainingRunnerConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
 
 
+def test_parts_and_keywords_of_their_own_make_the_same_run() -> None:
+    clt, data = CLTSettings(d_transcoder=8, activation="topk", k=3), DataSettings(context_size=64)
+    whole = CLTTrainingRunnerConfig(clt=clt, data=data, lr=1e-3)
+    assert whole == CLTTrainingRunnerConfig(d_transcoder=8, activation="topk", k=3, context_size=64, lr=1e-3)
+    assert hash(whole) == hash(replace(whole)) and (whole.clt, whole.data) == (clt, data)
+    assert (whole.d_transcoder, whole.context_size, whole.lr) == (8, 64, 1e-3)
+    changed = replace(whole, k=2, lr=2e-3)
+    assert changed.clt == replace(clt, k=2) and changed.data == data and whole.k == 3
+    with pytest.raises(AttributeError, match="no field 'n_layers'"):
+        _ = whole.n_layers
+    with pytest.raises(ConfigError, match="clt is 3, of type int: give a CLTSettings"):
+        CLTTrainingRunnerConfig(clt=3)
+
+
+def test_what_was_given_is_left_as_it_is() -> None:
+    clt = CLTSettings(d_transcoder=8)
+    cfg = CLTTrainingRunnerConfig(clt=clt)
+    clt.d_transcoder = 9
+    assert cfg.d_transcoder == 8
+
+
+def test_no_field_is_written_twice_and_dictionaries_are_flat_or_by_part() -> None:
+    own, parts = CLTTrainingRunnerConfig(d_transcoder=4), (CLTSettings, DataSettings)
+    names = [
+        f.name for kind in (CLTTrainingRunnerConfig, *parts) for f in fields(kind) if f.name not in ("clt", "data")
+    ]
+    assert len(names) == len(set(names)) and set(own.to_dict()) == set(names)
+    by_part = {"clt": {"d_transcoder": 4, "span": 1}, "data": {"context_size": 64}, "seed": 3}
+    flat = {"d_transcoder": 4, "span": 1, "context_size": 64, "seed": 3}
+    assert CLTTrainingRunnerConfig.from_dict(by_part) == CLTTrainingRunnerConfig.from_dict(flat)
+    with pytest.raises(ConfigError, match=r"clt has the keys \['context_size'\]"):
+        CLTTrainingRunnerConfig.from_dict({"clt": {"d_transcoder": 4, "context_size": 16}})
+
+
 def test_unknown_key_gets_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match="'d_trancoder' is no key .* Nearest: 'd_transcoder'"):
         CLTTrainingRunnerConfig.from_dict({"d_trancoder": 4})
+    with pytest.raises(ConfigError, match="'d_trancoder' is no key .* Nearest: 'd_transcoder'"):
+        CLTTrainingRunnerConfig(d_trancoder=4)
     with pytest.raises(ConfigError, match="'d_transcoder' is missing"):
         CLTTrainingRunnerConfig.from_dict({})
 

@@ -11,10 +11,9 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
+from tests.training.conftest import batches_of, opened
 from tl_clt.errors import ConfigError, DatasetError, HookNotFound, ModelUnsupported, TokenizerMissing
-from tl_clt.training.batches import ActivationBatches, check_fits, without_store_noise
-from tl_clt.training.data import open_dataset
-from tl_clt.training.scaling import estimate_scale
+from tl_clt.training.data.batches import check_fits, estimate_scale, without_store_noise
 
 LINES = [
     f"the {colour} {animal} sees a {other} ."
@@ -25,7 +24,7 @@ LINES = [
 
 
 def first_batch(model, dataset, cfg) -> torch.Tensor:
-    with without_store_noise(), closing(ActivationBatches(model, dataset, cfg)) as batches:
+    with without_store_noise(), closing(batches_of(model, dataset, cfg)) as batches:
         return next(batches)
 
 
@@ -55,7 +54,7 @@ def sources(tmp_path: Path, tokens: torch.Tensor) -> dict:
     ["tensor", "dataset", "input_ids", "splits", "stream", "saved", "saved_splits", "table_folder", "jsonl"],
 )
 def test_every_source_of_tokens_gives_the_same_tokens(model, make_config, tokens, sources, name: str) -> None:
-    dataset = open_dataset(sources[name], model, make_config())
+    dataset = opened(sources[name], model, make_config())
     column = next(iter(next(iter(dataset))))
     rows = [torch.as_tensor(row[column]) for row in dataset]
     assert torch.equal(torch.stack(rows), tokens)
@@ -65,7 +64,7 @@ def test_every_source_of_tokens_gives_the_same_tokens(model, make_config, tokens
 
 def test_the_users_dataset_keeps_its_format(model, make_config, sources) -> None:
     dataset = sources["dataset"].add_column("note", ["x"] * len(sources["dataset"]))
-    first_batch(model, open_dataset(dataset, model, make_config()), make_config())
+    first_batch(model, opened(dataset, model, make_config()), make_config())
     assert dataset.format["type"] is None and "note" in dataset[0]
 
 
@@ -74,15 +73,15 @@ def test_text_file_rows_are_paragraphs_or_else_lines(model_with_tokenizer, make_
     lines.write_text("\n".join(LINES))
     paragraphs.write_text("\n\n".join(f"{a}\n{b}" for a, b in zip(LINES[::2], LINES[1::2], strict=True)))
     cfg = make_config()
-    assert open_dataset(lines, model_with_tokenizer, cfg)[0] == {"text": LINES[0]}
-    assert open_dataset(str(paragraphs), model_with_tokenizer, cfg)[0] == {"text": f"{LINES[0]}\n{LINES[1]}"}
+    assert opened(lines, model_with_tokenizer, cfg)[0] == {"text": LINES[0]}
+    assert opened(str(paragraphs), model_with_tokenizer, cfg)[0] == {"text": f"{LINES[0]}\n{LINES[1]}"}
 
 
 def test_text_becomes_activations_of_its_tokens(model_with_tokenizer, make_config, tmp_path: Path) -> None:
     path = tmp_path / "lines.txt"
     path.write_text("\n".join(LINES))
     cfg = make_config(exclude_special_tokens=True)
-    batch = first_batch(model_with_tokenizer, open_dataset(path, model_with_tokenizer, cfg), cfg)
+    batch = first_batch(model_with_tokenizer, opened(path, model_with_tokenizer, cfg), cfg)
     _, cache = model_with_tokenizer.run_with_cache(torch.tensor([[0]]))
     bos = cache["blocks.0.hook_resid_mid"][0, 0]
     distance = (batch[:, 0, 0] - bos).norm(dim=-1)
@@ -90,7 +89,7 @@ def test_text_becomes_activations_of_its_tokens(model_with_tokenizer, make_confi
 
 
 def test_batches_are_aligned_over_hooks(model, make_config, tokens) -> None:
-    batch = first_batch(model, open_dataset(tokens, model, make_config()), make_config())
+    batch = first_batch(model, opened(tokens, model, make_config()), make_config())
     for layer in range(3):
         block = model.blocks[layer]
         x = batch[:8, 0, layer][None]
@@ -99,15 +98,15 @@ def test_batches_are_aligned_over_hooks(model, make_config, tokens) -> None:
 
 def test_positions_can_be_left_out(model, make_config, tokens) -> None:
     cfg = make_config(seqpos_slice=(1, None))
-    batch = first_batch(model, open_dataset(tokens, model, cfg), cfg)
+    batch = first_batch(model, opened(tokens, model, cfg), cfg)
     first = model.run_with_cache(tokens)[1]["blocks.0.hook_resid_mid"][:, 0]
     assert torch.cdist(batch[:, 0, 0], first).min() > 1e-3
 
 
 def test_small_datasets_repeat_without_noise(model, make_config, tokens, recwarn) -> None:
     cfg = make_config()
-    dataset = open_dataset(tokens, model, cfg)
-    with without_store_noise(), closing(ActivationBatches(model, dataset, cfg)) as batches:
+    dataset = opened(tokens, model, cfg)
+    with without_store_noise(), closing(batches_of(model, dataset, cfg)) as batches:
         n = sum(len(b) for b in islice(batches, 20))
     assert n > 2 * tokens.numel()
     assert not recwarn.list
@@ -135,7 +134,7 @@ def test_small_datasets_repeat_without_noise(model, make_config, tokens, recwarn
 )
 def test_bad_data_names_cause_and_mend(model, make_config, dataset, message: str) -> None:
     with pytest.raises(DatasetError, match=message):
-        open_dataset(dataset, model, make_config())
+        opened(dataset, model, make_config())
 
 
 @pytest.mark.parametrize(
@@ -152,7 +151,7 @@ def test_bad_text_file_names_cause_and_mend(
     path = tmp_path / "text.txt"
     path.write_bytes(content)
     with pytest.raises(DatasetError, match=message):
-        open_dataset(path, model_with_tokenizer, make_config())
+        opened(path, model_with_tokenizer, make_config())
 
 
 def test_broken_table_and_empty_folder_are_told(model, make_config, tmp_path: Path) -> None:
@@ -161,14 +160,15 @@ def test_broken_table_and_empty_folder_are_told(model, make_config, tmp_path: Pa
     (tmp_path / "empty").mkdir()
     for path in (broken, tmp_path / "empty"):
         with pytest.raises(DatasetError, match="could not be read"):
-            open_dataset(path, model, make_config())
+            opened(path, model, make_config())
 
 
 def test_text_needs_a_tokenizer(model, make_config) -> None:
     with pytest.raises(TokenizerMissing, match="no tokenizer to read The dataset with"):
-        open_dataset(Dataset.from_dict({"text": LINES}), model, make_config())
+        opened(Dataset.from_dict({"text": LINES}), model, make_config())
     with pytest.raises(TokenizerMissing, match="exclude_special_tokens=True"):
-        check_fits(model, make_config(exclude_special_tokens=True))
+        cfg = make_config(exclude_special_tokens=True)
+        check_fits(model, cfg.clt, cfg.data)
 
 
 def test_text_needs_a_beginning_token_to_prepend(model_with_tokenizer, make_config, monkeypatch) -> None:
@@ -177,8 +177,8 @@ def test_text_needs_a_beginning_token_to_prepend(model_with_tokenizer, make_conf
     without_bos.bos_token = None
     monkeypatch.setattr(model_with_tokenizer, "tokenizer", without_bos)
     with pytest.raises(ConfigError, match="set prepend_bos=False"):
-        open_dataset(dataset, model_with_tokenizer, make_config())
-    assert len(open_dataset(dataset, model_with_tokenizer, make_config(prepend_bos=False))) == len(LINES)
+        opened(dataset, model_with_tokenizer, make_config())
+    assert len(opened(dataset, model_with_tokenizer, make_config(prepend_bos=False))) == len(LINES)
 
 
 @pytest.mark.parametrize(
@@ -191,13 +191,14 @@ def test_text_needs_a_beginning_token_to_prepend(model_with_tokenizer, make_conf
 )
 def test_model_that_does_not_fit_is_told(model, make_config, changes: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        check_fits(model, make_config(**changes))
+        cfg = make_config(**changes)
+        check_fits(model, cfg.clt, cfg.data)
 
 
 def test_hook_of_another_width_is_told(model, make_config, tokens) -> None:
     cfg = make_config(output_hook="mlp.hook_pre")
     with pytest.raises(ConfigError, match="'blocks.0.mlp.hook_pre' has width 64"):
-        first_batch(model, open_dataset(tokens, model, cfg), cfg)
+        first_batch(model, opened(tokens, model, cfg), cfg)
 
 
 def test_silent_layer_is_told() -> None:

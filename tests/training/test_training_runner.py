@@ -13,8 +13,10 @@ from sae_lens.training.activations_store import ActivationsStore
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tl_clt.errors import ConfigError, DatasetError, HookNotFound, OutputNotEmpty
-from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig, TrainingProgress, batches, runner
-from tl_clt.training.trainer import CLTTrainer
+from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig, TrainingProgress
+from tl_clt.training.data import batches
+from tl_clt.training.run import runner
+from tl_clt.training.run.trainer import CLTTrainer
 from tl_clt.transcoder import CrossLayerTranscoder
 
 

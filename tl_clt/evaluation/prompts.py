@@ -17,7 +17,7 @@ from tl_clt.lens import HookedModel, Prompt, model_name, to_tokens
 from tl_clt.shapes import TokenBatch, Tokens
 
 if TYPE_CHECKING:
-    from tl_clt.training.data import DatasetSource
+    from tl_clt.training.data.dataset import DatasetSource
 
     HeldOut: TypeAlias = Sequence[Prompt] | DatasetSource
 else:
@@ -95,14 +95,12 @@ def _context_size(model: HookedModel, context_size: int | None) -> int:
 
 def _rows(model: HookedModel, source: Any, size: int) -> Iterator[Tokens]:
     # Only here, since it loads sae_lens.
-    from tl_clt.training import CLTTrainingRunnerConfig
-    from tl_clt.training.data import TEXT_COLUMNS, open_dataset
+    from tl_clt.training.data.dataset import TEXT_COLUMNS, open_dataset
 
     tokenizer: Any = getattr(model, "tokenizer", None)
     bos = None if tokenizer is None else tokenizer.bos_token_id
     # Any dataset of a token or more: how long its rows are is looked at here.
-    lenient = {"context_size": 1, "train_batch_size_tokens": 1, "training_tokens": 1, "prepend_bos": bos is not None}
-    opened = open_dataset(source, model, CLTTrainingRunnerConfig(d_transcoder=1, **lenient))
+    opened = open_dataset(source, model, prepend_bos=bos is not None)
     start = [] if bos is None else [bos]
     for row in opened:
         (column, value), *_ = row.items()  # type: ignore[union-attr]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from tl_clt.training import CLTTrainingRunnerConfig
-    from tl_clt.training.data import DatasetSource
+    from tl_clt.training.data.dataset import DatasetSource
 
 THRESHOLD_TOKENS = 4096
 """Tokens of the text on which neurons' thresholds are found."""
@@ -185,17 +185,19 @@ def training_config(
     model: HookedModel, training_tokens: int, lr: float, context_size: int | None, device: str, seed: int
 ) -> CLTTrainingRunnerConfig:
     """The runs of `train_transcoders`: position 0 left out, as in evaluation; lr falls to 0 over the last fifth."""
-    from tl_clt.training import CLTTrainingRunnerConfig
+    from tl_clt.training import CLTSettings, CLTTrainingRunnerConfig, DataSettings
 
     batch = min(1024, training_tokens)
     return CLTTrainingRunnerConfig(
-        d_transcoder=1,
+        clt=CLTSettings(d_transcoder=1),
+        data=DataSettings(
+            training_tokens=training_tokens,
+            train_batch_size_tokens=batch,
+            context_size=context_size or min(DEFAULT_CONTEXT, model.cfg.n_ctx),
+            n_batches_in_buffer=256,
+            seqpos_slice=(1, None),
+        ),
         model_name=model_name(model),
-        training_tokens=training_tokens,
-        train_batch_size_tokens=batch,
-        context_size=context_size or min(DEFAULT_CONTEXT, model.cfg.n_ctx),
-        n_batches_in_buffer=256,
-        seqpos_slice=(1, None),
         lr=lr,
         lr_decay_steps=training_tokens // batch // 5,
         device=device,

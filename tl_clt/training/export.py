@@ -7,8 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tl_clt.training.low_rank import full_decoder
-from tl_clt.training.training_clt import InferenceCLT, TrainingCLT
+from tl_clt.training.clt import InferenceCLT, TrainingCLT
 from tl_clt.transcoder import CrossLayerTranscoder
 from tl_clt.transcoder.decoders import DenseDecoders
 
@@ -37,10 +36,9 @@ def export(clt: TrainingCLT | InferenceCLT, dtype: str | None = None) -> CrossLa
     final = getattr(torch, cfg.dtype)
     decoders = []
     moved = _moved_norms(clt)
-    for source, W_dec in enumerate(_full_decoders(clt)):
-        targets = cfg.targets(source)
-        slots = (W_dec / moved[source][:, None]).unflatten(1, (len(targets), cfg.d_model))
-        decoders.append((slots / s_out[targets.start : targets.stop, None]).to(final))
+    for source, pairs in enumerate(clt.decoders(torch.float64)):
+        slots = [W / moved[source][:, None] / s_out[target] for target, W in pairs.items()]
+        decoders.append(torch.stack(slots, dim=1).to(final))
     exported = CrossLayerTranscoder(cfg, DenseDecoders(decoders)).to(clt.b_dec.device)
 
     def fill(name: str, value: Tensor) -> None:
@@ -56,15 +54,10 @@ def export(clt: TrainingCLT | InferenceCLT, dtype: str | None = None) -> CrossLa
     return exported
 
 
-def _full_decoders(clt: TrainingCLT | InferenceCLT) -> list[Tensor]:
-    pairs = [(W.double(), clt.far(s)) for s, W in enumerate(clt.W_dec)]
-    return [W if far is None else full_decoder(W, far.double()) for W, far in pairs]
-
-
 def _moved_norms(clt: TrainingCLT | InferenceCLT) -> Tensor:
     """The factor [n_layers, d_transcoder] that moves from decoders to encoders."""
     if clt.cfg.selects and not clt.cfg.has_score_threshold:
-        norms = torch.stack([W.norm(dim=1) for W in _full_decoders(clt)])
+        norms = torch.stack(clt.norms(torch.float64))
         return torch.where(norms > 0, norms, 1.0)
     return torch.ones(clt.cfg.n_layers, clt.cfg.d_transcoder, dtype=torch.float64, device=clt.b_dec.device)
 

@@ -1,35 +1,130 @@
-"""The terms of the training loss (Methods, "Building an Interpretable Replacement Model").
+"""The terms of the training loss, and phi with gradients for training.
 
-Inputs and outputs come scaled so that each layer's mean norm is sqrt(d_model) (see `scaling`). Every term is a sum
-over layers and features or coordinates and a mean over tokens, so that the MSE of a CLT that writes nothing is
-about n_layers * d_model, and `sparsity_coefficient` is what one strongly active feature costs at one token, in the
-same units. SAELens's trainer clips the gradient's norm to 1 and uses Adam: the overall scale of the loss
-makes no difference, only the ratio of its terms does.
+phi's forward values are those of `tl_clt.transcoder.activations`. The terms (Methods, "Building an Interpretable
+Replacement Model"): inputs and outputs come scaled so that each layer's mean norm is sqrt(d_model) (see
+`estimate_scale`). Every term is a sum over layers and features or coordinates and a mean over tokens, so that the MSE
+of a CLT that writes nothing is about n_layers * d_model, and `sparsity_coefficient` is what one strongly active
+feature costs at one token, in the same units. SAELens's trainer clips the gradient's norm to 1 and uses Adam: the
+overall scale of the loss makes no difference, only the ratio of its terms does.
 
 Sparsity has three forms, lambda = `sparsity_coefficient`, n_i(x) what feature i counts for at a token, N(x) the sum of
 n_i(x) over the features of all layers:
     "tanh"          lambda * N(x),   n_i = tanh(c * ||W_dec,i|| * a_i)                   (Methods)
     "l0"            lambda * N(x),   n_i = 1[h_i > theta_i], straight-through            (Rajamanoharan et al. 2024)
     "quadratic_l0"  lambda * (N(x) / (n_layers * target_l0) - 1)^2,   n_i as for "l0"    (the same, section 5)
+
+AuxK trains features that died to write what the others leave out (Gao et al. 2024, section 2.3):
+    auxk_loss = sum over layers ||e - e_hat||^2, mean over tokens,   e = outputs - recons (without gradient)
+    e_hat     = what the `k_aux` dead features of each layer with the largest hidden_pre would write, without b_dec
+Times min(1, dead features / (n_layers * k_aux)). A chosen feature counts with its pre-activation even where that is
+negative, as in SAELens: set to 0, it would leave most dead features without a gradient at most tokens. Without dead
+features nothing is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+TrainedActivation = Literal["relu", "jumprelu", "topk", "batchtopk"]
+StraightThrough = Literal["all", "threshold"]
+Across = Literal["layer", "all_layers"]
+
+
+class _JumpReLU(torch.autograd.Function):
+    """Forward: x where x > threshold, else 0. Backward: see `jumprelu`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, threshold: Tensor, bandwidth: float, through_input: bool) -> Tensor:
+        ctx.save_for_backward(x, threshold)
+        ctx.bandwidth, ctx.through_input = bandwidth, through_input
+        return x * _ones_where(torch.gt, x, threshold)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, threshold = ctx.saved_tensors
+        half, bandwidth = ctx.bandwidth / 2, ctx.bandwidth
+        distance = x - threshold
+        window = _ones_where(torch.lt, distance.abs(), half)
+        grad_threshold = (grad * window).sum(dim=0) * (-threshold / bandwidth)
+        if ctx.through_input:
+            slope = window.mul_((threshold + half) / bandwidth).add_(_ones_where(torch.ge, distance, half))
+        else:
+            slope = _ones_where(torch.gt, distance, 0.0)
+        return slope.mul_(grad).to(x.dtype), grad_threshold.to(threshold.dtype), None, None
+
+
+def _ones_where(compare: Callable[..., Tensor], x: Tensor, other: Tensor | float) -> Tensor:
+    """1 where the comparison holds, else 0, in x's dtype: a product with a bool tensor takes 20 times as long."""
+    return compare(x, other, out=torch.empty_like(x))
+
+
+def jumprelu(
+    hidden_pre: Float[Tensor, "batch d_transcoder"],
+    threshold: Float[Tensor, " d_transcoder"],
+    bandwidth: float,
+    straight_through: StraightThrough,
+) -> Float[Tensor, "batch d_transcoder"]:
+    """`x * 1[x > theta]`, with straight-through gradients over a rectangular window of width `bandwidth` = eps.
+
+        d/dtheta = -(theta / eps) * 1[|x - theta| < eps/2]                                     both modes
+        d/dx     = 1[x > theta]                                                                "threshold"
+        d/dx     = 1[x - theta >= eps/2] + 1[|x - theta| < eps/2] * (theta + eps/2) / eps      "all"
+
+    "all" is the slope of the line that rises from 0 at the window's lower end to the true value at its upper
+    end, so that features just below their threshold learn as well (Methods, "Building an Interpretable
+    Replacement Model").
+    """
+    return _JumpReLU.apply(hidden_pre, threshold, bandwidth, straight_through == "all")  # type: ignore[no-any-return]
+
+
+class _Step(torch.autograd.Function):
+    """Forward: 1 where x > threshold, else 0. Backward: see `step_function`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, threshold: Tensor, bandwidth: float, through_input: bool) -> Tensor:
+        ctx.save_for_backward(x, threshold)
+        ctx.bandwidth, ctx.through_input = bandwidth, through_input
+        return _ones_where(torch.gt, x, threshold)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        x, threshold = ctx.saved_tensors
+        slope = _ones_where(torch.lt, (x - threshold).abs(), ctx.bandwidth / 2).mul_(grad / ctx.bandwidth)
+        for_x = slope.to(x.dtype) if ctx.through_input else None
+        return for_x, -slope.sum(dim=0).to(threshold.dtype), None, None
+
+
+def step_function(
+    hidden_pre: Float[Tensor, "batch d_transcoder"],
+    threshold: Float[Tensor, " d_transcoder"],
+    bandwidth: float,
+    straight_through: StraightThrough,
+) -> Float[Tensor, "batch d_transcoder"]:
+    """`1[x > theta]`, with straight-through gradients over a rectangular window of width `bandwidth` = eps.
+
+        d/dtheta = -(1 / eps) * 1[|x - theta| < eps/2]                              both modes
+        d/dx     = 0 ("threshold"), or +(1 / eps) * 1[|x - theta| < eps/2] ("all")
+
+    Its sum over features is L0 (Rajamanoharan et al. 2024, "JumpReLU SAEs", section 3).
+    """
+    return _Step.apply(hidden_pre, threshold, bandwidth, straight_through == "all")  # type: ignore[no-any-return]
+
 
 SparsityKind = Literal["tanh", "l0", "quadratic_l0"]
 PerLayer = Sequence[Float[Tensor, "batch d_transcoder"]]
 PerFeature = Sequence[Float[Tensor, " d_transcoder"]]
 
 
-def decoder_norms(W_dec: Sequence[Float[Tensor, "d_transcoder _"]]) -> list[Float[Tensor, " d_transcoder"]]:
-    """||W_dec,i||: for each source layer, each feature's norm over the concatenation of all its decoder vectors."""
-    return [w.norm(dim=1) for w in W_dec]
+# -- the terms
 
 
 def mse_loss(
@@ -75,3 +170,83 @@ def dead_feature_loss(hidden_pre: PerLayer, thresholds: PerFeature, norms: PerFe
         for h, threshold, norm in zip(hidden_pre, thresholds, norms, strict=True)
     ]
     return torch.stack(terms).sum() / hidden_pre[0].shape[0]
+
+
+def auxk_loss(
+    residual: Float[Tensor, "batch n_layers d_model"],
+    written: Float[Tensor, "batch n_layers d_model"],
+    n_dead: int,
+    k_aux: int,
+) -> Float[Tensor, ""]:
+    """The loss, from what the chosen features write.
+
+    Args:
+        residual: e, without gradient.
+        written: e_hat.
+        n_dead: dead features of all layers.
+        k_aux: of each layer.
+    """
+    share = min(1.0, n_dead / (residual.shape[1] * k_aux))
+    return share * (residual - written).square().sum() / len(residual)
+
+
+# -- lambda for an L0: what users want to say is how many features are active, not what one costs
+
+SMOOTHING = 0.9
+"""Weight of what was seen before in the running L0."""
+
+
+class L0Controller:
+    """Adjusts lambda so that L0 follows a course down to its target. Stands among SAELens's coefficient schedulers.
+
+    After each step:
+        lambda <- lambda * (L0 / course)^gain,   course = L0_first^(1 - p) * target^p,   p = min(1, step / ramp_steps)
+    with L0 the running mean of active features per layer. The course keeps lambda from rising without bound while
+    features are yet to learn: at the start half of them are active. One step's factor is at most e^gain.
+    """
+
+    def __init__(self, target: float, start: float, ramp_steps: int, gain: float) -> None:
+        """Before the first step.
+
+        Args:
+            target: active features per layer and token, mean over layers.
+            start: lambda of the first step.
+            ramp_steps: steps until the course is at its target.
+            gain: how fast lambda follows.
+        """
+        self.target, self.start, self.ramp_steps, self.gain = target, start, ramp_steps, gain
+        self.current_step = 0
+        self.log_value = math.log(start)
+        self.first: float | None = None
+        self.running: float | None = None
+
+    @property
+    def value(self) -> float:
+        """lambda."""
+        return math.exp(self.log_value)
+
+    def observe(self, l0: float) -> None:
+        """A step's active features per layer and token."""
+        if self.first is None or self.running is None:
+            self.first = self.running = max(l0, self.target)
+        self.running += (1 - SMOOTHING) * (l0 - self.running)
+
+    def step(self) -> float:
+        """Adjust lambda; gives the new one."""
+        self.current_step += 1
+        if self.first is not None and self.running is not None:
+            share = min(1.0, self.current_step / max(1, self.ramp_steps))
+            course = (1 - share) * math.log(self.first) + share * math.log(self.target)
+            distance = math.log(max(self.running, 1e-6)) - course
+            self.log_value += self.gain * max(-1.0, min(1.0, distance))
+        return self.value
+
+    def state_dict(self) -> dict[str, Any]:
+        """For checkpoints."""
+        names = ("current_step", "log_value", "first", "running")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        for name, value in state.items():
+            setattr(self, name, value)

@@ -11,15 +11,13 @@ import wandb
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 
-from tl_clt.training import step as step_module
-from tl_clt.training.gathering import gather_clt, own_share
-from tl_clt.training.gradients import clip_gradients, combine_gradients
-from tl_clt.training.layers import is_shared
-from tl_clt.training.selection import layer_topk
-from tl_clt.training.sharding import SINGLE, ProcessGrid, process_grid
-from tl_clt.training.step import Workspace
-from tl_clt.training.trainer import CLTTrainer
-from tl_clt.training.training_clt import TrainingCLT, TrainingCLTConfig
+from tl_clt.training.clt import TrainingCLT, TrainingCLTConfig
+from tl_clt.training.fast import step as step_module
+from tl_clt.training.fast.selection import layer_topk
+from tl_clt.training.fast.step import FastStep
+from tl_clt.training.parallel import SINGLE, ProcessGrid, clip_gradients, combine_gradients, is_shared, process_grid
+from tl_clt.training.run.checkpoints import gather_clt, own_share
+from tl_clt.training.run.trainer import CLTTrainer
 
 N_LAYERS, D_MODEL, N_FEATURES, BATCH, STEPS = 3, 8, 12, 8, 10
 COEFFICIENTS = {"sparsity": 0.7, "dead_feature": 0.2, "auxk": 0.5}
@@ -97,7 +95,7 @@ def step(kind: str, products: str, n_data_parallel: int = 1) -> StepResult:
     with process_grid(n_data_parallel, "cpu") as grid:
         clt = build(kind, grid)
         dead = (torch.arange(N_FEATURES) == DEAD[..., None]).any(dim=1).flatten()
-        result = clt.step(TrainStepInput(own_tokens(batch(), grid), COEFFICIENTS, dead, 9, False), Workspace())
+        result = clt.step(TrainStepInput(own_tokens(batch(), grid), COEFFICIENTS, dead, 9, False), FastStep())
         result.loss.backward()
         combine_gradients(clt, grid)
         losses = {name: value.detach().clone() for name, value in result.losses.items()}

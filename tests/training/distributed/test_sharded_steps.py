@@ -12,7 +12,7 @@ import torch
 from tests.training.distributed import cases
 from tests.training.distributed.cases import KINDS, MAX_NORM, StepResult, Trained
 from tests.training.distributed.processes import Processes
-from tl_clt.training import step as step_module
+from tl_clt.training.fast import step as step_module
 
 GRIDS = {"2 x 1": (2, 1), "1 x 2": (2, 2), "2 x 2": (4, 2), "4 x 1": (4, 1)}
 """Feature shards x data parallel, as (processes, n_data_parallel)."""

@@ -64,19 +64,21 @@ def clt_config(model_name: str, output: Path, seed: int, recipe: Recipe = Recipe
     """A recipe's run."""
     values: dict[str, Any] = {"training_tokens": TRAINING_TOKENS, "d_transcoder": 256} | RECIPES[recipe]
     n_steps = values["training_tokens"] // 1024
-    return CLTTrainingRunnerConfig(
-        model_name=model_name,
-        output_path=str(output),
-        context_size=TrainOptions.n_ctx,
-        train_batch_size_tokens=1024,
-        store_batch_size_prompts=64,
-        n_batches_in_buffer=256,
-        seqpos_slice=(1, None),
-        lr=2e-3,
-        lr_warm_up_steps=50,
-        lr_decay_steps=n_steps // 4,
-        seed=seed,
-        **values,
+    return CLTTrainingRunnerConfig.from_dict(
+        {
+            "model_name": model_name,
+            "output_path": str(output),
+            "context_size": TrainOptions.n_ctx,
+            "train_batch_size_tokens": 1024,
+            "store_batch_size_prompts": 64,
+            "n_batches_in_buffer": 256,
+            "seqpos_slice": (1, None),
+            "lr": 2e-3,
+            "lr_warm_up_steps": 50,
+            "lr_decay_steps": n_steps // 4,
+            "seed": seed,
+            **values,
+        }
     )
 
 

@@ -1,12 +1,4 @@
-"""Which features TopK and BatchTopK keep.
-
-A feature's score at a token is what it writes: hidden_pre * ||W_dec,i||, the norm over all its decoder vectors. Kept
-is what scores at least a threshold and more than 0:
-    topk, per layer           the k-th largest score of the token in the layer
-    topk, across layers       the (k * n_layers)-th largest of the token in all layers
-    batchtopk, per layer      the (k * batch)-th largest of the batch in the layer
-    batchtopk, across layers  the (k * batch * n_layers)-th largest of the batch in all layers
-so that k is the mean number of features per layer and token in each.
+"""Which features TopK and BatchTopK keep: see `clt.smallest_kept_scores`, on a grid of processes and without sorting.
 
 Features compete with those of all ranks of a grid, and the batch is that of all ranks. Each rank offers what might be
 kept, every rank sees all offers, and so all agree.
@@ -15,17 +7,17 @@ kept, every rank sees all offers, and so all agree.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from tl_clt.training.sharding import SINGLE, ProcessGrid
-from tl_clt.training.sparse import Support, support_of_topk
+from tl_clt.training.clt import TrainingCLT
+from tl_clt.training.fast.products import Support, support_of_topk
+from tl_clt.training.parallel import SINGLE, ProcessGrid
 
-Across = Literal["layer", "all_layers"]
 Scores = Float[Tensor, "batch d_transcoder"]
 
 CANDIDATES_ABOVE = 0.7
@@ -95,8 +87,23 @@ def batch_threshold(
     return candidates.new_zeros(1, 1)
 
 
-def annealed_k(k: int, k_start: int | None, anneal_steps: int, step: int) -> int:
-    """k at a training step: it falls linearly from `k_start` to `k` over the first `anneal_steps` steps."""
-    if k_start is None or step >= anneal_steps:
-        return k
-    return round(k_start + (k - k_start) * step / anneal_steps)
+def smallest_kept(clt: TrainingCLT, scores: Sequence[Scores], k: int) -> list[Float[Tensor, "_ 1"]]:
+    """The smallest score that is kept in each layer: of each token for topk, of the batch for batchtopk.
+
+    Args:
+        clt: on a grid, one rank's share of it.
+        scores: of the layers that compete: all of them, or one by itself.
+        k: features per layer and token.
+    """
+    together = clt.cfg.topk_across == "all_layers"
+    groups = [list(scores)] if together else [[s] for s in scores]
+    smallest = []
+    for layer, group in enumerate(groups):
+        n_kept = k * len(group)
+        if clt.cfg.activation == "topk":
+            smallest.append(token_thresholds(group, n_kept, clt.grid))
+        else:
+            guess = float(clt.score_threshold[layer])
+            n_tokens = len(group[0]) * clt.grid.n_data_parallel
+            smallest.append(batch_threshold(group, n_kept * n_tokens, guess, clt.grid))
+    return smallest * len(scores) if together else smallest

@@ -7,20 +7,31 @@ again at every step, which takes as long as half of the product that fills it. W
 gradient as from any operation.
 
 Under autocast, and with weights in a lower precision, products take that precision and sums float32.
+
+Sums over active features only: with A [batch, n_features] the activations, mostly zero, and a support S of the places
+that count,
+    weighted_rows   A @ W             reads a weight row for each active feature
+    add_outer       G += A.T @ g      writes each weight row once
+    inner_products  (g @ W.T) on S
+are what the dense products are, up to the order of addition, at a cost in proportion to the places of S.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from tl_clt.training.sharding import SINGLE, ProcessGrid
-from tl_clt.training.sparse import Support, Values, add_outer, inner_products, weighted_rows
+from tl_clt.training.parallel import SINGLE, ProcessGrid
 
 
 def encode(
@@ -261,3 +272,162 @@ def _add_sparse_product(weight: Tensor, values: Tensor, support: Support, grad: 
 
 def _none(_: Tensor) -> None:
     return None
+
+
+# -- sums over active features
+
+Values = Float[Tensor, " n_places"]
+"""One value at each place of a support."""
+
+
+class ByFeature(NamedTuple):
+    """The same places, sorted by feature, then by token."""
+
+    order: Int[Tensor, " n_places"]
+    """Where each place is in the order by token."""
+
+    tokens: Int[Tensor, " n_places"]
+    """The token of each."""
+
+    offsets: Int[Tensor, " n_features_plus_1"]
+    """Where each feature's places begin, and the end."""
+
+
+@dataclass(frozen=True)
+class Support:
+    """Places (token, feature) of one layer, sorted by token."""
+
+    features: Int[Tensor, " n_places"]
+    """The feature of each place."""
+
+    offsets: Int[Tensor, " batch_plus_1"]
+    """Where each token's places begin, and the end."""
+
+    n_features: int
+    """Features of the layer."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the batch."""
+        return len(self.offsets) - 1
+
+    @cached_property
+    def tokens(self) -> Int[Tensor, " n_places"]:
+        """The token of each place."""
+        tokens = torch.arange(self.n_tokens, device=self.offsets.device)
+        return tokens.repeat_interleave(self.offsets.diff(), output_size=len(self.features))
+
+    @cached_property
+    def by_feature(self) -> ByFeature:
+        """The places in the order that sums over tokens need."""
+        order = torch.argsort(self.features, stable=True)
+        counts = torch.bincount(self.features, minlength=self.n_features)
+        return ByFeature(order, self.tokens[order], F.pad(counts.cumsum(0), (1, 0)))
+
+    def gather(self, dense: Float[Tensor, "batch n_features"]) -> Values:
+        """A dense tensor's values at the places."""
+        return dense[self.tokens, self.features]
+
+    def to_dense(self, values: Values) -> Float[Tensor, "batch n_features"]:
+        """The values at the places, 0 elsewhere."""
+        return values.new_zeros(self.n_tokens, self.n_features).index_put((self.tokens, self.features), values)
+
+
+def support_of_topk(indices: Int[Tensor, "batch k"], n_features: int) -> Support:
+    """The places that a top-k chose, as many for each token."""
+    n_tokens, k = indices.shape
+    offsets = torch.arange(0, n_tokens * k + 1, k, device=indices.device)
+    return Support(indices.flatten(), offsets, n_features)
+
+
+def support_of_dense(acts: Float[Tensor, "batch n_features"]) -> Support:
+    """The places where a tensor is not zero."""
+    with _without_csr_notice():
+        csr = acts.to_sparse_csr()
+    return Support(csr.col_indices(), csr.crow_indices(), acts.shape[1])
+
+
+def weighted_rows(
+    values: Values, support: Support, weight: Float[Tensor, "n_features width"]
+) -> Float[Tensor, "batch width"]:
+    """`A @ weight`, in the dtype of the values."""
+    rows = F.embedding_bag(
+        support.features,
+        weight,
+        support.offsets,
+        per_sample_weights=values.to(weight.dtype),
+        mode="sum",
+        include_last_offset=True,
+    )
+    return rows.to(values.dtype)
+
+
+def add_outer(
+    total: Float[Tensor, "n_features width"],
+    values: Values,
+    support: Support,
+    grad: Float[Tensor, "batch width"],
+    block: int,
+) -> None:
+    """`total += A.T @ grad`, `block` columns at a time: what is read and what is made then stay in the cache."""
+    order, tokens, offsets = support.by_feature
+    values = values[order].to(grad.dtype)
+    for part, columns in zip(total.split(block, dim=1), grad.split(block, dim=1), strict=True):
+        rows = F.embedding_bag(
+            tokens,
+            columns.contiguous(),
+            offsets,
+            per_sample_weights=values,
+            mode="sum",
+            include_last_offset=True,
+        )
+        part.add_(rows)
+
+
+def inner_products(
+    grad: Float[Tensor, "batch width"], weight: Float[Tensor, "n_features width"], support: Support
+) -> Values:
+    """`grad @ weight.T` at the places of a support. Taken by feature, so that each weight row is read once."""
+    order, tokens, offsets = support.by_feature
+    with _without_csr_notice():
+        places = torch.sparse_csr_tensor(
+            offsets,
+            tokens,
+            grad.new_zeros(len(tokens)),
+            size=(support.n_features, support.n_tokens),
+            check_invariants=False,
+        )
+    products = torch.sparse.sampled_addmm(places, weight.to(grad.dtype), grad.T, beta=0.0).values()
+    return torch.empty_like(products).index_copy_(0, order, products)
+
+
+@contextmanager
+def _without_csr_notice() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        yield
+
+
+# -- far decoders of low rank
+
+
+def spread(
+    written: Float[Tensor, "batch own_and_ranks"], W_far: Float[Tensor, "n_far rank d_model"]
+) -> Float[Tensor, "batch width"]:
+    """What a layer writes to all its targets, from what its features write to [own | A_1 | A_2 | ...]."""
+    n_far, rank, d_model = W_far.shape
+    own, ranks = written[:, :d_model], written[:, d_model:].unflatten(1, (n_far, rank))
+    far = torch.einsum("bjr,jrd->bjd", ranks, W_far.to(written.dtype)).to(written.dtype)
+    return torch.cat([own, far.flatten(start_dim=1)], dim=1)
+
+
+def far_norms(
+    W_dec: Float[Tensor, "d_transcoder own_and_ranks"], W_far: Float[Tensor, "n_far rank d_model"]
+) -> Float[Tensor, " d_transcoder"]:
+    """||W_dec,i|| over all decoder vectors, without making them: sum_t A_t,i (B_t B_t^T) A_t,i^T beside the own."""
+    kind = torch.promote_types(W_dec.dtype, torch.float32)
+    W_dec, W_far = W_dec.to(kind), W_far.to(kind)
+    n_far, rank, d_model = W_far.shape
+    own, A = W_dec[:, :d_model], W_dec[:, d_model:].unflatten(1, (n_far, rank))
+    far = (torch.einsum("fjr,jrq->fjq", A, W_far @ W_far.mT) * A).sum(dim=(1, 2))
+    return (own.square().sum(dim=1) + far).sqrt()

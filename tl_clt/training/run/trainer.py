@@ -1,24 +1,29 @@
-"""SAELens's trainer, with a step that costs what its matrix products cost."""
+"""SAELens's trainer, with a step that costs what its matrix products cost.
+
+Adam for weights in bfloat16 has moments in float32, and rounds weights at random: bfloat16 has 8 significant bits, and
+an update of Adam is often less than half of the last one: rounded to the nearest, it is lost every time. Rounded up
+with the probability that the position between two neighbours gives, it is right on average.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import BFloat16, Bool, Float, Float32, Int
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
+from torch.optim import Optimizer
 
-from tl_clt.training.density import RunningDensity
-from tl_clt.training.gradients import clip_gradients, combine_gradients
-from tl_clt.training.l0_control import L0Controller
-from tl_clt.training.optimizer import RandomRoundingAdam
-from tl_clt.training.step import Workspace
-from tl_clt.training.training_clt import TrainingCLT, TrainingCLTConfig
+from tl_clt.training.clt import TrainingCLT, TrainingCLTConfig
+from tl_clt.training.fast.step import FastStep
+from tl_clt.training.losses import L0Controller
+from tl_clt.training.parallel import clip_gradients, combine_gradients
 
 CONTROLLER_START = 0.01
 """Share of `sparsity_coefficient` that the controller of `target_l0` begins with."""
@@ -48,7 +53,7 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
 
     What differs, and what it saves in a step of 6 layers, d_model 512, 4,096 features per layer, batch 1,024 on two
     cores (`tests/benchmarks/training.py`):
-    - Adam is fused. Weights in bfloat16 have an Adam of their own: see `optimizer`.
+    - Adam is fused. Weights in bfloat16 have an Adam of their own: `RandomRoundingAdam`.
     - Gradients are zeroed, not dropped: see `products`.
     - Firing is counted by layer in the step; SAELens makes two copies of all activations for it, flattened and as
       0 and 1. The flattened activations are made on logging steps only.
@@ -59,7 +64,7 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
 
     def __init__(self, cfg: SAETrainerConfig, sae: TrainingCLT, data_provider: Any, **options: Any) -> None:
         super().__init__(cfg, sae, data_provider, **options)
-        self.workspace = Workspace()
+        self.fast_step = FastStep()
         self.density = RunningDensity(sae.cfg.d_sae, cfg.dead_feature_window, cfg.device)
         self._use_controller()
         if sae.dtype == torch.bfloat16:
@@ -131,7 +136,7 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
         return replace(output, loss=torch.stack(list(losses.values())).sum(), losses=losses)
 
     def _forward(self, sae: TrainingCLT, step_input: TrainStepInput) -> TrainStepOutput:
-        step = sae.step(step_input, self.workspace)
+        step = sae.step(step_input, self.fast_step)
         self._count(sae.count_firing(step), len(step.recons) * sae.grid.n_data_parallel)
         if step_input.is_logging_step:
             acts = torch.cat([f.dense() for f in step.features], dim=1)
@@ -155,3 +160,113 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
         controller = self.coefficient_schedulers.get("sparsity")
         if isinstance(controller, L0Controller):
             controller.observe(float(fired.sum()) / (n_tokens * self.sae.cfg.n_layers))
+
+
+LOW_BITS = 16
+"""Bits that float32 has and bfloat16 has not."""
+
+
+def round_at_random(x: Float32[Tensor, "*any"]) -> BFloat16[Tensor, "*any"]:
+    """x in bfloat16: the neighbour above or below, so that the mean is x. Exact values and infinities stay."""
+    # A number's bits, read as an integer, grow with its size, and their upper half is its bfloat16: add a random lower
+    # half and cut. 64 random bits make four lower halves.
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    noise = words.view(torch.int16)[: x.numel()].view(x.shape).to(torch.int32) & (2**LOW_BITS - 1)
+    bits = x.contiguous().view(torch.int32)
+    rounded = ((bits + noise) & -(2**LOW_BITS)).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+
+
+class RandomRoundingAdam(Optimizer):
+    """Adam as torch has it (no weight decay), on bfloat16 weights."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float, betas: tuple[float, float], eps: float = 1e-8) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Change every weight that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._change(weight, group)
+        return loss
+
+    def _change(self, weight: Tensor, group: dict[str, Any]) -> None:
+        state, (beta1, beta2) = self.state[weight], group["betas"]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(weight, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(weight, dtype=torch.float32)
+        state["step"] += 1
+        n, grad = int(state["step"]), weight.grad.float()  # type: ignore[union-attr]
+        mean = state["exp_avg"].lerp_(grad, 1 - beta1)
+        square = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        scale = square.sqrt().div_((1 - beta2**n) ** 0.5).add_(group["eps"])
+        weight.copy_(round_at_random(weight.float().addcdiv_(mean, scale, value=-group["lr"] / (1 - beta1**n))))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but moments stay in float32, which torch casts to the weights' dtype."""
+        super().load_state_dict(state_dict)
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        for index, saved in state_dict["state"].items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                self.state[weights[index]][name] = saved[name].to(weights[index].device, torch.float32, copy=True)
+
+
+BLOCKS = 8
+"""Parts of the window: the oldest is dropped whole when a new one begins."""
+
+
+class RunningDensity:
+    """The share of tokens at which each feature fires, over the last `window` steps (and up to an eighth fewer)."""
+
+    def __init__(self, d_sae: int, window: int, device: torch.device | str) -> None:
+        """Nothing seen yet.
+
+        Args:
+            d_sae: features of all layers.
+            window: steps.
+            device: where the counts are.
+        """
+        self.steps_per_block = max(1, -(-window // BLOCKS))
+        self.n_steps = 0
+        self.fired = torch.zeros(BLOCKS, d_sae, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(BLOCKS, dtype=torch.long, device=device)
+
+    @torch.no_grad()
+    def add(self, fired: Int[Tensor, " d_sae"], n_tokens: int) -> None:
+        """A step: at how many of its tokens each feature fired."""
+        block = self.n_steps // self.steps_per_block % BLOCKS
+        if self.n_steps % self.steps_per_block == 0:
+            self.fired[block] = 0
+            self.tokens[block] = 0
+        self.fired[block] += fired
+        self.tokens[block] += n_tokens
+        self.n_steps += 1
+
+    @property
+    def density(self) -> Float[Tensor, " d_sae"]:
+        """Of each feature; 0 before the first step."""
+        return self.fired.sum(dim=0) / self.tokens.sum().clamp(min=1)
+
+    def dead(self, below: float) -> Bool[Tensor, " d_sae"]:
+        """Features with a density under `below`, or that did not fire at all. None before the window is full."""
+        if self.n_steps < self.steps_per_block * (BLOCKS - 1):
+            return torch.zeros_like(self.fired[0], dtype=torch.bool)
+        fired = self.fired.sum(dim=0)
+        return (fired == 0) | (fired < below * self.tokens.sum())
+
+    def state_dict(self) -> dict[str, Any]:
+        """For checkpoints."""
+        return {"n_steps": self.n_steps, "fired": self.fired.clone(), "tokens": self.tokens.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.n_steps = state["n_steps"]
+        self.fired.copy_(state["fired"])
+        self.tokens.copy_(state["tokens"])

@@ -1,50 +1,165 @@
-"""From a config to a trained CLT."""
+"""From a config to a trained CLT, and what is written down about the run."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sae_lens
 import torch
 import wandb
+from jaxtyping import Bool
 from sae_lens.config import LoggingConfig
-from sae_lens.saes.sae import SAEMetadata
+from sae_lens.saes.sae import SAEMetadata, TrainStepInput
+from torch import Tensor
 
 from tl_clt.arguments import shown
 from tl_clt.errors import ConfigError
 from tl_clt.files import new_folder, require_new
 from tl_clt.lens import HookedModel, load_model, mlp_hook_points, model_fingerprint, model_name, require_model
-from tl_clt.training import checkpoints
-from tl_clt.training.batches import ActivationBatches, check_fits, without_store_noise
-from tl_clt.training.chunks import DataCounts
-from tl_clt.training.config import CLTTrainingRunnerConfig
-from tl_clt.training.data import AnyDataset, DatasetSource, open_dataset
+from tl_clt.training.clt import Step, TrainingCLT, TrainingCLTConfig, init_decoder_biases, init_encoder_biases
+from tl_clt.training.data.batches import (
+    ActivationBatches,
+    ActivationScale,
+    Batch,
+    DataCounts,
+    Handout,
+    apply_scale,
+    check_fits,
+    estimate_scale,
+    from_main,
+    without_store_noise,
+)
+from tl_clt.training.data.dataset import AnyDataset, DatasetSource, open_dataset
 from tl_clt.training.export import export
-from tl_clt.training.gathering import gather_clt
-from tl_clt.training.handout import Handout, from_main
-from tl_clt.training.init import init_decoder_biases, init_encoder_biases
-from tl_clt.training.memory import MemoryEstimate, estimate_memory, require_memory
-from tl_clt.training.record import TrainingRecord, measure
-from tl_clt.training.resuming import (
+from tl_clt.training.parallel import ProcessGrid, only_main_shows, own_device, process_grid
+from tl_clt.training.run.checkpoints import (
+    Checkpoint,
     CheckpointWriter,
+    TrainingState,
     find_checkpoint,
+    gather_clt,
+    position_of,
+    read_checkpoint,
     require_checkpoint_folder,
     require_same_model,
+    restore,
+    scale_of,
 )
-from tl_clt.training.scaling import ActivationScale, Batch, apply_scale, estimate_scale
-from tl_clt.training.sharding import ProcessGrid, only_main_shows, own_device, process_grid
-from tl_clt.training.state import TrainingState, position_of, restore, scale_of
-from tl_clt.training.trainer import CLTTrainer, CLTTrainerConfig
-from tl_clt.training.training_clt import TrainingCLT, TrainingCLTConfig
-from tl_clt.transcoder import CrossLayerTranscoder
+from tl_clt.training.run.config import CLTTrainingRunnerConfig
+from tl_clt.training.run.memory import MemoryEstimate, estimate_memory, require_memory
+from tl_clt.training.run.trainer import CLTTrainer, CLTTrainerConfig
+from tl_clt.transcoder import CrossLayerTranscoder, explained_variance
 from tl_clt.transcoder.formats import native
+
+
+class Metrics(NamedTuple):
+    """Measured on batches that training has not seen (repeats of the dataset aside), on scaled activations."""
+
+    explained_variance: float
+    """Mean over layers of 1 - squared error / variance about the mean, as in `EvaluationReport`."""
+
+    explained_variance_per_layer: list[float]
+    """That of each layer."""
+
+    l0_sum_over_layers: float
+    """Features that fire at a token, of all layers together."""
+
+    l0_mean_per_layer: float
+    """l0_sum_over_layers / n_layers."""
+
+    l0_per_layer: list[float]
+    """Features that fire at a token, of each layer."""
+
+    dead_share: float
+    """Share of features whose density, over the last `dead_window_steps` training steps, is below
+    `dead_feature_density`; such as fired at no token of them always count."""
+
+    dead_window_steps: int
+    """`dead_feature_window`, or the last quarter of a run shorter than four times that: at the start every feature
+    fires, so a longer window would find none dead."""
+
+    n_tokens: int
+    """Tokens on which all but `dead_share` was measured."""
+
+
+@torch.no_grad()
+def measure(
+    clt: TrainingCLT,
+    batches: Iterable[Batch],
+    dead: Bool[Tensor, " d_sae"],
+    dead_window_steps: int,
+    step: Step,
+) -> Metrics:
+    """The final metrics.
+
+    Args:
+        clt: the trained CLT.
+        batches: scaled inputs and outputs; on a grid, of this rank's tokens.
+        dead: for each feature of all layers, whether it is dead.
+        dead_window_steps: the training steps by which that was told.
+        step: computes the forward pass.
+    """
+    outputs, errors, fired = [], [], []
+    without_penalties = dict.fromkeys(clt.get_coefficients(), 0.0)
+    clt.eval()
+    for batch in batches:
+        result = clt.step(TrainStepInput(batch, without_penalties, None, 0, False), step)
+        y = clt.grid.all_tokens(batch[:, 1]).double()
+        outputs.append(y)
+        errors.append((clt.grid.all_tokens(result.recons) - y).square().sum(dim=(0, 2)))
+        fired.append(clt.count_firing(result).unflatten(0, (clt.cfg.n_layers, -1)).sum(dim=1).double())
+    y = torch.cat(outputs)
+    variance = (y - y.mean(dim=0)).square().sum(dim=(0, 2))
+    out_squared = y.square().sum(dim=(0, 2))
+    error, l0 = torch.stack(errors).sum(dim=0), torch.stack(fired).sum(dim=0) / len(y)
+    explained = explained_variance(error, variance, out_squared)
+    return Metrics(
+        explained_variance=explained.mean,
+        explained_variance_per_layer=explained.per_layer,
+        l0_sum_over_layers=float(l0.sum()),
+        l0_mean_per_layer=float(l0.mean()),
+        l0_per_layer=l0.tolist(),
+        dead_share=float(dead.double().mean()),
+        dead_window_steps=dead_window_steps,
+        n_tokens=len(y),
+    )
+
+
+class TrainingRecord(NamedTuple):
+    """What `training.json` holds."""
+
+    config: dict[str, Any]
+    """The run's config."""
+
+    tokens_seen: int
+    """Tokens trained on."""
+
+    data: DataCounts
+    """What was read, and what of it was left out; more than `tokens_seen`, for the shuffling buffer and the metrics."""
+
+    seconds: float
+    """Wall time of the run, loading and measuring included; of a resumed one, with what it took before."""
+
+    sae_lens_version: str
+    """Version of SAELens that trained it."""
+
+    coefficients: dict[str, float]
+    """Weights of the loss terms at the last step; "sparsity" is the lambda that `target_l0` came to."""
+
+    metrics: Metrics
+    """After training."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return self._asdict() | {"metrics": self.metrics._asdict(), "data": asdict(self.data)}
+
 
 RECORD = "training.json"
 OWN_PATHS = ("output_path", "checkpoint_path", "cache_path")
@@ -82,7 +197,7 @@ class Start(NamedTuple):
     fingerprint: str | None
     """Of the model, where the run makes or takes up checkpoints."""
 
-    checkpoint: checkpoints.Checkpoint | None
+    checkpoint: Checkpoint | None
     """To go on from."""
 
 
@@ -90,7 +205,7 @@ class CLTTrainingRunner:
     """Trains a `CrossLayerTranscoder` with SAELens's activation store and trainer; see `CLTTrainer` for its step.
 
     Under torchrun, or where the caller has set up torch.distributed, all processes train one CLT together: see
-    `sharding`. The main process alone loads the model and the dataset, calls back, and writes.
+    `parallel`. The main process alone loads the model and the dataset, calls back, and writes.
     """
 
     record: TrainingRecord | None = None
@@ -167,7 +282,7 @@ class CLTTrainingRunner:
         grid.everywhere(lambda: self._check_memory(start, grid))
         state = None
         if start.checkpoint is not None:
-            state = checkpoints.read(start.checkpoint, cfg.device, grid)
+            state = read_checkpoint(start.checkpoint, cfg.device, grid)
             started -= start.checkpoint.about["seconds"]
         with (
             without_store_noise(),
@@ -179,7 +294,16 @@ class CLTTrainingRunner:
             raw = None
             for model, dataset in source:
                 opened.enter_context(mlp_hook_points(model))
-                batches = ActivationBatches(model, dataset, cfg, None if state is None else position_of(state))
+                batches = ActivationBatches(
+                    model,
+                    dataset,
+                    cfg.clt,
+                    cfg.data,
+                    device=cfg.device,
+                    seed=cfg.seed,
+                    model_name=start.name,
+                    position=None if state is None else position_of(state),
+                )
                 raw = opened.enter_context(closing(batches))
             clt = self._train(start, raw, grid, started, state)
         if grid.is_main:
@@ -194,8 +318,17 @@ class CLTTrainingRunner:
         checkpoint = None if resume is None else find_checkpoint(cfg, Path(resume))
         require_checkpoint_folder(cfg, checkpoint)
         model = self.model or self._load_model()
-        check_fits(model, cfg)
-        dataset = open_dataset(cfg.dataset_path if self.dataset is None else self.dataset, model, cfg)  # type: ignore[arg-type]
+        check_fits(model, cfg.clt, cfg.data)
+        source_of_data = cfg.dataset_path if self.dataset is None else self.dataset
+        assert source_of_data is not None
+        dataset = open_dataset(
+            source_of_data,
+            model,
+            context_size=cfg.data.context_size,
+            batch_size=cfg.data.train_batch_size_tokens,
+            prepend_bos=cfg.data.prepend_bos,
+            streaming=cfg.data.streaming,
+        )
         fingerprint = None
         if checkpoint is not None or cfg.checkpoint_path is not None:
             fingerprint = model_fingerprint(model)
@@ -207,8 +340,8 @@ class CLTTrainingRunner:
         )
 
     def _check_memory(self, start: Start, grid: ProcessGrid) -> None:
-        shape = replace(self._sae_config(start, None), device="meta")
-        estimate = estimate_memory(TrainingCLT(shape, grid=grid), self.cfg)
+        shape = replace(self._clt_config(start, None), device="meta")
+        estimate = estimate_memory(TrainingCLT(shape, grid=grid), self.cfg.data)
         if self.on_start is not None and grid.is_main:
             self.on_start(estimate)
         require_memory(estimate, torch.device(self.cfg.device))
@@ -242,7 +375,7 @@ class CLTTrainingRunner:
         trainer.after_step = CheckpointWriter(cfg, about, lambda: None if raw is None else raw.position, started)
         trainer.fit()
         last = islice(own_part(raw), cfg.n_eval_batches)
-        metrics = measure(sae, last, trainer.dead_neurons, cfg.dead_window_steps, trainer.workspace)
+        metrics = measure(sae, last, trainer.dead_neurons, cfg.dead_window_steps, trainer.fast_step)
         self.record = TrainingRecord(
             config={k: v for k, v in cfg.to_dict().items() if k not in OWN_PATHS},
             tokens_seen=trainer.n_training_samples,
@@ -257,9 +390,9 @@ class CLTTrainingRunner:
     def _new_clt(
         self, start: Start, raw: ActivationBatches | None, grid: ProcessGrid
     ) -> tuple[TrainingCLT, ActivationScale]:
-        first = [] if raw is None else raw.peek(self.cfg.n_batches_for_scale)
+        first = [] if raw is None else raw.peek(self.cfg.data.n_batches_for_scale)
         scale = grid.on_main(lambda: estimate_scale(first))
-        sae = TrainingCLT(self._sae_config(start, scale), grid=grid)
+        sae = TrainingCLT(self._clt_config(start, scale), grid=grid)
         scaled = [apply_scale(batch, scale) for batch in first]
         inputs = torch.cat([batch[:, 0] for batch in scaled]) if scaled else None
         init_encoder_biases(sae, from_main(inputs, grid, sae.dtype, sae.device))
@@ -271,7 +404,7 @@ class CLTTrainingRunner:
         self, start: Start, state: TrainingState, grid: ProcessGrid
     ) -> tuple[TrainingCLT, ActivationScale]:
         scale = scale_of(state, start.n_layers)
-        return TrainingCLT(self._sae_config(start, scale), grid=grid), scale
+        return TrainingCLT(self._clt_config(start, scale), grid=grid), scale
 
     def _save(self, clt: CrossLayerTranscoder) -> None:
         assert self.record is not None
@@ -289,75 +422,47 @@ class CLTTrainingRunner:
                 losses = {name: float(value) for name, value in trainer.sae.last_losses.items()}
                 with raw.paused():
                     self.on_progress(TrainingProgress(step, cfg.n_steps, tokens, losses))
-            yield batch[: cfg.training_tokens - tokens]
+            yield batch[: cfg.data.training_tokens - tokens]
 
-    def _sae_config(self, start: Start, scale: ActivationScale | None) -> TrainingCLTConfig:
-        cfg, n_layers, name = self.cfg, start.n_layers, start.name
+    def _clt_config(self, start: Start, scale: ActivationScale | None) -> TrainingCLTConfig:
+        cfg = self.cfg
         return TrainingCLTConfig(
+            **vars(cfg.clt),
             d_in=start.d_model,
-            d_sae=n_layers * cfg.d_transcoder,
-            dtype=cfg.dtype,
+            d_sae=start.n_layers * cfg.clt.d_transcoder,
             device=cfg.device,
-            n_layers=n_layers,
-            d_transcoder=cfg.d_transcoder,
-            span=cfg.span,
-            activation=cfg.activation,
-            k=cfg.k,
-            topk_across=cfg.topk_across,
-            k_start=cfg.k_start,
-            k_anneal_steps=cfg.k_anneal_steps,
-            auxk_coefficient=cfg.auxk_coefficient,
-            k_aux=cfg.k_aux,
-            skip=cfg.skip,
-            far_rank=cfg.far_rank,
-            jumprelu_init_threshold=cfg.jumprelu_init_threshold,
-            jumprelu_bandwidth=cfg.jumprelu_bandwidth,
-            straight_through=cfg.straight_through,
-            sparsity_loss=cfg.sparsity_loss,
-            sparsity_coefficient=cfg.sparsity_coefficient,
-            # lambda rises over the whole run; a controller's target is kept for the last quarter.
-            sparsity_warm_up_steps=cfg.n_steps if cfg.target_l0 is None else cfg.n_steps * 3 // 4,
-            target_l0=cfg.target_l0,
-            tanh_scale=cfg.tanh_scale,
-            dead_feature_coefficient=cfg.dead_feature_coefficient,
-            dead_feature_density=cfg.dead_feature_density,
-            model_name=name,
-            input_hook=cfg.input_hook,
-            output_hook=cfg.output_hook,
+            n_layers=start.n_layers,
+            model_name=start.name,
             input_scale=None if scale is None else scale.inputs,
             output_scale=None if scale is None else scale.outputs,
+            # lambda rises over the whole run; a controller's target is kept for the last quarter.
+            sparsity_warm_up_steps=cfg.n_steps if cfg.clt.target_l0 is None else cfg.n_steps * 3 // 4,
             metadata=SAEMetadata(
-                model_name=name,
-                hook_name=cfg.input_hook,
-                hook_name_out=cfg.output_hook,
-                context_size=cfg.context_size,
-                prepend_bos=cfg.prepend_bos,
+                model_name=start.name,
+                hook_name=cfg.clt.input_hook,
+                hook_name_out=cfg.clt.output_hook,
+                context_size=cfg.data.context_size,
+                prepend_bos=cfg.data.prepend_bos,
             ),
         )
 
     def _trainer_config(self) -> CLTTrainerConfig:
         cfg = self.cfg
-        return CLTTrainerConfig(
-            total_training_samples=cfg.training_tokens,
-            train_batch_size_samples=cfg.train_batch_size_tokens,
-            lr=cfg.lr,
-            lr_end=cfg.lr / 10 if cfg.lr_end is None else cfg.lr_end,
-            lr_scheduler_name=cfg.lr_scheduler_name,
-            lr_warm_up_steps=cfg.lr_warm_up_steps,
-            lr_decay_steps=cfg.lr_decay_steps,
-            adam_beta1=cfg.adam_beta1,
-            adam_beta2=cfg.adam_beta2,
-            device=cfg.device,
-            autocast=cfg.autocast,
-            dead_feature_window=cfg.dead_window_steps,
-            logger=LoggingConfig(
-                log_to_wandb=cfg.log_to_wandb,
-                wandb_project=cfg.wandb_project,
-                wandb_entity=cfg.wandb_entity,
-                run_name=cfg.run_name,
-                wandb_log_frequency=cfg.wandb_log_frequency,
-            ),
-        )
+        ours = {
+            "total_training_samples": cfg.data.training_tokens,
+            "train_batch_size_samples": cfg.data.train_batch_size_tokens,
+            "lr_end": cfg.lr / 10 if cfg.lr_end is None else cfg.lr_end,
+            "dead_feature_window": cfg.dead_window_steps,
+            "checkpoint_path": None,  # checkpoints are ours
+            "logger": LoggingConfig(**_of_same_name(cfg, LoggingConfig)),
+        }
+        return CLTTrainerConfig(**(_of_same_name(cfg, CLTTrainerConfig) | ours))
+
+
+def _of_same_name(cfg: CLTTrainingRunnerConfig, kind: type) -> dict[str, Any]:
+    """The values of a run's config that a config of SAELens's has under the same name."""
+    names = {f.name for f in fields(kind)} & {f.name for f in fields(cfg)}
+    return {name: getattr(cfg, name) for name in names}
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from tl_clt.errors import ConfigError, DatasetError
 from tl_clt.lens import HookedModel, model_name, require_tokenizer
-from tl_clt.training.config import CLTTrainingRunnerConfig
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 DatasetSource: TypeAlias = str | Path | Tensor | Dataset | IterableDataset | DatasetDict | IterableDatasetDict
@@ -31,15 +30,26 @@ TEXT_COLUMNS = ("text", "problem")
 TABLE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def open_dataset(source: DatasetSource, model: HookedModel, cfg: CLTTrainingRunnerConfig) -> AnyDataset:
-    """A dataset of one column, `tokens`, `input_ids`, `text` or `problem`, that is known to suit the run.
+def open_dataset(
+    source: DatasetSource,
+    model: HookedModel,
+    *,
+    context_size: int = 1,
+    batch_size: int = 1,
+    prepend_bos: bool = False,
+    streaming: bool = True,
+) -> AnyDataset:
+    """A dataset of one column, `tokens`, `input_ids`, `text` or `problem`, that is known to suit what is to be done.
 
     Args:
         source: token ids [n, at least context_size]; a `datasets` object (of a DatasetDict, the split "train");
             a text file (rows are its paragraphs, or its lines where it has no blank line), a .json, .jsonl, .csv
             or .parquet file, a folder of such files or one saved with `save_to_disk`, or a hub dataset.
         model: whose tokenizer and vocabulary the data must fit.
-        cfg: the run. The dataset must hold at least one batch; it is repeated as often as needed.
+        context_size: tokens of a prompt; rows of token ids must be as long.
+        batch_size: tokens that the dataset must hold: one batch of training.
+        prepend_bos: whether prompts made of text are to begin with the beginning-of-sequence token.
+        streaming: read a hub dataset while it is used, in place of a download beforehand.
 
     Raises:
         DatasetError: it cannot be found or read, is empty or too small, has no column of text or tokens, or
@@ -47,7 +57,7 @@ def open_dataset(source: DatasetSource, model: HookedModel, cfg: CLTTrainingRunn
         TokenizerMissing: it is text, and the model has no tokenizer.
         ConfigError: it is text, and the tokenizer has no beginning-of-sequence token to prepend.
     """
-    dataset, name = _as_dataset(source, cfg)
+    dataset, name = _as_dataset(source, streaming)
     row = next(iter(dataset), None)
     if row is None:
         raise DatasetError(f"{name} is empty. Give a dataset with at least one row.")
@@ -59,23 +69,23 @@ def open_dataset(source: DatasetSource, model: HookedModel, cfg: CLTTrainingRunn
         )
     if column in TEXT_COLUMNS:
         require_tokenizer(model, f"read {name} with")
-        _check_bos(model, cfg)
+        _check_bos(model, prepend_bos)
         dataset = dataset.select_columns([column])
-        _check_text_size(dataset, column, name, model, cfg)
+        _check_text_size(dataset, column, name, model, context_size, batch_size)
         return dataset
-    _check_token_row(row[column], column, name, model, cfg)
+    _check_token_row(row[column], column, name, model, context_size)
     if isinstance(dataset, Dataset):
-        _check_size(len(dataset) * cfg.context_size, name, cfg)
+        _check_size(len(dataset) * context_size, name, context_size, batch_size)
         return dataset.select_columns([column]).with_format("torch")
     return dataset.select_columns([column])
 
 
-def _as_dataset(source: DatasetSource, cfg: CLTTrainingRunnerConfig) -> tuple[AnyDataset, str]:
+def _as_dataset(source: DatasetSource, streaming: bool) -> tuple[AnyDataset, str]:
     """The dataset, and how messages call it."""
     if isinstance(source, Tensor):
         return _from_tensor(source), "The tensor of tokens"
     if isinstance(source, str | Path):
-        return _from_path(source, cfg.streaming), f"Dataset '{source}'"
+        return _from_path(source, streaming), f"Dataset '{source}'"
     return _one_split(source, "The dataset"), "The dataset"
 
 
@@ -141,7 +151,7 @@ def _one_split(dataset: Any, name: str) -> AnyDataset:
     return dataset["train"]
 
 
-def _check_token_row(row: Any, column: str, name: str, model: HookedModel, cfg: CLTTrainingRunnerConfig) -> None:
+def _check_token_row(row: Any, column: str, name: str, model: HookedModel, context_size: int) -> None:
     message = f"{name}: a row of '{column}' must be a list of token ids, but it is {str(row)[:60]!r}."
     try:
         tokens = torch.as_tensor(row)
@@ -149,9 +159,9 @@ def _check_token_row(row: Any, column: str, name: str, model: HookedModel, cfg: 
         raise DatasetError(message) from error
     if tokens.ndim != 1 or tokens.is_floating_point():
         raise DatasetError(message)
-    if len(tokens) < cfg.context_size:
+    if len(tokens) < context_size:
         raise DatasetError(
-            f"{name} has rows of {len(tokens)} tokens, but context_size is {cfg.context_size}."
+            f"{name} has rows of {len(tokens)} tokens, but context_size is {context_size}."
             f" Set context_size to {len(tokens)}, or tokenise into longer rows."
         )
     low, high = int(tokens.min()), int(tokens.max())
@@ -162,9 +172,9 @@ def _check_token_row(row: Any, column: str, name: str, model: HookedModel, cfg: 
         )
 
 
-def _check_bos(model: HookedModel, cfg: CLTTrainingRunnerConfig) -> None:
+def _check_bos(model: HookedModel, prepend_bos: bool) -> None:
     tokenizer: Any = model.tokenizer
-    if cfg.prepend_bos and tokenizer.bos_token_id is None:
+    if prepend_bos and tokenizer.bos_token_id is None:
         raise ConfigError(
             f"prepend_bos is True, but the tokenizer of {model_name(model)} has no beginning-of-sequence token:"
             " set prepend_bos=False."
@@ -172,19 +182,19 @@ def _check_bos(model: HookedModel, cfg: CLTTrainingRunnerConfig) -> None:
 
 
 def _check_text_size(
-    dataset: AnyDataset, column: str, name: str, model: HookedModel, cfg: CLTTrainingRunnerConfig
+    dataset: AnyDataset, column: str, name: str, model: HookedModel, context_size: int, batch_size: int
 ) -> None:
     n_tokens, tokenizer = 0, cast(Any, model.tokenizer)
     for row in cast(Iterable[dict[str, Any]], dataset):
         n_tokens += len(tokenizer(row[column], add_special_tokens=False)["input_ids"])
-        if n_tokens >= cfg.train_batch_size_tokens + cfg.context_size:
+        if n_tokens >= batch_size + context_size:
             return
-    _check_size(n_tokens // cfg.context_size * cfg.context_size, name, cfg)
+    _check_size(n_tokens // context_size * context_size, name, context_size, batch_size)
 
 
-def _check_size(n_tokens: int, name: str, cfg: CLTTrainingRunnerConfig) -> None:
-    if n_tokens < cfg.train_batch_size_tokens:
+def _check_size(n_tokens: int, name: str, context_size: int, batch_size: int) -> None:
+    if n_tokens < batch_size:
         raise DatasetError(
-            f"{name} has {n_tokens} tokens in prompts of {cfg.context_size}, fewer than one batch of"
-            f" {cfg.train_batch_size_tokens}. Give more data, or a smaller train_batch_size_tokens."
+            f"{name} has {n_tokens} tokens in prompts of {context_size}, fewer than one batch of"
+            f" {batch_size}. Give more data, or a smaller train_batch_size_tokens."
         )

@@ -8,8 +8,8 @@ import torch
 
 from tl_clt.errors import NotEnoughMemory
 from tl_clt.machine import GIB, free_memory
-from tl_clt.training.config import CLTTrainingRunnerConfig
-from tl_clt.training.training_clt import TrainingCLT
+from tl_clt.training.clt import TrainingCLT
+from tl_clt.training.data.batches import DataSettings
 
 
 class MemoryEstimate(NamedTuple):
@@ -41,24 +41,24 @@ class MemoryEstimate(NamedTuple):
         return f"{self.total / GIB:.2f} GiB ({parts})"
 
 
-def estimate_memory(clt: TrainingCLT, cfg: CLTTrainingRunnerConfig) -> MemoryEstimate:
+def estimate_memory(clt: TrainingCLT, data: DataSettings) -> MemoryEstimate:
     """About what a run needs.
 
     Args:
         clt: of the run's shape and grid; on the "meta" device it takes no memory.
-        cfg: the run.
+        data: of the run.
     """
     n_weights = sum(p.numel() for p in clt.parameters())
     weight, number = clt.dtype.itemsize, clt.sum_dtype.itemsize
     per_token = 2 * clt.cfg.n_layers * clt.cfg.d_in
-    n_layers, batch = clt.cfg.n_layers, cfg.train_batch_size_tokens // clt.grid.n_data_parallel
+    n_layers, batch = clt.cfg.n_layers, data.train_batch_size_tokens // clt.grid.n_data_parallel
     # Pre-activations and activations of every layer, the gradients of one layer at a time, and about four of the
     # batch: raw, scaled, reconstructed, and the gradient.
     step = batch * ((2 * n_layers + 4) * clt.n_own_features + 4 * per_token) * number
-    positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
-    held = cfg.n_batches_for_scale * cfg.train_batch_size_tokens
+    positions = len(range(data.context_size)[slice(*data.seqpos_slice)])
+    held = data.n_batches_for_scale * data.train_batch_size_tokens
     if clt.grid.is_main:
-        held += int((3 - cfg.activations_mixing_fraction) * cfg.n_batches_in_buffer * positions)
+        held += int((3 - data.activations_mixing_fraction) * data.n_batches_in_buffer * positions)
     return MemoryEstimate(
         weights=n_weights * weight,
         gradients=n_weights * weight,

@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tl_clt.errors import FormatError, ModelUnsupported
 from tl_clt.files import READING_ERRORS, new_file, read_json, reading
-from tl_clt.training.chunks import Activations, Prompts
 
+Prompts = Int[Tensor, "prompt pos"]
+Activations = Float[Tensor, "token 2 n_layers d_model"]
 CacheDtype = Literal["float16", "int8"]
 
 INDEX = "index.json"

@@ -1,0 +1,1 @@
+"""From what a user gives as a dataset to batches of activations."""

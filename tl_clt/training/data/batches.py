@@ -1,0 +1,670 @@
+"""From a dataset to shuffled batches of scaled activations, in an order that can be taken up again.
+
+    prompts --model, or cache--> chunks: the tokens of one forward pass that are trained on
+    chunks --shuffling buffer--> batches: tokens mixed from many prompts
+    batches --handed out to all ranks, scaled--> what a training step sees
+
+Prompts and activations come out of SAELens's activation store. The shuffling buffer is SAELens's `mixing_buffer` in
+what it does, with random numbers of its own (so that neither the trainer's numbers nor a background thread change the
+order) and with a position: which tokens it holds, without their activations.
+
+The main rank alone runs the model, shuffles, and reads or writes files. The order of tokens is therefore that of a
+single process, a run can go on from a checkpoint on another number of ranks, and the other ranks hold no model. The
+price: the model's forward passes are not split among the ranks. A token costs 6 operations per weight of the CLT,
+shared by all ranks, and 2 per weight of the model, on one: with N_clt and N_model weights the others wait once there
+are more than about 3 * N_clt / N_model ranks, and then cached activations take the model away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Int, UInt8
+from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.prefetch import PrefetchingIterator
+from sae_lens.util import get_special_token_ids
+from torch import Tensor
+
+from tl_clt.errors import ConfigError, DatasetError, ModelUnsupported
+from tl_clt.lens import (
+    HookedModel,
+    block_hook,
+    mlp_hook_points,
+    model_fingerprint,
+    model_name,
+    require_hooks,
+    require_tokenizer,
+)
+from tl_clt.training.clt import CLTSettings, CLTShape
+from tl_clt.training.data.cache import ActivationCache, Activations, CacheDtype, Prompts
+from tl_clt.training.data.dataset import AnyDataset
+from tl_clt.training.parallel import ProcessGrid
+
+Batch = Float[Tensor, "batch 2 n_layers d_model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """What a CLT is trained on: the `data` of a `CLTTrainingRunnerConfig`."""
+
+    streaming: bool = True
+    """Read a hub dataset while training, in place of a download beforehand."""
+
+    training_tokens: int = 2_000_000
+    """Tokens to train on, repeats of the dataset included. Exactly so many: the last batch may be shorter."""
+
+    context_size: int = 128
+    """Tokens of a prompt."""
+
+    train_batch_size_tokens: int = 4096
+    """Tokens of a training step."""
+
+    store_batch_size_prompts: int = 32
+    """Prompts of a forward pass of the model."""
+
+    n_batches_in_buffer: int = 128
+    """The shuffling buffer's size in prompts; n_batches_in_buffer * context_size tokens must hold a batch."""
+
+    activations_mixing_fraction: float = 0.5
+    """Share of the buffer that is kept back for mixing with new activations."""
+
+    prepend_bos: bool = True
+    """Begin each prompt made of text with the beginning-of-sequence token."""
+
+    sequence_separator_token: int | Literal["bos", "eos", "sep"] | None = "bos"
+    """What goes between rows of text that share a prompt."""
+
+    exclude_special_tokens: bool | tuple[int, ...] = False
+    """Leave the tokenizer's special tokens (True), or these token ids, out of training."""
+
+    seqpos_slice: tuple[int | None, ...] = (None,)
+    """Positions to train on, as the arguments of `slice`: (1, None) leaves the first out."""
+
+    max_norm_ratio: float | None = None
+    """Leave out tokens at which some layer's input or output has a norm of more than so many times its median over
+    the prompts of a forward pass. None leaves none out. On Gemma 3 270M, of 1,024 tokens 10 leaves out 6%, 30 2%."""
+
+    cache_path: str | None = None
+    """Folder of cached activations: what is in it is read, what is not is added. Any run of the same model and hooks
+    may use it, whatever its dataset, context size, left-out tokens and seed."""
+
+    cache_dtype: CacheDtype = "float16"
+    """float16, or int8 for half the space. A run with a cache trains on the rounded activations, the first run
+    as well as the next. On Gemma 3 270M a layer's activations change by up to 0.02% (float16) or 5% (int8)."""
+
+    prefetch: bool = True
+    """Run the model for the next batches on a thread of its own while a step is made. Batches are the same."""
+
+    n_batches_for_scale: int = 8
+    """First batches, on which scales and encoder biases are set. They are trained on as well."""
+
+
+class ActivationScale(NamedTuple):
+    """Factors that activations are multiplied by in training."""
+
+    inputs: tuple[float, ...]
+    """One a layer, for what features read."""
+
+    outputs: tuple[float, ...]
+    """One a layer, for what they write."""
+
+
+def estimate_scale(batches: Sequence[Batch]) -> ActivationScale:
+    """sqrt(d_model) / mean norm, for the inputs and the outputs of each layer.
+
+    Raises:
+        ModelUnsupported: a layer's activations are zero everywhere, or not finite.
+    """
+    norms = torch.cat([b.double().norm(dim=-1) for b in batches]).mean(dim=0)
+    for side, values in zip(("input", "output"), norms.tolist(), strict=True):
+        for layer, norm in enumerate(values):
+            if not 0 < norm < float("inf"):
+                raise ModelUnsupported(
+                    f"The {side} of layer {layer} has mean norm {norm}: there is nothing to learn from."
+                    " Check the model's weights and the hook names."
+                )
+    inputs, outputs = (batches[0].shape[-1] ** 0.5 / norms).tolist()
+    return ActivationScale(tuple(inputs), tuple(outputs))
+
+
+def apply_scale(batch: Batch, scale: ActivationScale) -> Batch:
+    """Every layer's inputs and outputs times their factors."""
+    return batch * torch.tensor(scale, dtype=batch.dtype, device=batch.device)[..., None]
+
+
+@dataclass(frozen=True)
+class DataCounts:
+    """Tokens read from the dataset so far, each in one of four places. Some that are kept still wait in the buffer."""
+
+    epochs: int = 0
+    """Times that the dataset was read to its end."""
+
+    prompts: int = 0
+    """Prompts that went through the model or came from the cache."""
+
+    kept: int = 0
+    """Tokens to train on."""
+
+    other_positions: int = 0
+    """Tokens left out by `seqpos_slice`."""
+
+    special_tokens: int = 0
+    """Tokens left out by `exclude_special_tokens`."""
+
+    outliers: int = 0
+    """Tokens left out by `max_norm_ratio`."""
+
+    def __add__(self, other: DataCounts) -> DataCounts:
+        """Both together."""
+        mine, theirs = asdict(self), asdict(other)
+        return DataCounts(**{name: mine[name] + theirs[name] for name in mine})
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which tokens are trained on."""
+
+    seqpos_slice: tuple[int | None, ...] = (None,)
+    """Positions within a prompt, as the arguments of `slice`."""
+
+    excluded: Int[Tensor, " n_ids"] | None = None
+    """Token ids that are left out."""
+
+    max_norm_ratio: float | None = None
+    """Left out: tokens at which the norm of some layer's input or output is more than so many times the chunk's
+    median of it. (The median, because the mean moves with what is to be left out.)"""
+
+    def choose(self, tokens: Prompts, activations: Activations) -> tuple[Int[Tensor, " kept"], DataCounts]:
+        """Rows of `activations`, which are the tokens' prompt after prompt, to train on; and the counts."""
+        within = torch.zeros_like(tokens, dtype=torch.bool)
+        within[:, slice(*self.seqpos_slice)] = True
+        ordinary = torch.ones_like(within) if self.excluded is None else ~torch.isin(tokens, self.excluded)
+        wanted = within.flatten() & ordinary.flatten()
+        kept = wanted
+        if self.max_norm_ratio is not None and wanted.any():
+            kept = wanted & _usual(activations, wanted, self.max_norm_ratio)
+        n_within, n_wanted, n_kept = int(within.sum()), int(wanted.sum()), int(kept.sum())
+        counts = DataCounts(
+            prompts=len(tokens),
+            kept=n_kept,
+            other_positions=tokens.numel() - n_within,
+            special_tokens=n_within - n_wanted,
+            outliers=n_wanted - n_kept,
+        )
+        return kept.nonzero()[:, 0], counts
+
+
+def _usual(activations: Activations, wanted: Bool[Tensor, " token"], max_norm_ratio: float) -> Bool[Tensor, " token"]:
+    """Tokens none of whose norms is above the limit."""
+    norms = activations.norm(dim=-1, dtype=torch.promote_types(activations.dtype, torch.float32))
+    limit = max_norm_ratio * norms[wanted].median(dim=0).values
+    return (norms <= limit).flatten(start_dim=1).all(dim=1)
+
+
+class Place(NamedTuple):
+    """Where a chunk is in the dataset."""
+
+    epoch: int
+    """Passes over the dataset before this one."""
+
+    index: int
+    """Chunks of this pass before this one."""
+
+
+class Chunk(NamedTuple):
+    """What one forward pass gives to train on."""
+
+    place: Place
+    """Where it is."""
+
+    rows: Activations
+    """Activations of the tokens that are kept."""
+
+    ids: Int[Tensor, " token"]
+    """Which they are: index of the chunk * tokens of a full chunk + place within it. The same in every pass."""
+
+    counts: DataCounts
+    """Of this chunk alone."""
+
+    tokens_digest: str
+    """sha256 of all tokens of this pass up to the end of this chunk."""
+
+
+class Chunks:
+    """A dataset's activations, chunk by chunk, again and again.
+
+    Args:
+        one_pass: makes an iterator over the dataset's prompts, the same every time, some prompts at a time.
+        read: raw activations of prompts, all positions.
+        rules: which tokens to keep.
+        full: tokens of a chunk that is not the last of its pass.
+    """
+
+    def __init__(
+        self,
+        one_pass: Callable[[], Iterator[Prompts]],
+        read: Callable[[Prompts], Activations],
+        rules: Rules,
+        full: int,
+    ) -> None:
+        self._one_pass = one_pass
+        self._read = read
+        self._rules = rules
+        self._full = full
+
+    def after(self, place: Place | None, tokens_digest: str | None = None) -> Iterator[Chunk]:
+        """The chunks that follow a place, without end; all of them where place is None.
+
+        Args:
+            place: of the last chunk that is not wanted again. Its pass is read to there, without the model.
+            tokens_digest: what that chunk said of the tokens; they must be the same now.
+
+        Raises:
+            DatasetError: the tokens up to the place are others, or no token of a whole pass is kept.
+        """
+        epoch, skip = (0, 0) if place is None else (place.epoch, place.index + 1)
+        while True:
+            digest, prompts = hashlib.sha256(), self._one_pass()
+            for tokens in islice(prompts, skip):
+                digest.update(tokens.cpu().numpy().tobytes())
+            if skip > 0 and digest.hexdigest() != tokens_digest:
+                raise DatasetError(_OTHER_TOKENS)
+            n_kept = 0
+            for index, tokens in enumerate(prompts, start=skip):
+                digest.update(tokens.cpu().numpy().tobytes())
+                chunk = self._chunk(Place(epoch, index), tokens, digest.hexdigest(), new_epoch=index == 0 < epoch)
+                n_kept += len(chunk.rows)
+                yield chunk
+            if n_kept == 0 and skip == 0:
+                raise DatasetError(
+                    "No token of the dataset is left to train on. Widen seqpos_slice, exclude fewer tokens, or raise"
+                    " max_norm_ratio."
+                )
+            epoch, skip = epoch + 1, 0
+
+    def find(self, ids: Int[Tensor, " token"]) -> Activations:
+        """The activations of tokens, in order, read once more. There must be at least one.
+
+        Raises:
+            DatasetError: the dataset is shorter than it was.
+        """
+        places, offsets = ids // self._full, ids % self._full
+        wanted = set(places.tolist())
+        rows: Tensor | None = None
+        for index, tokens in enumerate(self._one_pass()):
+            if index in wanted:
+                found, here = self._read(tokens), places == index
+                if rows is None:
+                    rows = found.new_empty(len(ids), *found.shape[1:])
+                rows[here.to(rows.device)] = found[offsets[here].to(found.device)]
+                wanted.remove(index)
+            if not wanted and rows is not None:
+                return rows
+        raise DatasetError(_OTHER_TOKENS)
+
+    def _chunk(self, place: Place, tokens: Prompts, digest: str, new_epoch: bool) -> Chunk:
+        activations = self._read(tokens)
+        kept, counts = self._rules.choose(tokens.to(activations.device), activations)
+        ids = place.index * self._full + kept.cpu()
+        return Chunk(place, activations[kept], ids, counts + DataCounts(epochs=int(new_epoch)), digest)
+
+
+_OTHER_TOKENS = (
+    "The dataset gives other tokens than the run that is to be resumed read. Give the same dataset and tokenizer, or"
+    " start a new run without resume."
+)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a stream of batches is, after some batch. With the dataset and the model this is enough to go on."""
+
+    place: Place
+    """Of the last chunk that went into the buffer."""
+
+    tokens_digest: str
+    """What that chunk says of its pass's tokens."""
+
+    ids: Int[Tensor, " held"]
+    """Tokens in the buffer, in order."""
+
+    n_ready: int
+    """Batches that come off its front before it is filled and shuffled again."""
+
+    generator: UInt8[Tensor, " _"]
+    """State of the shuffling's random numbers."""
+
+    counts: DataCounts
+    """What was read so far."""
+
+
+class MixedBatches(Iterator[Batch]):
+    """Batches of a fixed size from a buffer that is filled to `size` tokens, shuffled, and emptied to `kept`.
+
+    Args:
+        chunks: without end.
+        size: tokens to which the buffer is filled; a chunk may take it beyond.
+        batch_size: tokens of a batch, at most `size`.
+        kept: tokens that stay for the next shuffle, about.
+        seed: of the shuffling.
+    """
+
+    def __init__(self, chunks: Iterator[Chunk], *, size: int, batch_size: int, kept: int, seed: int) -> None:
+        self._chunks = chunks
+        self._size, self._batch_size, self._kept = size, batch_size, kept
+        self._generator = torch.Generator().manual_seed(seed)
+        self._rows: Activations | None = None
+        self._ids = torch.empty(0, dtype=torch.int64)
+        self._n_ready = 0
+        self._place, self._tokens_digest = Place(0, -1), ""
+        self.counts = DataCounts()
+
+    def go_on(self, position: Position, rows: Activations | None) -> None:
+        """Take up a position; `rows` are the activations of its ids, None where it has none."""
+        self._rows, self._ids, self._n_ready = rows, position.ids, position.n_ready
+        self._place, self._tokens_digest = position.place, position.tokens_digest
+        self._generator.set_state(position.generator)
+        self.counts = position.counts
+
+    @property
+    def position(self) -> Position:
+        """After the last batch that was handed out."""
+        return Position(
+            self._place, self._tokens_digest, self._ids, self._n_ready, self._generator.get_state(), self.counts
+        )
+
+    def __next__(self) -> Batch:
+        if self._n_ready == 0:
+            self._fill()
+        assert self._rows is not None
+        batch, self._rows = self._rows[: self._batch_size], self._rows[self._batch_size :]
+        self._ids = self._ids[self._batch_size :]
+        self._n_ready -= 1
+        return batch
+
+    def _fill(self) -> None:
+        parts, ids = [] if self._rows is None else [self._rows], [self._ids]
+        n_held = len(self._ids)
+        while n_held < self._size:
+            chunk = next(self._chunks)
+            parts.append(chunk.rows)
+            ids.append(chunk.ids)
+            n_held += len(chunk.ids)
+            self._place, self._tokens_digest = chunk.place, chunk.tokens_digest
+            self.counts += chunk.counts
+        order = torch.randperm(n_held, generator=self._generator)
+        self._ids = torch.cat(ids)[order]
+        self._rows = _in_order(parts, order)
+        self._n_ready = max(1, (n_held - self._kept) // self._batch_size)
+
+
+def _in_order(parts: list[Tensor], order: Int[Tensor, " held"]) -> Tensor:
+    """`torch.cat(parts)[order]`, without the copy that cat makes. The list is emptied."""
+    target = torch.empty_like(order)
+    target[order] = torch.arange(len(order))
+    mixed = parts[0].new_empty(len(order), *parts[0].shape[1:])
+    start = 0
+    while parts:
+        part = parts.pop(0)
+        mixed[target[start : start + len(part)].to(part.device)] = part
+        start += len(part)
+    return mixed
+
+
+NOISE = (
+    "Dataset is not tokenized",
+    "The training dataset contains fewer samples",
+    "All samples in the training dataset have been exhausted",
+    "pretokenized dataset has context_size",
+    "To copy construct from a tensor",
+)
+"""SAELens's warnings about what is meant to be so: text, repeats, and rows cut to context_size."""
+
+
+def hook_names(model: HookedModel, clt: CLTShape) -> list[str]:
+    """The input hook of every layer, then the output hook of every layer.
+
+    Raises:
+        HookNotFound: the model lacks one.
+    """
+    layers = range(model.cfg.n_layers)
+    names = [block_hook(layer, hook) for hook in (clt.input_hook, clt.output_hook) for layer in layers]
+    with mlp_hook_points(model):
+        require_hooks(model, names)
+    return names
+
+
+def check_fits(model: HookedModel, clt: CLTShape, data: DataSettings) -> None:
+    """Raise where the run asks for what the model does not have.
+
+    Raises:
+        HookNotFound: it lacks a hook.
+        ConfigError: context_size or span is more than the model's.
+        TokenizerMissing: special tokens are to be left out, and there is no tokenizer to name them.
+    """
+    hook_names(model, clt)
+    name, n_ctx, n_layers = model_name(model), model.cfg.n_ctx, model.cfg.n_layers
+    if data.context_size > n_ctx:
+        raise ConfigError(
+            f"context_size is {data.context_size}, but {name} takes {n_ctx} tokens: give at most {n_ctx}."
+        )
+    if clt.span is not None and clt.span > n_layers:
+        raise ConfigError(f"span is {clt.span}, but {name} has {n_layers} layers: give 1 (PLT) to {n_layers} (CLT).")
+    if data.exclude_special_tokens is True:
+        require_tokenizer(model, "name its special tokens, which exclude_special_tokens=True leaves out,")
+
+
+class ActivationBatches(Iterator[Batch]):
+    """Endless, shuffled batches of raw inputs and outputs [batch, 2, n_layers, d_model] in the CLT's dtype.
+
+    Prompts and activations are SAELens's store's. With `data.prefetch` a thread of its own runs the model for the next
+    fill of the buffer while a step is made, in the same order: close the batches when done, and use the model
+    elsewhere only within `paused()`.
+
+    Args:
+        model: run over the dataset.
+        dataset: as `open_dataset` gives it.
+        clt: what is trained: its hooks and dtype.
+        data: what of the dataset, and how it is mixed.
+        device: where the batches are.
+        seed: of the shuffling.
+        model_name: for people, in a cache's index.
+        position: go on from there; from the beginning where left out.
+    """
+
+    def __init__(
+        self,
+        model: HookedModel,
+        dataset: AnyDataset,
+        clt: CLTSettings,
+        data: DataSettings,
+        *,
+        device: str,
+        seed: int,
+        model_name: str,
+        position: Position | None = None,
+    ) -> None:
+        source = _chunks(model, dataset, clt, data, device, model_name)
+        buffer = data.n_batches_in_buffer * len(range(data.context_size)[slice(*data.seqpos_slice)])
+        kept = int(buffer * data.activations_mixing_fraction)
+        rows = source.find(position.ids) if position is not None and len(position.ids) > 0 else None
+        chunks = source.after(None) if position is None else source.after(position.place, position.tokens_digest)
+        self._prefetching: PrefetchingIterator[Chunk] | None = None
+        if data.prefetch:
+            n_chunks = -(-(buffer - kept) // (data.store_batch_size_prompts * data.context_size))
+            chunks = self._prefetching = PrefetchingIterator(chunks, max(1, n_chunks))
+        self._batches = MixedBatches(chunks, size=buffer, batch_size=data.train_batch_size_tokens, kept=kept, seed=seed)
+        if position is not None:
+            self._batches.go_on(position, rows)
+        self._ahead: list[tuple[Batch, Position]] = []
+        self.position = self._batches.position
+        """After the last batch that was handed out."""
+
+    def __next__(self) -> Batch:
+        if self._ahead:
+            batch, self.position = self._ahead.pop(0)
+        else:
+            batch, self.position = next(self._batches), self._batches.position
+        return batch
+
+    def peek(self, n: int) -> list[Batch]:
+        """The next n batches, which are still to be handed out."""
+        while len(self._ahead) < n:
+            self._ahead.append((next(self._batches), self._batches.position))
+        return [batch for batch, _ in self._ahead[:n]]
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Within, no other thread runs the model."""
+        return nullcontext() if self._prefetching is None else self._prefetching.paused()
+
+    def close(self) -> None:
+        """End the thread that runs the model."""
+        if self._prefetching is not None:
+            self._prefetching.close()
+
+
+def _chunks(
+    model: HookedModel, dataset: AnyDataset, clt: CLTSettings, data: DataSettings, device: str, model_name: str
+) -> Chunks:
+    names, dtype = hook_names(model, clt), getattr(torch, clt.dtype)
+    store = _store(model, dataset, data, names, device)
+
+    def run(tokens: Prompts) -> Activations:
+        activations = store.get_multi_hook_activations(tokens)
+        return pack([activations[name].flatten(0, 1).to(device) for name in names], names, model.cfg.d_model)
+
+    def one_pass() -> Iterator[Prompts]:
+        return _prompts(_store(model, dataset, data, names, device), data.store_batch_size_prompts)
+
+    rules = Rules(data.seqpos_slice, _excluded(model, data, device), data.max_norm_ratio)
+    full = data.store_batch_size_prompts * data.context_size
+    if data.cache_path is None:
+        return Chunks(one_pass, lambda tokens: run(tokens).to(dtype), rules, full)
+    cache = ActivationCache(Path(data.cache_path), model_fingerprint(model), names, data.cache_dtype, model_name)
+    return Chunks(one_pass, lambda tokens: cache.read(tokens, run).to(device, dtype), rules, full)
+
+
+def _store(
+    model: HookedModel, dataset: AnyDataset, data: DataSettings, names: list[str], device: str
+) -> ActivationsStore:
+    """SAELens's store, which reads prompts and runs the model; shuffling and leaving tokens out come after it."""
+    return ActivationsStore.from_config_multi_hook(
+        cast(Any, model),
+        dataset=dataset,
+        hook_names=names,
+        hook_d_ins=dict.fromkeys(names, model.cfg.d_model),
+        context_size=data.context_size,
+        total_training_tokens=data.training_tokens,
+        store_batch_size_prompts=data.store_batch_size_prompts,
+        prepend_bos=data.prepend_bos,
+        device=device,
+        sequence_separator_token=data.sequence_separator_token,
+    )
+
+
+def _prompts(store: ActivationsStore, n: int) -> Iterator[Prompts]:
+    """One pass over the store's dataset, n prompts at a time and the rest at its end."""
+    prompts: list[Prompts] = []
+    while True:
+        try:
+            prompts.append(store.get_batch_tokens(1, raise_at_epoch_end=True))
+        except StopIteration:
+            break
+        if len(prompts) == n:
+            yield torch.cat(prompts)
+            prompts = []
+    if prompts:
+        yield torch.cat(prompts)
+
+
+def pack(activations: list[Tensor], names: list[str], d_model: int) -> Batch:
+    """The 2 * n_layers hooks' activations [batch, d_model] as [batch, 2, n_layers, d_model].
+
+    Raises:
+        ConfigError: a hook's width is not d_model.
+    """
+    for name, value in zip(names, activations, strict=True):
+        if value.shape[-1] != d_model:
+            raise ConfigError(
+                f"'{name}' has width {value.shape[-1]}, but a CLT reads and writes d_model = {d_model}: give hooks"
+                " of the residual stream or the MLP's output."
+            )
+    return torch.stack(activations, dim=1).unflatten(1, (2, -1))
+
+
+def _excluded(model: HookedModel, data: DataSettings, device: str) -> Tensor | None:
+    if data.exclude_special_tokens is False:
+        return None
+    ids = data.exclude_special_tokens
+    ids = get_special_token_ids(cast(Any, model.tokenizer)) if ids is True else list(ids)
+    return torch.tensor(ids, dtype=torch.long, device=device)
+
+
+@contextmanager
+def without_store_noise() -> Iterator[None]:
+    """Within, SAELens's warnings about text, repeats and cut rows stay silent."""
+    with warnings.catch_warnings():
+        for message in NOISE:
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+class Handout(Iterator[Batch]):
+    """Of each batch, the tokens that this rank is to see: the n-th of n_data_parallel equal parts.
+
+    Args:
+        batches: on the main rank; None on others.
+        grid: the ranks. On a single process, batches are as they are.
+        shape: of one token's activations, [2, n_layers, d_model].
+        dtype: of the batches.
+        device: where this rank's part is to be.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[Batch] | None,
+        grid: ProcessGrid,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._batches, self._grid = batches, grid
+        self._shape, self._dtype, self._device = shape, dtype, device
+
+    def __next__(self) -> Batch:
+        batch = None if self._batches is None else next(self._batches)
+        grid = self._grid
+        if grid.n_processes == 1:
+            assert batch is not None
+            return batch
+        n_tokens = torch.tensor(0 if batch is None else len(batch), device=self._device)
+        dist.broadcast(n_tokens, src=0)
+        part = torch.empty(int(n_tokens) // grid.n_data_parallel, *self._shape, dtype=self._dtype, device=self._device)
+        if grid.feature_index == 0 and grid.n_data_parallel > 1:
+            parts = None if batch is None else [p.contiguous() for p in batch.chunk(grid.n_data_parallel)]
+            dist.scatter(part, parts, src=0, group=grid.data_group)
+        elif batch is not None:
+            part.copy_(batch)
+        if grid.n_feature_shards > 1:
+            dist.broadcast(part, src=grid.data_index * grid.n_feature_shards, group=grid.feature_group)
+        return part
+
+
+def from_main(tensor: Tensor | None, grid: ProcessGrid, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The main rank's tensor, on every rank; None is given on others."""
+    if grid.n_processes == 1:
+        assert tensor is not None
+        return tensor
+    shape = grid.on_main(lambda: tuple(tensor.shape) if tensor is not None else ())
+    received = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.contiguous()
+    dist.broadcast(received, src=0)
+    return received

@@ -1,0 +1,416 @@
+"""What a training run is, in plain values, and what these must satisfy, with the field and the mend in each message."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import wraps
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from tl_clt.arguments import as_choice, as_number, as_several, as_switch, as_whole, is_whole, plain, shown
+from tl_clt.errors import ConfigError, nearest
+from tl_clt.lens import Backend
+from tl_clt.training.clt import CLTSettings
+from tl_clt.training.data.batches import DataSettings
+from tl_clt.training.data.cache import CacheDtype
+from tl_clt.training.losses import Across, SparsityKind, StraightThrough, TrainedActivation
+from tl_clt.transcoder.config import DTYPES
+
+Config = TypeVar("Config")
+Scheduler = Literal["constant", "cosineannealing", "cosineannealingwarmrestarts"]
+
+PARTS: dict[str, type[CLTSettings] | type[DataSettings]] = {"clt": CLTSettings, "data": DataSettings}
+"""Settings that a run's config contains, by the field that holds them."""
+
+
+def part_of(name: str) -> str | None:
+    """The part of a run's config that has a field, if any."""
+    return next((part for part, kind in PARTS.items() if name in {f.name for f in fields(kind)}), None)
+
+
+def _takes_fields_of_parts(cls: type[Config]) -> type[Config]:
+    """Let a config be made with its parts' fields as keywords of its own: `(d_transcoder=8, lr=1e-3)` is
+    `(clt=CLTSettings(d_transcoder=8), lr=1e-3)`, and beside `clt=` it changes `d_transcoder` there."""
+    init = cls.__init__
+
+    @wraps(init)
+    def make(self: Config, **values: Any) -> None:
+        init(self, **_by_part(cls, values))
+
+    cls.__init__ = make  # type: ignore[method-assign]
+    return cls
+
+
+def _by_part(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    own = [f.name for f in fields(cls)]
+    known = [*own, *(f.name for kind in PARTS.values() for f in fields(kind))]
+    result = {name: value for name, value in values.items() if name in own}
+    for name in values:
+        require(name in known, f"'{name}' is no key of CLTTrainingRunnerConfig.{nearest(name, known)}")
+    require("clt" in values or "d_transcoder" in values, "'d_transcoder' is missing: give the features per layer.")
+    for part, kind in PARTS.items():
+        changes = {name: value for name, value in values.items() if part_of(name) == part}
+        if part not in result:
+            result[part] = kind(**changes)
+        elif changes and isinstance(result[part], kind):
+            result[part] = replace(result[part], **changes)
+    return result
+
+
+@_takes_fields_of_parts
+@dataclass(frozen=True, kw_only=True)
+class CLTTrainingRunnerConfig:
+    """A training run. Names are those of SAELens's `LanguageModelSAERunnerConfig` where it has them.
+
+    It contains the settings of the CLT (`clt`) and of the data (`data`), as SAELens's contains those of the SAE. Their
+    fields may be given as keywords of the run, and read as its attributes: `d_transcoder` is `clt.d_transcoder`.
+
+    Raises:
+        ConfigError: a value is out of range, or two do not fit; the message names the field and the mend.
+    """
+
+    clt: CLTSettings
+    """The CLT."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    """What it is trained on."""
+
+    model_name: str | None = None
+    """A bundled organism, a Hugging Face folder, a `.gguf` file or a hub name. May be left out where the runner
+    is given a model."""
+
+    backend: Backend = "hooked"
+    """Load it as a HookedTransformer ("hooked") or a TransformerBridge ("bridge")."""
+
+    model_dtype: str = "float32"
+    """Number type in which it is loaded."""
+
+    dataset_path: str | None = None
+    """A text file, a folder (data files, or saved with `save_to_disk`) or a hub dataset. May be left out
+    where the runner is given a dataset."""
+
+    output_path: str | None = None
+    """New or empty folder for the CLT and `training.json`; nothing is written where left out."""
+
+    # -- optimisation
+
+    lr: float = 4e-4
+    """Adam's learning rate."""
+
+    lr_scheduler_name: Scheduler = "constant"
+    """Its course between warm-up and decay."""
+
+    lr_warm_up_steps: int = 0
+    """Steps over which it rises linearly from 0."""
+
+    lr_decay_steps: int = 0
+    """Last steps, over which it falls linearly to 0."""
+
+    lr_end: float | None = None
+    """Where a cosine course ends: lr / 10 where left out."""
+
+    adam_beta1: float = 0.9
+    """Adam's beta_1."""
+
+    adam_beta2: float = 0.999
+    """Adam's beta_2."""
+
+    n_data_parallel: int = 1
+    """Under torchrun: parts that each batch's tokens are split into. The processes of each part split the CLT's
+    features among them, all processes where left out. Neither changes the result, but for rounding."""
+
+    autocast: bool = False
+    """Matrix products of training in bfloat16."""
+
+    seed: int = 42
+    """Of weights and shuffling. The same seed gives the same weights on the CPU."""
+
+    device: str = "cpu"
+    """Where the CLT and the buffer are, and where the model is loaded."""
+
+    # -- records
+
+    dead_feature_window: int = 1000
+    """Steps over which the density of features is measured, which tells the dead ones; a quarter of the run at most."""
+
+    n_eval_batches: int = 8
+    """Batches after training on which the final metrics are measured."""
+
+    checkpoint_path: str | None = None
+    """New or empty folder, outside of output_path, for checkpoints to resume from; none are written where left out."""
+
+    checkpoint_every: int = 1000
+    """Steps between them."""
+
+    keep_checkpoints: int = 2
+    """As many of them are kept, the newest."""
+
+    log_to_wandb: bool = False
+    """Whether SAELens's trainer logs to Weights & Biases."""
+
+    wandb_project: str = "tl_clt"
+    """Project there."""
+
+    wandb_entity: str | None = None
+    """Account or team there."""
+
+    run_name: str | None = None
+    """Name of the run there."""
+
+    wandb_log_frequency: int = 10
+    """Steps between logs there, and between calls of the runner's `on_progress`."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def n_steps(self) -> int:
+        """Training steps; the last may be on fewer tokens."""
+        return -(-self.data.training_tokens // self.data.train_batch_size_tokens)
+
+    @property
+    def dead_window_steps(self) -> int:
+        """`dead_feature_window`, or a quarter of a shorter run: at the start every feature fires, so that a longer
+        window would find none dead."""
+        return min(self.dead_feature_window, -(-self.n_steps // 4))
+
+    def __getattr__(self, name: str) -> Any:
+        """A field of a part."""
+        part = part_of(name)
+        if part is None:
+            raise AttributeError(f"CLTTrainingRunnerConfig has no field '{name}'.")
+        return getattr(getattr(self, part), name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, those of the parts among them; `from_dict` takes them back."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in PARTS}
+        return own | vars(self.clt) | vars(self.data)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CLTTrainingRunnerConfig:
+        """The config of `to_dict`'s values. Those of a part may also stand together: {"clt": {...}, "data": {...}}.
+
+        Raises:
+            ConfigError: a key is unknown, or d_transcoder is missing.
+        """
+        flat: dict[str, Any] = {}
+        for name, value in values.items():
+            if name in PARTS and isinstance(value, Mapping):
+                strange = [key for key in value if part_of(key) != name]
+                require(not strange, f"{name} has the keys {strange}, which are none of its fields.")
+                flat.update(value)
+            else:
+                flat[name] = value
+        as_tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in flat.items()}
+        return cls(**as_tuples)
+
+
+POSITIVE = (
+    *("d_transcoder", "training_tokens", "context_size", "train_batch_size_tokens", "lr", "tanh_scale"),
+    *("store_batch_size_prompts", "n_batches_in_buffer", "n_batches_for_scale", "n_eval_batches"),
+    *("jumprelu_init_threshold", "jumprelu_bandwidth", "dead_feature_window", "wandb_log_frequency"),
+    *("checkpoint_every", "keep_checkpoints", "n_data_parallel"),
+)
+NOT_NEGATIVE = (
+    *("sparsity_coefficient", "dead_feature_coefficient", "lr_warm_up_steps", "lr_decay_steps"),
+    *("lr_end", "k_anneal_steps", "auxk_coefficient", "dead_feature_density"),
+)
+
+
+def check(cfg: CLTTrainingRunnerConfig) -> None:
+    """Raise where a value is out of range, or two do not fit.
+
+    Raises:
+        ConfigError: with the field and the mend.
+    """
+    _make_plain(cfg)
+    _check_values(cfg)
+    _check_activation(cfg.clt)
+    _check_sparsity(cfg.clt)
+    _check_data(cfg.data)
+    _check_parts(cfg)
+    _check_course(cfg)
+    _check_folders(cfg)
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise a `ConfigError` with the message unless the condition holds."""
+    if not holds:
+        raise ConfigError(f"CLTTrainingRunnerConfig: {message}")
+
+
+def _make_plain(cfg: CLTTrainingRunnerConfig) -> None:
+    """Put plain values of Python's in the place of what was given for numbers, switches and text."""
+    for part, kind in PARTS.items():
+        given = getattr(cfg, part)
+        require(isinstance(given, kind), f"{part} is {shown(given)}: give a {kind.__name__}.")
+        # A copy, so that what was given stays as it is.
+        object.__setattr__(cfg, part, replace(given))
+    for holder in (cfg, cfg.clt, cfg.data):
+        for field_ in fields(holder):
+            value, kind = getattr(holder, field_.name), str(field_.type)
+            if value is None and kind.endswith("| None"):
+                continue
+            told = f"CLTTrainingRunnerConfig: {field_.name}"
+            as_plain = {"int": as_whole, "float": as_number, "bool": as_switch, "str": _as_text}
+            kind = kind.removesuffix(" | None")
+            if kind in as_plain:
+                object.__setattr__(holder, field_.name, as_plain[kind](told, value))
+    data = cfg.data
+    for name in ("seqpos_slice", "exclude_special_tokens"):
+        value = getattr(data, name)
+        if name == "seqpos_slice" or not isinstance(value, bool):
+            entries = as_several(f"CLTTrainingRunnerConfig: {name}", value, "whole numbers")
+            told = f"CLTTrainingRunnerConfig: {name}"
+            whole = [as_whole(f"{told}[{i}]", n, none="no bound") for i, n in enumerate(entries)]
+            require(None not in whole or name == "seqpos_slice", f"{name} is {value!r}: give token ids.")
+            require(len(whole) <= 3 or name != "seqpos_slice", f"seqpos_slice is {value!r}: give start, stop and step.")
+            object.__setattr__(data, name, tuple(whole))
+    token = plain(data.sequence_separator_token)
+    require(
+        token is None or is_whole(token) or token in ("bos", "eos", "sep"),
+        f"sequence_separator_token is {shown(token)}: give a token id, 'bos', 'eos', 'sep' or None.",
+    )
+    object.__setattr__(data, "sequence_separator_token", token)
+
+
+def _as_text(name: str, value: object) -> str:
+    if not isinstance(value, (str, Path)):
+        raise ConfigError(f"{name} is {shown(value)}: give text.")
+    return str(value)
+
+
+def _check_values(cfg: CLTTrainingRunnerConfig) -> None:
+    for name in POSITIVE:
+        require(getattr(cfg, name) > 0, f"{name} is {getattr(cfg, name)}: give more than 0.")
+    for name in NOT_NEGATIVE:
+        require((getattr(cfg, name) or 0) >= 0, f"{name} is {getattr(cfg, name)}: give 0 or more.")
+    for name, choices in {
+        "backend": get_args(Backend),
+        "activation": get_args(TrainedActivation),
+        "sparsity_loss": get_args(SparsityKind),
+        "topk_across": get_args(Across),
+        "straight_through": get_args(StraightThrough),
+        "lr_scheduler_name": get_args(Scheduler),
+        "dtype": DTYPES,
+        "model_dtype": DTYPES,
+        "cache_dtype": get_args(CacheDtype),
+    }.items():
+        as_choice(f"CLTTrainingRunnerConfig: {name}", getattr(cfg, name), choices)
+    mix = cfg.data.activations_mixing_fraction
+    require(0 <= mix <= 1, f"activations_mixing_fraction is {mix}: give 0 to 1.")
+    ratio = cfg.data.max_norm_ratio
+    require(ratio is None or ratio > 1, f"max_norm_ratio is {ratio}: give more than 1, or None.")
+
+
+def _check_activation(clt: CLTSettings) -> None:
+    selects = clt.activation in ("topk", "batchtopk")
+    require(
+        (clt.k is not None) == selects,
+        f"k is {clt.k} with activation {clt.activation!r}: topk and batchtopk need k, others take none.",
+    )
+    for name in ("k", "k_start", "k_aux"):
+        k = getattr(clt, name)
+        require(
+            k is None or 1 <= k <= clt.d_transcoder,
+            f"{name} is {k} for {clt.d_transcoder} features per layer: give 1 to {clt.d_transcoder}.",
+        )
+    require(
+        selects or clt.topk_across == "layer",
+        f"topk_across is {clt.topk_across!r} with activation {clt.activation!r}: only topk and batchtopk have it.",
+    )
+    require(
+        (clt.k_start is not None) == (clt.k_anneal_steps > 0),
+        f"k_start is {clt.k_start} with k_anneal_steps {clt.k_anneal_steps}: give both or neither.",
+    )
+    require(
+        clt.k_start is None or (selects and clt.k_start >= (clt.k or 0)),
+        f"k_start is {clt.k_start} with k {clt.k}: k falls from k_start, which must be more; topk and batchtopk only.",
+    )
+    require(clt.far_rank is None or clt.far_rank >= 1, f"far_rank is {clt.far_rank}: give 1 or more, or leave it out.")
+    require(
+        clt.far_rank is None or clt.span != 1,
+        f"far_rank is {clt.far_rank} with span 1: such features write to no far layer. Leave far_rank out.",
+    )
+    require(clt.span is None or clt.span >= 1, f"span is {clt.span}: give 1 (PLT) to n_layers (CLT).")
+    require(
+        clt.input_hook != clt.output_hook,
+        f"input_hook and output_hook are both {clt.input_hook!r}: give two different hooks.",
+    )
+
+
+def _check_sparsity(clt: CLTSettings) -> None:
+    target = clt.target_l0
+    require(
+        target is None or 0 < target <= clt.d_transcoder,
+        f"target_l0 is {target} for {clt.d_transcoder} features per layer: give more than 0 and at most as many.",
+    )
+    require(
+        target is None or clt.activation in ("relu", "jumprelu"),
+        f"target_l0 is {target} with activation {clt.activation!r}, whose L0 is k: set k, and leave target_l0 out.",
+    )
+    require(
+        clt.sparsity_loss == "tanh" or clt.activation == "jumprelu",
+        f"sparsity_loss is {clt.sparsity_loss!r} with activation {clt.activation!r}: its gradient goes through"
+        " thresholds, which only jumprelu has. Use jumprelu, or 'tanh'.",
+    )
+    require(
+        clt.sparsity_loss != "quadratic_l0" or target is not None,
+        "sparsity_loss is 'quadratic_l0' without target_l0: set the active features per layer to reach.",
+    )
+    require(
+        target is None or clt.sparsity_coefficient > 0,
+        "sparsity_coefficient is 0 with target_l0: give more than 0 for lambda to start from.",
+    )
+
+
+def _check_data(data: DataSettings) -> None:
+    require(0 not in data.seqpos_slice[2:], f"seqpos_slice is {data.seqpos_slice}: give a step other than 0.")
+    per_prompt = len(range(data.context_size)[slice(*data.seqpos_slice)])
+    require(
+        per_prompt > 0,
+        f"seqpos_slice {data.seqpos_slice} leaves none of {data.context_size} positions: widen it.",
+    )
+    needed = -(-data.train_batch_size_tokens // per_prompt)
+    require(
+        data.n_batches_in_buffer >= needed,
+        f"n_batches_in_buffer is {data.n_batches_in_buffer}, which is a buffer of"
+        f" {data.n_batches_in_buffer * per_prompt} tokens for a batch of {data.train_batch_size_tokens}:"
+        f" give at least {needed}, better {4 * needed}, or a smaller train_batch_size_tokens.",
+    )
+    require(
+        data.training_tokens >= data.train_batch_size_tokens,
+        f"training_tokens is {data.training_tokens}, less than one batch of {data.train_batch_size_tokens}:"
+        " give more tokens or a smaller train_batch_size_tokens.",
+    )
+
+
+def _check_parts(cfg: CLTTrainingRunnerConfig) -> None:
+    for name in ("train_batch_size_tokens", "training_tokens"):
+        value, parts = getattr(cfg, name), cfg.n_data_parallel
+        require(
+            value % parts == 0,
+            f"{name} is {value} with n_data_parallel {parts}: give a multiple, so that every part has as many tokens.",
+        )
+
+
+def _check_course(cfg: CLTTrainingRunnerConfig) -> None:
+    ramps = cfg.lr_warm_up_steps + cfg.lr_decay_steps
+    require(
+        ramps <= cfg.n_steps,
+        f"lr_warm_up_steps and lr_decay_steps are {ramps} together, but the run has {cfg.n_steps} steps:"
+        " shorten them or give more training_tokens.",
+    )
+
+
+def _check_folders(cfg: CLTTrainingRunnerConfig) -> None:
+    for name in ("checkpoint_path", "cache_path"):
+        path = getattr(cfg, name)
+        if path is not None and cfg.output_path is not None:
+            output, other = Path(cfg.output_path).resolve(), Path(path).resolve()
+            require(
+                output != other and output not in other.parents,
+                f"{name} '{path}' is within output_path '{cfg.output_path}', which must be empty when training ends:"
+                " give a folder outside of it.",
+            )
