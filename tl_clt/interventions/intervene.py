@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_clt.attribution.streams import Bos
+from tl_clt.attribution.local import Bos
 from tl_clt.interventions.effect import InactiveFeature, InterventionEffect, Recorded
 from tl_clt.interventions.hooks import Steering
 from tl_clt.interventions.intervention import AnyIntervention
