@@ -130,13 +130,13 @@ def calls(right: Right) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "attribute": (
             tl_clt.attribute,
             {
-                **{**pair, "prompt_or_tokens": TOKENS, "targets": [3], "max_n_logits": 2, "desired_logit_prob": 0.5},
+                **{**pair, "prompt": TOKENS, "targets": [3], "max_n_logits": 2, "desired_logit_prob": 0.5},
                 **{"max_feature_nodes": 3, "max_unexplored": 0.5, "engine": "sweep", "bos": "error"},
                 **{"bias_nodes": True, "batch_size": 4, "progress": False, "contrast": None, "keep_edges": None},
                 **{"memory_limit": None},
             },
         ),
-        "contrast": (tl_clt.attribute, {**pair, "prompt_or_tokens": TOKENS, "targets": [3], "contrast": [0, 7, 20, 4]}),
+        "contrast": (tl_clt.attribute, {**pair, "prompt": TOKENS, "targets": [3], "contrast": [0, 7, 20, 4]}),
         "attach": (_attach, {**pair, "mode": "observe"}),
         "replaced": (_replaced, pair),
         "frozen_hooks": (tl_clt.frozen_hooks, {"cache": right.cache, "patterns": True, "scales": True}),

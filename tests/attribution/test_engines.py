@@ -140,7 +140,9 @@ def test_an_unknown_norm_is_named_and_auto_uses_autograd(one_of_each, monkeypatc
         pass
 
     part = weights._part
-    monkeypatch.setattr(weights, "_part", lambda model, name: OddNorm() if name == "blocks.1.ln1" else part(model, name))
+    monkeypatch.setattr(
+        weights, "_part", lambda model, name: OddNorm() if name == "blocks.1.ln1" else part(model, name)
+    )
     clt = tiny_clt(one_of_each)
     with pytest.raises(ModelUnsupported, match=r"blocks\.1\.ln1 of .* is a OddNorm.*engine='autograd'"):
         attribute(one_of_each, clt, TOKENS, engine="sweep")

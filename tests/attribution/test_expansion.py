@@ -9,13 +9,13 @@ import torch
 
 from tests.attribution.helpers import TOKENS
 from tl_clt import CrossLayerTranscoder, NodeKind, attribute
-from tl_clt.attribution import expansion
+from tl_clt.attribution.attribute import Expansion
 from tl_clt.transcoder.decoders import LazyDecoders
 
 
 @pytest.mark.parametrize("keep_edges", [None, 0.9])
 def test_visits_kept_up_to_date_are_those_computed_anew(model, clt, graph, monkeypatch, keep_edges):
-    rounds, trace = [], expansion.Expansion.trace
+    rounds, trace = [], Expansion.trace
 
     def check(self, features, batch_size, bar, ranked):
         n_traced = trace(self, features, batch_size, bar, ranked)
@@ -27,7 +27,7 @@ def test_visits_kept_up_to_date_are_those_computed_anew(model, clt, graph, monke
         rounds.append(float(self.open_shares().sum()))
         return n_traced
 
-    monkeypatch.setattr(expansion.Expansion, "trace", check)
+    monkeypatch.setattr(Expansion, "trace", check)
     part = attribute(model, clt, TOKENS, max_unexplored=0.02, batch_size=1, keep_edges=keep_edges)
     assert len(rounds) > 1
     assert rounds[-1] == pytest.approx(part.shares().unexplored, rel=1e-9)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -62,7 +64,7 @@ def test_completeness_holds_when_features_read_the_normalised_stream(model):
 @pytest.mark.parametrize("bos", ["error", "features", "drop"])
 def test_local_replacement_model_gives_the_models_logits(model, bos):
     local = build_local_model(model, clt_for(model), TOKENS, bos)
-    torch.testing.assert_close(local.run(local.sites).logits, model(TOKENS[None])[0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(local.run(local.written).logits, model(TOKENS[None])[0], rtol=0, atol=1e-10)
 
 
 def test_no_edge_from_a_later_layer_or_position(model):
@@ -81,12 +83,12 @@ def test_second_derivatives_vanish(model):
     generator = torch.Generator().manual_seed(3)
 
     def logits(*changes):
-        mlp = [site.clone() for site in local.sites.mlp]
+        mlp = [site.clone() for site in local.written.mlp]
         for layer, change in changes:
             mlp[layer] = mlp[layer] + change
-        return local.run(local.sites._replace(mlp=mlp)).logits
+        return local.run(replace(local.written, mlp=mlp)).logits
 
-    a, b = ((t, torch.randn(local.sites.embed.shape, generator=generator).double()) for t in (0, 1))
+    a, b = ((t, torch.randn(local.written.embed.shape, generator=generator).double()) for t in (0, 1))
     with torch.no_grad():
         mixed = logits(a, b) - logits(a) - logits(b) + logits()
         moved = logits(a) - logits()
@@ -100,11 +102,11 @@ def test_an_edge_is_the_effect_of_removing_what_the_source_writes(model):
     source = int(graph.nodes.where(NodeKind.FEATURE)[2])
     layer, pos, feature = (int(x[source]) for x in (graph.nodes.layer, graph.nodes.pos, graph.nodes.index))
     rows = clt.decoder_rows(layer, torch.tensor([feature]))[0] * graph.nodes.activation[source]
-    mlp = [site.clone() for site in local.sites.mlp]
+    mlp = [site.clone() for site in local.written.mlp]
     for slot, target in enumerate(clt.cfg.targets(layer)):
         mlp[target][pos] -= rows[slot]
     with torch.no_grad():
-        without, full = local.run(local.sites._replace(mlp=mlp)), local.run(local.sites)
+        without, full = local.run(replace(local.written, mlp=mlp)), local.run(local.written)
     for node in graph.nodes.where(NodeKind.FEATURE).tolist():
         at, p, f = (int(x[node]) for x in (graph.nodes.layer, graph.nodes.pos, graph.nodes.index))
         change = (full.points[at][p] - without.points[at][p]) @ clt.W_enc[at][:, f]

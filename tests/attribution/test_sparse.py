@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from tests.attribution.helpers import TOKENS
 from tl_clt import AttributionGraph, NodeKind, attribute, machine
-from tl_clt.attribution import edges, expansion, memory, tracing
+from tl_clt.attribution import edges, memory
+from tl_clt.attribution.attribute import Expansion
 from tl_clt.attribution.edges import csr_parts
 from tl_clt.errors import ConfigError, FormatError, MemoryLimit
 from tl_clt.viewer.text import graph_tree
@@ -120,7 +121,7 @@ def limited(monkeypatch):
 
 
 def test_what_does_not_fit_is_refused_before_any_row_is_traced(model, clt, limited, monkeypatch):
-    monkeypatch.setattr(expansion.Expansion, "__init__", lambda *a: pytest.fail("tracing began"))
+    monkeypatch.setattr(Expansion, "__init__", lambda *a: pytest.fail("tracing began"))
     with pytest.raises(MemoryLimit, match=r"active features write \d+ vectors.*limit of 0\.00.*shorter prompt"):
         attribute(model, clt, TOKENS, memory_limit=1e-6)
     with pytest.raises(MemoryLimit, match=r"GiB for edges.*the limit is 0\.00.*keep_edges=0\.9.* max_unexplored"):
@@ -132,13 +133,13 @@ def test_what_does_not_fit_is_refused_before_any_row_is_traced(model, clt, limit
 
 
 def test_the_batch_size_follows_the_limit(model, clt, graph, limited, monkeypatch):
-    sizes, trace = [], expansion.Expansion.trace
+    sizes, trace = [], Expansion.trace
 
     def note(self, features, batch_size, bar, ranked):
         sizes.append(batch_size)
         return trace(self, features, batch_size, bar, ranked)
 
-    monkeypatch.setattr(expansion.Expansion, "trace", note)
+    monkeypatch.setattr(Expansion, "trace", note)
     rows = int(graph.expanded.sum()) * len(graph.nodes) * 8
     for extra in (1.9e6, 2.0e6, 1e9):
         found = limited(model, clt, rows + extra)
@@ -169,9 +170,14 @@ def test_a_trace_that_outgrows_its_room_ends_early_with_the_most_influential(
 
 def engine_of(model, clt, monkeypatch):
     """The engine that such a trace uses."""
-    found, plan = [], tracing.plan_memory
+    found, begin = [], Expansion.__init__
+
+    def note(self, engine, *others):
+        found.append(engine)
+        begin(self, engine, *others)
+
     with monkeypatch.context() as patched:
-        patched.setattr(tracing, "plan_memory", lambda *a, **k: found.append(a[0]) or plan(*a, **k))
+        patched.setattr(Expansion, "__init__", note)
         attribute(model, clt, TOKENS, max_n_logits=1)
     return found[0]
 

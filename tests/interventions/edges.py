@@ -43,14 +43,14 @@ def increased(graph: AttributionGraph, node: int, vectors: Vectors, by: float = 
 def vectors_of(model: Model, clt: CrossLayerTranscoder, graph: AttributionGraph) -> Vectors:
     local = build_local_model(model, clt, graph.tokens, graph.info["bos"])
     errors = local.errors
-    if clt.cfg.output_hook == "mlp.hook_out" and "blocks.0.ln2_post.hook_scale" in local.held:
+    if clt.cfg.output_hook == "mlp.hook_out" and "blocks.0.ln2_post.hook_scale" in local.frozen:
         # The residual stream gets what the norm behind the MLP makes of an error.
         gains = torch.stack([norm_map(model, f"blocks.{t}.ln2_post").gain for t in clt.layers])
-        scales = torch.stack([local.held[f"blocks.{t}.ln2_post.hook_scale"][0] for t in clt.layers])
+        scales = torch.stack([local.frozen[f"blocks.{t}.ln2_post.hook_scale"][0] for t in clt.layers])
         errors = errors * gains[:, None] / scales
-    vectors = {NodeKind.ERROR: errors, NodeKind.TOKEN: local.sites.embed}
-    if local.sites.pos_embed is not None:
-        vectors[NodeKind.POSITION] = local.sites.pos_embed
+    vectors = {NodeKind.ERROR: errors, NodeKind.TOKEN: local.written.embed}
+    if local.written.pos_embed is not None:
+        vectors[NodeKind.POSITION] = local.written.pos_embed
     return vectors
 
 

@@ -16,7 +16,7 @@ from tests.interventions.edges import (
 )
 from tests.models import Model, tiny_bridge, tiny_clt, tiny_hooked
 from tl_clt import Intervention, NodeKind, attach, attribute, intervene, load_organism
-from tl_clt.attribution.streams import Bos
+from tl_clt.attribution.local import Bos
 from tl_clt.errors import ConfigError
 from tl_clt.interventions import DirectionIntervention
 

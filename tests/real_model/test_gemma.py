@@ -79,7 +79,7 @@ def test_training_learns_something(clt_folder, clt):
 def test_local_replacement_model_gives_the_models_logits(model, clt, bos):
     local = build_local_model(model, clt, to_tokens(model, PROMPT), bos)
     with torch.no_grad():
-        torch.testing.assert_close(local.run(local.sites).logits, model(PROMPT)[0], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(local.run(local.written).logits, model(PROMPT)[0], rtol=1e-3, atol=1e-3)
 
 
 def test_the_graph_is_complete_at_every_expanded_node(model, clt):

@@ -1,40 +1,102 @@
-"""`attribute`: from a prompt to its attribution graph."""
+"""`attribute`: from a prompt to its attribution graph, step by step, and which features of it get a row.
+
+With a contrast, two prompts of the same length are compared, position by position (Methods, "inactive features").
+Through the first prompt's frozen patterns and scales, x - x' is what the differences of all that is written carry to
+it: features active on either prompt write `(act - act') W_dec`, errors and embeddings their differences. What the
+other prompt's own attention patterns and norm scales gave beyond that is a constant, and stands in the bias nodes.
+The in-edges of a node then sum to the difference of its pre-activations, or logits, on the two prompts.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from typing import Any, get_args, overload
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, get_args, overload
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from tl_clt.arguments import as_choice, as_number, as_share, as_switch, as_whole
-from tl_clt.attribution.expansion import Limits
+from tl_clt.attribution.autograd import Engine
+from tl_clt.attribution.edges import NodeKind, place_logit_weights
 from tl_clt.attribution.graph import AttributionGraph
-from tl_clt.attribution.streams import Bos
-from tl_clt.attribution.sweep import EngineChoice
-from tl_clt.attribution.targets import TargetsGiven, as_targets
-from tl_clt.attribution.tracing import Tracer, TracingOptions
-from tl_clt.errors import PromptError, TargetError
-from tl_clt.lens import HookedModel, Prompt, is_several, to_prompts
+from tl_clt.attribution.influence import SMALLEST_ROW_SUM
+from tl_clt.attribution.local import (
+    ActiveFeatures,
+    Bos,
+    LocalReplacementModel,
+    Writes,
+    build_local_model,
+    build_sources,
+)
+from tl_clt.attribution.memory import Budget, DenseRows, MemoryPlan, RowStore, SparseRows, plan_memory
+from tl_clt.attribution.sweep import EngineChoice, EngineMaker
+from tl_clt.attribution.targets import (
+    Target,
+    Targets,
+    TargetsGiven,
+    as_targets,
+    feature_readouts,
+    find_targets,
+    read_values,
+    residual_hooks,
+)
+from tl_clt.errors import MemoryLimit, PromptError, TargetError
+from tl_clt.lens import HookedModel, Prompt, is_several, model_name, to_prompts, token_strings
 from tl_clt.replacement import check_fit, require_free
+from tl_clt.shapes import NodeMask, NodeValues, Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
 
 Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor]
+ROUND_SHARE, FIRST_ROUND = 0.25, 64
+"""A round traces at most this share of what is traced already (at first, so many): the ranking is renewed between."""
 
 
 @overload
 def attribute(
-    model: HookedModel, clt: CrossLayerTranscoder, prompt_or_tokens: Prompt, *args: Any, **options: Any
+    model: HookedModel,
+    clt: CrossLayerTranscoder,
+    prompt: Prompt,
+    targets: TargetsGiven = None,
+    max_n_logits: int = 10,
+    desired_logit_prob: float = 0.95,
+    max_feature_nodes: int | None = None,
+    max_unexplored: float | None = None,
+    engine: EngineChoice = "auto",
+    bos: Bos = "error",
+    bias_nodes: bool = True,
+    batch_size: int | None = None,
+    progress: bool = True,
+    contrast: Prompt | None = None,
+    keep_edges: float | None = None,
+    memory_limit: float | None = None,
 ) -> AttributionGraph: ...
 @overload
 def attribute(
-    model: HookedModel, clt: CrossLayerTranscoder, prompt_or_tokens: Prompts, *args: Any, **options: Any
+    model: HookedModel,
+    clt: CrossLayerTranscoder,
+    prompt: Prompts,
+    targets: TargetsGiven = None,
+    max_n_logits: int = 10,
+    desired_logit_prob: float = 0.95,
+    max_feature_nodes: int | None = None,
+    max_unexplored: float | None = None,
+    engine: EngineChoice = "auto",
+    bos: Bos = "error",
+    bias_nodes: bool = True,
+    batch_size: int | None = None,
+    progress: bool = True,
+    contrast: Prompt | Prompts | None = None,
+    keep_edges: float | None = None,
+    memory_limit: float | None = None,
 ) -> list[AttributionGraph]: ...
 def attribute(
     model: HookedModel,
     clt: CrossLayerTranscoder,
-    prompt_or_tokens: Prompt | Prompts,
+    prompt: Prompt | Prompts,
     targets: TargetsGiven = None,
     max_n_logits: int = 10,
     desired_logit_prob: float = 0.95,
@@ -66,7 +128,7 @@ def attribute(
     Args:
         model: a HookedTransformer or TransformerBridge.
         clt: a CLT of this model.
-        prompt_or_tokens: text, or token ids [pos]; or a list of such.
+        prompt: text, or token ids [pos]; or a list of such.
         targets: token ids or one-token strings whose logits to explain, or any of `TokenTarget`, `DifferenceTarget`,
             `FeatureTarget`, `DirectionTarget`; one or several; None for the most probable tokens.
         max_n_logits: at most so many logit nodes.
@@ -110,8 +172,8 @@ def attribute(
         progress=as_switch("progress", progress),
     )
     chosen: EngineChoice = as_choice("engine", engine, get_args(EngineChoice))
-    several = is_several(prompt_or_tokens)
-    prompts = to_prompts(model, prompt_or_tokens)
+    several = is_several(prompt)
+    prompts = to_prompts(model, prompt)
     others = _contrasts(model, contrast, prompts)
     # Gradients, and graphs whose tensors can be used anywhere, need normal tensors.
     with torch.inference_mode(False):
@@ -144,3 +206,287 @@ def _contrasts(
                 " prompt of the same length, or leave contrast out."
             )
     return others
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracingOptions:
+    """The arguments of `attribute` that hold for every prompt of a call."""
+
+    targets: Sequence[Target] | None
+    max_n_logits: int
+    desired_logit_prob: float
+    limits: Limits
+    bos: Bos
+    bias_nodes: bool
+    batch_size: int | None
+    keep_edges: float | None
+    memory_limit: float | None
+    progress: bool
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far to trace."""
+
+    max_feature_nodes: int | None = None
+    max_unexplored: float | None = None
+
+    def __post_init__(self) -> None:
+        most = as_whole("max_feature_nodes", self.max_feature_nodes, 0, none="all")
+        share = as_share("max_unexplored", self.max_unexplored, zero=True, none="all")
+        object.__setattr__(self, "max_feature_nodes", most)
+        object.__setattr__(self, "max_unexplored", share)
+
+    def n_rows(self, n_features: int) -> int:
+        """At most so many features get a row."""
+        return n_features if self.max_feature_nodes is None else min(self.max_feature_nodes, n_features)
+
+
+class Tracer:
+    """Traces the prompts of one call; what depends on the model alone is made once."""
+
+    def __init__(
+        self, model: HookedModel, clt: CrossLayerTranscoder, engine: EngineChoice, options: TracingOptions
+    ) -> None:
+        self.model = model
+        self.clt = clt
+        self.options = options
+        self.hooks = residual_hooks(model, options.targets)
+        self.engines = EngineMaker(engine, model, clt)
+
+    def trace(self, tokens: Tokens, other: Int[Tensor, " other_pos"] | None) -> AttributionGraph:
+        """The graph of one prompt, or of what it has beyond another."""
+        options = self.options
+        budget = Budget(tokens.device, options.memory_limit)
+        local = self._local(tokens)
+        targets = find_targets(local, options.targets, options.max_n_logits, options.desired_logit_prob)
+        read, elsewhere = targets.readouts, None
+        if other is None:
+            writes = local.writes(options.bias_nodes)
+        else:
+            writes, targets, elsewhere = contrast(local, self._local(other), targets, options.bias_nodes)
+        budget.require_sources(self.clt, writes, local.has_norm_behind)
+        sources = build_sources(local, writes, targets.nodes)
+        engine = self.engines.make(local, sources, read)
+        n_rows = options.limits.n_rows(len(writes.strengths)) + len(targets.labels)
+        adaptive = options.limits.max_unexplored is not None
+        plan = plan_memory(engine, n_rows, options.keep_edges, options.batch_size, budget, adaptive)
+        if options.keep_edges is None:
+            store = DenseRows(sources.nodes, local.dtype, plan.rows)
+        else:
+            store = SparseRows(sources.nodes, local.dtype, plan.rows, options.keep_edges)
+        expanded = expand(engine, targets, store, options.limits, plan, options.progress)
+        if elsewhere is not None:
+            # Features are the first nodes.
+            elsewhere = torch.cat([elsewhere, elsewhere.new_zeros(len(sources.nodes) - len(elsewhere))])
+        return AttributionGraph(
+            nodes=sources.nodes,
+            adjacency=store.adjacency(),
+            expanded=expanded,
+            tokens=tokens,
+            prompt_tokens=token_strings(self.model, tokens),
+            logit_probs=targets.weights,
+            logit_tokens=targets.labels,
+            targets=targets.named,
+            dropped=None if options.keep_edges is None else store.dropped,
+            contrast_activation=elsewhere,
+            info={
+                **self._info(tokens, other, engine, plan),
+                "n_active_features": len(writes.strengths),
+                "n_traced_features": int(expanded.sum()) - len(targets.labels),
+            },
+        )
+
+    def _local(self, tokens: Tokens) -> LocalReplacementModel:
+        return build_local_model(self.model, self.clt, tokens, self.options.bos, self.hooks)
+
+    def _info(self, tokens: Tokens, other: Tensor | None, engine: Engine, plan: MemoryPlan) -> dict[str, Any]:
+        info = {
+            "prompt": self._text(tokens),
+            "model_name": model_name(self.model),
+            "clt_model_name": self.clt.cfg.model_name,
+            "n_layers": self.clt.cfg.n_layers,
+            "d_transcoder": self.clt.cfg.d_transcoder,
+            "bos": self.options.bos,
+            "bias_nodes": self.options.bias_nodes,
+            "engine": engine.name,
+            "planned_gib": round(plan.total / 2**30, 3),
+        }
+        if self.options.keep_edges is not None:
+            info["keep_edges"] = self.options.keep_edges
+        if other is not None:
+            info["contrast"] = self._text(other)
+        return info
+
+    def _text(self, tokens: Tokens) -> str:
+        """A prompt as one text, spaced as the tokenizer spaces it."""
+        if getattr(self.model, "tokenizer", None) is None:
+            return " ".join(token_strings(self.model, tokens))
+        return str(self.model.to_string(tokens))
+
+
+class Contrast(NamedTuple):
+    """The differences of two prompts."""
+
+    writes: Writes
+    targets: Targets
+    other_activations: Float[Tensor, " n_active"]
+    """Of each feature, on the other prompt."""
+
+
+@torch.no_grad()
+def contrast(
+    local: LocalReplacementModel, other: LocalReplacementModel, targets: Targets, bias_nodes: bool
+) -> Contrast:
+    """What a prompt's nodes write beyond another prompt's of the same length."""
+    ours, theirs, d_transcoder = local.features, other.features, local.clt.cfg.d_transcoder
+    keys = torch.cat([_keys(ours, len(local.tokens), d_transcoder), _keys(theirs, len(local.tokens), d_transcoder)])
+    either, place = torch.unique(keys, return_inverse=True)
+    here = local.written.embed.new_zeros(len(either))
+    there = here.clone()
+    here[place[: len(ours.layer)]] = ours.activation
+    there[place[len(ours.layer) :]] = theirs.activation
+    at = either // d_transcoder
+    n_pos = len(local.tokens)
+    features = ActiveFeatures(at // n_pos, at % n_pos, either % d_transcoder, here)
+    pos_embed = local.written.pos_embed if bias_nodes else None
+    writes = Writes(
+        features=features,
+        strengths=here - there,
+        errors=local.errors - other.errors,
+        embed=local.written.embed - other.written.embed,
+        pos_embed=None if pos_embed is None else torch.zeros_like(pos_embed),
+        biases=local.biases_beyond(other) if bias_nodes else None,
+    )
+    readouts = targets.readouts._replace(constants=torch.zeros_like(targets.readouts.constants))
+    heights = read_values(local, readouts) - read_values(other, readouts)
+    nodes = replace(targets.nodes, activation=heights)
+    return Contrast(writes, targets._replace(readouts=readouts, nodes=nodes), there)
+
+
+def _keys(features: ActiveFeatures, n_pos: int, d_transcoder: int) -> Int[Tensor, " n_active"]:
+    """A number that orders features by (layer, pos, feature)."""
+    return (features.layer * n_pos + features.pos) * d_transcoder + features.feature
+
+
+class Expansion:
+    """The adjacency as far as it is traced, with the influence that its rows give."""
+
+    def __init__(self, engine: Engine, targets: Targets, store: RowStore) -> None:
+        self.engine = engine
+        self.store = store
+        self.nodes = engine.sources.nodes
+        self.features = self.nodes.where(NodeKind.FEATURE)
+        self.expanded: Bool[Tensor, " n_nodes"] = torch.zeros_like(self.nodes.kind, dtype=torch.bool)
+        weights = place_logit_weights(self.nodes, targets.weights)
+        self.visits: NodeValues = weights / weights.sum()
+        """The probability that a walk from the targets upstream along normalised |edges| visits each node."""
+        ends = self.nodes.where(NodeKind.LOGIT)
+        put = store.put(ends, engine.rows(targets.readouts))
+        if not bool(put[ends].all()):
+            raise MemoryLimit(
+                f"memory_limit leaves no room for the in-edges of the {len(ends)} targets: raise it, or ask for fewer."
+            )
+        self._reached(ends)
+
+    def trace(self, features: Int[Tensor, " n"], batch_size: int, bar: tqdm, ranked: bool) -> int:
+        """Trace the in-edges of some features; where `ranked`, bring `visits` up to date.
+
+        Returns:
+            How many there was room for.
+        """
+        put = torch.zeros_like(self.expanded)
+        for batch in self.engine.batches(self.nodes.layer[features], self.nodes.pos[features], batch_size):
+            at = self.nodes.take(features[batch])
+            readouts = feature_readouts(self.engine.local, at.layer, at.pos, at.index)
+            kept = self.store.put(features[batch], self.engine.rows(readouts))
+            put |= kept
+            bar.update(len(batch))
+            if not bool(kept[features[batch]].all()):
+                break
+        if ranked:
+            self._reached(torch.nonzero(put).flatten())
+        else:
+            self.expanded |= put
+        return int(put.sum())
+
+    def open_shares(self) -> Float[Tensor, " n_features"]:
+        """For each feature, the share of walks that end there for want of a row."""
+        return (self.visits * ~self.expanded)[self.features]
+
+    def _reached(self, targets: Int[Tensor, " n"]) -> None:
+        """Walks that ended at these go on: hand their visits on, top-down, through all rows that there are."""
+        self.expanded[targets] = True
+        new = torch.zeros_like(self.visits)
+        new[targets] = self.visits[targets]
+        layers = self.nodes.layer
+        logits = self.nodes.is_kind(NodeKind.LOGIT)
+        self._hand_on(new, targets[logits[targets]])
+        top = int(layers[targets].max()) if len(targets) else -1
+        inner = self.expanded & ~logits
+        for layer in range(top, -1, -1):
+            self._hand_on(new, torch.nonzero(inner & (layers == layer)).flatten())
+
+    def _hand_on(self, new: NodeValues, rows: Int[Tensor, " n"]) -> None:
+        if len(rows):
+            given = self.store.pass_upstream(rows, new[rows] / self.store.sums[rows].clamp_min(SMALLEST_ROW_SUM))
+            new += given
+            self.visits += given
+
+
+def expand(
+    engine: Engine,
+    targets: Targets,
+    store: RowStore,
+    limits: Limits,
+    plan: MemoryPlan,
+    progress: bool,
+) -> NodeMask:
+    """Trace the targets, then features in the order of their influence so far until a limit is met.
+
+    Args:
+        store: where the rows go.
+        plan: batch size, and whether all rows are sure to fit; tracing ends with a warning where they do not.
+
+    Returns:
+        Which nodes have a row.
+    """
+    traced = Expansion(engine, targets, store)
+    features = traced.features
+    limit = limits.n_rows(len(features))
+    # Where room may end before the features do, the most influential come first.
+    ranked = limit < len(features) or limits.max_unexplored is not None or not plan.all_fit
+    done = 0
+    desc = f"Tracing features ({plan})"
+    with tqdm(total=limit, desc=desc, unit=" rows", delay=2.0, disable=not progress) as bar:
+        while done < limit:
+            if ranked:
+                count = max(min(plan.batch_size, FIRST_ROUND), int(ROUND_SHARE * done))
+                chosen = _next(traced.open_shares(), min(count, limit - done), limits)
+            else:
+                chosen = features[:limit]
+            if len(chosen) == 0:
+                break
+            n_traced = traced.trace(chosen, plan.batch_size, bar, ranked)
+            done += n_traced
+            if n_traced < len(chosen):
+                warnings.warn(
+                    f"Tracing ended after {done} of {limit} features: their edges take {store.nbytes / 2**30:.2f} GiB,"
+                    " which is what memory_limit leaves. The graph's unexplored share says what that means;"
+                    f" {'a smaller' if isinstance(store, SparseRows) else 'keep_edges=0.9 or a higher'}"
+                    f" {'keep_edges' if isinstance(store, SparseRows) else 'memory_limit'} makes room for more.",
+                    stacklevel=3,
+                )
+                break
+    return traced.expanded
+
+
+def _next(shares: Float[Tensor, " n"], count: int, limits: Limits) -> Int[Tensor, " n_next"]:
+    """The features on which most walks end, no more than it takes to meet the bound if nothing lay behind them."""
+    excess = float(shares.sum()) - (limits.max_unexplored or 0.0)
+    count = min(count, int(shares.count_nonzero()))
+    if excess <= 0 or count == 0:
+        return torch.zeros(0, dtype=torch.long, device=shares.device)
+    top = shares.topk(count)
+    needed = int((top.values.cumsum(0) < excess).sum()) + 1
+    return top.indices[:needed]

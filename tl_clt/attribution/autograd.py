@@ -15,9 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_clt.attribution.edges import NodeKind
-from tl_clt.attribution.local import LocalReplacementModel
-from tl_clt.attribution.sources import Segment, Sources
-from tl_clt.attribution.streams import Readouts, Sites, Stream
+from tl_clt.attribution.local import LocalReplacementModel, Readouts, Sources, Stream
 from tl_clt.errors import ModelUnsupported
 
 EdgeRows = Float[Tensor, "n_targets n_nodes"]
@@ -55,16 +53,15 @@ class Engine(ABC):
 
     def _add_read_biases(self, rows: EdgeRows, readouts: Readouts) -> None:
         """What biases on the way to the read-out (of norms, and b_U) give, to that layer's bias node."""
-        biases = self.sources.writes.biases
-        if biases is None:
+        read_biases = self.sources.read_biases
+        if read_biases is None:
             return
         bias_nodes = self.sources.nodes.where(NodeKind.BIAS)
         for point in readouts.point.unique().tolist():
             at = torch.nonzero(readouts.point == point).flatten()
             if point < len(bias_nodes):
-                read = biases.reads[point][readouts.pos[at]]
-                given = (read * readouts.directions[at]).sum(dim=-1) + readouts.constants[at]
-                rows[at, bias_nodes[point]] += given
+                read = read_biases[point][readouts.pos[at]]
+                rows[at, bias_nodes[point]] += (read * readouts.directions[at]).sum(dim=-1) + readouts.constants[at]
 
 
 class AutogradEngine(Engine):
@@ -80,14 +77,8 @@ class AutogradEngine(Engine):
                 " outside of it, or trace with engine='sweep'."
             )
         with torch.enable_grad():
-            at = local.sites
-            self.sites = Sites(
-                _elsewhere(at.embed),
-                None if at.pos_embed is None else _elsewhere(at.pos_embed),
-                [_elsewhere(x) for x in at.attn],
-                [_elsewhere(x) for x in at.mlp],
-            )
-            self.reads = local.run(self.sites)
+            self.written = local.written.map(_leaf_elsewhere)
+            self.reads = local.run(self.written)
 
     def batches(
         self, point: Int[Tensor, " n_targets"], pos: Int[Tensor, " n_targets"], size: int
@@ -99,7 +90,7 @@ class AutogradEngine(Engine):
         return found
 
     def work_bytes(self, batch_size: int) -> int:
-        n_pos, d_model = self.local.sites.embed.shape
+        n_pos, d_model = self.local.written.embed.shape
         # Three copies of the edges, and gradients with respect to every place of every layer, and those on the way.
         numbers = 3 * len(self.sources.nodes) + n_pos * d_model * (4 * self.local.n_layers + 8)
         return self.local.dtype.itemsize * batch_size * numbers
@@ -115,36 +106,18 @@ class AutogradEngine(Engine):
         n_targets = len(readouts.pos)
         seeds = readouts.directions.new_zeros(n_targets, *read.shape)
         seeds[torch.arange(n_targets), readouts.pos] = readouts.directions
-        at, vectors = self.sites, self.sources.sites
-        written = [
-            (at.embed, vectors.embed),
-            *zip(at.attn, vectors.attn, strict=True),
-            *zip(at.mlp, vectors.mlp, strict=True),
-        ]
-        if at.pos_embed is not None:
-            written.append((at.pos_embed, vectors.pos_embed))
         adjoints = torch.autograd.grad(
-            read,
-            [leaf for leaf, _ in written],
-            seeds,
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=True,
+            read, self.written.values(), seeds, retain_graph=True, allow_unused=True, is_grads_batched=True
         )
         rows = readouts.directions.new_zeros(n_targets, len(self.sources.nodes))
-        for adjoint, (_, segments) in zip(adjoints, written, strict=True):
+        for adjoint, segments in zip(adjoints, self.sources.vectors.values(), strict=True):
             if adjoint is not None:
-                _contract(adjoint, segments, rows)
+                for segment in segments:
+                    segment.add_edges(adjoint[:, segment.pos], rows)
         return rows
 
 
-def _elsewhere(x: Stream) -> Stream:
+def _leaf_elsewhere(x: Stream) -> Stream:
     """A leaf for gradients. A linear map has one gradient everywhere; it is not taken at the clean values, since some
     bridges (Granite's) leave out a write that equals what is there, and with it the way back."""
     return (2 * x + 1).requires_grad_()
-
-
-def _contract(adjoint: Float[Tensor, "n_targets pos d_model"], segments: list[Segment], edges: EdgeRows) -> None:
-    """Add to `edges` what the vectors of one site give, one matrix product a position."""
-    for segment in segments:
-        edges.index_add_(1, segment.nodes, adjoint[:, segment.pos] @ segment.vectors.T)

@@ -1,23 +1,29 @@
-"""The local replacement model of one prompt (Methods, "The Local Replacement Model").
+"""The local replacement model of one prompt (Methods, "The Local Replacement Model"), and the vectors its nodes write.
 
-The CLT stands in for the MLPs; attention patterns and norm scales are held at this prompt's values; the error
-`mlp_out - recons` is added back at each (layer, pos). Between features everything is then linear: what is
-written into the residual stream (at a "site") reaches what is read from it through a fixed linear map.
+The CLT stands in for the MLPs; attention patterns and norm scales are frozen at this prompt's values; the error
+`mlp_out - recons` is added back at each (layer, pos). Between features everything is then linear: what is written into
+the residual stream reaches what is read from it through a fixed linear map J, so that
+
+    edge(s -> t) = sum over the places where s writes of vector . J(place, pos -> what t reads)
+
+Something is written where embeddings, attention outputs and MLP outputs are added, at each position. Points where
+something is read are numbered: point l < n_layers is the CLT's input at layer l, point n_layers is the output of
+ln_final, and the ones after that are residual-stream hooks that a target asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import NamedTuple, get_args
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Generic, Literal, NamedTuple, TypeVar, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_clt.arguments import as_choice
-from tl_clt.attribution.streams import ActiveFeatures, Biases, Bos, Reads, Sites, Stream, Streams, Writes
+from tl_clt.attribution.edges import NodeKind, Nodes
 from tl_clt.errors import LocalModelMismatch, ModelUnsupported
 from tl_clt.lens import (
     MLP_OUT,
@@ -41,8 +47,93 @@ from tl_clt.replacement import check_fit
 from tl_clt.shapes import Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
 
+Bos = Literal["error", "drop", "features"]
+Stream = Float[Tensor, "pos d_model"]
+Streams = Float[Tensor, "n_layers pos d_model"]
+T = TypeVar("T")
+U = TypeVar("U")
+NUMBERS_AT_ONCE = 2**22
+"""Of decoder rows in memory besides the vectors that are made of them."""
 
-@dataclass(repr=False)
+
+@dataclass(frozen=True)
+class Places(Generic[T]):
+    """One value for each place where something is written into the residual stream."""
+
+    embed: T
+    """Where token embeddings are written."""
+    pos_embed: T | None
+    """Where position embeddings are; None where the model adds none."""
+    attn: list[T]
+    """Each attention layer's output."""
+    mlp: list[T]
+    """Each MLP's output."""
+
+    def values(self) -> list[T]:
+        """The values, in the order in which the model writes them but for attention, which comes before all MLPs."""
+        return [self.embed, *([] if self.pos_embed is None else [self.pos_embed]), *self.attn, *self.mlp]
+
+    def map(self, change: Callable[[T], U]) -> Places[U]:
+        """What a function makes of the value at each place."""
+        pos_embed = None if self.pos_embed is None else change(self.pos_embed)
+        return Places(change(self.embed), pos_embed, list(map(change, self.attn)), list(map(change, self.mlp)))
+
+
+class Reads(NamedTuple):
+    """What is read from the residual stream."""
+
+    points: list[Stream]
+    """By read point: the CLT's inputs, ln_final's output, and what targets asked for."""
+    logits: Float[Tensor, "pos d_vocab"]
+    """Before any soft-cap."""
+
+
+class Readouts(NamedTuple):
+    """What target nodes read: `direction . (value at a read point and position)`."""
+
+    point: Int[Tensor, " n_targets"]
+    pos: Int[Tensor, " n_targets"]
+    directions: Float[Tensor, "n_targets d_model"]
+    constants: Float[Tensor, " n_targets"]
+    """Added to what is read: b_U of logits, less its mean."""
+
+    def take(self, chosen: Int[Tensor, " n"]) -> Readouts:
+        """Some of them."""
+        return Readouts(*(part[chosen] for part in self))
+
+
+class ActiveFeatures(NamedTuple):
+    """Features that are active on the prompt, ordered by (layer, pos, feature)."""
+
+    layer: Int[Tensor, " n_active"]
+    pos: Int[Tensor, " n_active"]
+    feature: Int[Tensor, " n_active"]
+    activation: Float[Tensor, " n_active"]
+
+
+class Biases(NamedTuple):
+    """What biases write at each layer, and what they add on reading at each read point."""
+
+    attn: Streams
+    mlp: Streams
+    reads: list[Stream]
+
+
+class Writes(NamedTuple):
+    """All that a graph's nodes write: on one prompt, or on one prompt beyond another."""
+
+    features: ActiveFeatures
+    strengths: Float[Tensor, " n_active"]
+    """What multiplies each feature's decoder vectors: its activation, or the difference from another prompt's."""
+    errors: Streams
+    embed: Stream
+    pos_embed: Stream | None
+    """Where the model has position embeddings and nodes are wanted for them."""
+    biases: Biases | None
+    """Where bias nodes are wanted."""
+
+
+@dataclass(frozen=True, repr=False, eq=False)
 class LocalReplacementModel:
     """One prompt's replacement model, with everything that writes into its residual stream."""
 
@@ -53,27 +144,26 @@ class LocalReplacementModel:
     logits: Float[Tensor, "pos d_vocab"]
     """The model's own output logits."""
     clean: Reads
-    """Reads of the clean run."""
-    sites: Sites
-    """Writes of the clean run."""
+    """What is read on the clean run."""
+    written: Places[Stream]
+    """What is written on the clean run: embeddings; zero beyond each attention layer's own output; each MLP's output
+    less the CLT's skip connection. `run` gives back the clean run for it."""
     attn_out: Streams
     """What each attention layer wrote on the clean run."""
     features: ActiveFeatures
     errors: Streams
     """mlp_out - recons; at position 0 by `bos`."""
-    held: dict[str, Tensor]
+    frozen: dict[str, Tensor]
     """Attention patterns and norm scales of the clean run, by hook."""
-    norm_outputs: dict[str, Tensor]
-    """Clean outputs of norms that a bridge computes by Hugging Face's own code."""
+    norm_rounding: dict[str, Tensor]
+    """By hook, for norms that a bridge computes by Hugging Face's own code: what their clean outputs have beyond those
+    of a norm whose scale is frozen. A constant, which counts as a bias."""
     extra_points: list[str]
     """Residual-stream hooks that targets read, in the order of their read points after ln_final's."""
-    logit_scale: float = 1.0
+    logit_scale: float
     """What the model multiplies its unembedding's output by (Cohere, Granite)."""
-    embed_scale: float = 1.0
+    embed_scale: float
     """What it multiplies token embeddings by behind `hook_embed` (Granite)."""
-    rounding: dict[str, Tensor] = field(default_factory=dict)
-    """Their difference from scale-held norms, a constant that counts as a bias. Filled by the first run."""
-    _biases: Biases | None = None
 
     @property
     def n_layers(self) -> int:
@@ -89,69 +179,54 @@ class LocalReplacementModel:
         """Whether a norm passes on what the CLT writes."""
         return self.clt.cfg.output_hook == MLP_OUT and mlp_norms(self.model, 0).behind is not None
 
-    def run(self, sites: Sites) -> Reads:
-        """The linear model: reads of given writes, through held patterns and scales. Differentiable."""
-        points: dict[str, Tensor] = {}
+    def run(self, written: Places[Stream]) -> Reads:
+        """The linear model: what is read where this is written, through frozen patterns and scales. Differentiable."""
+        return self._run(written)
 
-        def write_mlp(mlp_out: Tensor, hook: object, layer: int) -> Tensor:
-            x = points[block_hook(layer, self.clt.cfg.input_hook)]
-            return (sites.mlp[layer] + skip_output(self.clt, x, layer, self.bos))[None].to(mlp_out.dtype)
-
-        def add_attn(attn_out: Tensor, hook: object, layer: int) -> Tensor:
-            return attn_out + sites.attn[layer][None].to(attn_out.dtype)
-
-        return self._run(sites, write_mlp, add_attn, points)
-
+    @cached_property
     def biases(self) -> Biases:
         """What the model's and CLT's biases write and add on reading, by one run from an empty residual stream.
 
         Every attention layer sees zeros, so that its output is what biases alone make; it is noted and not
         passed on, so that the next layer sees zeros too.
         """
-        if self._biases is None:
-            self._biases = self._find_biases()
-        return self._biases
-
-    def _find_biases(self) -> Biases:
-        zero = torch.zeros_like(self.sites.embed)
-        points: dict[str, Tensor] = {}
+        zero = torch.zeros_like(self.written.embed)
         attn: list[Tensor] = [zero] * self.n_layers
         behind: list[Tensor] = [zero] * self.n_layers
 
-        def silence_mlp(mlp_out: Tensor, hook: object, layer: int) -> Tensor:
+        def silence_mlp(mlp_out: Tensor, layer: int) -> Tensor:
             return torch.zeros_like(mlp_out)
 
-        def note_behind(mlp_out: Tensor, hook: object, layer: int) -> Tensor:
+        def put_ones(mlp_out: Tensor, layer: int) -> Tensor:
+            return torch.ones_like(mlp_out)
+
+        def note_behind(mlp_out: Tensor, layer: int) -> Tensor:
             behind[layer] = mlp_out[0].to(self.dtype)
             return torch.zeros_like(mlp_out)
 
-        def note_attn(attn_out: Tensor, hook: object, layer: int) -> Tensor:
+        def note_attn(attn_out: Tensor, layer: int) -> Tensor:
             attn[layer] = attn_out[0].to(self.dtype)
             return torch.zeros_like(attn_out)
 
-        pos_zero = None if self.sites.pos_embed is None else zero
+        nothing = self.written.map(torch.zeros_like)
         with torch.no_grad():
-            nothing = Sites(zero, pos_zero, attn, attn)
-            reads = self._run(nothing, silence_mlp, note_attn, points, note_behind)
+            reads = self._run(nothing, silence_mlp, note_attn, note_behind)
             skips = [skip_output(self.clt, x, t, self.bos) for t, x in enumerate(reads.points[: self.n_layers])]
             mlp = torch.stack(skips)
             mlp[:, decoded_positions(self.bos)] += self.clt.b_dec[:, None, :].to(mlp.dtype)
+            biases = Biases(torch.stack(attn), mlp, reads.points)
             if any(bool(added.any()) for added in behind):
                 added = torch.stack(behind)
-
-                def put_ones(mlp_out: Tensor, hook: object, layer: int) -> Tensor:
-                    return torch.ones_like(mlp_out)
-
-                self._run(nothing, put_ones, note_attn, {}, note_behind)
+                self._run(nothing, put_ones, note_attn, note_behind)
                 mlp += self._before_norm(added, torch.stack(behind) - added)
-        return Biases(torch.stack(attn), mlp, reads.points)
+        return biases
 
     def _before_norm(self, added: Streams, gain: Streams) -> Streams:
         """What a norm behind the MLP adds by itself, as a vector in front of it that gives the same.
 
         Args:
             added: what it gives for zeros.
-            gain: what it gives for ones, beyond that: with its scale held, gain / scale; zeros if it takes means off.
+            gain: what it gives for ones, beyond that: with its scale frozen, gain / scale; zeros if it takes means off.
         """
         if bool(((gain == 0) & (added != 0)).any()):
             raise ModelUnsupported(
@@ -160,64 +235,90 @@ class LocalReplacementModel:
             )
         return torch.where(added == 0, added, added / gain)
 
+    def writes(self, bias_nodes: bool) -> Writes:
+        """All that the nodes of this prompt's graph write."""
+        pos_embed = self.written.pos_embed if bias_nodes else None
+        biases = self.biases if bias_nodes else None
+        return Writes(self.features, self.features.activation, self.errors, self.written.embed, pos_embed, biases)
+
     @torch.no_grad()
-    def follow(self, other: LocalReplacementModel) -> Biases:
-        """What another prompt of the same length has beyond this one's held map: run along the other's residual
-        stream with this prompt's patterns and scales, and note what its own attention and norms gave more."""
+    def biases_beyond(self, other: LocalReplacementModel) -> Biases:
+        """What stands in the bias nodes where this prompt is compared with another of the same length: what the other's
+        own attention patterns and norm scales give less than this prompt's do on the other's residual stream."""
         if self.has_norm_behind:
             raise ModelUnsupported(
                 f"contrast= does not know CLTs that write {MLP_OUT} in front of a norm, as this one of"
                 f" {model_name(self.model)}. Trace the prompts by themselves, or use a CLT that writes hook_mlp_out."
             )
-        points: dict[str, Tensor] = {}
         attn: list[Tensor] = [other.attn_out[0]] * self.n_layers
 
-        def write_mlp(mlp_out: Tensor, hook: object, layer: int) -> Tensor:
-            x = other.clean.points[layer]
-            return (other.sites.mlp[layer] + skip_output(self.clt, x, layer, self.bos))[None].to(mlp_out.dtype)
+        def write_mlp(mlp_out: Tensor, layer: int) -> Tensor:
+            own = skip_output(self.clt, other.clean.points[layer], layer, self.bos)
+            return (other.written.mlp[layer] + own)[None]
 
-        def own_attn(attn_out: Tensor, hook: object, layer: int) -> Tensor:
-            attn[layer] = other.attn_out[layer] - attn_out[0].to(self.dtype)
-            return other.attn_out[layer][None].to(attn_out.dtype)
+        def own_attn(attn_out: Tensor, layer: int) -> Tensor:
+            attn[layer] = attn_out[0].to(self.dtype) - other.attn_out[layer]
+            return other.attn_out[layer][None]
 
-        reads = self._run(other.sites, write_mlp, own_attn, points)
-        beyond = [theirs - held for theirs, held in zip(other.clean.points, reads.points, strict=True)]
+        reads = self._run(other.written, write_mlp, own_attn)
+        beyond = [ours - theirs for ours, theirs in zip(reads.points, other.clean.points, strict=True)]
         skips = [skip_output(self.clt, x, t, self.bos) for t, x in enumerate(beyond[: self.n_layers])]
         return Biases(torch.stack(attn), torch.stack(skips), beyond)
 
-    def writes(self, bias_nodes: bool) -> Writes:
-        """All that the nodes of this prompt's graph write."""
-        biases = self.biases() if bias_nodes else None
-        at = self.sites
-        pos_embed = at.pos_embed if bias_nodes else None
-        return Writes(self.features, self.features.activation, self.errors, at.embed, pos_embed, biases)
-
     def _run(
         self,
-        sites: Sites,
-        on_mlp: Callable,
-        on_attn: Callable,
-        points: dict[str, Tensor],
-        on_mlp_written: Callable | None = None,
+        written: Places[Stream],
+        on_mlp: Callable[[Tensor, int], Tensor] | None = None,
+        on_attn: Callable[[Tensor, int], Tensor] | None = None,
+        on_mlp_written: Callable[[Tensor, int], Tensor] | None = None,
+        on_norm: Callable[[Tensor, str], Tensor] | None = None,
     ) -> Reads:
+        """Run the model with frozen patterns and scales, and read.
+
+        Args:
+            written: what is written, but for layers that the functions below replace.
+            on_mlp: (an MLP's output, its layer) -> what takes its place.
+            on_attn: (an attention layer's output, its layer) -> what takes its place.
+            on_mlp_written: the same for what a norm behind the MLP passes on, where the CLT writes in front of it.
+            on_norm: (the output of a norm of Hugging Face's own code, its hook) -> what takes its place; by default
+                its rounding is added.
+        """
         cfg, dtype = self.clt.cfg, self.dtype
         names = [*(block_hook(t, cfg.input_hook) for t in self.clt.layers), *self.extra_points]
+        points: dict[str, Tensor] = {}
 
         def keep_point(x: Tensor, hook: object, name: str) -> None:
             points[name] = x[0].to(dtype)
 
-        hooks: list[FwdHook] = frozen_hooks(self.held)
-        hooks += [(name, self._pin(name)) for name in self.norm_outputs]
-        hooks.append(("hook_embed", _put(sites.embed)))
-        if sites.pos_embed is not None:
-            hooks.append(("hook_pos_embed", _put(sites.pos_embed)))
+        def put(tensor: Tensor, hook: object, value: Stream) -> Tensor:
+            return value[None].to(tensor.dtype)
+
+        def pin_norm(out: Tensor, hook: object, name: str) -> Tensor:
+            # On the clean run this is what the model's own code gave, to the bit.
+            return out + self.norm_rounding[name] if on_norm is None else on_norm(out, name)
+
+        def write_mlp(mlp_out: Tensor, layer: int) -> Tensor:
+            x = points[block_hook(layer, cfg.input_hook)]
+            return (written.mlp[layer] + skip_output(self.clt, x, layer, self.bos))[None]
+
+        def add_attn(attn_out: Tensor, layer: int) -> Tensor:
+            return attn_out + written.attn[layer][None].to(attn_out.dtype)
+
+        def change(out: Tensor, hook: object, by: Callable[[Tensor, int], Tensor], layer: int) -> Tensor:
+            return by(out, layer).to(out.dtype)
+
+        hooks: list[FwdHook] = frozen_hooks(self.frozen)
+        hooks += [(name, partial(pin_norm, name=name)) for name in self.norm_rounding]
+        hooks.append(("hook_embed", partial(put, value=written.embed)))
+        if written.pos_embed is not None:
+            hooks.append(("hook_pos_embed", partial(put, value=written.pos_embed)))
         # A read comes before a write: an MLP's skip connection reads what its hook saw just before.
         hooks += [(name, partial(keep_point, name=name)) for name in names]
         for t in self.clt.layers:
-            hooks.append((block_hook(t, "hook_attn_out"), partial(on_attn, layer=t)))
-            hooks.append((block_hook(t, cfg.output_hook), partial(on_mlp, layer=t)))
+            hooks.append((block_hook(t, "hook_attn_out"), partial(change, by=on_attn or add_attn, layer=t)))
+            hooks.append((block_hook(t, cfg.output_hook), partial(change, by=on_mlp or write_mlp, layer=t)))
             if on_mlp_written is not None and cfg.output_hook == MLP_OUT:
-                hooks.append((block_hook(t, "hook_mlp_out"), partial(on_mlp_written, layer=t)))
+                hooks.append((block_hook(t, "hook_mlp_out"), partial(change, by=on_mlp_written, layer=t)))
         with user_hooks_aside(self.model), tap_unembedding(self.model) as tap:
             run_with_hooks(self.model, self.tokens[None], hooks)
         seen = tap.get()
@@ -225,15 +326,17 @@ class LocalReplacementModel:
         values.insert(self.n_layers, seen.final[0].to(dtype))
         return Reads(values, seen.logits[0].to(dtype))
 
-    def _pin(self, name: str) -> Callable:
-        """Make a scale-held norm give, on the clean run, what the model's own code gave, to the bit."""
+    @torch.no_grad()
+    def _measure_norm_rounding(self, norm_outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """How far the clean outputs of norms lie from those with a frozen scale, by one run."""
+        found: dict[str, Tensor] = {}
 
-        def pin(out: Tensor, hook: object) -> Tensor:
-            if name not in self.rounding:
-                self.rounding[name] = (self.norm_outputs[name] - out).detach()
-            return out + self.rounding[name]
+        def note(out: Tensor, name: str) -> Tensor:
+            found[name] = norm_outputs[name] - out
+            return norm_outputs[name]
 
-        return pin
+        self._run(self.written, on_norm=note)
+        return found
 
 
 def build_local_model(
@@ -280,7 +383,7 @@ def build_local_model(
 
     points = [clean(name) for name in (*in_hooks, *extra_points)]
     points.insert(cfg.n_layers, seen.final[0].detach().to(dtype))
-    written = _split(clt, points[: cfg.n_layers], torch.stack([clean(name) for name in out_hooks]), bos)
+    split = _split_mlp_outputs(clt, points[: cfg.n_layers], torch.stack([clean(name) for name in out_hooks]), bos)
     embed = clean("hook_embed")
     pos_embed = clean("hook_pos_embed") if "hook_pos_embed" in cache else None
     local = LocalReplacementModel(
@@ -290,17 +393,20 @@ def build_local_model(
         bos=bos,
         logits=logits[0],
         clean=Reads(points, seen.logits[0].detach().to(dtype)),
-        sites=Sites(embed, pos_embed, [torch.zeros_like(embed)] * cfg.n_layers, written.sites),
+        written=Places(embed, pos_embed, [torch.zeros_like(embed)] * cfg.n_layers, split.written),
         attn_out=torch.stack([clean(name) for name in attn_hooks]),
-        features=written.features,
-        errors=written.errors,
-        held={name: cache[name] for name in cache.keys() if is_frozen_hook(name)},
-        norm_outputs={name: cache[name] for name in norms},
+        features=split.features,
+        errors=split.errors,
+        frozen={name: cache[name] for name in cache.keys() if is_frozen_hook(name)},
+        norm_rounding={name: torch.zeros_like(cache[name]) for name in norms},
         extra_points=list(extra_points),
         logit_scale=logit_scale(model, seen, logits),
         embed_scale=_embed_scale(embed, clean(start) if pos_embed is None else clean(start) - pos_embed),
     )
-    _check_logits(local)
+    if norms:
+        rounding = local._measure_norm_rounding({name: cache[name] for name in norms})
+        local = replace(local, norm_rounding=rounding)
+    _require_same_logits(local)
     return local
 
 
@@ -315,16 +421,17 @@ def _embed_scale(embed: Stream, into_blocks: Stream) -> float:
     return scale if abs(scale - 1) > torch.finfo(embed.dtype).eps ** 0.5 else 1.0
 
 
-class _MLPParts(NamedTuple):
+class _MLPOutputs(NamedTuple):
     """MLP outputs, split into what features write and the rest."""
 
     features: ActiveFeatures
     errors: Streams
-    sites: list[Stream]
+    written: list[Stream]
+    """All but what the CLT's skip connection writes."""
 
 
 @torch.no_grad()
-def _split(clt: CrossLayerTranscoder, inputs: list[Stream], mlp_out: Streams, bos: Bos) -> _MLPParts:
+def _split_mlp_outputs(clt: CrossLayerTranscoder, inputs: list[Stream], mlp_out: Streams, bos: Bos) -> _MLPOutputs:
     """Encode the clean run and split each MLP's output into features, b_dec, skip connection and error."""
     recons = torch.zeros_like(mlp_out)
     found = []
@@ -343,7 +450,7 @@ def _split(clt: CrossLayerTranscoder, inputs: list[Stream], mlp_out: Streams, bo
     if bos == "drop":
         errors[:, 0] = 0
     active = ActiveFeatures(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-    return _MLPParts(active, errors, list(mlp_out - skipped))
+    return _MLPOutputs(active, errors, list(mlp_out - skipped))
 
 
 def decoded_positions(bos: Bos) -> slice:
@@ -367,9 +474,9 @@ def skip_output(clt: CrossLayerTranscoder, x: Stream, layer: int, bos: Bos) -> S
 
 
 @torch.no_grad()
-def _check_logits(local: LocalReplacementModel) -> None:
+def _require_same_logits(local: LocalReplacementModel) -> None:
     """Raise unless the local replacement model gives the model's own logits."""
-    reads = local.run(local.sites)
+    reads = local.run(local.written)
     worst = float((reads.logits - local.clean.logits).abs().max())
     allowed = torch.finfo(dtype_of(local.model)).eps ** 0.5 * float(local.clean.logits.abs().max().clamp_min(1))
     if not worst <= allowed:
@@ -394,8 +501,144 @@ def _require_traceable(model: HookedModel) -> None:
                 )
 
 
-def _put(value: Stream) -> Callable:
-    def put(tensor: Tensor, hook: object) -> Tensor:
-        return value[None].to(tensor.dtype)
+class Segment(NamedTuple):
+    """Vectors that nodes write at one position of one place, and the columns of a row of edges that they belong to."""
 
-    return put
+    pos: int
+    vectors: Float[Tensor, "n d_model"]
+    columns: slice | Int[Tensor, " n_first"]
+    """Of the first vectors, all different."""
+    others: Int[Tensor, " n_others"]
+    """Of the rest."""
+
+    def add_edges(
+        self, adjoint: Float[Tensor, "n_targets d_model"], edges: Float[Tensor, "n_targets n_columns"]
+    ) -> None:
+        """edges += adjoint . vectors."""
+        effects = adjoint @ self.vectors.T
+        n_first = len(self.vectors) - len(self.others)
+        edges[:, self.columns] += effects[:, :n_first]
+        if len(self.others):
+            edges.index_add_(1, self.others, effects[:, n_first:])
+
+
+NO_COLUMNS = slice(0, 0)
+
+
+class Sources(NamedTuple):
+    """All nodes of a graph, and what they write."""
+
+    nodes: Nodes
+    vectors: Places[list[Segment]]
+    """At each place, by position."""
+    read_biases: list[Stream] | None
+    """What biases add on reading, by read point, where bias nodes are wanted."""
+
+
+def build_sources(local: LocalReplacementModel, writes: Writes, targets: Nodes) -> Sources:
+    """Number the nodes and gather the vectors that they write.
+
+    Args:
+        local: the prompt's local replacement model.
+        writes: what its nodes write, or how that differs from another prompt's.
+        targets: the target nodes.
+    """
+    nodes = _number_nodes(local, writes, targets)
+    n_layers, biases = local.n_layers, writes.biases
+    errors = nodes.where(NodeKind.ERROR).reshape(n_layers, -1)
+    bias_nodes = nodes.where(NodeKind.BIAS)
+    mlp, attn = [], []
+    for t in range(n_layers):
+        others = [(errors[t], writes.errors[t])]
+        attn.append([])
+        if biases is not None:
+            of_block = bias_nodes[t].expand(len(local.tokens))
+            others.append((of_block, biases.mlp[t]))
+            attn[t] = segment_each_position(of_block, biases.attn[t])
+        mlp.append(_MLPVectors(writes, local.clt.cfg.sources(t), others))
+    _write_features(local.clt, writes, mlp)
+    pos_embed = None if local.written.pos_embed is None else []
+    if writes.pos_embed is not None:
+        pos_embed = segment_each_position(nodes.where(NodeKind.POSITION), writes.pos_embed)
+    embed = segment_each_position(nodes.where(NodeKind.TOKEN), writes.embed)
+    vectors = Places(embed, pos_embed, attn, [of_layer.segments() for of_layer in mlp])
+    return Sources(nodes, vectors, None if biases is None else biases.reads)
+
+
+def _number_nodes(local: LocalReplacementModel, writes: Writes, targets: Nodes) -> Nodes:
+    n_layers, n_pos, device = local.n_layers, len(local.tokens), local.tokens.device
+    features, biases = writes.features, writes.biases
+    pos = torch.arange(n_pos, device=device)
+    error_layers = torch.arange(n_layers, device=device).repeat_interleave(n_pos)
+    none = torch.zeros_like(error_layers)
+    parts = [
+        (NodeKind.FEATURE, features.layer, features.pos, features.feature, features.activation),
+        (NodeKind.ERROR, error_layers, pos.repeat(n_layers), none, writes.errors.norm(dim=-1).flatten()),
+        (NodeKind.TOKEN, torch.full_like(pos, -1), pos, local.tokens, writes.embed.norm(dim=-1)),
+    ]
+    if writes.pos_embed is not None:
+        norms = writes.pos_embed.norm(dim=-1)
+        parts.append((NodeKind.POSITION, torch.full_like(pos, -1), pos, torch.zeros_like(pos), norms))
+    if biases is not None:
+        layers = torch.arange(n_layers + 1, device=device)
+        blocks = (biases.attn.square() + biases.mlp.square()).sum(dim=(1, 2)).sqrt()
+        norms = torch.cat([blocks, biases.reads[n_layers][-1:].norm(dim=-1)])
+        parts.append((NodeKind.BIAS, layers, torch.full_like(layers, -1), torch.zeros_like(layers), norms))
+    parts.append((NodeKind.LOGIT, targets.layer, targets.pos, targets.index, targets.activation))
+    return Nodes.build(parts)
+
+
+class _MLPVectors:
+    """The vectors that are written at one MLP's output, straight in their final place: by position; there features,
+    then the rest."""
+
+    def __init__(self, writes: Writes, sources: range, others: list[tuple[Tensor, Stream]]) -> None:
+        layers, device = writes.features.layer, writes.embed.device
+        bounds = torch.searchsorted(layers, torch.tensor([sources.start, sources.stop], device=device)).tolist()
+        self.first_node, stop = bounds
+        feature_nodes = torch.arange(*bounds, device=device)
+        everywhere = torch.arange(len(writes.embed), device=device)
+        pos = torch.cat([writes.features.pos[self.first_node : stop], *(everywhere for _ in others)])
+        order = torch.argsort(pos, stable=True)
+        self.nodes = torch.cat([feature_nodes, *(nodes for nodes, _ in others)])[order]
+        self.place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
+        self.sizes = torch.bincount(pos, minlength=len(everywhere)).tolist()
+        self.n_others = len(others)
+        self.vectors = writes.embed.new_empty(len(pos), writes.embed.shape[1])
+        for i, (_, vectors) in enumerate(others):
+            start = len(feature_nodes) + i * len(everywhere)
+            self.vectors[self.place[start : start + len(everywhere)]] = vectors
+
+    def put(self, nodes: Int[Tensor, " n"], vectors: Float[Tensor, "n d_model"]) -> None:
+        """The vectors that some feature nodes write here."""
+        self.vectors[self.place[nodes - self.first_node]] = vectors
+
+    def segments(self) -> list[Segment]:
+        """One for each position."""
+        found = []
+        for pos, (nodes, vectors) in enumerate(
+            zip(self.nodes.split(self.sizes), self.vectors.split(self.sizes), strict=True)
+        ):
+            n_features = len(nodes) - self.n_others
+            found.append(Segment(pos, vectors, nodes[:n_features], nodes[n_features:]))
+        return found
+
+
+@torch.no_grad()
+def _write_features(clt: CrossLayerTranscoder, writes: Writes, mlp: list[_MLPVectors]) -> None:
+    """Decoder vectors times strengths, to every layer that each source layer writes; decoders are read once."""
+    features = writes.features
+    for source in clt.layers:
+        nodes = torch.nonzero(features.layer == source).flatten()
+        nodes = nodes[torch.argsort(features.feature[nodes], stable=True)]
+        for some in nodes.split(max(1, NUMBERS_AT_ONCE // (len(clt.cfg.targets(source)) * clt.cfg.d_model))):
+            unique, back = torch.unique_consecutive(features.feature[some], return_inverse=True)
+            rows = clt.decoder_rows(source, unique)
+            for slot, target in enumerate(clt.cfg.targets(source)):
+                vectors = rows[:, slot].to(writes.strengths.dtype)[back]
+                mlp[target].put(some, vectors.mul_(writes.strengths[some, None]))
+
+
+def segment_each_position(nodes: Int[Tensor, " pos"], vectors: Stream) -> list[Segment]:
+    """One node's vector at each position."""
+    return [Segment(p, vectors[p : p + 1], NO_COLUMNS, nodes[p : p + 1]) for p in range(len(nodes))]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_clt.attribution.autograd import Engine
 from tl_clt.attribution.edges import CSR, NodeKind, Nodes, from_csr, pass_upstream, zero_rows
-from tl_clt.attribution.streams import Writes
+from tl_clt.attribution.local import Writes
 from tl_clt.errors import ConfigError, MemoryLimit
 from tl_clt.machine import GIB, free_memory, held_memory
 from tl_clt.shapes import Adjacency, NodeMask, NodeValues

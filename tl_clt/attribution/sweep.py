@@ -19,7 +19,7 @@ are only embeddings: what they write through it is found once, forward, and R st
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -29,9 +29,17 @@ from torch import Tensor
 
 from tl_clt.attribution.autograd import AutogradEngine, EdgeRows, Engine
 from tl_clt.attribution.edges import NodeKind, Nodes
-from tl_clt.attribution.local import LocalReplacementModel, decoded_positions, skipped_positions, tracing_dtype
-from tl_clt.attribution.sources import Segment, SiteVectors, Sources
-from tl_clt.attribution.streams import Readouts
+from tl_clt.attribution.local import (
+    NO_COLUMNS,
+    LocalReplacementModel,
+    Readouts,
+    Segment,
+    Sources,
+    decoded_positions,
+    segment_each_position,
+    skipped_positions,
+    tracing_dtype,
+)
 from tl_clt.attribution.targets import feature_readouts, read_values
 from tl_clt.errors import LocalModelMismatch, ModelUnsupported
 from tl_clt.lens import (
@@ -157,8 +165,8 @@ def transposed_norm(norm: NormMap | None, directions: Float[Tensor, "*n d_model"
     return directions - directions.mean(dim=-1, keepdim=True) if norm.centred else directions
 
 
-class HeldMaps:
-    """One prompt's held attention and read-outs."""
+class FrozenMaps:
+    """One prompt's attention and norm scales, frozen, as matrices."""
 
     def __init__(self, local: LocalReplacementModel, folded: FoldedModel) -> None:
         self.local = local
@@ -170,17 +178,17 @@ class HeldMaps:
         self.write_scales = [self._scale_of(norm) for norm in folded.write_norms]
 
     def _scale(self, norm: str) -> Float[Tensor, " pos"]:
-        name, like = f"{norm}.hook_scale", self.local.sites.embed
-        if name not in self.local.held:
+        name, like = f"{norm}.hook_scale", self.local.written.embed
+        if name not in self.local.frozen:
             return torch.ones_like(like[:, 0])
         # Split query, key and value inputs give a scale a head, all the same.
-        return self.local.held[name][0].reshape(len(like), -1)[:, 0].to(like.dtype)
+        return self.local.frozen[name][0].reshape(len(like), -1)[:, 0].to(like.dtype)
 
     def _scale_of(self, norm: NamedNorm | None) -> Float[Tensor, " pos"] | None:
         return None if norm is None else self._scale(norm.name)
 
     def _scaled_pattern(self, layer: int) -> Float[Tensor, "n_heads key query"]:
-        pattern = self.local.held[block_hook(layer, "attn.hook_pattern")][0].to(self.local.dtype)
+        pattern = self.local.frozen[block_hook(layer, "attn.hook_pattern")][0].to(self.local.dtype)
         into, out = self._scale(f"blocks.{layer}.ln1"), self._scale(f"blocks.{layer}.ln1_post")
         scaled = rearrange(pattern, "head query key -> head key query") / into[:, None]
         if self.folded_behind(layer):
@@ -189,7 +197,7 @@ class HeldMaps:
 
     def folded_behind(self, layer: int) -> bool:
         """Whether there is a norm behind attention."""
-        return f"blocks.{layer}.ln1_post.hook_scale" in self.local.held
+        return f"blocks.{layer}.ln1_post.hook_scale" in self.local.frozen
 
     def depths(self, point: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
         """How deep in the model each read point lies: 2l at the input of block l, 2l + 1 between its attention
@@ -257,34 +265,8 @@ class HeldMaps:
         return written
 
 
-class Columns(NamedTuple):
-    """Where edges lie while a batch is at work: features by (position, layer), so that all that is written at one
-    position from a range of layers is one stretch; then all other nodes, as they are numbered."""
-
-    of_node: Int[Tensor, " n_nodes"]
-    n_features: int
-
-    @classmethod
-    def of(cls, nodes: Nodes) -> Columns:
-        features = nodes.where(NodeKind.FEATURE)
-        of_node = torch.arange(len(nodes), device=nodes.pos.device)
-        order = torch.argsort(nodes.pos[features], stable=True)
-        of_node[order] = torch.arange(len(order), device=order.device)
-        return cls(of_node, len(features))
-
-
-class Placed(NamedTuple):
-    """A segment with the columns that its edges go to: one stretch, and then some others."""
-
-    pos: int
-    vectors: Float[Tensor, "n d_model"]
-    start: int
-    n_stretch: int
-    others: Int[Tensor, " n_others"]
-
-
-class Run(NamedTuple):
-    """Targets that read at one depth and position."""
+class TargetGroup(NamedTuple):
+    """Targets that read at one depth and position: some consecutive rows of R."""
 
     depth: int
     pos: int
@@ -293,47 +275,43 @@ class Run(NamedTuple):
 
 
 @dataclass
-class Batch:
-    """Targets on their way down."""
+class Adjoints:
+    """The adjoints of a batch of targets, on their way down, and the edges found so far."""
 
     R: Float[Tensor, "n_targets n_pos d_model"]
     edges: Float[Tensor, "n_targets n_columns"]
-    runs: list[Run]
-    """In the order of rows, deepest first."""
+    waiting: list[TargetGroup]
+    """Those that read further down, in the order of rows, deepest first."""
     seeds: Float[Tensor, "n_targets d_model"]
-    full: int = 0
-    """Rows with an adjoint at every position."""
-    joined: int = 0
-    fresh: list[Run] = field(default_factory=list)
-    """Runs with an adjoint at their own position only."""
+    n_everywhere: int = 0
+    """The first rows, which have an adjoint at every position."""
+    n_joined: int = 0
+    """The first rows, which have an adjoint at all."""
+    at_one_position: list[TargetGroup] = field(default_factory=list)
+    """Those that have just joined, with an adjoint at their own position only."""
 
     def join(self, depth: int) -> None:
         """Let the targets that read at a depth in."""
-        while self.runs and self.runs[0].depth >= depth:
-            run = self.runs.pop(0)
-            self.R[run.start : run.stop, run.pos] = self.seeds[run.start : run.stop]
-            self.fresh.append(run)
-            self.joined = run.stop
+        while self.waiting and self.waiting[0].depth >= depth:
+            group = self.waiting.pop(0)
+            self.R[group.start : group.stop, group.pos] = self.seeds[group.start : group.stop]
+            self.at_one_position.append(group)
+            self.n_joined = group.stop
 
-    def settle(self) -> None:
-        """All that have joined have an adjoint at every position now."""
-        self.full, self.fresh = self.joined, []
+    def spread_over_positions(self) -> None:
+        """Attention has carried all that have joined to every position."""
+        self.n_everywhere, self.at_one_position = self.n_joined, []
 
-    def contract(self, segments: list[Placed]) -> None:
-        """Edges of what is written at one site."""
-        n_pos = self.R.shape[1]
-        fresh: dict[int, list[Run]] = {}
-        for run in self.fresh:
-            fresh.setdefault(run.pos, []).append(run)
-        for segment in segments[:n_pos]:
-            stretches = [(0, self.full)] if self.full else []
-            stretches += [(run.start, run.stop) for run in fresh.get(segment.pos, ())]
+    def add_edges(self, segments: list[Segment]) -> None:
+        """Edges of what is written at one place."""
+        groups: dict[int, list[TargetGroup]] = {}
+        for group in self.at_one_position:
+            groups.setdefault(group.pos, []).append(group)
+        for segment in segments[: self.R.shape[1]]:
+            stretches = [(0, self.n_everywhere)] if self.n_everywhere else []
+            stretches += [(group.start, group.stop) for group in groups.get(segment.pos, ())]
             for start, stop in stretches:
-                given = self.R[start:stop, segment.pos] @ segment.vectors.T
-                edges, m = self.edges[start:stop], segment.n_stretch
-                edges[:, segment.start : segment.start + m] += given[:, :m]
-                if len(segment.others):
-                    edges.index_add_(1, segment.others, given[:, m:])
+                segment.add_edges(self.R[start:stop, segment.pos], self.edges[start:stop])
 
 
 class SweepEngine(Engine):
@@ -344,17 +322,18 @@ class SweepEngine(Engine):
     def __init__(self, local: LocalReplacementModel, sources: Sources, folded: FoldedModel) -> None:
         super().__init__(local, sources)
         self.folded = folded
-        self.maps = HeldMaps(local, folded)
-        self.columns = Columns.of(sources.nodes)
-        at, n_pos = sources.sites, len(local.tokens)
-        self.carries = n_pos * n_pos * at.embed[0].vectors.shape[1] <= CARRIED_NUMBERS
-        self.mlp = [self._placed(self._behind_norm(segments, t)) for t, segments in enumerate(at.mlp)]
-        self.attn = [self._placed(segments) for segments in at.attn]
-        embed = at.embed
+        self.maps = FrozenMaps(local, folded)
+        self.column_of_node = _order_columns(sources.nodes)
+        vectors, n_pos = sources.vectors, len(local.tokens)
+        embed = vectors.embed
         if local.embed_scale != 1:
             embed = [s._replace(vectors=local.embed_scale * s.vectors) for s in embed]
-        self.embed = [self._placed(embed), self._placed(at.pos_embed)]
-        self.carried = [self._carried(embed), self._carried(at.pos_embed)] if self.carries else []
+        pos_embed = vectors.pos_embed or []
+        self.carries = n_pos * n_pos * embed[0].vectors.shape[1] <= CARRIED_NUMBERS
+        self.mlp = [self._in_columns(self._behind_norm(segments, t)) for t, segments in enumerate(vectors.mlp)]
+        self.attn = [self._in_columns(segments) for segments in vectors.attn]
+        self.embeddings = [self._in_columns(embed), self._in_columns(pos_embed)]
+        self.carried = [self._carry(embed), self._carry(pos_embed)] if self.carries else []
 
     def batches(
         self, point: Int[Tensor, " n_targets"], pos: Int[Tensor, " n_targets"], size: int
@@ -371,7 +350,7 @@ class SweepEngine(Engine):
         return found + (list(torch.cat(waiting).split(size)) if waiting else [])
 
     def work_bytes(self, batch_size: int) -> int:
-        n_pos, d_model = self.local.sites.embed.shape
+        n_pos, d_model = self.local.written.embed.shape
         widths = [ov.from_out.shape[1] + ov.to_in.shape[0] for ov in self.folded.attention]
         heads = max(ov.n_heads for ov in self.folded.attention)
         chunk = CHUNK_ROWS * (2 * max(widths) + heads * d_model // 4 + 2 * d_model)
@@ -382,66 +361,67 @@ class SweepEngine(Engine):
         depth = self.maps.depths(readouts.point)
         n_pos = int(readouts.pos.max()) + 1
         order = torch.argsort(depth * n_pos - readouts.pos, descending=True, stable=True)
-        batch = self._batch(readouts.take(order), depth[order], n_pos)
+        adjoints = self._start(readouts.take(order), depth[order], n_pos)
         for t in reversed(range(self.local.n_layers)):
-            self._layer(batch, t)
-        batch.join(0)
-        for segments in self.embed:
-            batch.contract(segments)
-        rows = torch.empty_like(batch.edges)
-        rows[order] = batch.edges[:, self.columns.of_node]
+            self._pass_block(adjoints, t)
+        adjoints.join(0)
+        for segments in self.embeddings:
+            adjoints.add_edges(segments)
+        rows = torch.empty_like(adjoints.edges)
+        rows[order] = adjoints.edges[:, self.column_of_node]
         return rows
 
-    def _batch(self, readouts: Readouts, depth: Int[Tensor, " n_targets"], n_pos: int) -> Batch:
+    def _start(self, readouts: Readouts, depth: Int[Tensor, " n_targets"], n_pos: int) -> Adjoints:
         seeds = self.maps.seeds(readouts.point, readouts.pos, readouts.directions)
-        changes = torch.stack([depth, readouts.pos], dim=1)
-        values, counts = torch.unique_consecutive(changes, dim=0, return_counts=True)
-        runs, start = [], 0
+        places = torch.stack([depth, readouts.pos], dim=1)
+        values, counts = torch.unique_consecutive(places, dim=0, return_counts=True)
+        groups, start = [], 0
         for (at, pos), count in zip(values.tolist(), counts.tolist(), strict=True):
-            runs.append(Run(at, pos, start, start + count))
+            groups.append(TargetGroup(at, pos, start, start + count))
             start += count
-        return Batch(
+        return Adjoints(
             R=seeds.new_zeros(len(seeds), n_pos, seeds.shape[1]),
-            edges=seeds.new_zeros(len(seeds), len(self.columns.of_node)),
-            runs=runs,
+            edges=seeds.new_zeros(len(seeds), len(self.column_of_node)),
+            waiting=groups,
             seeds=seeds,
         )
 
-    def _layer(self, batch: Batch, t: int) -> None:
+    def _pass_block(self, adjoints: Adjoints, t: int) -> None:
         """One block, from its output to its input."""
-        batch.join(2 * t + 2)
-        batch.contract(self.mlp[t])
-        skipped = self._through_skip(batch, t)
+        adjoints.join(2 * t + 2)
+        adjoints.add_edges(self.mlp[t])
+        skipped = self._pass_skip(adjoints, t)
         if self.folded.reads_mid:
-            batch.R[: len(skipped)] += skipped
-        batch.join(2 * t + 1)
-        batch.contract(self.attn[t])
+            adjoints.R[: len(skipped)] += skipped
+        adjoints.join(2 * t + 1)
+        adjoints.add_edges(self.attn[t])
         if t == 0 and self.carries:
             for segments in self.carried:
-                batch.contract(segments)
+                adjoints.add_edges(segments)
         else:
-            self._through_attention(batch, t)
-            batch.settle()
+            self._pass_attention(adjoints, t)
         if not self.folded.reads_mid:
-            batch.R[: len(skipped)] += skipped
+            adjoints.R[: len(skipped)] += skipped
 
-    def _through_skip(self, batch: Batch, t: int) -> Float[Tensor, "n n_pos d_model"]:
+    def _pass_skip(self, adjoints: Adjoints, t: int) -> Float[Tensor, "n n_pos d_model"]:
         """From an MLP's output through the CLT's skip connection to the residual stream; no rows where it has none."""
         W_skip = self.local.clt.W_skip
         if W_skip is None:
-            return batch.R[:0]
-        back = self.maps.output_transposed(t, batch.R[: batch.joined]) @ W_skip[t].detach().to(batch.R.dtype).T
+            return adjoints.R[:0]
+        R = adjoints.R[: adjoints.n_joined]
+        back = self.maps.output_transposed(t, R) @ W_skip[t].detach().to(R.dtype).T
         back[:, : skipped_positions(self.local.bos).start] = 0
         return self.maps.input_transposed(t, back, slice(0, back.shape[1]))
 
-    def _through_attention(self, batch: Batch, t: int) -> None:
-        """R += the transpose of a layer's held attention."""
-        if batch.full:
-            n_pos = batch.R.shape[1]
-            for rows in batch.R[: batch.full].split(max(1, CHUNK_ROWS // n_pos)):
+    def _pass_attention(self, adjoints: Adjoints, t: int) -> None:
+        """R += the transpose of a layer's frozen attention."""
+        if adjoints.n_everywhere:
+            n_pos = adjoints.R.shape[1]
+            for rows in adjoints.R[: adjoints.n_everywhere].split(max(1, CHUNK_ROWS // n_pos)):
                 self._add_attention(rows, t)
-        if batch.fresh:
-            self._add_first_attention(batch, t)
+        for group in adjoints.at_one_position:
+            self._add_first_attention(adjoints.R, group, t)
+        adjoints.spread_over_positions()
 
     def _add_attention(self, R: Float[Tensor, "n n_pos d_model"], t: int) -> None:
         n, n_pos, d_model = R.shape
@@ -453,40 +433,56 @@ class SweepEngine(Engine):
         values = rearrange(pattern @ z, "n g key d_head -> (n key) (g d_head)")
         R.view(n * n_pos, d_model).addmm_(values, ov.to_in)
 
-    def _add_first_attention(self, batch: Batch, t: int) -> None:
+    def _add_first_attention(self, R: Float[Tensor, "n_targets n_pos d_model"], group: TargetGroup, t: int) -> None:
         """Of targets with an adjoint at one position: W_V before the pattern, so that one position is multiplied."""
-        ov, groups = self.folded.attention[t], self.folded.attention[t].n_key_value_heads
+        ov, pos = self.folded.attention[t], group.pos
+        groups = ov.n_key_value_heads
         to_in = rearrange(ov.to_in, "(g d_head) d_model -> g d_head d_model", g=groups)
-        for pos, start, stop in _pieces(batch.fresh, CHUNK_ROWS // 4):
-            z = batch.R[start:stop, pos] @ ov.from_out
-            z = rearrange(z, "n (g h d_head) -> g (n h) d_head", g=groups, h=ov.n_heads // groups)
-            by_head = rearrange(z @ to_in, "g (n h) d_model -> n (g h) d_model", n=stop - start)
-            batch.R[start:stop, : pos + 1] += self.maps.patterns[t][:, : pos + 1, pos].T @ by_head
+        for rows in R[group.start : group.stop].split(CHUNK_ROWS // 4):
+            z = rearrange(
+                rows[:, pos] @ ov.from_out, "n (g h d_head) -> g (n h) d_head", g=groups, h=ov.n_heads // groups
+            )
+            by_head = rearrange(z @ to_in, "g (n h) d_model -> n (g h) d_model", n=len(rows))
+            rows[:, : pos + 1] += self.maps.patterns[t][:, : pos + 1, pos].T @ by_head
 
     def _behind_norm(self, segments: list[Segment], t: int) -> list[Segment]:
         """What is written at a CLT's output, as the norm behind it (if there is one) passes it on."""
         return [s._replace(vectors=self.maps.written(t, s.vectors, s.pos)) for s in segments]
 
-    def _placed(self, segments: list[Segment]) -> list[Placed]:
-        return [self._place(s.pos, s.nodes, s.vectors, s.n_features) for s in segments]
+    def _in_columns(self, segments: list[Segment]) -> list[Segment]:
+        """The same vectors, their nodes as columns: features side by side."""
+        found = []
+        for segment in segments:
+            stretch = segment.columns
+            if not isinstance(stretch, slice):
+                stretch = _stretch(self.column_of_node[stretch])
+            found.append(segment._replace(columns=stretch, others=self.column_of_node[segment.others]))
+        return found
 
-    def _place(self, pos: int, nodes: Int[Tensor, " n"], vectors: Float[Tensor, "n d_model"], stretch: int) -> Placed:
-        columns = self.columns.of_node[nodes]
-        return Placed(pos, vectors, int(columns[0]) if stretch else 0, stretch, columns[stretch:])
-
-    def _carried(self, segments: list[Segment]) -> list[Placed]:
+    def _carry(self, segments: list[Segment]) -> list[Segment]:
         """What embeddings write through the first attention layer."""
         if not segments:
             return []
-        nodes = torch.cat([segment.nodes for segment in segments])
+        columns = self.column_of_node[torch.cat([segment.others for segment in segments])]
         written = self.maps.carried(torch.cat([segment.vectors for segment in segments]))
-        one_each = bool((nodes.diff() == 1).all())
-        return [self._place(q, nodes[: q + 1], v, q + 1 if one_each else 0) for q, v in enumerate(written)]
+        if bool((columns.diff() == 1).all()):
+            return [Segment(q, v, _stretch(columns[: q + 1]), columns[:0]) for q, v in enumerate(written)]
+        return [Segment(q, v, NO_COLUMNS, columns[: q + 1]) for q, v in enumerate(written)]
 
 
-def _pieces(runs: list[Run], size: int) -> list[tuple[int, int, int]]:
-    """(pos, start, stop) of runs, none longer than `size`."""
-    return [(run.pos, start, min(start + size, run.stop)) for run in runs for start in range(run.start, run.stop, size)]
+def _order_columns(nodes: Nodes) -> Int[Tensor, " n_nodes"]:
+    """Each node's column while a batch is at work: features by (position, layer), so that all that is written at one
+    position from a range of layers is one stretch; then all other nodes, as they are numbered."""
+    features = nodes.where(NodeKind.FEATURE)
+    of_node = torch.arange(len(nodes), device=nodes.pos.device)
+    order = torch.argsort(nodes.pos[features], stable=True)
+    of_node[order] = torch.arange(len(order), device=order.device)
+    return of_node
+
+
+def _stretch(columns: Int[Tensor, " n"]) -> slice:
+    """Columns that lie side by side."""
+    return slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else NO_COLUMNS
 
 
 class EngineMaker:
@@ -542,20 +538,15 @@ class EngineMaker:
 @torch.no_grad()
 def _one_source(local: LocalReplacementModel) -> Sources:
     """All that is written, as one node: each target then has one in-edge from everything."""
-    biases = local.biases()
+    biases, written = local.biases, local.written
     skips = biases.mlp.clone()
     skips[:, decoded_positions(local.bos)] -= local.clt.b_dec[:, None, :].to(skips.dtype)
-    mlp = [written + skip for written, skip in zip(local.sites.mlp, skips, strict=True)]
-    at = local.sites
-    whole = SiteVectors(
-        _one_node(at.embed),
-        [] if at.pos_embed is None else _one_node(at.pos_embed),
-        [_one_node(written) for written in biases.attn],
-        [_one_node(written) for written in mlp],
-    )
-    none = local.tokens[:1]
-    node = Nodes.build([(NodeKind.BIAS, none * 0, none * 0, none * 0, at.embed[:1, 0])])
-    return Sources(node, whole, local.writes(bias_nodes=False)._replace(biases=None))
+    mlp = [vectors + skip for vectors, skip in zip(written.mlp, skips, strict=True)]
+    everything = replace(written, attn=list(biases.attn), mlp=mlp)
+    number = local.tokens[:1] * 0
+    node = Nodes.build([(NodeKind.BIAS, number, number, number, written.embed[:1, 0])])
+    nodes = number.expand(len(local.tokens))
+    return Sources(node, everything.map(lambda vectors: segment_each_position(nodes, vectors)), None)
 
 
 @torch.no_grad()
@@ -563,7 +554,7 @@ def _how_far_off(engine: Engine, targets: Readouts) -> float:
     """By how many times what rounding explains an engine that carries everything as one source misses what is read,
     at the targets and one feature a layer."""
     local = engine.local
-    readouts, biases = _probes(local, targets), local.biases()
+    readouts, biases = _probes(local, targets), local.biases
     found = engine.rows(readouts)[:, 0]
     where = zip(readouts.point.tolist(), readouts.pos.tolist(), strict=True)
     read_biases = torch.stack([biases.reads[point][pos] for point, pos in where])
@@ -581,8 +572,3 @@ def _probes(local: LocalReplacementModel, targets: Readouts) -> Readouts:
     chosen = torch.cat(last)
     probes = feature_readouts(local, features.layer[chosen], features.pos[chosen], features.feature[chosen])
     return Readouts(*(torch.cat(parts) for parts in zip(targets, probes, strict=True)))
-
-
-def _one_node(vectors: torch.Tensor) -> list[Segment]:
-    zero = torch.zeros(1, dtype=torch.long, device=vectors.device)
-    return [Segment(p, zero, vectors[p : p + 1], 0) for p in range(len(vectors))]

@@ -13,8 +13,8 @@ from pandas import Series
 from torch import Tensor
 
 from tl_clt.arguments import as_vector, as_whole, has_values, is_whole, lone_surrogate, plain, shown
-from tl_clt.attribution.local import LocalReplacementModel
-from tl_clt.attribution.streams import Readouts
+from tl_clt.attribution.edges import NodeKind, Nodes
+from tl_clt.attribution.local import LocalReplacementModel, Readouts
 from tl_clt.errors import HookNotFound, TargetError
 from tl_clt.lens import (
     HookedModel,
@@ -158,14 +158,12 @@ class Targets(NamedTuple):
     """Target nodes."""
 
     readouts: Readouts
-    layers: Int[Tensor, " n_targets"]
-    """n_layers for logits; else the first layer whose features cannot reach the target."""
-    index: Int[Tensor, " n_targets"]
-    """Token id or feature number; -1 for differences and directions."""
+    nodes: Nodes
+    """Their layer is n_layers for logits, else the first layer whose features cannot reach the target; their index the
+    token id or feature number, or -1 for differences and directions; their activation what is read on the clean run,
+    before any soft-cap: what the in-edges of each sum to."""
     weights: Float[Tensor, " n_targets"]
     """A token's probability over the whole vocabulary; 1 for what has none."""
-    heights: Float[Tensor, " n_targets"]
-    """What is read on the clean run, before any soft-cap: what the in-edges of each sum to."""
     labels: list[str]
     named: list[NamedTarget]
     """What each is, tokens as ids and positions counted from the first."""
@@ -261,15 +259,10 @@ def _together(local: LocalReplacementModel, found: list[_Target]) -> Targets:
         torch.stack([t.direction.to(device, dtype) for t in found]),
         floats([t.constant for t in found]),
     )
-    return Targets(
-        readouts,
-        ints([t.layer for t in found]),
-        ints([t.index for t in found]),
-        floats([t.weight for t in found]),
-        read_values(local, readouts),
-        [t.label for t in found],
-        [t.named for t in found],
-    )
+    part = (NodeKind.LOGIT, ints([t.layer for t in found]), readouts.pos, ints([t.index for t in found]))
+    nodes = Nodes.build([(*part, read_values(local, readouts))])
+    weights = floats([t.weight for t in found])
+    return Targets(readouts, nodes, weights, [t.label for t in found], [t.named for t in found])
 
 
 def read_values(local: LocalReplacementModel, readouts: Readouts) -> Float[Tensor, " n_targets"]:

@@ -10,8 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_clt.arguments import as_choice, as_whole
-from tl_clt.attribution.local import skipped_positions
-from tl_clt.attribution.streams import Bos
+from tl_clt.attribution.local import Bos, skipped_positions
 from tl_clt.errors import ConfigError, InterventionError, ModelUnsupported
 from tl_clt.interventions.intervention import (
     AnyIntervention,

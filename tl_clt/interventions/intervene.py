@@ -12,7 +12,7 @@ from pandas import DataFrame
 from torch import Tensor
 
 from tl_clt.arguments import as_whole
-from tl_clt.attribution.streams import Bos
+from tl_clt.attribution.local import Bos
 from tl_clt.errors import InterventionError
 from tl_clt.interventions.hooks import Steering
 from tl_clt.interventions.intervention import AnyIntervention
