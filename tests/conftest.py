@@ -13,7 +13,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import jaxtyping
 from jaxtyping import install_import_hook
 
-install_import_hook("tl_clt", "beartype.beartype")
+import tests.checking
+
+install_import_hook("tl_clt", f"{tests.checking.__name__}.{tests.checking.check.__name__}")
 
 import resource
 import signal
@@ -26,7 +28,10 @@ import torch
 
 from tests.models import FAMILIES, HOOKED, Model, random_tokens, tiny_bridge, tiny_hooked
 
-torch.set_num_threads(2)
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "0"))
+"""Threads of every test where the environment names a number of them."""
+
+torch.set_num_threads(THREADS or 2)
 
 ORACLES = Path(__file__).parent / "data" / "oracles"
 
@@ -35,13 +40,14 @@ ORACLES = Path(__file__).parent / "data" / "oracles"
 def seeded(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test starts from the same random state.
 
-    Tiny models run on one thread: handing work to a second one costs ten times what it saves.
+    Tiny models run on one thread, unless OMP_NUM_THREADS says otherwise: handing work to a second one costs ten times
+    what it saves.
     """
     torch.manual_seed(0)
     if request.node.get_closest_marker("real_model") is None:
-        torch.set_num_threads(1)
+        torch.set_num_threads(THREADS or 1)
     yield
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS or 2)
 
 
 @pytest.fixture

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from jaxtyping import TypeCheckError, install_import_hook
 
 import tl_clt
 
@@ -39,6 +42,32 @@ def test_every_public_name_can_be_loaded():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'atribute'"):
         _ = tl_clt.atribute
+
+
+def test_shapes_are_checked_also_in_functions_that_are_made_anew_at_every_call(tmp_path):
+    """Once such a function has been checked, its check is remembered: see tests/checking.py."""
+    (tmp_path / "of_a_test.py").write_text(
+        "from jaxtyping import Float\nfrom torch import Tensor\n"
+        "def adder(by):\n"
+        "    def add(x: Float[Tensor, 'pos d_model'], y: Float[Tensor, 'pos d_model']) -> Float[Tensor, '2 d']:\n"
+        "        return (x + y + by)[:, : x.shape[1] if by < 2 else 1]\n"
+        "    return add\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        with install_import_hook("of_a_test", "tests.checking.check"):
+            adder = importlib.import_module("of_a_test").adder
+    finally:
+        sys.path.remove(str(tmp_path))
+    x = torch.zeros(2, 3)
+    for by in (0, 1):
+        assert torch.equal(adder(by)(x, x), x + by)
+        with pytest.raises(TypeCheckError, match="parameters"):
+            adder(by)(x, x[:1])
+        with pytest.raises(TypeCheckError, match="parameters"):
+            adder(by)(x[0], x)
+    with pytest.raises(TypeCheckError, match="return value"):
+        adder(2)(x, x)
 
 
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
