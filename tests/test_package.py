@@ -48,8 +48,9 @@ def test_shapes_are_checked_also_in_functions_that_are_made_anew_at_every_call(t
     """Once such a function has been checked, its check is remembered: see tests/checking.py."""
     (tmp_path / "of_a_test.py").write_text(
         "from jaxtyping import Float\nfrom torch import Tensor\n"
+        "Rows = Float[Tensor, 'pos d_model']\n"
         "def adder(by):\n"
-        "    def add(x: Float[Tensor, 'pos d_model'], y: Float[Tensor, 'pos d_model']) -> Float[Tensor, '2 d']:\n"
+        "    def add(x: Rows, y: Rows) -> Rows:\n"
         "        return (x + y + by)[:, : x.shape[1] if by < 2 else 1]\n"
         "    return add\n"
     )
