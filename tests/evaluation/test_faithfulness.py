@@ -245,7 +245,7 @@ def test_features_that_write_nothing_are_left_out(model):
         ({"size": math.nan}, "size is nan"),
         ({"n_perturbations": 0}, "n_perturbations is 0: give at least 1"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"freeze": True}, "freeze is True"),
+        ({"freeze": True}, "freeze[0] is True"),
         ({"model_freeze": ["norms"]}, "model_freeze[0] is 'norms': give one of attention, all, none"),
         ({"model_freeze": []}, "model_freeze is []"),
     ],

@@ -179,7 +179,9 @@ def intervene(
             if not changes:
                 raise InterventionError("Nothing is changed: give --value, --scale or --add, for example 2:-1:17=0.")
             hooked, transcoder = load_pair(model, clt, backend, device, lazy_decoder)
-        last = int(through_layer) if (through_layer or "").lstrip("-").isdecimal() else through_layer
+        last: int | str | None = through_layer
+        if through_layer is not None and through_layer.removeprefix("-").isdecimal():
+            last = int(through_layer)
         effect = change(hooked, transcoder, prompt, changes, last, freeze)  # type: ignore[arg-type]
         _show_effect(effect, top)
 
