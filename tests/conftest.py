@@ -19,6 +19,8 @@ install_import_hook("tl_clt", f"{tests.checking.__name__}.{tests.checking.check.
 
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +28,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.models import FAMILIES, HOOKED, Model, random_tokens, tiny_bridge, tiny_hooked
+from tests.models import FAMILIES, HOOKED, Model, random_tokens, save_hf, tiny_bridge, tiny_hf, tiny_hooked
+from tl_clt.lens import load_model
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "0"))
 """Threads of every test where the environment names a number of them."""
@@ -84,6 +87,17 @@ def model(request: pytest.FixtureRequest, session_models) -> Model:
     return session_models(request.param)
 
 
+@pytest.fixture
+def generating(model: Model, request: pytest.FixtureRequest, tmp_path: Path) -> Model:
+    """Every tiny model; the one with learned positions with a tokenizer.
+
+    Without one, HookedTransformer's own generate with a key-value cache loses count of the positions.
+    """
+    if request.node.callspec.params["model"] == "hooked-gpt2":
+        return load_model(save_hf(tiny_hf("gpt2"), tmp_path), dtype=torch.float64)
+    return model
+
+
 @pytest.fixture(params=["hooked-gpt2", "bridge-llama"])
 def one_of_each(request: pytest.FixtureRequest, session_models) -> Model:
     """One HookedTransformer and one TransformerBridge, for what does not turn on the architecture."""
@@ -116,3 +130,10 @@ def small_disk() -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def modules_after(code: str) -> set[str]:
+    """Names of the top-level modules that are loaded after some code has run in a fresh interpreter."""
+    script = f"import sys\n{code}\nprint(' '.join(sorted({{m.split('.')[0] for m in sys.modules}})))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -312,3 +312,25 @@ def oracle_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Hook
     model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     tokens = torch.tensor([json.loads((folder / "tokens.json").read_text())])
     return model.to(dtype).eval(), tokens
+
+
+def snapshot(model: Model) -> dict[str, Any]:
+    """Everything that a user could find changed."""
+    hooks = model.hook_dict
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return {
+        "hook_dict": [(name, id(point)) for name, point in hooks.items()],
+        "hook names": [point.name for point in hooks.values()],
+        "handles": [(len(point.fwd_hooks), len(point.bwd_hooks)) for point in hooks.values()],
+        "mod_dict": [(k, id(v)) for k, v in getattr(model, "mod_dict", {}).items()],
+        "modules": [(name, id(module)) for name, module in modules.items()],
+        "forward hooks": {n: list(m._forward_hooks.items()) for n, m in modules.items()},
+        "forward pre hooks": {n: list(m._forward_pre_hooks.items()) for n, m in modules.items()},
+        "backward hooks": {n: len(m._backward_hooks) for n, m in modules.items()},
+        "state_dict": [(k, v.data_ptr(), v._version) for k, v in model.state_dict().items()],
+        "requires_grad": [(n, p.requires_grad) for n, p in model.named_parameters()],
+        "training": [m.training for m in modules.values()],
+        "attributes": sorted(vars(model)),
+        "forward": model.forward,
+        "random state": torch.get_rng_state().tolist(),
+    }

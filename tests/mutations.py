@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from tests.models import tiny_clt
 from tests.training.conftest import D_MODEL, D_VOCAB, N_CTX, N_LAYERS, tiny_model
 from tests.training.conftest import config as training_config
-from tests.transcoder import test_public_layouts as public
+from tests.transcoder.layouts import LAYOUTS as PUBLIC_LAYOUTS
 from tl_clt.attribution.edges import CSR, NodeKind, Nodes, from_csr
 from tl_clt.attribution.graph import AttributionGraph
 from tl_clt.attribution.targets import DirectionTarget, TokenTarget
@@ -648,7 +648,7 @@ LOADERS: dict[str, Loader] = {
             "native-topk-skip": of_own_layout("native", activation="topk", skip=True, span=2),
             "circuit-tracer": of_own_layout("circuit-tracer", span=2),
             "circuit-tracer-plt": of_own_layout("circuit-tracer", span=1, skip=True),
-            **{name: from_public(make) for name, make in public.LAYOUTS.items()},
+            **{name: from_public(make) for name, make in PUBLIC_LAYOUTS.items()},
         }.items()
     },
     "graph": Loader(graph_file(sparse=False), use_graph),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from inspect import Parameter, signature
 
 import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import tl_clt
 from tl_clt import (
     AttributionGraph,
     CrossLayerTranscoder,
@@ -18,6 +21,7 @@ from tl_clt import (
     load_organism,
 )
 from tl_clt.cli import app
+from tl_clt.evaluation.tradeoff import compare
 from tl_clt.organisms import organism_folder
 
 ATLAS_CLT = str(organism_folder("atlas") / "clt")
@@ -231,6 +235,7 @@ def test_intervene_shows_what_changes_and_says_what_is_inactive():
         (("--add", "1:2:3=nan"), "add is nan"),
         (("--scale", "9:2:3=0"), "there is no layer 9. The CLT has layers 0 to 3"),
         (("--value", "1:99:3=1"), "there is no position 99"),
+        (("--value", "1:2:3=1", "--through-layer", "most"), "through_layer is 'most': give one of all"),
         (("--value", "1:2:3=1", "--freeze", "norms"), "ConfigError: freeze is 'norms'"),
         (("--value", "1:2:3=1", "--top", "0"), "k is 0"),
     ],
@@ -240,8 +245,44 @@ def test_intervene_refuses_what_is_not_there(options, error, as_users_run_it):
     assert error in " ".join(output.split()) and "Traceback" not in output
 
 
-@pytest.mark.parametrize("command", ["demo", "trace", "intervene", "train", "evaluate", "tradeoff"])
-def test_help_names_every_option(command):
-    named = run(command, "--help")
-    for parameter in get_command(app).commands[command].params:
-        assert parameter.opts[0] in named
+COMMANDS = ("demo", "trace", "intervene", "train", "evaluate", "tradeoff", "list")
+
+
+def test_these_are_all_commands():
+    assert set(get_command(app).commands) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_every_option_is_for(command):
+    shown = " ".join(re.sub("[│╭╮╰╯─]", " ", run(command, "--help")).split())
+    parameters = get_command(app).commands[command].params
+    for parameter in parameters:
+        assert parameter.opts[0] in shown
+        assert parameter.help is not None and len(parameter.help) > 10, f"{parameter.opts[0]} says nothing"
+        assert " ".join(parameter.help.split()) in shown
+    texts = [parameter.help for parameter in parameters]
+    assert len(set(texts)) == len(texts), "two options say the same"
+
+
+@pytest.mark.parametrize(
+    ("command", "function", "not_offered"),
+    [
+        ("evaluate", tl_clt.evaluate, {"progress"}),
+        ("tradeoff", compare, {"progress", "transcoders", "neuron_l0s"}),
+        ("intervene", tl_clt.intervene, {"interventions", "attention_mask", "record", "bos"}),
+    ],
+)
+def test_a_command_offers_what_its_function_takes_with_the_same_defaults(command, function, not_offered):
+    offered = {parameter.name: parameter.default for parameter in get_command(app).commands[command].params}
+    taken = signature(function).parameters
+    assert not_offered <= set(taken)
+    for name in set(taken) - not_offered:
+        assert name in offered, f"{command} has no --{name}"
+        default = taken[name].default
+        if default is not Parameter.empty:
+            assert offered[name] == default, name
+
+
+def test_intervene_holds_all_layers_by_that_word():
+    basic = ("intervene", "--model", "atlas", "--clt", ATLAS_CLT, "--prompt", PROMPT, "--value", "1:-1:3=30")
+    assert run(*basic, "--through-layer", "all") == run(*basic, "--through-layer", "3") != run(*basic)

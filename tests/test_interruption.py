@@ -93,7 +93,7 @@ def test_while_an_evaluation_is_saved(tmp_path, text):
     ("command", "options"), [("list", ()), ("intervene", ("--clt", ATLAS_CLT, "--prompt", PROMPT, "--add", "1:2:3=1"))]
 )
 def test_commands_that_write_nothing(command, options):
-    assert interrupted_at("import", "('tl_clt.transcoder.catalogue'", command, *options).startswith("Interrupted. ")
+    assert interrupted_at("import", "('tl_clt.transcoder.hub'", command, *options).startswith("Interrupted. ")
 
 
 def test_a_comparison_says_what_it_has_trained(tmp_path, text):

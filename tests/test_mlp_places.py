@@ -16,8 +16,7 @@ from transformer_lens import HookedTransformer
 
 from tests.attribution.test_engines import assert_engines_agree
 from tests.interventions.edges import assert_edges_are_effects
-from tests.models import Model, random_tokens, tiny_clt
-from tests.replacement.test_leaving_no_trace import snapshot
+from tests.models import Model, random_tokens, snapshot, tiny_clt
 from tests.training.conftest import config
 from tl_clt import (
     CLTTrainingRunner,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
-import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -13,15 +13,9 @@ import torch
 from jaxtyping import TypeCheckError, install_import_hook
 
 import tl_clt
+from tests.conftest import modules_after
 
 LATE = ("sae_lens", "plotly", "matplotlib", "starlette", "uvicorn", "wandb")
-
-
-def modules_after(code: str) -> set[str]:
-    """Names of the top-level modules that are loaded after some code has run in a fresh interpreter."""
-    script = f"import sys\n{code}\nprint(' '.join(sorted({{m.split('.')[0] for m in sys.modules}})))"
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return set(run.stdout.split())
 
 
 @pytest.mark.parametrize("code", ["import tl_clt", "from tl_clt import attach, attribute, load_organism"])
@@ -37,6 +31,27 @@ def test_every_public_name_can_be_loaded():
     for name in tl_clt.__all__:
         assert getattr(tl_clt, name).__name__ == name
     assert set(tl_clt.__all__) <= set(dir(tl_clt))
+
+
+def test_the_list_of_public_names_is_the_contract_and_more():
+    """What tests outside the project import; the list itself stands in `__init__.pyi` alone."""
+    contract = {
+        *("CrossLayerTranscoder", "CrossLayerTranscoderConfig", "load_model", "load_organism", "attach"),
+        *("frozen_hooks", "attribute", "AttributionGraph", "NodeKind", "Intervention", "intervention_hooks"),
+        *("intervene", "validate", "evaluate", "CLTTrainingRunner", "CLTTrainingRunnerConfig", "feature_acts"),
+    }
+    assert contract <= set(tl_clt.__all__) and len(set(tl_clt.__all__)) == len(tl_clt.__all__)
+
+
+def test_types_are_told_to_editors():
+    """`py.typed` and the stub come with the package, and the stub re-exports every name (`X as X`)."""
+    package = files("tl_clt")
+    assert package.joinpath("py.typed").is_file()
+    stub = ast.parse(package.joinpath("__init__.pyi").read_text())
+    imported = [name for node in stub.body if isinstance(node, ast.ImportFrom) for name in node.names]
+    assert imported and all(name.asname == name.name for name in imported)
+    pyproject = Path(__file__).parents[1] / "pyproject.toml"
+    assert '"tl_clt" = ["py.typed", "*.pyi"]' in pyproject.read_text()
 
 
 def test_an_unknown_name_is_an_attribute_error():

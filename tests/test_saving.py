@@ -13,14 +13,24 @@ from matplotlib.figure import Figure
 
 from tests.conftest import small_disk
 from tests.models import random_tokens, tiny_clt, tiny_hooked
-from tl_clt import AttributionGraph, CrossLayerTranscoder, attribute, evaluate, validate
+from tl_clt import (
+    AttributionGraph,
+    CrossLayerTranscoder,
+    Intervention,
+    attribute,
+    evaluate,
+    intervene,
+    measure_faithfulness,
+    validate,
+)
 from tl_clt.errors import FormatError, NotWritten, OutputNotEmpty, TlCltError
 from tl_clt.evaluation.tradeoff import Tradeoff, compare
 from tl_clt.files import MEND, files_into, new_file, new_folder, require_file, require_new
 
-WHAT = ("graph", "clt", "circuit-tracer", "evaluation", "validation", "tradeoff")
-NEW_FOLDERS = WHAT[1:5]
-WRITERS = ("graph", "clt", "tradeoff")
+REPORTS = ("evaluation", "validation", "faithfulness", "tradeoff", "effect")
+WHAT = ("graph", "clt", "circuit-tracer", *REPORTS, "added")
+NEW_FOLDERS = WHAT[1:-1]
+WRITERS = ("graph", "clt", "added")
 """One that writes a file, one that writes a new folder, and one that adds files to a folder."""
 
 
@@ -37,6 +47,13 @@ def savings() -> dict[str, Saving]:
     report = evaluate(model, clt, tokens, n_graphs=0, progress=False)
     validation = validate(graph, model, clt, n_features=2, progress=False)
     tradeoff = compare(model, tokens, {"a": clt}, n_graphs=0, progress=False)
+    faithfulness = measure_faithfulness(model, clt, tokens[:1], n_perturbations=1, progress=False)
+    effect = intervene(model, clt, tokens, Intervention(layer=0, pos=-1, feature=3, value=9))
+
+    def add(folder: Path) -> None:
+        """As `tl-clt tradeoff` does, which has what it trained in the same folder."""
+        with files_into(folder) as unfinished:
+            tradeoff.write_into(unfinished)
 
     def has(*files: str) -> Callable[[Path], bool]:
         return lambda folder: set(files) <= {path.name for path in folder.iterdir()}
@@ -50,7 +67,10 @@ def savings() -> dict[str, Saving]:
         "circuit-tracer": Saving(lambda folder: clt.save_pretrained(folder, "circuit-tracer"), loads),
         "evaluation": Saving(report.save, has("report.json", "layers.png")),
         "validation": Saving(validation.save, has("report.json", "measurements.csv")),
+        "faithfulness": Saving(faithfulness.save, has("measurements.csv", "by_distance.csv", "distance.png")),
         "tradeoff": Saving(tradeoff.save, has("tradeoff.csv", "reports.json", "tradeoff.png")),
+        "effect": Saving(effect.save, has("changes.csv", "changes.png")),
+        "added": Saving(add, has("tradeoff.csv", "reports.json", "tradeoff.png")),
     }
 
 
@@ -79,7 +99,7 @@ def test_missing_parents_are_made_and_nothing_else_is_left(savings, tmp_path, wh
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize("what", ["clt", "tradeoff"])
+@pytest.mark.parametrize("what", ["clt", "added"])
 def test_an_empty_folder_is_filled_even_where_the_user_stands_in_it(savings, tmp_path, monkeypatch, what):
     monkeypatch.chdir(tmp_path)
     savings[what].save(Path("."))
@@ -87,7 +107,7 @@ def test_an_empty_folder_is_filled_even_where_the_user_stands_in_it(savings, tmp
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize("what", ["clt", "tradeoff"])
+@pytest.mark.parametrize("what", ["clt", "added"])
 def test_a_link_to_an_empty_folder_stays_a_link(savings, tmp_path, what):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -148,7 +168,7 @@ def test_a_null_byte_is_no_name(tmp_path, writer):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("what", ["clt", "tradeoff"])
+@pytest.mark.parametrize("what", ["clt", "added"])
 def test_stopped_between_two_files_of_a_folder_leaves_neither(savings, tmp_path, monkeypatch, what):
     real, calls = Path.replace, []
 
@@ -195,7 +215,7 @@ def test_a_full_disk_leaves_nothing(savings, tmp_path, what):
 @pytest.mark.parametrize(("fault", "error"), [(full, NotWritten), (denied, NotWritten), (stopped, KeyboardInterrupt)])
 def test_a_fault_at_any_step_leaves_what_was_there(savings, tmp_path, monkeypatch, what, there, method, fault, error):
     # Six panels take a second to draw, and what is drawn does not matter here.
-    monkeypatch.setattr(Tradeoff, "figure", lambda self: Figure(figsize=(1, 1)))
+    monkeypatch.setattr(Tradeoff, "_draw", lambda self, name: Figure(figsize=(1, 1)))
     path = tmp_path / "it"
     if there and what in NEW_FOLDERS:
         path.mkdir()

@@ -24,8 +24,7 @@ from hypothesis import strategies as st
 from transformers import BatchEncoding
 
 import tl_clt
-from tests.models import tiny_bridge, tiny_clt
-from tests.replacement.test_leaving_no_trace import snapshot
+from tests.models import snapshot, tiny_bridge, tiny_clt
 from tl_clt import attribution, evaluation, features, interventions
 from tl_clt.attribution import AttributionGraph, DifferenceTarget, DirectionTarget, FeatureTarget, TokenTarget
 from tl_clt.errors import TlCltError
@@ -98,6 +97,8 @@ class Right(NamedTuple):
     model: Any
     clt: CrossLayerTranscoder
     graph: AttributionGraph
+    feature: int
+    """Number of a feature node of the graph."""
     effect: Any
     inputs: torch.Tensor
     cache: Any
@@ -124,7 +125,7 @@ def calls(right: Right) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     model, clt, graph = right.model, right.clt, right.graph
     pair = {"model": model, "clt": clt}
     run = CLTTrainingRunnerConfig(d_transcoder=4)
-    one = {**pair, "prompt": TOKENS, "tokens": [3, 4], "pos": -1, "freeze": "none", "progress": False}
+    one = {**pair, "prompt": TOKENS, "targets": [3, 4], "pos": -1, "freeze": "none", "progress": False}
     direction = torch.ones(32, dtype=torch.float64)
     return {
         "attribute": (
@@ -159,6 +160,8 @@ def calls(right: Right) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             Intervention,
             {"layer": 1, "pos": -1, "feature": 3, "add": 1.0, "prompt": None, "seed": 0},
         ),
+        "Intervention.of": (Intervention.of, {"graph": graph, "node": right.feature, "scale": 0.0}),
+        "feature_acts": (tl_clt.feature_acts, {**pair, "prompt": TOKENS}),
         "Intervention.value": (Intervention, {"layer": 1, "feature": [3, 4], "value": [1.0, 2.0]}),
         "Intervention.scale": (Intervention, {"layer": 1, "feature": 3, "scale": 2.0}),
         "Intervention.noise": (Intervention, {"layer": 1, "feature": 3, "noise": 2.0}),
@@ -170,25 +173,25 @@ def calls(right: Right) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "intervention_hooks": (
             tl_clt.intervention_hooks,
             {
-                **{**pair, "tokens": TOKENS, "interventions": [CHANGE], "through_layer": None, "freeze": "attention"},
+                **{**pair, "prompt": TOKENS, "interventions": [CHANGE], "through_layer": None, "freeze": "attention"},
                 **{"attention_mask": None},
             },
         ),
         "intervene": (
             tl_clt.intervene,
             {
-                **{**pair, "tokens": TOKENS, "interventions": [CHANGE], "through_layer": 2, "freeze": "attention"},
+                **{**pair, "prompt": TOKENS, "interventions": [CHANGE], "through_layer": 2, "freeze": "attention"},
                 **{"attention_mask": None},
             },
         ),
         "intervene.masked": (
             tl_clt.intervene,
-            {**pair, "tokens": torch.tensor([TOKENS]), "interventions": CHANGE, "attention_mask": [[1, 1, 1, 1]]},
+            {**pair, "prompt": torch.tensor([TOKENS]), "interventions": CHANGE, "attention_mask": [[1, 1, 1, 1]]},
         ),
         "effect.top_changes": (right.effect.top_changes, {"k": 3, "pos": -1}),
         "swap_interventions": (
             interventions.swap_interventions,
-            {**pair, "tokens": TOKENS, "source": [0, 5, 6], "positions": {1: 2}, "features": [(1, 3)]},
+            {**pair, "prompt": TOKENS, "source": [0, 5, 6], "positions": {1: 2}, "features": [(1, 3)]},
         ),
         "sweep_end_layer": (tl_clt.sweep_end_layer, {**one, "interventions": [CHANGE]}),
         "sweep_strength": (
@@ -217,7 +220,7 @@ def calls(right: Right) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             tl_clt.measure_faithfulness,
             {
                 **{"model": model, "clts": clt, "prompts": [TOKENS], "kinds": ["random"], "n_perturbations": 1},
-                **{"size": 0.1, "frozen_norms": [False], "real_freeze": ["none"], "batch_size": 4, "seed": 0},
+                **{"size": 0.1, "freeze": ["all"], "model_freeze": ["none"], "batch_size": 4, "seed": 0},
                 **{"progress": False},
             },
         ),
@@ -259,6 +262,7 @@ NAMES = (
     *("attribute", "contrast", "attach", "replaced", "frozen_hooks", "TokenTarget", "DifferenceTarget"),
     *("FeatureTarget", "DirectionTarget", "check_thresholds", "build_local_model", "graph.prune", "graph.prune_masks"),
     *("graph.scores", "graph.in_edges", "graph.input_shares", "graph.load", "Intervention", "Intervention.value"),
+    *("Intervention.of", "feature_acts"),
     *("Intervention.scale", "Intervention.noise", "DirectionIntervention", "parse_intervention", "intervention_hooks"),
     *("intervene", "intervene.masked", "effect.top_changes", "swap_interventions", "sweep_end_layer"),
     *("sweep_strength", "measure_interaction", "validate", "evaluate", "measure_faithfulness", "direct_logits"),
@@ -283,10 +287,12 @@ def right(without_checks: None, tmp_path_factory: pytest.TempPathFactory) -> Rig
     # What TransformerLens itself keeps on first use with a mask is there before.
     model(torch.tensor([TOKENS]), attention_mask=torch.ones(1, len(TOKENS), dtype=torch.long))
     _, cache = model.run_with_cache(torch.tensor([TOKENS]))
+    graph = tl_clt.attribute(model, clt, TOKENS, targets=[3, 4], progress=False)
     return Right(
         model=model,
         clt=clt,
-        graph=tl_clt.attribute(model, clt, TOKENS, targets=[3, 4], progress=False),
+        graph=graph,
+        feature=int(graph.nodes.where(tl_clt.NodeKind.FEATURE)[0]),
         effect=tl_clt.intervene(model, clt, TOKENS, CHANGE),
         inputs=torch.stack([cache[f"blocks.{t}.hook_resid_mid"][0] for t in clt.layers], dim=1).detach(),
         cache=cache,

@@ -51,9 +51,9 @@ def show(name: str, report: FaithfulnessReport) -> None:
     near = Table("attention", "transcoder", "norms", "perturbation", "n", "cosine", "normalised error", "its median")
     near.add_column("perturbation alone: cosine, error")
     far = Table("attention", "transcoder", "norms", "distance", *(f"{kind}: cosine, median error" for kind in KINDS))
-    groups = report.by_distance.groupby(["real_freeze", "transcoder", "frozen_norms"], sort=False)
-    for (freeze, transcoder, frozen), means in groups:
-        where = ("free" if freeze == "none" else "held", transcoder, "held" if frozen else "free")
+    groups = report.by_distance.groupby(["model_freeze", "transcoder", "freeze"], sort=False)
+    for (model_freeze, transcoder, freeze), means in groups:
+        where = ("free" if model_freeze == "none" else "held", transcoder, "held" if freeze == "all" else "free")
         for row in means[means["distance"] == 1].itertuples():
             numbers = f"{row.cosine:.2f}", f"{row.normalised_error:.2f}", f"{row.median_error:.2f}"
             alone = f"{row.carried_cosine:.2f}, {row.carried_error:.2f}"
@@ -73,13 +73,11 @@ def measure(
     options: dict[str, Any],
     output: Path | None,
 ) -> None:
-    """Measure with the model's attention free and held, print tables, and write table and figure."""
-    report = measure_faithfulness(model, clts, prompts, real_freeze=("none", "attention"), **options)
+    """Measure with the model's attention free and held, print tables, and save the report."""
+    report = measure_faithfulness(model, clts, prompts, model_freeze=("none", "attention"), **options)
     show(f"{name}, {len(prompts)} prompts, {options}", report)
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        report.table.to_csv(output / f"{name}.csv", index=False)
-        report.plot().savefig(output / f"{name}.png")
+        report.save(output / name)
 
 
 def main(
@@ -91,7 +89,7 @@ def main(
     n_prompts: Annotated[int, typer.Option(help="Held-out questions of atlas; of Gemma's prompts 5 at most.")] = 40,
     n_perturbations: Annotated[int, typer.Option(help="Of each kind, for each prompt and layer.")] = 4,
     size: Annotated[float, typer.Option(help="Of encoder and random perturbations, over the stream's norm.")] = 0.1,
-    output: Annotated[Optional[Path], typer.Option(help="Folder for tables and figures.")] = None,
+    output: Annotated[Optional[Path], typer.Option(help="Folder for a folder of each report.")] = None,
     threads: int = 2,
     seed: int = 0,
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 from pandas.testing import assert_frame_equal
@@ -53,11 +54,9 @@ def neurons(relu_model):
     return clt
 
 
-@pytest.mark.parametrize(("real_freeze", "frozen_norms"), [("attention", False), ("all", True)])
-def test_the_models_own_neurons_are_faithful(relu_model, neurons, real_freeze, frozen_norms):
-    report = measure_faithfulness(
-        relu_model, neurons, PROMPTS, real_freeze=[real_freeze], frozen_norms=[frozen_norms], progress=False
-    )
+@pytest.mark.parametrize("freeze", ["attention", "all", "none"])
+def test_the_models_own_neurons_are_faithful(relu_model, neurons, freeze):
+    report = measure_faithfulness(relu_model, neurons, PROMPTS, freeze=freeze, model_freeze=freeze, progress=False)
     assert set(report.table["distance"]) == {1, 2}
     assert set(report.table["kind"]) == {"feature", "encoder", "random"}
     assert (report.table["cosine"] - 1).abs().max() < 1e-12
@@ -67,9 +66,9 @@ def test_the_models_own_neurons_are_faithful(relu_model, neurons, real_freeze, f
 
 def test_held_norms_and_free_attention_are_seen(relu_model, neurons):
     """What the paper suspects: with all else exact, what is held in one model and not in the other shows."""
-    norms = measure_faithfulness(relu_model, neurons, PROMPTS, real_freeze=["attention"], progress=False).table
-    assert norms[norms["frozen_norms"]]["normalised_error"].min() > 1e-6
-    free = measure_faithfulness(relu_model, neurons, PROMPTS, frozen_norms=[False], progress=False).table
+    norms = measure_faithfulness(relu_model, neurons, PROMPTS, model_freeze=["attention"], progress=False).table
+    assert norms[norms["freeze"] == "all"]["normalised_error"].min() > 1e-6
+    free = measure_faithfulness(relu_model, neurons, PROMPTS, freeze=["attention"], progress=False).table
     assert free["normalised_error"].max() > 1e-6
 
 
@@ -127,20 +126,20 @@ def test_every_measure_equals_runs_by_hand(one_of_each, span):
         PROMPTS,
         kinds=["feature", "encoder"],
         size=SIZE,
-        real_freeze=["none", "attention"],
+        model_freeze=["none", "attention"],
         n_perturbations=1,
         progress=False,
     )
     rows = report.table.sort_values("distance")
     assert set(rows["transcoder"]) == {"PLT" if span == 1 else "CLT"}
-    places = ["prompt", "kind", "layer", "position", "source_layer", "feature", "real_freeze", "frozen_norms"]
+    places = ["prompt", "kind", "layer", "position", "source_layer", "feature", "model_freeze", "freeze"]
     for _, group in rows.groupby(places):
         row = group.iloc[0]
         tokens = PROMPTS[row["prompt"]][None]
         vector = vector_by_hand(model, clt, tokens, row)
         where = (model, clt, tokens, vector, int(row["position"]), int(row["layer"]))
-        d = changes_by_hand(*where, real=row["real_freeze"]).flatten(1)
-        replaced = changes_by_hand(*where, frozen=bool(row["frozen_norms"])).flatten(1)
+        d = changes_by_hand(*where, real=row["model_freeze"]).flatten(1)
+        replaced = changes_by_hand(*where, frozen=row["freeze"] == "all").flatten(1)
         carried = torch.zeros(tokens.shape[1], len(vector), dtype=torch.float64)
         carried[row["position"]] = vector
         for name, change in (("cosine", replaced), ("carried_cosine", carried.flatten().expand_as(d))):
@@ -175,7 +174,7 @@ def test_the_table_has_a_row_for_each_perturbation_layer_and_way_of_holding_norm
     per_layer = table[(table["transcoder"] == "per layer") & (table["kind"] == "feature")]
     assert (per_layer["source_layer"] == per_layer["layer"]).all()
     features = table[table["feature"] >= 0]
-    assert not features.duplicated([*COLUMNS[:7], "frozen_norms", "distance"]).any()
+    assert not features.duplicated([*COLUMNS[:7], "freeze", "distance"]).any()
 
 
 def test_random_perturbations_are_the_same_for_all_transcoders(model, clts):
@@ -204,13 +203,21 @@ def test_means_are_over_perturbations(model, clts):
 
 
 def test_the_figure_has_two_panels_for_each_transcoder(model, clts, tmp_path):
-    figure = measured(model, clts, kinds=["feature", "random"], real_freeze=["none", "attention"]).plot()
+    figure = measured(model, clts, kinds=["feature", "random"], model_freeze=["none", "attention"]).plot()
     titles = [axes.get_title() for axes in figure.axes]
     against = ("against the model", "against the model with attention held")
     assert titles == [f"{name} {what}" for name in clts for what in against for _ in range(2)]
     # Two kinds with norms free and held, and each perturbation alone.
     assert [len(axes.lines) for axes in figure.axes] == [6] * 8
     figure.savefig(tmp_path / "faithfulness.png")
+
+
+def test_it_is_saved_with_its_figure(model, clts, tmp_path):
+    report = measured(model, clts, n_perturbations=1)
+    folder = report.save(tmp_path / "report")
+    assert {p.name for p in folder.iterdir()} == {"measurements.csv", "by_distance.csv", "distance.png"}
+    assert_frame_equal(pd.read_csv(folder / "measurements.csv"), report.table, check_dtype=False)
+    assert len(pd.read_csv(folder / "by_distance.csv")) == len(report.by_distance)
 
 
 def test_hooks_of_the_users_are_set_aside_and_stay(model, clts):
@@ -233,13 +240,14 @@ def test_features_that_write_nothing_are_left_out(model):
     [
         ({"kinds": []}, "kinds is [], of type list: give some of feature, encoder, random"),
         ({"kinds": ["decoder"]}, "kinds[0] is 'decoder': give one of feature, encoder, random"),
-        ({"frozen_norms": []}, "frozen_norms is [], of type list: give False, True or both"),
+        ({"freeze": []}, "freeze is [], of type list: give some of attention, all, none"),
         ({"size": 0.0}, "size is 0.0"),
         ({"size": math.nan}, "size is nan"),
         ({"n_perturbations": 0}, "n_perturbations is 0: give at least 1"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"real_freeze": ["norms"]}, "real_freeze[0] is 'norms': give one of attention, all, none"),
-        ({"real_freeze": []}, "real_freeze is []"),
+        ({"freeze": True}, "freeze[0] is True"),
+        ({"model_freeze": ["norms"]}, "model_freeze[0] is 'norms': give one of attention, all, none"),
+        ({"model_freeze": []}, "model_freeze is []"),
     ],
 )
 @pytest.mark.usefixtures("as_users_run_it")

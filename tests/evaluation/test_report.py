@@ -83,22 +83,22 @@ def test_saved_whole_or_not_at_all(report, bare, tmp_path):
 
 
 def test_figures_show_the_numbers(report, bare):
-    bars = [[bar.get_height() for bar in axes.patches] for axes in report.figure("layers").axes]
+    bars = [[bar.get_height() for bar in axes.patches] for axes in report.plot("layers").axes]
     per_layer = (report.explained_variance_per_layer, report.nmse_per_layer, report.l0_per_layer)
     assert bars == [list(values) for values in (*per_layer, report.dead_share_per_layer)]
-    heights = [bar.get_height() for bar in report.figure("density").axes[0].patches]
+    heights = [bar.get_height() for bar in report.plot("density").axes[0].patches]
     assert heights == [n for layer in report.density_counts for n in layer]
-    shares = [bar.get_height() for bar in report.figure("distance").axes[1].patches]
+    shares = [bar.get_height() for bar in report.plot("distance").axes[1].patches]
     assert shares == report.written_share_by_distance
-    points = report.figure("graphs").axes[0].lines[0].get_ydata()
+    points = report.plot("graphs").axes[0].lines[0].get_ydata()
     assert list(points) == sorted(g.replacement for g in report.graphs)
     with pytest.raises(ConfigError, match="No prompt was traced"):
-        bare.figure("graphs")
+        bare.plot("graphs")
 
 
 def test_there_is_no_other_figure(report, as_users_run_it):
     with pytest.raises(ConfigError, match="no figure 'layer'"):
-        report.figure("layer")
+        report.plot("layer")
 
 
 def test_tables(report, bare):

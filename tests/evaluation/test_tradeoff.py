@@ -89,7 +89,7 @@ def test_files(found, tmp_path):
 
 
 def test_the_figure_has_a_line_for_each_kind_and_size(found):
-    panels = found.figure().axes[:-1]
+    panels = found.plot().axes[:-1]
     for panel, column in zip(
         panels, ("nmse", "top1_agreement", "replacement", "completeness", "path_length"), strict=True
     ):

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.models import Model, random_tokens, tiny_clt
+from tests.models import Model, random_tokens, snapshot, tiny_clt
 from tests.replacement.by_hand import clean_run
-from tests.replacement.test_leaving_no_trace import snapshot
 from tl_clt import Intervention, attach, intervene, intervention_hooks
 from tl_clt.errors import CLTMismatch, ConfigError, InterventionError, PromptError, TokenizerMissing
 from tl_clt.interventions import DirectionIntervention, swap_interventions

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.interventions.edits import CASES, CLOSE, Edit, by_hand, scale_one, set_all, set_list
-from tests.models import Model, random_tokens, tiny_clt
+from tests.models import Model, random_tokens, snapshot, tiny_clt
 from tests.replacement.by_hand import clean_run
-from tests.replacement.test_leaving_no_trace import snapshot
 from tl_clt import Intervention, attach, frozen_hooks, intervention_hooks
 from tl_clt.interventions import DirectionIntervention
 from tl_clt.transcoder import CrossLayerTranscoder

@@ -11,7 +11,6 @@ from transformer_lens import HookedTransformer
 
 from tests.interventions.edits import CLOSE, by_hand, set_all
 from tests.models import Model, random_tokens, save_hf, tiny_clt, tiny_hf
-from tests.replacement.test_calls import generating as generating  # a fixture
 from tl_clt import Intervention, attach, intervention_hooks, load_model
 from tl_clt.errors import ModelUnsupported, PromptError
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from tests.attribution.helpers import normalised
+from tests.conftest import modules_after
 from tests.models import COMMON, Model, input_hook_of, random_tokens, randomise, tiny_clt, tiny_hooked
-from tests.test_package import modules_after
 from tl_clt import (
     AttributionGraph,
     CrossLayerTranscoder,
@@ -625,10 +625,10 @@ def test_figures_have_constrained_on_the_left_iterative_beside_it_and_model_on_t
 ):
     report = validate(*traced(one_of_each), n_features=8)
     for name in FIGURES:
-        titles = [axes.get_title() for axes in report.figure(name).axes[:3]]
+        titles = [axes.get_title() for axes in report.plot(name).axes[:3]]
         assert all(title.startswith(kind) for title, kind in zip(titles, KINDS, strict=True))
     with pytest.raises(ConfigError, match="no figure 'pie'"):
-        report.figure("pie")  # type: ignore[arg-type]
+        report.plot("pie")  # type: ignore[arg-type]
 
 
 def test_no_plotting_library_is_loaded_before_a_figure_is_asked_for():

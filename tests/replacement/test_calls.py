@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
-from tests.models import Model, random_tokens, save_hf, tiny_clt, tiny_hf, tiny_hooked
+from tests.models import Model, random_tokens, tiny_clt, tiny_hooked
 from tl_clt.errors import ModelUnsupported
-from tl_clt.lens import CleanCaches, load_model
+from tl_clt.lens import CleanCaches
 from tl_clt.replacement import attach
 
 MODES = ("observe", "replace", "replace_with_error")
@@ -81,17 +79,6 @@ def test_a_hook_added_inside_does_not_outlive_the_block(one_of_each: Model):
             assert not torch.allclose(one_of_each(tokens), expected)
         with attach(one_of_each, clt, "replace"):
             assert torch.equal(one_of_each(tokens), expected)
-
-
-@pytest.fixture
-def generating(model: Model, request: pytest.FixtureRequest, tmp_path: Path) -> Model:
-    """Every tiny model; the one with learned positions with a tokenizer.
-
-    Without one, HookedTransformer's own generate with a key-value cache loses count of the positions.
-    """
-    if request.node.callspec.params["model"] == "hooked-gpt2":
-        return load_model(save_hf(tiny_hf("gpt2"), tmp_path), dtype=torch.float64)
-    return model
 
 
 def step_logits(model: Model, tokens: Tensor, *, cache: bool, hooks: list) -> tuple[Tensor, list[Tensor]]:

@@ -11,35 +11,13 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from tests.models import Model, input_hook_of, random_tokens, tiny_clt, tiny_hooked
+from tests.models import Model, input_hook_of, random_tokens, snapshot, tiny_clt, tiny_hooked
 from tests.replacement.by_hand import clean_run, run_by_hand
 from tl_clt import attribute
 from tl_clt.errors import AlreadyAttached, CLTMismatch, ConfigError, HookNotFound
 from tl_clt.replacement import attach
 
 MODES = ("observe", "replace", "replace_with_error")
-
-
-def snapshot(model: Model) -> dict[str, Any]:
-    """Everything that a user could find changed."""
-    hooks = model.hook_dict
-    modules = dict(model.named_modules(remove_duplicate=False))
-    return {
-        "hook_dict": [(name, id(point)) for name, point in hooks.items()],
-        "hook names": [point.name for point in hooks.values()],
-        "handles": [(len(point.fwd_hooks), len(point.bwd_hooks)) for point in hooks.values()],
-        "mod_dict": [(k, id(v)) for k, v in getattr(model, "mod_dict", {}).items()],
-        "modules": [(name, id(module)) for name, module in modules.items()],
-        "forward hooks": {n: list(m._forward_hooks.items()) for n, m in modules.items()},
-        "forward pre hooks": {n: list(m._forward_pre_hooks.items()) for n, m in modules.items()},
-        "backward hooks": {n: len(m._backward_hooks) for n, m in modules.items()},
-        "state_dict": [(k, v.data_ptr(), v._version) for k, v in model.state_dict().items()],
-        "requires_grad": [(n, p.requires_grad) for n, p in model.named_parameters()],
-        "training": [m.training for m in modules.values()],
-        "attributes": sorted(vars(model)),
-        "forward": model.forward,
-        "random state": torch.get_rng_state().tolist(),
-    }
 
 
 def use(model: Model, tokens: Tensor, hook: str) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.models import Model, random_tokens, tiny_clt, tiny_hooked
-from tests.replacement.test_leaving_no_trace import snapshot
+from tests.models import Model, random_tokens, snapshot, tiny_clt, tiny_hooked
 from tl_clt import Intervention, attach, attribute, evaluate, intervene, intervention_hooks
 from tl_clt.errors import CLTMismatch, ModelUnsupported
 

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import tl_clt
-from tests.transcoder.test_public_layouts import gemma_scope_1
+from tests.transcoder.layouts import gemma_scope_1
 from tl_clt.cli import app
 from tl_clt.errors import CLTMismatch, FormatError, NotWritten
 from tl_clt.organisms import organism_folder

@@ -155,3 +155,17 @@ def test_gradients_reach_every_weight(x: Tensor):
 def test_weights_have_the_dtype_of_the_config(dtype: str):
     cfg = CrossLayerTranscoderConfig(n_layers=2, d_model=4, d_transcoder=8, dtype=dtype, skip=True)
     assert {p.dtype for p in CrossLayerTranscoder(cfg).parameters()} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize("active_only", [False, True])
+def test_decode_layer_by_layer_is_decode(active_only: bool, x: Tensor):
+    """`add_written` and `recons_of` in the order in which a pass comes to the layers."""
+    clt = tiny_clt((N_LAYERS, D_MODEL), span=2, skip=True)
+    acts, written, recons = clt.encode(x), {}, []
+    for layer in clt.layers:
+        clt.add_written(written, acts[:, layer], layer, active_only=active_only)
+        recons.append(clt.recons_of(written, layer, x[:, layer]))
+    assert not written
+    # Sums over active features alone, or over all: float64 in another order.
+    expected = decode_by_pairs(clt, acts, x)
+    torch.testing.assert_close(torch.stack(recons, dim=1), expected, rtol=1e-12, atol=1e-12)

@@ -107,7 +107,7 @@ def tradeoff(
     with plain_errors():
         from tl_clt.evaluation.prompts import held_out_prompts
         from tl_clt.evaluation.tradeoff import check_training, compare, short_names, train_transcoders, training_config
-        from tl_clt.files import require_new
+        from tl_clt.files import files_into, require_new
 
         require_new(output)
         interruption.kept = lambda: _kept(output)
@@ -137,7 +137,8 @@ def tradeoff(
             max_unexplored=max_unexplored,
             seed=seed,
         )
-        found.save(output)
+        with files_into(output) as unfinished:  # what was trained is in it
+            found.write_into(unfinished)
         console.print(tradeoff_table(found.table))
         console.print(f"The table and its figure are in {output}.")
 

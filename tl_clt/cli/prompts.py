@@ -157,8 +157,10 @@ def intervene(
     scale: Annotated[Optional[list[str]], typer.Option(help="Multiply features, in the same form. Repeatable.")] = None,
     add: Annotated[Optional[list[str]], typer.Option(help="Add to features, in the same form. Repeatable.")] = None,
     through_layer: Annotated[
-        Optional[int],
-        typer.Option(help="Hold MLP outputs up to this layer (constrained). Default: recompute features (iterative)."),
+        Optional[str],
+        typer.Option(
+            help="Hold MLP outputs up to this layer, or all (constrained). Default: recompute features (iterative)."
+        ),
     ] = None,
     freeze: Annotated[str, typer.Option(help="Hold attention, all (and norms' scales), or none.")] = "attention",
     top: Annotated[int, typer.Option(help="Tokens to show.")] = 10,
@@ -177,7 +179,10 @@ def intervene(
             if not changes:
                 raise InterventionError("Nothing is changed: give --value, --scale or --add, for example 2:-1:17=0.")
             hooked, transcoder = load_pair(model, clt, backend, device, lazy_decoder)
-        effect = change(hooked, transcoder, prompt, changes, through_layer, freeze)  # type: ignore[arg-type]
+        last: int | str | None = through_layer
+        if through_layer is not None and through_layer.removeprefix("-").isdecimal():
+            last = int(through_layer)
+        effect = change(hooked, transcoder, prompt, changes, last, freeze)  # type: ignore[arg-type]
         _show_effect(effect, top)
 
 

@@ -18,7 +18,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
 
-from tl_clt.arguments import as_choices, as_number, as_seed, as_several, as_switch, as_whole, shown
+from tl_clt.arguments import as_choices, as_number, as_seed, as_switch, as_whole, shown
 from tl_clt.errors import CLTMismatch, ConfigError, DatasetError, ModelUnsupported
 from tl_clt.interventions import Freeze, intervention_hooks
 from tl_clt.lens import (
@@ -40,7 +41,8 @@ from tl_clt.lens import (
     to_prompts,
     user_hooks_aside,
 )
-from tl_clt.replacement import check_fit, require_free
+from tl_clt.replacement import check_fit, feature_acts, require_free
+from tl_clt.report import Report
 from tl_clt.shapes import TokenBatch, Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
 
@@ -48,15 +50,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+FigureName = Literal["distance"]
 Kind = Literal["feature", "encoder", "random"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ROUNDING = 1000
 """A vector must be so many rounding errors of the stream long for changes that follow it to be told from rounding."""
-GROUPS = ["transcoder", "kind", "real_freeze", "frozen_norms", "distance"]
+GROUPS = ["transcoder", "kind", "model_freeze", "freeze", "distance"]
 MEASURES = ["cosine", "normalised_error", "carried_cosine", "carried_error"]
 COLUMNS = [
     *("transcoder", "prompt", "kind", "layer", "position", "source_layer", "feature", "size"),
-    *("real_freeze", "frozen_norms", "distance", *MEASURES),
+    *("model_freeze", "freeze", "distance", *MEASURES),
 ]
 Changes = Float[Tensor, "n_later n_perturbations pos d_model"]
 
@@ -70,8 +73,8 @@ def measure_faithfulness(
     kinds: Kind | Sequence[Kind] = KINDS,
     n_perturbations: int = 4,
     size: float = 0.1,
-    frozen_norms: bool | Sequence[bool] = (False, True),
-    real_freeze: Freeze | Sequence[Freeze] = ("none",),
+    freeze: Freeze | Sequence[Freeze] = ("attention", "all"),
+    model_freeze: Freeze | Sequence[Freeze] = ("none",),
     batch_size: int = 32,
     seed: int = 0,
     progress: bool = True,
@@ -79,7 +82,7 @@ def measure_faithfulness(
     """Perturb the residual stream of the model and of its local replacement model, and compare what follows.
 
     In the local replacement model features are computed anew from the perturbed stream and write in place of the
-    MLPs, with the clean run's errors and attention patterns (and, with frozen norms, scales of norms).
+    MLPs, with the clean run's errors and what `freeze` holds of it.
     Perturbations are added after each block but the last, at positions after 0:
 
     - "feature": `feature_acts[s] W_dec[s -> l]`, what an active feature of this or an earlier layer writes to layer
@@ -96,8 +99,9 @@ def measure_faithfulness(
         kinds: which perturbations, one or several.
         n_perturbations: of each kind, for each prompt and layer; fewer where fewer features are active.
         size: norm of encoder and random perturbations, as a share of the stream's norm at their place.
-        frozen_norms: whether the replacement model's norms are held: False, True, or each in turn.
-        real_freeze: what is held in the model's own run, each in turn. "none" compares with the model as it is;
+        freeze: what is held at the clean run's values in the local replacement model, each in turn: "attention"
+            patterns, "all" (patterns and the scales of norms), or "none".
+        model_freeze: what is held in the model's own run, each in turn. "none" compares with the model as it is;
             with "attention" what is left is due to the MLPs' replacement (and to norms where they are held).
         batch_size: perturbations in one pass.
         seed: of what is drawn.
@@ -116,8 +120,8 @@ def measure_faithfulness(
         kinds=as_choices("kinds", kinds, KINDS),
         n_perturbations=as_whole("n_perturbations", n_perturbations, 1),
         size=as_number("size", size, above=0),
-        frozen_norms=_as_switches("frozen_norms", frozen_norms),
-        real_freeze=as_choices("real_freeze", real_freeze, get_args(Freeze)),
+        freeze=as_choices("freeze", freeze, get_args(Freeze)),
+        model_freeze=as_choices("model_freeze", model_freeze, get_args(Freeze)),
         batch_size=as_whole("batch_size", batch_size, 1),
         seed=as_seed("seed", seed),
     )
@@ -142,8 +146,8 @@ class _Plan:
     kinds: Sequence[Kind]
     n_perturbations: int
     size: float
-    frozen_norms: Sequence[bool]
-    real_freeze: Sequence[Freeze]
+    freeze: Sequence[Freeze]
+    model_freeze: Sequence[Freeze]
     batch_size: int
     seed: int
 
@@ -158,11 +162,6 @@ def _named(clts: CrossLayerTranscoder | Mapping[str, CrossLayerTranscoder]) -> d
     if not isinstance(clts, Mapping):
         raise CLTMismatch(f"clts is {shown(clts)}: give a CrossLayerTranscoder, or a dict of several by name.")
     return dict(clts)
-
-
-def _as_switches(name: str, given: bool | Sequence[bool]) -> list[bool]:
-    entries = as_several(name, given, "False, True or both")
-    return list(dict.fromkeys(as_switch(f"{name}[{i}]", entry) for i, entry in enumerate(entries)))
 
 
 def _texts(model: HookedModel, prompts: Prompt | Sequence[Prompt]) -> list[Tokens]:
@@ -199,14 +198,14 @@ def _measure(
             # The first of a batch stays unperturbed: every change is a difference within one pass.
             batch = tokens.expand(len(chunk) + 1, -1)
             changes = partial(_changes, model, clt, batch, moved, layer)
-            real = {freeze: changes(-1, freeze) for freeze in plan.real_freeze}
-            replaced = {frozen: changes(None, "all" if frozen else "attention") for frozen in plan.frozen_norms}
-            for freeze, frozen in product(real, replaced):
-                for later, values in enumerate(_compare(moved, real[freeze], replaced[frozen]).tolist()):
+            real = {held: changes(-1, held) for held in plan.model_freeze}
+            replaced = {held: changes(None, held) for held in plan.freeze}
+            for model_freeze, freeze in product(real, replaced):
+                for later, values in enumerate(_compare(moved, real[model_freeze], replaced[freeze]).tolist()):
                     for p, of_it in zip(chunk, values, strict=True):
                         share = float(p.vector.norm() / clean.stream[layer, p.position].norm())
                         what = (p.kind, layer, p.position, p.source_layer, p.feature, share)
-                        rows.append((*what, freeze, frozen, later + 1, *of_it))
+                        rows.append((*what, model_freeze, freeze, later + 1, *of_it))
         yield rows
 
 
@@ -279,12 +278,10 @@ class Perturbation(NamedTuple):
 @torch.no_grad()
 def clean_activations(model: HookedModel, clt: CrossLayerTranscoder, tokens: Tokens) -> CleanActivations:
     """Run one prompt without users' hooks."""
-    reads = [block_hook(t, clt.cfg.input_hook) for t in clt.layers]
     posts = [block_hook(t, "hook_resid_post") for t in clt.layers]
     with user_hooks_aside(model):
-        _, cache = run_with_cache(model, tokens[None], lambda name: name in {*reads, *posts})
-    inputs = torch.stack([cache[name][0] for name in reads], dim=-2).to(clt.W_enc.dtype)
-    return CleanActivations(clt.encode(inputs), torch.stack([cache[name][0] for name in posts]))
+        _, cache = run_with_cache(model, tokens[None], lambda name: name in posts)
+    return CleanActivations(feature_acts(model, clt, tokens), torch.stack([cache[name][0] for name in posts]))
 
 
 def draw_perturbations(
@@ -336,39 +333,44 @@ def _of_size(
     return size * stream.norm() * direction / direction.norm()
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FaithfulnessReport:
-    """How the changes that follow a perturbation compare in the model and in its local replacement model."""
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class FaithfulnessReport(Report[FigureName]):
+    """How the changes that follow a perturbation compare in the model and in its local replacement model.
+
+    Figure: "distance" (cosine and normalised error against distance, a row of panels for each transcoder and
+    model_freeze, beside what the perturbation alone would score). `save` writes it, measurements.csv (`table`) and
+    by_distance.csv.
+    """
+
+    FIGURES: ClassVar[tuple[FigureName, ...]] = get_args(FigureName)
 
     table: DataFrame
     """One row for each perturbation, way of holding things and later layer: transcoder (its name), prompt (number),
     kind, layer (after whose block the stream is moved), position, source_layer and feature (whose direction; -1
-    for random ones), size (norm, as a share of the stream's there), real_freeze (what was held in the model's own
-    run), frozen_norms (whether norms were held in the replacement model's), distance (blocks between), cosine,
-    normalised_error, carried_cosine, carried_error."""
+    for random ones), size (norm, as a share of the stream's there), model_freeze (what was held in the model's own
+    run), freeze (what was held in the replacement model's), distance (blocks between), cosine, normalised_error,
+    carried_cosine, carried_error."""
 
     @property
     def by_distance(self) -> DataFrame:
-        """Means over perturbations for each transcoder, kind, real_freeze, frozen_norms and distance. n is their
+        """Means over perturbations for each transcoder, kind, model_freeze, freeze and distance. n is their
         number; the median stands beside the mean of the normalised error, which few large values can carry."""
         means = {measure: (measure, "mean") for measure in MEASURES}
         groups = self.table.groupby(GROUPS, sort=False)
         median = ("normalised_error", "median")
         return groups.agg(n=("cosine", "size"), **means, median_error=median).reset_index()
 
-    def plot(self) -> Figure:
-        """Cosine and normalised error against distance, a row of panels for each transcoder and real_freeze, beside
-        what the perturbation alone would score. Needs matplotlib."""
+    def _draw(self, name: str) -> Figure:
         from matplotlib.figure import Figure
 
         means = self.by_distance
-        parts = [part for _, part in means.groupby(["transcoder", "real_freeze"], sort=False)]
+        parts = [part for _, part in means.groupby(["transcoder", "model_freeze"], sort=False)]
         figure = Figure(figsize=(10, 3.4 * len(parts) + 0.8), layout="constrained")
         panels = figure.subplots(len(parts), 2, squeeze=False, sharex=True, sharey="col")
         # Errors of 0.1 and of 10 are to be told apart, and an error of 0 drawn.
         panels[0][1].set_yscale("symlog", linthresh=0.1)
         for ours, row in zip(parts, panels, strict=True):
-            name, freeze = ours["transcoder"].iloc[0], ours["real_freeze"].iloc[0]
+            name, freeze = ours["transcoder"].iloc[0], ours["model_freeze"].iloc[0]
             _lines(row[0], ours, "cosine", "carried_cosine")
             _lines(row[1], ours, "normalised_error", "carried_error")
             against = f"{name} against the model" + ("" if freeze == "none" else f" with {freeze} held")
@@ -381,15 +383,31 @@ class FaithfulnessReport:
         figure.legend(handles, labels, loc="outside lower center", ncols=means["kind"].nunique())
         return figure
 
+    def _write_numbers(self, folder: Path) -> None:
+        self.table.to_csv(folder / "measurements.csv", index=False)
+        self.by_distance.to_csv(folder / "by_distance.csv", index=False)
+
+    def _in_short(self) -> str:
+        names = ", ".join(map(str, self.table["transcoder"].unique()))
+        return f"{len(self.table)} comparisons of {names}: mean cosine {self.table['cosine'].mean():.3f}"
+
+    def _tables(self) -> dict[str, DataFrame]:
+        return {"means by distance": self.by_distance}
+
+
+HELD = {"attention": ("norms free", "o-"), "all": ("norms held", "s--"), "none": ("nothing held", "^-.")}
+"""What a line is called, and how it is drawn, by what is held in the local replacement model."""
+
 
 def _lines(axes: Axes, means: DataFrame, measure: str, carried: str) -> None:
-    """One line for each kind and way of holding norms; dotted, the perturbation alone."""
+    """One line for each kind and what is held; dotted, the perturbation alone."""
     distances = sorted(means["distance"].unique())
     for i, kind in enumerate(KINDS):
         ours = means[means["kind"] == kind]
-        for frozen, held in ours.groupby("frozen_norms"):
-            label, style = f"{kind}, norms {'held' if frozen else 'free'}", f"C{i}s--" if frozen else f"C{i}o-"
-            axes.plot(held["distance"], held[measure], style, label=label, markersize=4)
+        for freeze, (held, style) in HELD.items():
+            line = ours[ours["freeze"] == freeze]
+            if len(line) > 0:
+                axes.plot(line["distance"], line[measure], f"C{i}{style}", label=f"{kind}, {held}", markersize=4)
         if len(ours) > 0:
             alone = ours.groupby("distance")[carried].first()
             axes.plot(alone.index, alone, f"C{i}:", linewidth=1, label=f"{kind}, carried alone")

@@ -8,17 +8,20 @@ from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+from pandas import DataFrame
 
 from tl_clt.errors import ConfigError, FormatError
-from tl_clt.files import new_folder, read_json
+from tl_clt.files import read_json
+from tl_clt.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FigureName = Literal["layers", "density", "distance", "graphs"]
-FIGURES: tuple[FigureName, ...] = ("layers", "density", "distance", "graphs")
+FIGURES: tuple[FigureName, ...] = get_args(FigureName)
 PER_LAYER = (
     *("explained_variance_per_layer", "nmse_per_layer", "l0_per_layer", "dead_share_per_layer", "density_counts"),
 )
@@ -57,10 +60,17 @@ def mean_numbers(numbers: Sequence[GraphNumbers]) -> GraphNumbers:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluationReport:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class EvaluationReport(Report[FigureName]):
     """How good a CLT is on held-out text. Position 0 of each prompt is left out of every number, and keeps its own MLP
-    outputs in the replaced model."""
+    outputs in the replaced model.
+
+    Figures: "layers" (explained variance, NMSE, L0, dead share by layer), "density" (histogram), "distance" (decoder
+    norms and what is written by distance), "graphs" (scores of each prompt, where any was traced). `save` writes them
+    and report.json, which `from_json` reads.
+    """
+
+    FIGURES: ClassVar[tuple[FigureName, ...]] = FIGURES
 
     model: str
     clt: dict[str, Any]
@@ -172,26 +182,57 @@ class EvaluationReport:
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise FormatError(f"This is no evaluation report ({error}). Give what `tl-clt evaluate` wrote.") from error
 
-    def save(self, folder: str | Path) -> None:
-        """Write report.json and the figures as PNG files to a new or empty folder, all or nothing.
+    @property
+    def figures(self) -> tuple[FigureName, ...]:
+        """The figures that there is something to draw for: "graphs" only where a prompt was traced."""
+        return FIGURES if self.graphs else FIGURES[:-1]
 
-        Raises:
-            OutputNotEmpty: the folder holds something already, or is a file.
-            NotWritten: the disk is full, for example; nothing is left.
-        """
-        with new_folder(Path(folder)) as unfinished:
-            (unfinished / "report.json").write_text(self.to_json())
-            for name in FIGURES if self.graphs else FIGURES[:-1]:
-                self.figure(name).savefig(unfinished / f"{name}.png", dpi=120)
+    def __hash__(self) -> int:
+        return hash(self.to_json())
 
-    def figure(self, name: FigureName) -> Figure:
-        """One of the figures: "layers" (explained variance, NMSE, L0, dead share by layer), "density" (histogram),
-        "distance" (decoder norms and what is written by distance), "graphs" (scores of each prompt).
+    def _draw(self, name: str) -> Figure:
+        from matplotlib.figure import Figure
 
-        Raises:
-            ConfigError: there is no such figure, or no prompt was traced.
-        """
-        return _draw(self, name)
+        drawn = {
+            "layers": (_draw_layers, (10, 6)),
+            "density": (_draw_density, (8, 4.5)),
+            "distance": (_draw_distance, (10, 4)),
+            "graphs": (_draw_graphs, (10, 4)),
+        }
+        draw, size = drawn[name]
+        figure = Figure(figsize=size, layout="constrained")
+        draw(self, figure)
+        return figure
+
+    def _write_numbers(self, folder: Path) -> None:
+        (folder / "report.json").write_text(self.to_json())
+
+    def _in_short(self) -> str:
+        return (
+            f"{self.model}, {self.n_tokens} tokens: explained variance {self.explained_variance:.3f},"
+            f" L0 {self.l0_mean_per_layer:.3g} a layer, same top token {self.top1_agreement:.1%}"
+        )
+
+    def _tables(self) -> dict[str, DataFrame]:
+        means = self.graph_means
+        numbers = {
+            "explained variance, mean over layers": self.explained_variance,
+            "NMSE, mean over layers": self.nmse,
+            "L0, sum over layers": self.l0_sum_over_layers,
+            "L0, mean per layer": self.l0_mean_per_layer,
+            "share of dead features": self.dead_share,
+            "same top token": self.top1_agreement,
+            "KL divergence (nats)": self.kl_divergence,
+            "cross-entropy recovered": self.cross_entropy_recovered,
+            "replacement score": None if means is None else means.replacement,
+            "completeness score": None if means is None else means.completeness,
+        }
+        known = {name: value for name, value in numbers.items() if value is not None}
+        by_layer = {name.removesuffix("_per_layer"): getattr(self, name) for name in PER_LAYER[:-1]}
+        return {
+            "numbers": DataFrame({"measure": list(known), "value": list(known.values())}),
+            "by layer": DataFrame({"layer": range(len(self.l0_per_layer)), **by_layer}),
+        }
 
 
 def _finite(value: Any) -> Any:
@@ -225,28 +266,6 @@ def _read_field(name: str, kind: str, value: Any) -> Any:
     if {"int": int, "str": str, "str | None": str, "dict[str, Any]": dict}.get(kind) is type(value):
         return value
     raise ValueError(f"{name} is {str(value)[:40]!r}, where {kind} was expected")
-
-
-def _draw(report: EvaluationReport, name: FigureName) -> Figure:
-    """One figure by its name.
-
-    Raises:
-        ConfigError: there is no such figure, or no prompt was traced.
-    """
-    drawn = {
-        "layers": (_draw_layers, (10, 6)),
-        "density": (_draw_density, (8, 4.5)),
-        "distance": (_draw_distance, (10, 4)),
-        "graphs": (_draw_graphs, (10, 4)),
-    }
-    if not isinstance(name, str) or name not in drawn:
-        raise ConfigError(f"There is no figure {name!r:.60}: give one of {', '.join(FIGURES)}.")
-    from matplotlib.figure import Figure
-
-    draw, size = drawn[name]
-    figure = Figure(figsize=size, layout="constrained")
-    draw(report, figure)
-    return figure
 
 
 def _draw_layers(report: EvaluationReport, figure: Figure) -> None:

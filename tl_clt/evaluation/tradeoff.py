@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -19,10 +19,10 @@ from tl_clt.errors import ConfigError
 from tl_clt.evaluation.evaluate import evaluate
 from tl_clt.evaluation.prompts import DEFAULT_CONTEXT, HeldOut, batches, held_out_prompts, up_to
 from tl_clt.evaluation.report import EvaluationReport
-from tl_clt.files import files_into
 from tl_clt.lens import HookedModel, block_hook, dtype_of, model_name, neuron_weights, run_with_cache, user_hooks_aside
 from tl_clt.lens.weights import NORMALISED
 from tl_clt.replacement import check_fit
+from tl_clt.report import Report
 from tl_clt.shapes import TokenBatch
 from tl_clt.transcoder import CrossLayerTranscoder, CrossLayerTranscoderConfig
 
@@ -32,13 +32,20 @@ if TYPE_CHECKING:
     from tl_clt.training import CLTTrainingRunnerConfig
     from tl_clt.training.data.dataset import DatasetSource
 
+FigureName = Literal["tradeoff"]
 THRESHOLD_TOKENS = 4096
 """Tokens of the text on which neurons' thresholds are found."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tradeoff:
-    """What `compare` gives."""
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Tradeoff(Report[FigureName]):
+    """What `compare` gives.
+
+    Figure: "tradeoff" (each number against L0, summed over layers, on a logarithmic axis; NMSE on one as well). `save`
+    writes it, tradeoff.csv and reports.json.
+    """
+
+    FIGURES: ClassVar[tuple[FigureName, ...]] = get_args(FigureName)
 
     table: DataFrame
     """One row for each transcoder; columns name, kind (neurons, PLT, CLT, or span n), d_transcoder, and of its report
@@ -47,21 +54,19 @@ class Tradeoff:
     reports: dict[str, EvaluationReport]
     """The whole report of each by name."""
 
-    def save(self, folder: str | Path) -> None:
-        """Write tradeoff.csv, tradeoff.png and reports.json to a folder, all or nothing; what else is in it stays.
-
-        Raises:
-            NotWritten: the path is a file, or the disk is full, for example; none of the three is left.
-        """
-        reports = {name: report.to_dict() for name, report in self.reports.items()}
-        with files_into(Path(folder)) as unfinished:
-            self.table.to_csv(unfinished / "tradeoff.csv", index=False)
-            (unfinished / "reports.json").write_text(json.dumps(reports, indent=2, allow_nan=False) + "\n")
-            self.figure().savefig(unfinished / "tradeoff.png", dpi=120)
-
-    def figure(self) -> Figure:
-        """Each number against L0, summed over layers, on a logarithmic axis; NMSE on one as well."""
+    def _draw(self, name: str) -> Figure:
         return _draw_tradeoff(self.table)
+
+    def _write_numbers(self, folder: Path) -> None:
+        reports = {name: report.to_dict() for name, report in self.reports.items()}
+        self.table.to_csv(folder / "tradeoff.csv", index=False)
+        (folder / "reports.json").write_text(json.dumps(reports, indent=2, allow_nan=False) + "\n")
+
+    def _in_short(self) -> str:
+        return f"{len(self.table)} transcoders: {', '.join(map(str, self.table['name']))}"
+
+    def _tables(self) -> dict[str, DataFrame]:
+        return {"sparsity against fidelity": self.table}
 
 
 COLUMNS = (
@@ -77,8 +82,13 @@ def compare(
     transcoders: Mapping[str, CrossLayerTranscoder],
     neuron_l0s: Sequence[float | int] = (),
     *,
+    max_tokens: int | None = 65_536,
+    context_size: int | None = None,
+    n_graphs: int = 8,
+    graph_tokens: int = 32,
+    max_unexplored: float | None = None,
+    seed: int = 0,
     progress: bool = True,
-    **options: Any,
 ) -> Tradeoff:
     """Evaluate transcoders of one model, and its own neurons at some thresholds, on the same text and prompts.
 
@@ -88,8 +98,8 @@ def compare(
         transcoders: CLTs and PLTs by name.
         neuron_l0s: active neurons a layer that thresholds are to let through (`thresholded_neurons`). These are found
             on the first tokens of the same text; only one number a layer is fitted.
+        max_tokens, context_size, n_graphs, graph_tokens, max_unexplored, seed: as for `evaluate`.
         progress: show bars where it takes longer than 2 s.
-        options: of `evaluate`.
 
     Raises:
         ConfigError: there is nothing to compare, or an L0 out of range.
@@ -98,7 +108,7 @@ def compare(
     """
     candidates: dict[str, CrossLayerTranscoder] = dict(transcoders)
     if neuron_l0s:
-        text = up_to(held_out_prompts(model, dataset, options.get("context_size")), THRESHOLD_TOKENS)
+        text = up_to(held_out_prompts(model, dataset, context_size), THRESHOLD_TOKENS)
         found = thresholded_neurons(model, batches(model, text), neuron_l0s)
         candidates |= {f"neurons-l0-{l0:g}": neurons for l0, neurons in found.items()}
     if not candidates:
@@ -107,7 +117,18 @@ def compare(
         check_fit(model, clt)
     reports, rows = {}, []
     for name, clt in tqdm(candidates.items(), desc="Comparing", unit=" transcoders", delay=2.0, disable=not progress):
-        reports[name] = evaluate(model, clt, dataset, progress=False, **options)
+        reports[name] = evaluate(
+            model,
+            clt,
+            dataset,
+            max_tokens=max_tokens,
+            context_size=context_size,
+            n_graphs=n_graphs,
+            graph_tokens=graph_tokens,
+            max_unexplored=max_unexplored,
+            seed=seed,
+            progress=False,
+        )
         rows.append({"name": name, "kind": kind_of(clt), **_row(reports[name])})
     table = DataFrame(rows)
     numbers = table.columns.drop(["name", "kind"])

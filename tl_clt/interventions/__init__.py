@@ -1,6 +1,6 @@
 """Graphs put to the test: features changed by plain hooks, and what follows from it."""
 
-from tl_clt.interventions.hooks import intervention_hooks
+from tl_clt.interventions.hooks import ThroughLayer, intervention_hooks
 from tl_clt.interventions.intervene import InactiveFeature, InterventionEffect, intervene
 from tl_clt.interventions.intervention import (
     AnyIntervention,
@@ -31,6 +31,7 @@ __all__ = [
     "Intervention",
     "InterventionEffect",
     "StrengthSweep",
+    "ThroughLayer",
     "ValidationReport",
     "intervene",
     "intervention_hooks",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -40,14 +40,16 @@ from tl_clt.transcoder import CrossLayerTranscoder
 
 Acts = Float[Tensor, "batch pos d_transcoder"]
 Stream = Float[Tensor, "batch pos d_model"]
+ThroughLayer: TypeAlias = int | Literal["all"] | None
+"""Last layer whose MLP output is held, or all of them; None where features are computed anew instead."""
 
 
 def intervention_hooks(
     model: HookedModel,
     clt: CrossLayerTranscoder,
-    tokens: PromptBatch,
+    prompt: PromptBatch,
     interventions: AnyIntervention | Iterable[AnyIntervention],
-    through_layer: int | None = None,
+    through_layer: ThroughLayer = None,
     freeze: Freeze = "attention",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     bos: Bos | None = None,
@@ -81,13 +83,13 @@ def intervention_hooks(
     Args:
         model: a HookedTransformer or TransformerBridge.
         clt: a CLT of this model.
-        tokens: the prompt or prompts that positions refer to, as text or token ids.
+        prompt: the prompt or prompts that positions refer to, as text or token ids.
         interventions: what to change: one intervention, or several.
-        through_layer: last layer whose MLP output is held (-1 for none: the model itself runs everywhere, for
-            directions); None for the iterative kind.
+        through_layer: last layer whose MLP output is held, "all" for every layer (-1 for none: the model itself runs
+            everywhere, for directions); None for the iterative kind.
         freeze: hold at the clean run's values, in every layer: "attention" patterns, "all" (patterns and the
             scales of norms), or "none".
-        attention_mask: where `tokens` are padded already, 1 at their own tokens; the call itself needs it too.
+        attention_mask: for token ids that are padded already, 1 at their own tokens; the call itself needs it too.
         bos: of the constrained kind: that of the graphs which it is held against. None is "error", as for `attribute`,
             or "features" where a feature at position 0 is changed: graphs of that kind alone have such.
 
@@ -98,10 +100,11 @@ def intervention_hooks(
         InterventionError: a layer, feature, position, prompt or width that is not there.
         CLTMismatch, HookNotFound: the CLT is of another model.
         PromptError, TokenizerMissing, ConfigError: an argument out of range.
-        ModelUnsupported: hooks do not hold this model's patterns (GPT-J, GPT-Neo and OPT as bridges).
+        ModelUnsupported: with freeze="attention" or "all", hooks do not hold this model's patterns (GPT-J, GPT-Neo and
+            OPT as bridges).
     """
     check_fit(model, clt)
-    prompts = to_token_batch(model, tokens, attention_mask)
+    prompts = to_token_batch(model, prompt, attention_mask)
     steering = Steering(model, clt, prompts, interventions, through_layer, freeze, bos=bos)
     return plain_hooks(model, steering.hooks)
 
@@ -124,20 +127,13 @@ class Steering:
         clt: CrossLayerTranscoder,
         prompts: PromptRows,
         interventions: AnyIntervention | Iterable[AnyIntervention],
-        through_layer: int | None,
+        through_layer: ThroughLayer,
         freeze: Freeze,
         record: Collection[str] = (),
         bos: Bos | None = None,
     ) -> None:
         freeze = as_choice("freeze", freeze, get_args(Freeze))
-        through_layer = as_whole(
-            "through_layer",
-            through_layer,
-            -1,
-            clt.cfg.n_layers - 1,
-            none="the iterative kind",
-            error=InterventionError,
-        )
+        through_layer = _last_layer(through_layer, clt.cfg.n_layers)
         if bos is not None:
             bos = as_choice("bos", bos, get_args(Bos))
         if through_layer is None and bos in ("error", "drop"):
@@ -272,18 +268,10 @@ class Steering:
         return acts - self.clt.encode_layer(clean_x, layer).feature_acts + self.delta(acts, layer)
 
     def _add_written(self, change: Acts | None, layer: int) -> None:
-        """Add what changed activations write to their target layers, as far as these are written here."""
-        if change is None:
-            return
-        features = torch.nonzero(change.detach().flatten(0, 1).any(dim=0)).flatten()
-        if len(features) == 0:
-            return
-        targets = [t for t in self.clt.cfg.targets(layer) if t in self.steered]
-        rows = self.clt.decoder_rows(layer, features)[:, : len(targets)]
-        written = (change[..., features] @ rows.flatten(start_dim=1)).unflatten(-1, (len(targets), -1))
-        for slot, target in enumerate(targets):
-            before = self.written.get(target)
-            self.written[target] = written[..., slot, :] if before is None else before + written[..., slot, :]
+        """Add what changed activations write to their target layers. Nobody takes what is for layers above
+        `through_layer`."""
+        if change is not None and bool(change.detach().any()):
+            self.clt.add_written(self.written, change, layer, active_only=True)
 
     def _direction_hook(self, what: DirectionIntervention) -> FwdHook:
         name = block_hook(0, "hook_resid_pre") if what.layer == -1 else block_hook(what.layer, "hook_resid_post")
@@ -305,6 +293,15 @@ class Steering:
 
     def _out(self, layer: int) -> str:
         return block_hook(layer, self.clt.cfg.output_hook)
+
+
+def _last_layer(through_layer: object, n_layers: int) -> int | None:
+    """The number of the last layer whose MLP output is held."""
+    if isinstance(through_layer, str):
+        as_choice("through_layer", through_layer, ("all",), InterventionError)
+        return n_layers - 1
+    none = "the iterative kind"
+    return as_whole("through_layer", through_layer, -1, n_layers - 1, none=none, error=InterventionError)
 
 
 def at_layer(act: Callable[[Stream, int], Stream | None], layer: int) -> Callable:

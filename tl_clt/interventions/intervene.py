@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +15,7 @@ from torch import Tensor
 from tl_clt.arguments import as_whole
 from tl_clt.attribution.local import Bos
 from tl_clt.errors import InterventionError
-from tl_clt.interventions.hooks import Steering
+from tl_clt.interventions.hooks import Steering, ThroughLayer
 from tl_clt.interventions.intervention import AnyIntervention
 from tl_clt.lens import (
     Freeze,
@@ -29,9 +30,15 @@ from tl_clt.lens import (
     user_hooks_aside,
 )
 from tl_clt.replacement import check_fit
+from tl_clt.report import Report
 from tl_clt.shapes import Logits, TokenBatch
 from tl_clt.transcoder import CrossLayerTranscoder
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_DRAWN = 8
+"""Prompts of a batch that the figure of an effect shows."""
 Inputs = Float[Tensor, "batch pos n_layers d_model"]
 Acts = Float[Tensor, "batch pos n_layers d_transcoder"]
 
@@ -40,9 +47,9 @@ Acts = Float[Tensor, "batch pos n_layers d_transcoder"]
 def intervene(
     model: HookedModel,
     clt: CrossLayerTranscoder,
-    tokens: PromptBatch,
+    prompt: PromptBatch,
     interventions: AnyIntervention | Iterable[AnyIntervention],
-    through_layer: int | None = None,
+    through_layer: ThroughLayer = None,
     freeze: Freeze = "attention",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     record: Collection[str] = (),
@@ -56,7 +63,7 @@ def intervene(
     by that of the graph with this `bos`.
 
     Args:
-        model, clt, tokens, interventions, through_layer, freeze, attention_mask, bos: as for `intervention_hooks`.
+        model, clt, prompt, interventions, through_layer, freeze, attention_mask, bos: as for `intervention_hooks`.
             Prompts of unequal lengths are padded, on the tokenizer's side, and masked.
         record: further hooks whose values, in both runs, to give back in `recorded`.
 
@@ -64,7 +71,7 @@ def intervene(
         InterventionError, CLTMismatch, HookNotFound, PromptError, TokenizerMissing, ConfigError: as there.
     """
     check_fit(model, clt)
-    prompts = to_token_batch(model, tokens, attention_mask)
+    prompts = to_token_batch(model, prompt, attention_mask)
     steering = Steering(model, clt, prompts, interventions, through_layer, freeze, record, bos)
     call = {} if prompts.mask is None else {"attention_mask": prompts.mask}
     seen: dict[str, Tensor] = {}
@@ -145,9 +152,15 @@ class Recorded(NamedTuple):
     """In the clean run."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class InterventionEffect:
-    """A run with an intervention (no prefix) and the clean run (`baseline_`) of the same prompts."""
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class InterventionEffect(Report[Literal["changes"]]):
+    """A run with an intervention (no prefix) and the clean run (`baseline_`) of the same prompts.
+
+    Figure: "changes" (probabilities of the next tokens that changed most, before and after). `save` writes it and
+    changes.csv (`top_changes`).
+    """
+
+    FIGURES: ClassVar[tuple[str, ...]] = ("changes",)
 
     tokens: TokenBatch
     """The prompts, padded where their lengths differ."""
@@ -182,10 +195,37 @@ class InterventionEffect:
     model: HookedModel = field(repr=False)
     clt: CrossLayerTranscoder = field(repr=False)
 
-    def __repr__(self) -> str:
+    def _in_short(self) -> str:
         batch, pos = self.tokens.shape
         inactive = f", inactive: {'; '.join(map(str, self.inactive))}" if self.inactive else ""
-        return f"InterventionEffect({batch} prompts of {pos} tokens{inactive})"
+        return f"{batch} prompts of {pos} tokens{inactive}"
+
+    def _tables(self) -> dict[str, DataFrame]:
+        return {"next tokens whose probability changed most": self._most_changed()}
+
+    def _write_numbers(self, folder: Path) -> None:
+        self._most_changed().to_csv(folder / "changes.csv", index=False)
+
+    def _draw(self, name: str) -> Figure:
+        from matplotlib.figure import Figure
+
+        changes = [rows for _, rows in self._most_changed().groupby("prompt")]
+        drawn = changes[:MOST_DRAWN]
+        figure = Figure(figsize=(7.5, 3.4 * len(drawn) + 0.4), layout="constrained")
+        if len(drawn) < len(changes):
+            figure.suptitle(f"the first {len(drawn)} of {len(changes)} prompts")
+        for axes, rows in zip(figure.subplots(len(drawn), squeeze=False)[:, 0], drawn, strict=True):
+            place = range(len(rows))
+            axes.barh([p - 0.2 for p in place], rows["before"], height=0.4, label="before")
+            axes.barh([p + 0.2 for p in place], rows["after"], height=0.4, label="after")
+            axes.set_yticks(place, [repr(token) for token in rows["token"]])
+            axes.invert_yaxis()
+            axes.set(xlabel="probability of the next token", title=f"prompt {rows['prompt'].iloc[0]}")
+        figure.axes[0].legend()
+        return figure
+
+    def _most_changed(self) -> DataFrame:
+        return self.top_changes(min(10, self.logits.shape[-1]))
 
     @property
     def hidden_pre(self) -> Acts:

@@ -7,8 +7,8 @@ import re
 import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -16,10 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_clt.arguments import as_choice, as_number, as_several, as_vector, as_whole, is_whole, plain, shown
+from tl_clt.attribution import AttributionGraph, NodeKind
 from tl_clt.errors import InterventionError
-from tl_clt.lens import HookedModel, Prompt, block_hook, run_with_cache, to_tokens, user_hooks_aside
-from tl_clt.replacement import check_fit
-from tl_clt.shapes import Tokens
+from tl_clt.lens import HookedModel, Prompt, to_tokens
+from tl_clt.replacement import check_fit, feature_acts
 from tl_clt.transcoder import CrossLayerTranscoder, CrossLayerTranscoderConfig
 
 Position: TypeAlias = int | slice | Sequence[int] | None
@@ -75,6 +75,11 @@ class _Change:
         """Put the plain value of what was given in its place."""
         object.__setattr__(self, name, value)
 
+    def __hash__(self) -> int:
+        """Of equal changes the same, though lists and slices have no hash of their own."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return hash((type(self), *map(_as_hashable, values)))
+
     def delta(self, before: Float[Tensor, "batch pos n"], place: Place) -> Float[Tensor, "batch pos n"]:
         """What to add to the amounts at a place."""
         if self.noise is not None:
@@ -121,10 +126,35 @@ class Intervention(_Change):
                 f"{self} has {len(amount)} numbers for {len(features)} features: give one for all, or one for each."
             )
 
+    __hash__ = _Change.__hash__
+
     @property
     def features(self) -> list[int]:
         """The features, also where there is one."""
         return list(self.feature) if isinstance(self.feature, Sequence) else [self.feature]
+
+    @classmethod
+    def of(
+        cls,
+        graph: AttributionGraph,
+        node: int | FeatureNode,
+        scale: Number = 0,
+        *,
+        prompt: int | None = None,
+    ) -> Intervention:
+        """One feature of a graph multiplied, at its layer and position; unless said otherwise it is ablated.
+
+        Args:
+            graph: where the node is.
+            node: its number in `graph.nodes`, or the node itself: anything with layer, pos and index.
+            scale: what to multiply its activation by.
+            prompt: as of every intervention.
+
+        Raises:
+            InterventionError: there is no such node, or it is no feature.
+        """
+        layer, pos, feature = _feature_of(graph, node)
+        return cls(layer=layer, pos=pos, feature=feature, scale=scale, prompt=prompt)
 
 
 def parse_intervention(text: str, setter: str) -> Intervention:
@@ -190,6 +220,59 @@ class DirectionIntervention(_Change):
 
 
 AnyIntervention = Intervention | DirectionIntervention
+
+
+class FeatureNode(Protocol):
+    """A node of a graph that is a feature, as `graph.nodes[i]` gives it."""
+
+    @property
+    def layer(self) -> int: ...
+    @property
+    def pos(self) -> int: ...
+    @property
+    def index(self) -> int:
+        """Number of the feature."""
+        ...
+
+
+def _feature_of(graph: AttributionGraph, node: Any) -> tuple[int, int, int]:
+    """Layer, position and number of a feature node.
+
+    Raises:
+        InterventionError: there is no such node, or it is no feature.
+    """
+    if not isinstance(graph, AttributionGraph):
+        raise InterventionError(f"The graph is {shown(graph)}: give an AttributionGraph, then one of its nodes.")
+    if all(hasattr(node, name) for name in ("layer", "pos", "index")) and not isinstance(node, (str, list, tuple)):
+        kind, at = getattr(node, "kind", NodeKind.FEATURE), node
+        name = f"layer {plain(at.layer)}, position {plain(at.pos)}"
+    elif is_whole(plain(node)):
+        n_nodes = len(graph.nodes)
+        number = (
+            as_whole("node", node, -n_nodes, n_nodes - 1, why="the graph's nodes", error=InterventionError) % n_nodes
+        )
+        [kind] = graph.nodes.kind[number : number + 1].tolist()
+        at = graph.nodes.take(torch.tensor([number], device=graph.nodes.kind.device))
+        name = f"number {number}"
+    else:
+        raise InterventionError(
+            f"node is {shown(node)}: give its number in graph.nodes, or a node with layer, pos and index."
+        )
+    found = NodeKind[kind.upper()] if isinstance(kind, str) else NodeKind(int(kind))
+    if found != NodeKind.FEATURE:
+        raise InterventionError(
+            f"Node {name} is of kind {found.name.lower()}, and only features can be changed so: give a feature node"
+            " (graph.nodes.where(NodeKind.FEATURE) has their numbers)."
+        )
+    layer, pos, feature = (int(value) for value in (at.layer, at.pos, at.index))
+    return layer, pos, feature
+
+
+def _as_hashable(value: Any) -> Any:
+    """Lists, which may equal each other, as tuples, and slices as what they are made of."""
+    if isinstance(value, slice):
+        return ("slice", value.start, value.stop, value.step)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def as_interventions(given: Any) -> list[AnyIntervention]:
@@ -352,7 +435,7 @@ def positions_of(what: Intervention | DirectionIntervention, n_pos: int) -> Posi
 def swap_interventions(
     model: HookedModel,
     clt: CrossLayerTranscoder,
-    tokens: Prompt,
+    prompt: Prompt,
     source: Prompt,
     positions: Mapping[int, int],
     features: Iterable[tuple[int, int]] | None = None,
@@ -361,9 +444,9 @@ def swap_interventions(
 
     Args:
         model, clt: a model and a CLT of it.
-        tokens: the prompt to intervene on.
+        prompt: the prompt to intervene on.
         source: the prompt to take activations from; of any length.
-        positions: position in `source` -> position in `tokens`, negative ones counted from the end.
+        positions: position in `source` -> position in `prompt`, negative ones counted from the end.
         features: (layer, feature) pairs to swap, those of either prompt; None for all that are active on either
             at these positions.
 
@@ -375,10 +458,10 @@ def swap_interventions(
         CLTMismatch, HookNotFound, PromptError, TokenizerMissing: as for `intervene`.
     """
     check_fit(model, clt)
-    to, of = (to_tokens(model, prompt) for prompt in (tokens, source))
+    to, of = (to_tokens(model, given) for given in (prompt, source))
     positions = _swapped_positions(positions, len(of), len(to))
     named = None if features is None else _by_layer(features, clt)
-    here, there = (_feature_acts(model, clt, prompt) for prompt in (to, of))
+    here, there = (feature_acts(model, clt, tokens) for tokens in (to, of))
     swaps = []
     for source_pos, pos in positions.items():
         for layer in clt.layers:
@@ -432,12 +515,3 @@ def _by_layer(features: Iterable[tuple[int, int]], clt: CrossLayerTranscoder) ->
         if feature not in named.setdefault(layer, []):
             named[layer].append(feature)
     return named
-
-
-def _feature_acts(
-    model: HookedModel, clt: CrossLayerTranscoder, tokens: Tokens
-) -> Float[Tensor, "pos n_layers d_transcoder"]:
-    names = [block_hook(t, clt.cfg.input_hook) for t in clt.layers]
-    with user_hooks_aside(model):
-        _, cache = run_with_cache(model, tokens[None], lambda name: name in names)
-    return clt.encode(torch.stack([cache[name][0] for name in names], dim=-2).to(clt.W_enc.dtype))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -16,10 +17,12 @@ from tqdm.auto import tqdm
 from tl_clt.arguments import as_number, as_several, as_switch, as_whole
 from tl_clt.attribution.targets import TargetsGiven, as_token_ids
 from tl_clt.errors import InterventionError
+from tl_clt.interventions.hooks import ThroughLayer
 from tl_clt.interventions.intervene import intervene
 from tl_clt.interventions.intervention import SETTERS, AnyIntervention, Number, as_interventions
 from tl_clt.lens import Freeze, HookedModel, Prompt, to_tokens, token_strings
 from tl_clt.replacement import check_fit
+from tl_clt.report import Report
 from tl_clt.shapes import Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
 
@@ -63,7 +66,7 @@ class Outcomes:
         model: HookedModel,
         clt: CrossLayerTranscoder,
         prompt: Prompt,
-        tokens: TargetsGiven,
+        targets: TargetsGiven,
         pos: int,
         freeze: Freeze,
     ) -> None:
@@ -72,11 +75,11 @@ class Outcomes:
         self.prompt: Tokens = to_tokens(model, prompt)
         n_pos = len(self.prompt)
         self.pos = as_whole("pos", pos, -n_pos, n_pos - 1, why="the prompt's positions", error=InterventionError)
-        self.ids = as_token_ids(model, tokens)
+        self.ids = as_token_ids(model, targets)
         if not self.ids:
             raise InterventionError("There are no tokens to report: name at least one.")
 
-    def of(self, interventions: Sequence[AnyIntervention], through_layer: int | None) -> Outcome:
+    def of(self, interventions: Sequence[AnyIntervention], through_layer: ThroughLayer) -> Outcome:
         """The outcome of one run."""
         effect = intervene(self.model, self.clt, self.prompt, interventions, through_layer, self.freeze)
         logits = effect.logits[0, self.pos].double()
@@ -96,9 +99,15 @@ class Outcomes:
         return token_strings(self.model, torch.tensor(ids))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class StrengthSweep:
-    """What `sweep_strength` found."""
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class StrengthSweep(Report[Literal["strength"]]):
+    """What `sweep_strength` found.
+
+    Figure: "strength" (probability of each named token against strength, flips as dashed lines). `save` writes it,
+    strength.csv, answers.csv and flips.csv.
+    """
+
+    FIGURES: ClassVar[tuple[str, ...]] = ("strength",)
 
     table: DataFrame
     """One row for each strength and named token: strength, token, token_id, probability, logit (less the mean logit
@@ -111,8 +120,7 @@ class StrengthSweep:
     """Where the answer changes, from low strength to high: strength, width (of the interval around it that holds
     the change), before, after (the answers on either side). Empty where it does not."""
 
-    def plot(self) -> Figure:
-        """Probability of each named token against strength, flips as dashed lines. Needs matplotlib."""
+    def _draw(self, name: str) -> Figure:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7.5, 5), layout="constrained")
@@ -130,6 +138,16 @@ class StrengthSweep:
         figure.legend(loc="outside lower center", ncols=2)
         return figure
 
+    def _write_numbers(self, folder: Path) -> None:
+        for name, table in (("strength", self.table), ("answers", self.answers), ("flips", self.flips)):
+            table.to_csv(folder / f"{name}.csv", index=False)
+
+    def _in_short(self) -> str:
+        return f"{len(self.answers)} strengths, {len(self.flips)} flips of the answer"
+
+    def _tables(self) -> dict[str, DataFrame]:
+        return {"flips of the answer": self.flips, "the likeliest token": self.answers, "named tokens": self.table}
+
 
 def sweep_strength(
     model: HookedModel,
@@ -137,10 +155,10 @@ def sweep_strength(
     prompt: Prompt,
     interventions: AnyIntervention | Iterable[AnyIntervention],
     strengths: Number | Iterable[Number],
-    tokens: TargetsGiven,
+    targets: TargetsGiven,
     *,
     pos: int = -1,
-    through_layer: int | None = None,
+    through_layer: ThroughLayer = None,
     freeze: Freeze = "attention",
     tolerance: Number | None = None,
     progress: bool = True,
@@ -158,7 +176,7 @@ def sweep_strength(
         prompt: one prompt.
         interventions: what to change (one or several), by the amounts that strengths multiply.
         strengths: the grid, in any order (an array will do); or one.
-        tokens: whose probabilities to report, as ids or text; one or several.
+        targets: tokens whose probabilities to report, as ids or text; one or several.
         pos: position after which the token comes.
         tolerance: width of the interval that a flip is found in; a thousandth of the grid's range where left out.
         progress: show progress bars.
@@ -175,7 +193,7 @@ def sweep_strength(
     width = as_number("tolerance", tolerance, above=0, none=none, error=InterventionError)
     width = width or (grid[-1] - grid[0]) / 1000 or 1.0
     quiet = not as_switch("progress", progress)
-    outcomes = Outcomes(model, clt, prompt, tokens, pos, freeze)
+    outcomes = Outcomes(model, clt, prompt, targets, pos, freeze)
 
     def at(strength: float) -> Outcome:
         return outcomes.of([_times(what, strength) for what in given], through_layer)
@@ -246,9 +264,15 @@ def _times(what: AnyIntervention, strength: float) -> AnyIntervention:
     return replace(what, **{_setter(what): more})
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class EndLayerSweep:
-    """What `sweep_end_layer` found."""
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class EndLayerSweep(Report[Literal["end_layers"]]):
+    """What `sweep_end_layer` found.
+
+    Figure: "end_layers" (change of each token's probability against the end layer, its mean dotted). `save` writes it,
+    end_layers.csv and summary.csv.
+    """
+
+    FIGURES: ClassVar[tuple[str, ...]] = ("end_layers",)
 
     table: DataFrame
     """One row for each end layer and named token: through_layer, token, token_id, probability, change (of it, from
@@ -269,8 +293,7 @@ class EndLayerSweep:
         names = ["token", "clean", "mean", "mean_change", "best", "best_change", "best_layer"]
         return DataFrame(rows, columns=names)
 
-    def plot(self) -> Figure:
-        """Change of each token's probability against the end layer, its mean dotted. Needs matplotlib."""
+    def _draw(self, name: str) -> Figure:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7.5, 5), layout="constrained")
@@ -289,13 +312,24 @@ class EndLayerSweep:
         figure.legend(loc="outside lower center", ncols=2)
         return figure
 
+    def _write_numbers(self, folder: Path) -> None:
+        self.table.to_csv(folder / "end_layers.csv", index=False)
+        self.summary.to_csv(folder / "summary.csv", index=False)
+
+    def _in_short(self) -> str:
+        layers = self.table["through_layer"]
+        return f"end layers {layers.min()} to {layers.max()}, {self.table['token_id'].nunique()} tokens"
+
+    def _tables(self) -> dict[str, DataFrame]:
+        return {"by token": self.summary, "by end layer": self.table}
+
 
 def sweep_end_layer(
     model: HookedModel,
     clt: CrossLayerTranscoder,
     prompt: Prompt,
     interventions: AnyIntervention | Iterable[AnyIntervention],
-    tokens: TargetsGiven,
+    targets: TargetsGiven,
     *,
     pos: int = -1,
     freeze: Freeze = "attention",
@@ -307,7 +341,7 @@ def sweep_end_layer(
     choice that changes the outcome, so the summary gives the mean over layers beside the best one.
 
     Args:
-        model, clt, prompt, interventions, tokens, pos, freeze, progress: as for `sweep_strength`.
+        model, clt, prompt, interventions, targets, pos, freeze, progress: as for `sweep_strength`.
 
     Raises:
         InterventionError: no intervention, or what `intervene` refuses.
@@ -318,7 +352,7 @@ def sweep_end_layer(
     if not given:
         raise InterventionError("There are no interventions to sweep: give at least one.")
     quiet = not as_switch("progress", progress)
-    outcomes = Outcomes(model, clt, prompt, tokens, pos, freeze)
+    outcomes = Outcomes(model, clt, prompt, targets, pos, freeze)
     clean = outcomes.read(outcomes.clean())
     # `intervene` says what is wrong with a layer that is not there.
     first = min(max(what.layer for what in given), clt.cfg.n_layers - 1)
@@ -335,17 +369,21 @@ MEASURES = ("logit", "probability")
 CHANGES = ["first", "second", "sum", "both", "interaction"]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Interaction:
-    """What `measure_interaction` found."""
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Interaction(Report[Literal["interaction"]]):
+    """What `measure_interaction` found.
+
+    Figure: "interaction" (bars of each change, one panel a measure). `save` writes it and interaction.csv.
+    """
+
+    FIGURES: ClassVar[tuple[str, ...]] = ("interaction",)
 
     table: DataFrame
     """One row for each named token and measure: token, token_id, measure ("logit", less the mean logit over the
     vocabulary, or "probability"), clean (value of the clean run), first, second, both (changes from it), sum
     (first + second), interaction (both - sum)."""
 
-    def plot(self) -> Figure:
-        """Bars of each change, one panel a measure. Needs matplotlib."""
+    def _draw(self, name: str) -> Figure:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(10, 4.2), layout="constrained")
@@ -364,6 +402,15 @@ class Interaction:
         figure.legend(handles, labels, loc="outside lower center", ncols=len(CHANGES))
         return figure
 
+    def _write_numbers(self, folder: Path) -> None:
+        self.table.to_csv(folder / "interaction.csv", index=False)
+
+    def _in_short(self) -> str:
+        return f"{self.table['token_id'].nunique()} tokens"
+
+    def _tables(self) -> dict[str, DataFrame]:
+        return {"changes from the clean run": self.table}
+
 
 def measure_interaction(
     model: HookedModel,
@@ -371,10 +418,10 @@ def measure_interaction(
     prompt: Prompt,
     first: AnyIntervention | Iterable[AnyIntervention],
     second: AnyIntervention | Iterable[AnyIntervention],
-    tokens: TargetsGiven,
+    targets: TargetsGiven,
     *,
     pos: int = -1,
-    through_layer: int | None = None,
+    through_layer: ThroughLayer = None,
     freeze: Freeze = "attention",
     progress: bool = True,
 ) -> Interaction:
@@ -385,7 +432,7 @@ def measure_interaction(
 
     Args:
         first, second: features, supernodes or directions, one or several, changed one after another where both are.
-        model, clt, prompt, tokens, pos, through_layer, freeze, progress: as for `sweep_strength`.
+        model, clt, prompt, targets, pos, through_layer, freeze, progress: as for `sweep_strength`.
 
     Raises:
         InterventionError, TargetError, CLTMismatch, HookNotFound, PromptError, TokenizerMissing, ConfigError: as
@@ -394,7 +441,7 @@ def measure_interaction(
     check_fit(model, clt)
     one, other = as_interventions(first), as_interventions(second)
     quiet = not as_switch("progress", progress)
-    outcomes = Outcomes(model, clt, prompt, tokens, pos, freeze)
+    outcomes = Outcomes(model, clt, prompt, targets, pos, freeze)
     each = tqdm([one, other, one + other], desc="interaction", delay=2.0, disable=quiet)
     found = [outcomes.read(outcomes.of(run, through_layer)) for run in each]
     rows = []

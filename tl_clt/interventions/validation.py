@@ -65,9 +65,9 @@ from tl_clt.errors import CLTMismatch, ConfigError, MemoryLimit, TargetError
 from tl_clt.interventions.intervene import Acts, InterventionEffect, intervene
 from tl_clt.interventions.intervention import DirectionIntervention, Intervention
 from tl_clt.interventions.validation_report import BASELINES, Baseline, ValidationReport, interval_note
-from tl_clt.lens import Freeze, HookedModel, block_hook, model_name, norm_map, run_with_cache, user_hooks_aside
+from tl_clt.lens import Freeze, HookedModel, model_name, norm_map, run_with_cache, user_hooks_aside
 from tl_clt.machine import GIB, free_memory
-from tl_clt.replacement import check_fit
+from tl_clt.replacement import check_fit, layer_inputs
 from tl_clt.shapes import NodeValues, Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
 from tl_clt.transcoder.decoders import DenseDecoders
@@ -582,7 +582,7 @@ def baseline_clt(
         def draw(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=dtype).to(clt.W_enc)
 
-        _randomise_encoder(made, clt, _inputs(model, clt, tokens), draw)
+        _randomise_encoder(made, clt, layer_inputs(model, clt, tokens[None])[0, min(1, len(tokens) - 1) :], draw)
         norms = (clt.W_dec[source].norm(dim=-1, keepdim=True) for source in clt.layers)
         made.W_dec = DenseDecoders([_pointing(draw(*norm.shape[:2], clt.cfg.d_model)) * norm for norm in norms])
     return made.requires_grad_(False)
@@ -611,14 +611,6 @@ def _shuffled_decoders(clt: CrossLayerTranscoder, generator: torch.Generator) ->
 def _pointing(vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
     """Unit vectors; where there is nothing, still nothing."""
     return vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
-
-
-def _inputs(model: HookedModel, clt: CrossLayerTranscoder, tokens: Tokens) -> Inputs:
-    """What features read on the prompt, without position 0 if there are others."""
-    names = [block_hook(layer, clt.cfg.input_hook) for layer in clt.layers]
-    with user_hooks_aside(model):
-        _, cache = run_with_cache(model, tokens[None], lambda name: name in names)
-    return torch.stack([cache[name][0, min(1, len(tokens) - 1) :] for name in names], dim=1).to(clt.W_enc)
 
 
 def _randomise_encoder(made: CrossLayerTranscoder, clt: CrossLayerTranscoder, inputs: Inputs, draw: Draw) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -15,7 +15,7 @@ from pandas import DataFrame, Series, concat
 from scipy.stats import pearsonr, spearmanr
 
 from tl_clt.errors import ConfigError
-from tl_clt.files import new_folder
+from tl_clt.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,9 +64,17 @@ class Compared(NamedTuple):
         return Compared(*(values.iloc[np.flatnonzero(high if split == "high" else ~high)] for values in self))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ValidationReport:
-    """What `validate` gives. Constrained, iterative and model interventions are never put together."""
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class ValidationReport(Report[FigureName]):
+    """What `validate` gives. Constrained, iterative and model interventions are never put together.
+
+    Figures: "chance" (rank correlations beside those of baselines), and of the given CLT alone "logits", "features"
+    (prediction and influence against effects), "signs", "quadrants", "errors" (correlations by how much error nodes
+    carry). Constrained on the left, iterative in the middle, model on the right. `save` writes them, measurements.csv
+    (one row a measurement) and report.json (info, threshold, chance, summary, controls and switched_on).
+    """
+
+    FIGURES: ClassVar[tuple[FigureName, ...]] = get_args(FigureName)
 
     measurements: DataFrame
     """One row for each kind of intervention, source and target; columns as the head of validation.py has them."""
@@ -261,57 +269,44 @@ class ValidationReport:
                 for prediction in predictions:
                     yield kind, at, prediction, _compared(rows, at, prediction)
 
-    def figure(self, name: FigureName) -> Figure:
-        """One of the figures: "chance" (rank correlations beside those of baselines), and of the given CLT alone
-        "logits", "features" (prediction and influence against effects), "signs", "quadrants", "errors" (correlations by
-        how much error nodes carry). Constrained on the left, iterative in the middle, model on the right.
+    def _draw(self, name: str) -> Figure:
+        from matplotlib.figure import Figure
 
-        Raises:
-            ConfigError: there is no such figure.
-        """
-        return _draw(self, name)
+        large = name in ("logits", "features", "chance")
+        figure = Figure(figsize=(14, 8.4 if large else 4.4), layout="constrained")
+        _draw_validation(self, figure, name)
+        return figure
 
-    def save(self, folder: str | Path) -> Path:
-        """Write everything to a new or empty folder, all or nothing.
-
-        `measurements.csv` (one row a measurement), `report.json` (info, threshold, chance, summary, controls and
-        switched_on) and each figure as a PNG.
-
-        Raises:
-            OutputNotEmpty: the folder holds something already, or is a file.
-            NotWritten: the disk is full, for example; nothing is left.
-        """
-        folder = Path(folder)
+    def _write_numbers(self, folder: Path) -> None:
         names = ("chance", "summary", "controls", "switched_on")
         tables = {name: json.loads(getattr(self, name).to_json(orient="records")) for name in names}
-        with new_folder(folder) as unfinished:
-            self.measurements.to_csv(unfinished / "measurements.csv", index=False)
-            text = json.dumps({"info": self.info, "threshold": self.threshold, **tables}, indent=2)
-            (unfinished / "report.json").write_text(text, encoding="utf-8")
-            for name in get_args(FigureName):
-                self.figure(name).savefig(unfinished / f"{name}.png", dpi=120)
-        return folder
+        self.measurements.to_csv(folder / "measurements.csv", index=False)
+        text = json.dumps({"info": self.info, "threshold": self.threshold, **tables}, indent=2)
+        (folder / "report.json").write_text(text, encoding="utf-8")
 
-    def __repr__(self) -> str:
-        return f"ValidationReport({len(self.measurements)} measurements of {self.info['n_features']} features)"
+    def _in_short(self) -> str:
+        return f"{len(self.measurements)} measurements of {self.info['n_features']} features"
+
+    def _tables(self) -> dict[str, DataFrame]:
+        # Splits of the given CLT alone.
+        shown = (self.summary["errors"] == "all") | (self.summary["clt"] == "given")
+        return {
+            "rank correlations beside chance": brief(self.chance),
+            "agreement": self.summary.iloc[np.flatnonzero(shown)].drop(columns="threshold"),
+            "the most influential features beside their controls": self.controls,
+            "features switched on by a change, mean": self.switched_on,
+        }
 
     def __str__(self) -> str:
         said = ", ".join(f"{name} {value}" for name, value in self.info.items() if name != "prompts")
         said = f"{len(self.info['prompts'])} prompts, {said}, threshold {self.threshold:g}"
         if not self.info["baselines"]:
             said += "\nNo baseline was taken: what these numbers would be by chance is not known."
-        # Splits of the given CLT alone.
-        shown = (self.summary["errors"] == "all") | (self.summary["clt"] == "given")
-        summary = self.summary.iloc[np.flatnonzero(shown)].drop(columns="threshold")
-        tables = (brief(self.chance), summary, self.controls, self.switched_on)
-        parts = [table.to_string(index=False, float_format=lambda x: f"{x:.3g}") for table in tables]
-        titles = (
-            f"{said}\n\nrank correlations beside chance",
-            "agreement",
-            "the most influential features beside their controls",
-            "features switched on by a change, mean",
-        )
-        return "\n\n".join(f"{title}\n{part}" for title, part in zip(titles, parts, strict=True))
+        parts = [
+            f"{title}\n{table.to_string(index=False, float_format=lambda x: f'{x:.3g}')}"
+            for title, table in self._tables().items()
+        ]
+        return "\n\n".join([said, *parts])
 
 
 def interval_note(n_prompts: int) -> str:
@@ -418,17 +413,8 @@ SHOWN = {
 """Which rows of the table `chance` a figure shows, and what it calls them."""
 
 
-def _draw(report: ValidationReport, name: FigureName) -> Figure:
-    """One figure by its name.
-
-    Raises:
-        ConfigError: there is no such figure.
-    """
-    if not isinstance(name, str) or name not in get_args(FigureName):
-        raise ConfigError(f"There is no figure {name!r:.60}: give one of {', '.join(get_args(FigureName))}.")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 8.4 if name in ("logits", "features", "chance") else 4.4), layout="constrained")
+def _draw_validation(report: ValidationReport, figure: Figure, name: str) -> None:
+    """Draw the figure of a name."""
     if name in ("logits", "features"):
         _scatters(report, figure, name.removesuffix("s"))
     elif name == "chance":
@@ -444,7 +430,6 @@ def _draw(report: ValidationReport, name: FigureName) -> Figure:
     for handle in legend.legend_handles:
         if handle is not None:
             handle.set_alpha(1)
-    return figure
 
 
 def _scatters(report: ValidationReport, figure: Figure, at: str) -> None:

@@ -3,7 +3,7 @@
 from transformer_lens import ActivationCache
 
 from tl_clt.lens.clean_run import CleanRun, Freeze
-from tl_clt.lens.freezing import frozen_hooks, hold, is_frozen_hook, require_held
+from tl_clt.lens.freezing import PinnedNorms, frozen_hooks, hold, is_frozen_hook, norm_outputs, require_held
 from tl_clt.lens.hooks import (
     MLP_IN,
     MLP_OUT,
@@ -75,6 +75,7 @@ __all__ = [
     "NeuronWeights",
     "NormMap",
     "OVWeights",
+    "PinnedNorms",
     "Prompt",
     "PromptBatch",
     "PromptRows",
@@ -101,6 +102,7 @@ __all__ = [
     "neuron_weights",
     "names_mlp_points",
     "norm_map",
+    "norm_outputs",
     "ov_weights",
     "padding_before",
     "plain_hooks",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tl_clt.errors import ModelUnsupported, PromptError
-from tl_clt.lens.freezing import FROZEN_HOOKS, for_each_head, hold, is_frozen_hook
+from tl_clt.lens.freezing import FROZEN_HOOKS, PinnedNorms, for_each_head, hold, is_frozen_hook, norm_outputs
 from tl_clt.lens.hooks import (
     FwdHook,
     HookedModel,
@@ -60,9 +60,7 @@ class CleanRun:
         self.model = model
         self.patterns = patterns if freeze != "none" else []
         self.scales = scales if freeze == "all" else []
-        # A bridge computes norms by Hugging Face's own code, which rounds otherwise than norms with held scales.
-        outs = [n.removesuffix("hook_scale") + "hook_out" for n in self.scales]
-        self.norm_outs = [n for n in outs if n in known]
+        self.norm_outs = norm_outputs(model, self.scales)
         self.wanted = {*names, *self.patterns, *self.scales, *self.norm_outs}
         self.logits = torch.empty(0)
         """Of the whole text so far, [batch, pos, d_vocab]."""
@@ -76,7 +74,7 @@ class CleanRun:
         self._position_ids: Tensor | None = None
         self._text: Tensor | None = None
         self._kept: dict[str, Tensor] = {}
-        self._rounding: dict[str, Tensor] = {}
+        self._norms = PinnedNorms({})
 
     @property
     def begin(self) -> list[FwdHook]:
@@ -139,8 +137,8 @@ class CleanRun:
             self._kept = {name: cache[name] for name in cache.keys()}
             if self.norm_outs:
                 held = [(name, hold(self._kept[name])) for name in (*self.patterns, *self.scales)]
-                note = [(name, partial(self._note_rounding, name=name)) for name in self.norm_outs]
-                run_with_hooks(self.model, tokens, [*held, *note], **call)
+                self._norms = PinnedNorms({name: self._kept[name] for name in self.norm_outs})
+                run_with_hooks(self.model, tokens, [*held, *self._norms.note()], **call)
 
     def _check_cache(self, pattern: Tensor, hook: HookPoint) -> None:
         """Compare what the attention sees with the text that these hooks have seen."""
@@ -162,13 +160,8 @@ class CleanRun:
         # A copy: a bridge takes the same object, returned, for a hook that changed nothing.
         return value.to(tensor.dtype).clone()
 
-    def _note_rounding(self, out: Tensor, hook: HookPoint, name: str) -> Tensor:
-        clean = self._kept[name]
-        self._rounding[name] = clean - out
-        return clean.clone()
-
     def _pin(self, out: Tensor, hook: HookPoint, name: str) -> Tensor:
-        return out + self._rounding[name][:, self.first :]
+        return self._norms.pin(out, name, self.first)
 
 
 class _Call:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -95,6 +95,38 @@ def for_each_head(held: Tensor, like: Tensor) -> Tensor:
     queries and once for each of keys and values, with the same scale but for other numbers of heads."""
     a_head = held.ndim == like.ndim == 4 and held.shape[-1] == like.shape[-1] == 1
     return held[:, :, :1].expand_as(like) if a_head and held.shape[:2] == like.shape[:2] else held
+
+
+class PinnedNorms:
+    """Norms with held scales that give, on the clean run, what the model's own code gave, to the bit.
+
+    A bridge computes norms by Hugging Face's own code, which rounds otherwise than norms with held scales.
+
+    Args:
+        clean: by hook name (`norm_outputs`), what norms gave in the clean run.
+    """
+
+    def __init__(self, clean: Mapping[str, Tensor]) -> None:
+        self.clean = clean
+        self.rounding: dict[str, Tensor] = {}
+
+    def note(self) -> list[FwdHook]:
+        """Hooks for a clean run with scales held, which note what rounding makes of each norm."""
+        return [(name, partial(self._note, name=name)) for name in self.clean]
+
+    def pin(self, out: Tensor, name: str, first: int = 0) -> Tensor:
+        """A norm's output with this rounding taken off, in a pass that begins at a position of the clean run."""
+        return out + self.rounding[name][:, first:]
+
+    def _note(self, out: Tensor, hook: HookPoint, name: str) -> Tensor:
+        self.rounding[name] = (self.clean[name] - out).detach()
+        return self.clean[name].clone()
+
+
+def norm_outputs(model: HookedModel, scales: Collection[str]) -> list[str]:
+    """The hooks, where the model has them (as bridges do), at the outputs of norms whose scales are named."""
+    known = model.hook_dict
+    return [out for scale in scales if (out := scale.removesuffix("hook_scale") + "hook_out") in known]
 
 
 _HELD: WeakKeyDictionary[HookedModel, set[tuple[bool, ...]]] = WeakKeyDictionary()

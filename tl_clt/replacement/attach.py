@@ -104,19 +104,14 @@ class Attachment:
         hidden_pre = points.hook_acts_pre(x @ self.clt.W_enc[layer] + self.clt.b_enc[layer])
         feature_acts = points.hook_acts_post(self.clt.activate(hidden_pre, layer))
         forward.inputs[layer] = x
-        written = self.clt.decode_source(feature_acts, layer)
-        for slot, target in enumerate(self.clt.cfg.targets(layer)):
-            before = forward.written.get(target)
-            forward.written[target] = written[..., slot, :] if before is None else before + written[..., slot, :]
+        self.clt.add_written(forward.written, feature_acts, layer)
 
     def write(self, module: nn.Module, args: tuple[Tensor, ...], mlp_out: Stream, *, layer: int) -> Stream | None:
         """At the output hook: the reconstruction, the error, and what goes on in place of the MLP's output."""
         points, forward = self.points[layer], self.current
         if layer not in forward.inputs:
             raise not_read(self.clt.cfg, layer)
-        recons = forward.written.pop(layer) + self.clt.b_dec[layer]
-        if self.clt.W_skip is not None:
-            recons = recons + self.clt.skip(forward.inputs[layer], layer)
+        recons = self.clt.recons_of(forward.written, layer, forward.inputs[layer])
         exact = mlp_out.to(recons.dtype)
         if self.mode == "replace_with_error" and forward.clean is None:
             forward.recons[layer], forward.mlp_out[layer] = recons, exact

@@ -130,6 +130,14 @@ class CrossLayerTranscoderConfig:
         """Layers whose features write to layer `target`: target - span < source <= target."""
         return range(max(0, target - self.n_writes_at_most + 1), target + 1)
 
+    @property
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each weight but the decoders, of those that a CLT of this config has."""
+        L, D, F = self.n_layers, self.d_model, self.d_transcoder
+        shapes: dict[str, tuple[int, ...]] = {"W_enc": (L, D, F), "b_enc": (L, F), "b_dec": (L, D)}
+        shapes |= {"threshold": (L, F)} if self.has_threshold else {}
+        return shapes | ({"W_skip": (L, D, D)} if self.skip else {})
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` takes them back."""
         return asdict(self)

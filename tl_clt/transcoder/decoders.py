@@ -1,8 +1,10 @@
-"""Where decoder vectors live: in memory, or on disk with only the asked-for rows read."""
+"""Where decoder vectors live, in memory or on disk with only the asked-for rows read; and a CLT's weights as files hold
+them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_clt.errors import FormatError
+from tl_clt.transcoder.config import CrossLayerTranscoderConfig
 from tl_clt.transcoder.tensor_files import TensorFile, open_tensors
 
 
@@ -159,3 +162,27 @@ def read_decoders(
             source.check(tensors, d_transcoder, slots, d_model)
     on_disk = LazyDecoders(sources, n_writes, d_transcoder, dtype, device)
     return on_disk if lazy else DenseDecoders([on_disk[s] for s in range(len(sources))])
+
+
+@dataclass(kw_only=True)
+class Weights:
+    """All weights of a CLT, on their way from files or to them. Shapes are the config's (`weight_shapes`)."""
+
+    cfg: CrossLayerTranscoderConfig
+    W_dec: Decoders
+    W_enc: Float[Tensor, "n_layers d_model d_transcoder"]
+    b_enc: Float[Tensor, "n_layers d_transcoder"]
+    b_dec: Float[Tensor, "n_layers d_model"]
+    threshold: Float[Tensor, "n_layers d_transcoder"] | None = None
+    W_skip: Float[Tensor, "n_layers d_model d_model"] | None = None
+
+    @classmethod
+    def empty(cls, cfg: CrossLayerTranscoderConfig, decoders: Decoders, device: torch.device) -> Weights:
+        """Weights to be filled, with these decoders."""
+        dtype = getattr(torch, cfg.dtype)
+        shapes = cfg.weight_shapes.items()
+        return cls(
+            cfg=cfg,
+            W_dec=decoders.to(device),
+            **{name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes},
+        )

@@ -14,13 +14,16 @@ from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from pandas import DataFrame
 from torch import Tensor, nn
 
 from tl_clt.arguments import as_device, as_dtype, as_features, as_path, as_switch, as_whole, shown
 from tl_clt.errors import CLTMismatch, ConfigError, FormatError
+from tl_clt.report import as_html
 from tl_clt.shapes import FeatureActs, LayerInputs, LayerOutputs
 from tl_clt.transcoder.config import CrossLayerTranscoderConfig
-from tl_clt.transcoder.decoders import Decoders, DenseDecoders
+from tl_clt.transcoder.decoders import Decoders, DenseDecoders, Weights
+from tl_clt.transcoder.formats import load, save
 
 
 class Encoding(NamedTuple):
@@ -103,22 +106,61 @@ class CrossLayerTranscoder(nn.Module):
         """MLP outputs of every layer. `x`, the layers' inputs, is needed where there is a skip connection."""
         self._require_input(x)
         self._require_shape("feature_acts", feature_acts, self.cfg.d_transcoder)
-        recons = self.b_dec.expand(*feature_acts.shape[:-2], -1, -1).clone()
-        for source in self.layers:
-            targets = self.cfg.targets(source)
-            recons[..., targets.start : targets.stop, :] += self.decode_source(feature_acts[..., source, :], source)
-        if self.W_skip is not None and x is not None:
-            recons = recons + torch.stack([self.skip(x[..., t, :], t) for t in self.layers], dim=-2)
-        return recons
+        written: dict[int, Tensor] = {}
+        recons = []
+        for layer in self.layers:
+            self.add_written(written, feature_acts[..., layer, :], layer)
+            recons.append(self.recons_of(written, layer, None if x is None else x[..., layer, :]))
+        return torch.stack(recons, dim=-2)
+
+    def add_written(
+        self,
+        written: dict[int, Tensor],
+        feature_acts: Float[Tensor, "*batch d_transcoder"],
+        source: int,
+        *,
+        active_only: bool = False,
+    ) -> None:
+        """Add what one layer's features write to the sums, by target layer, of what layers before it have written.
+
+        With `recons_of`, this is the loop over layers of `decode`, for passes that come to one layer after another.
+
+        Args:
+            written: sums [*batch, d_model] by target layer; layers that nothing writes to have no entry.
+            feature_acts, source: activations (or changes of them) of one layer.
+            active_only: as for `decode_source`.
+        """
+        by_target = self.decode_source(feature_acts, source, active_only=active_only)
+        for slot, target in enumerate(self.cfg.targets(source)):
+            before = written.get(target)
+            written[target] = by_target[..., slot, :] if before is None else before + by_target[..., slot, :]
+
+    def recons_of(
+        self, written: dict[int, Tensor], layer: int, x: Float[Tensor, "*batch d_model"] | None = None
+    ) -> Float[Tensor, "*batch d_model"]:
+        """The reconstruction of one layer's output, whose sum is taken out of `written`: all layers up to it must have
+        been added. `x`, the layer's input, is needed where there is a skip connection."""
+        recons = written.pop(layer) + self.b_dec[layer]
+        if self.W_skip is None:
+            return recons
+        assert x is not None, "a skip connection needs the layer's input"
+        return recons + self.skip(x, layer)
 
     def decode_source(
-        self, feature_acts: Float[Tensor, "*batch d_transcoder"], source: int
+        self, feature_acts: Float[Tensor, "*batch d_transcoder"], source: int, *, active_only: bool = False
     ) -> Float[Tensor, "*batch n_writes d_model"]:
-        """What one layer's features write to each of their target layers, as one matrix product."""
-        if isinstance(self.W_dec, DenseDecoders):
+        """What one layer's features write to each of their target layers, as one matrix product.
+
+        Args:
+            feature_acts: activations, or changes of them.
+            source: the layer.
+            active_only: take decoder vectors of features with an entry other than 0 alone, as is always done where
+                decoders lie on disk. Worth it where few have.
+        """
+        if isinstance(self.W_dec, DenseDecoders) and not active_only:
             W_dec = self.W_dec[source]
         else:
-            active = torch.nonzero(feature_acts.reshape(-1, self.cfg.d_transcoder).any(dim=0)).flatten()
+            active = torch.nonzero(feature_acts.detach().reshape(-1, self.cfg.d_transcoder).any(dim=0)).flatten()
             feature_acts = feature_acts[..., active]
             W_dec = self.W_dec.rows(source, active)
         written = feature_acts @ W_dec.flatten(start_dim=1)
@@ -145,6 +187,19 @@ class CrossLayerTranscoder(nn.Module):
         """0 to n_layers - 1."""
         return range(self.cfg.n_layers)
 
+    def __repr__(self) -> str:
+        cfg = self.cfg
+        kind = {1: "PLTs", cfg.n_layers: "CLT"}.get(cfg.n_writes_at_most, f"span {cfg.span}")
+        k = "" if cfg.k is None else f" (k {cfg.k})"
+        return (
+            f"{type(self).__name__}({kind} of {cfg.model_name}: {cfg.n_layers} layers x {cfg.d_transcoder} features,"
+            f" d_model {cfg.d_model}, {cfg.activation}{k}, {cfg.input_hook} -> {cfg.output_hook}, {cfg.dtype})"
+        )
+
+    def _repr_html_(self) -> str:
+        values = {name: str(value) for name, value in self.cfg.to_dict().items() if value is not None}
+        return as_html(repr(self), {"config": DataFrame({"field": list(values), "value": list(values.values())})})
+
     def _require_input(self, x: Tensor | None) -> None:
         if self.W_skip is not None and x is None:
             raise ConfigError("This CLT has a skip connection: call decode(feature_acts, x) with the inputs x.")
@@ -169,6 +224,11 @@ class CrossLayerTranscoder(nn.Module):
 
     # -- files -----------------------------------------------------------------------------------------
 
+    @property
+    def weights(self) -> Weights:
+        """All weights, as files hold them: these very tensors."""
+        return Weights(cfg=self.cfg, W_dec=self.W_dec, **{name: getattr(self, name) for name in self.cfg.weight_shapes})
+
     @classmethod
     def from_pretrained(
         cls,
@@ -192,15 +252,17 @@ class CrossLayerTranscoder(nn.Module):
             ConfigError: device, dtype or lazy_decoder is none.
             FormatError: the folder is in no known layout, or a file is truncated or of the wrong shape.
         """
-        from tl_clt.transcoder.formats import load
-
         as_path("folder_or_hub_repo", folder_or_hub_repo, FormatError)
-        return load(
+        weights = load(
             folder_or_hub_repo,
             device=as_device("device", device),
             dtype=None if dtype is None else as_dtype("dtype", dtype),
             lazy_decoder=as_switch("lazy_decoder", lazy_decoder),
         )
+        clt = cls(weights.cfg, weights.W_dec)
+        for name in weights.cfg.weight_shapes:
+            setattr(clt, name, nn.Parameter(getattr(weights, name)))
+        return clt
 
     def save_pretrained(self, folder: str | Path, layout: Literal["native", "circuit-tracer"] = "native") -> Path:
         """Write the CLT to a new or empty folder, all or nothing.
@@ -210,9 +272,7 @@ class CrossLayerTranscoder(nn.Module):
             NotWritten: the disk is full, for example; nothing is left.
             FormatError: the layout cannot express this CLT (for example topk in circuit-tracer's).
         """
-        from tl_clt.transcoder.formats import save
-
-        return save(self, as_path("folder", folder), layout)
+        return save(self.weights, as_path("folder", folder), layout)
 
 
 class ExplainedVariance(NamedTuple):

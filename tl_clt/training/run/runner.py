@@ -410,7 +410,7 @@ class CLTTrainingRunner:
         assert self.record is not None
         if self.cfg.output_path is not None:
             with new_folder(Path(self.cfg.output_path)) as unfinished:
-                native.save(clt, unfinished)
+                native.save(clt.weights, unfinished)
                 (unfinished / RECORD).write_text(json.dumps(self.record.to_dict(), indent=2) + "\n")
 
     def _for_training(self, raw: ActivationBatches, trainer: CLTTrainer) -> Iterator[Batch]:

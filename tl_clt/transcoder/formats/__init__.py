@@ -10,6 +10,7 @@ import torch
 from tl_clt.errors import FormatError
 from tl_clt.files import new_folder, read_config
 from tl_clt.transcoder import hub
+from tl_clt.transcoder.decoders import Weights
 from tl_clt.transcoder.formats import (
     circuit_tracer_clt,
     circuit_tracer_plt,
@@ -18,7 +19,6 @@ from tl_clt.transcoder.formats import (
     native,
     sparsify,
 )
-from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 
 LAYOUTS: tuple[ModuleType, ...] = (
     native,
@@ -37,7 +37,7 @@ def load(
     device: torch.device,
     dtype: str | torch.dtype | None,
     lazy_decoder: bool,
-) -> CrossLayerTranscoder:
+) -> Weights:
     """Load a CLT from a folder in any known layout, or from a hub repository that holds one."""
     folder = _local_folder(folder_or_hub_repo)
     name = None if dtype is None else str(dtype).removeprefix("torch.")
@@ -54,17 +54,17 @@ def load(
     )
 
 
-def save(clt: CrossLayerTranscoder, folder: Path, layout: str) -> Path:
+def save(weights: Weights, folder: Path, layout: str) -> Path:
     """Write a CLT to a new or empty folder in the layout named, all or nothing."""
     if not isinstance(layout, str) or layout not in SAVE_LAYOUTS:
         raise FormatError(f"'{layout}' is no layout to save in: give one of {', '.join(SAVE_LAYOUTS)}.")
     writer = native
     if layout == "circuit-tracer":
-        is_plt = clt.cfg.span == 1 and clt.cfg.n_layers > 1
+        is_plt = weights.cfg.span == 1 and weights.cfg.n_layers > 1
         writer = circuit_tracer_plt if is_plt else circuit_tracer_clt
-        writer.check_can_express(clt)
+        writer.check_can_express(weights)
     with new_folder(folder) as unfinished:
-        writer.save(clt, unfinished)
+        writer.save(weights, unfinished)
     return folder
 
 

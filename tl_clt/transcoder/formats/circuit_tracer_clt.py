@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from tl_clt.errors import FormatError
 from tl_clt.transcoder.config import CrossLayerTranscoderConfig
-from tl_clt.transcoder.decoders import DecoderFile
+from tl_clt.transcoder.decoders import DecoderFile, Weights
 from tl_clt.transcoder.formats.per_layer import (
     LayerNames,
     check_activation,
@@ -24,7 +24,6 @@ from tl_clt.transcoder.formats.per_layer import (
     read_yaml_config,
     write_yaml_config,
 )
-from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 
 MODEL_KIND = "cross_layer_transcoder"
 NAMES = LayerNames("W_enc_{i}", "b_enc_{i}", "b_dec_{i}", "threshold_{i}", None, True, True)
@@ -35,7 +34,7 @@ def recognises(folder: Path) -> bool:
     return any(folder.glob("W_enc_*.safetensors"))
 
 
-def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder: bool) -> CrossLayerTranscoder:
+def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder: bool) -> Weights:
     """Read a CLT from this layout."""
     files = numbered_files(folder, "W_enc_")
     n_layers = len(files)
@@ -56,26 +55,26 @@ def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder:
     )
 
 
-def save(clt: CrossLayerTranscoder, folder: Path) -> None:
+def save(weights: Weights, folder: Path) -> None:
     """Write a CLT in this layout."""
-    n_layers = clt.cfg.n_layers
-    for i in clt.layers:
-        encoder = {f"W_enc_{i}": clt.W_enc[i].T, f"b_enc_{i}": clt.b_enc[i], f"b_dec_{i}": clt.b_dec[i]}
-        if clt.threshold is not None:
-            encoder[f"threshold_{i}"] = clt.threshold[i]
-        W_dec = clt.W_dec[i].detach()
+    n_layers = weights.cfg.n_layers
+    for i in range(weights.cfg.n_layers):
+        encoder = {f"W_enc_{i}": weights.W_enc[i].T, f"b_enc_{i}": weights.b_enc[i], f"b_dec_{i}": weights.b_dec[i]}
+        if weights.threshold is not None:
+            encoder[f"threshold_{i}"] = weights.threshold[i]
+        W_dec = weights.W_dec[i].detach()
         unwritten = W_dec.new_zeros(W_dec.shape[0], n_layers - i - W_dec.shape[1], W_dec.shape[2])
         decoder = {f"W_dec_{i}": torch.cat([W_dec, unwritten], dim=1)}
         for name, tensors in (("W_enc", encoder), ("W_dec", decoder)):
             ready = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
             save_file(ready, folder / f"{name}_{i}.safetensors")
-    write_yaml_config(clt, folder, MODEL_KIND)
+    write_yaml_config(weights, folder, MODEL_KIND)
 
 
-def check_can_express(clt: CrossLayerTranscoder) -> None:
+def check_can_express(weights: Weights) -> None:
     """Raise unless this layout can hold the CLT."""
-    check_activation(clt)
-    if clt.W_skip is not None:
+    check_activation(weights)
+    if weights.W_skip is not None:
         raise FormatError(
             "circuit-tracer's CLT layout has no skip connection: its weights would be lost."
             " Save it with layout='native'."

@@ -24,7 +24,7 @@ from tl_clt.errors import FormatError
 from tl_clt.files import read_config, reading
 from tl_clt.transcoder import hub
 from tl_clt.transcoder.config import CrossLayerTranscoderConfig
-from tl_clt.transcoder.decoders import DecoderFile
+from tl_clt.transcoder.decoders import DecoderFile, Weights
 from tl_clt.transcoder.formats import gemma_scope
 from tl_clt.transcoder.formats.per_layer import (
     LayerNames,
@@ -35,7 +35,6 @@ from tl_clt.transcoder.formats.per_layer import (
     write_yaml_config,
 )
 from tl_clt.transcoder.tensor_files import TensorFile, open_tensors
-from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 
 MODEL_KIND = "transcoder_set"
 THRESHOLD = "activation_function.threshold"
@@ -83,7 +82,7 @@ def listed_files(folder: Path, listed: Any) -> list[Path]:
     return files
 
 
-def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder: bool) -> CrossLayerTranscoder:
+def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder: bool) -> Weights:
     """Read a set of per-layer transcoders from this layout."""
     values = read_config(folder / "config.yaml")
     listed = "transcoders" in values
@@ -138,24 +137,24 @@ def stated_activation(values: dict[str, Any], folder: Path) -> tuple[str | None,
     return "topk", values["k"]
 
 
-def save(clt: CrossLayerTranscoder, folder: Path) -> None:
+def save(weights: Weights, folder: Path) -> None:
     """Write a set of per-layer transcoders in this layout."""
-    for i in clt.layers:
+    for i in range(weights.cfg.n_layers):
         tensors = {
-            "W_enc": clt.W_enc[i].T,
-            "W_dec": clt.W_dec[i][:, 0],
-            "b_enc": clt.b_enc[i],
-            "b_dec": clt.b_dec[i],
+            "W_enc": weights.W_enc[i].T,
+            "W_dec": weights.W_dec[i][:, 0],
+            "b_enc": weights.b_enc[i],
+            "b_dec": weights.b_dec[i],
         }
-        if clt.threshold is not None:
-            tensors[THRESHOLD] = clt.threshold[i]
-        if clt.W_skip is not None:
-            tensors["W_skip"] = clt.W_skip[i].T
+        if weights.threshold is not None:
+            tensors[THRESHOLD] = weights.threshold[i]
+        if weights.W_skip is not None:
+            tensors["W_skip"] = weights.W_skip[i].T
         ready = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         save_file(ready, folder / f"layer_{i}.safetensors")
-    write_yaml_config(clt, folder, MODEL_KIND)
+    write_yaml_config(weights, folder, MODEL_KIND)
 
 
-def check_can_express(clt: CrossLayerTranscoder) -> None:
+def check_can_express(weights: Weights) -> None:
     """Raise unless this layout can hold the transcoders."""
-    check_activation(clt)
+    check_activation(weights)

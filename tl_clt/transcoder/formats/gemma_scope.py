@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 
 from tl_clt.transcoder.config import CrossLayerTranscoderConfig
-from tl_clt.transcoder.decoders import DecoderFile
+from tl_clt.transcoder.decoders import DecoderFile, Weights
 from tl_clt.transcoder.formats.per_layer import LayerNames, load_layers, numbered_files, read_yaml_config
-from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 
 NAMES = LayerNames("w_enc", "b_enc", "b_dec", "threshold", "affine_skip_connection", False, False, "w_dec", True)
 
@@ -26,7 +25,7 @@ def recognises(folder: Path) -> bool:
     return any(folder.glob("params_layer_*.safetensors"))
 
 
-def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder: bool) -> CrossLayerTranscoder:
+def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder: bool) -> Weights:
     """Read a CLT from this layout."""
     files = numbered_files(folder, "params_layer_")
     return load_files(folder, files, device=device, dtype=dtype, lazy_decoder=lazy_decoder)
@@ -34,7 +33,7 @@ def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder:
 
 def load_files(
     folder: Path, files: list[Path], *, device: torch.device, dtype: str | None, lazy_decoder: bool
-) -> CrossLayerTranscoder:
+) -> Weights:
     """Read a CLT from its layers' files, with the `config.yaml` of `folder` if there is one."""
 
     def decoder_file(source: int, cfg: CrossLayerTranscoderConfig) -> DecoderFile:

@@ -17,10 +17,9 @@ import torch
 from tl_clt.errors import FormatError
 from tl_clt.files import read_config
 from tl_clt.transcoder.config import CrossLayerTranscoderConfig
-from tl_clt.transcoder.decoders import DecodersByTarget, read_decoders
+from tl_clt.transcoder.decoders import DecodersByTarget, Weights, read_decoders
 from tl_clt.transcoder.formats.per_layer import hook_within_block
 from tl_clt.transcoder.tensor_files import TensorFile, open_tensors
-from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 
 CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
 THRESHOLD = "activation_function.log_jumprelu_threshold"
@@ -32,7 +31,7 @@ def recognises(folder: Path) -> bool:
     return (folder / WEIGHTS).is_file() and read_config(folder / CONFIG).get("sae_type") == "clt"
 
 
-def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder: bool) -> CrossLayerTranscoder:
+def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder: bool) -> Weights:
     """Read a CLT from this layout."""
     values, path = read_config(folder / CONFIG), folder / WEIGHTS
     with_norm = values.get("sparsity_include_decoder_norm", True)
@@ -74,18 +73,18 @@ def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder:
         device=device,
         lazy=lazy_decoder,
     )
-    clt = CrossLayerTranscoder(cfg, decoders).to(device)
+    weights = Weights.empty(cfg, decoders, device)
     with open_tensors(path) as tensors, torch.no_grad():
-        clt.W_enc.copy_(tensors.tensor("W_E", shape))
-        clt.b_enc.copy_(tensors.tensor("b_E", (n_layers, d_transcoder)))
+        weights.W_enc.copy_(tensors.tensor("W_E", shape))
+        weights.b_enc.copy_(tensors.tensor("b_E", (n_layers, d_transcoder)))
         for t in range(n_layers):
-            clt.b_dec[t] = tensors.tensor(f"b_D.{t}", (d_model,))
-        if clt.threshold is not None:
+            weights.b_dec[t] = tensors.tensor(f"b_D.{t}", (d_model,))
+        if weights.threshold is not None:
             threshold = tensors.tensor(THRESHOLD, (n_layers, d_transcoder)).double().exp()
-            for s in clt.layers:
+            for s in range(n_layers):
                 norm = _decoder_norm(tensors, s, n_layers) if with_norm else torch.ones(d_transcoder).double()
-                clt.threshold[s] = threshold[s] / norm
-    return clt
+                weights.threshold[s] = threshold[s] / norm
+    return weights
 
 
 def _decoder_norm(tensors: TensorFile, source: int, n_layers: int) -> torch.Tensor:

@@ -21,9 +21,8 @@ import yaml
 from tl_clt.errors import FormatError
 from tl_clt.files import read_config
 from tl_clt.transcoder.config import CrossLayerTranscoderConfig
-from tl_clt.transcoder.decoders import DecoderSource, read_decoders
+from tl_clt.transcoder.decoders import DecoderSource, Weights, read_decoders
 from tl_clt.transcoder.tensor_files import TensorFile, open_tensors
-from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 
 
 class LayerNames(NamedTuple):
@@ -61,7 +60,7 @@ def load_layers(
     device: torch.device,
     dtype: str | None,
     lazy_decoder: bool,
-) -> CrossLayerTranscoder:
+) -> Weights:
     """Read a CLT whose files hold a layer each.
 
     Args:
@@ -102,11 +101,11 @@ def load_layers(
     for layer, path in enumerate(files):
         with open_tensors(path) as tensors:
             _check_layer(cfg, tensors, names(tensors).of(layer))
-    clt = CrossLayerTranscoder(cfg, decoders).to(device)
+    weights = Weights.empty(cfg, decoders, device)
     for layer, path in enumerate(files):
         with open_tensors(path) as tensors:
-            _read_layer(clt, layer, tensors, names(tensors).of(layer))
-    return clt
+            _read_layer(weights, layer, tensors, names(tensors).of(layer))
+    return weights
 
 
 def _length(tensors: TensorFile, name: str) -> int:
@@ -137,18 +136,18 @@ def _check_layer(cfg: CrossLayerTranscoderConfig, tensors: TensorFile, names: La
 
 
 @torch.no_grad()
-def _read_layer(clt: CrossLayerTranscoder, layer: int, tensors: TensorFile, names: LayerNames) -> None:
+def _read_layer(weights: Weights, layer: int, tensors: TensorFile, names: LayerNames) -> None:
     """Read a file that was checked."""
     whole = (slice(None),)
     W_enc = tensors.part(names.W_enc, whole)
-    clt.W_enc[layer] = W_enc.T if names.encoder_outputs_first else W_enc
-    clt.b_enc[layer] = tensors.part(names.b_enc, whole)
-    clt.b_dec[layer] = tensors.part(names.b_dec, whole)
-    if clt.threshold is not None and names.threshold is not None:
-        clt.threshold[layer] = tensors.part(names.threshold, whole)
-    if clt.W_skip is not None and names.W_skip is not None:
+    weights.W_enc[layer] = W_enc.T if names.encoder_outputs_first else W_enc
+    weights.b_enc[layer] = tensors.part(names.b_enc, whole)
+    weights.b_dec[layer] = tensors.part(names.b_dec, whole)
+    if weights.threshold is not None and names.threshold is not None:
+        weights.threshold[layer] = tensors.part(names.threshold, whole)
+    if weights.W_skip is not None and names.W_skip is not None:
         W_skip = tensors.part(names.W_skip, whole)
-        clt.W_skip[layer] = W_skip.T if names.skip_outputs_first else W_skip
+        weights.W_skip[layer] = W_skip.T if names.skip_outputs_first else W_skip
 
 
 CONFIG = "config.yaml"
@@ -205,22 +204,22 @@ def read_yaml_config(
     return CrossLayerTranscoderConfig.from_dict({**from_files, **stated, **ours})
 
 
-def write_yaml_config(clt: CrossLayerTranscoder, folder: Path, model_kind: str) -> None:
+def write_yaml_config(weights: Weights, folder: Path, model_kind: str) -> None:
     """Write `config.yaml`."""
     values = {
         "model_kind": model_kind,
-        "model_name": clt.cfg.model_name,
-        "feature_input_hook": clt.cfg.input_hook,
-        "feature_output_hook": clt.cfg.output_hook,
-        "scan": clt.cfg.scan or clt.cfg.model_name,
-        OURS: {k: list(v) if isinstance(v, tuple) else v for k, v in clt.cfg.to_dict().items()},
+        "model_name": weights.cfg.model_name,
+        "feature_input_hook": weights.cfg.input_hook,
+        "feature_output_hook": weights.cfg.output_hook,
+        "scan": weights.cfg.scan or weights.cfg.model_name,
+        OURS: {k: list(v) if isinstance(v, tuple) else v for k, v in weights.cfg.to_dict().items()},
     }
     (folder / CONFIG).write_text(yaml.safe_dump(values, sort_keys=False))
 
 
-def check_activation(clt: CrossLayerTranscoder) -> None:
+def check_activation(weights: Weights) -> None:
     """Raise unless the activation is one that circuit-tracer has (ReLU, or thresholds as JumpReLU)."""
-    if clt.cfg.activation == "topk":
+    if weights.cfg.activation == "topk":
         raise FormatError(
             "circuit-tracer's layout has no topk: it would read this CLT as ReLU and trace other features."
             " Save it with layout='native'."

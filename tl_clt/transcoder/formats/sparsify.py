@@ -17,9 +17,8 @@ import torch
 from tl_clt.errors import FormatError
 from tl_clt.files import read_config
 from tl_clt.transcoder.config import CrossLayerTranscoderConfig
-from tl_clt.transcoder.decoders import DecoderFile
+from tl_clt.transcoder.decoders import DecoderFile, Weights
 from tl_clt.transcoder.formats.per_layer import LayerNames, load_layers
-from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 
 WEIGHTS = "sae.safetensors"
 FOLDER = r"(?:[\w.]+\.)?(?:layers|h)\.(\d+)\.mlp"
@@ -31,7 +30,7 @@ def recognises(folder: Path) -> bool:
     return any(re.fullmatch(FOLDER, path.parent.name) for path in folder.glob(f"*.mlp/{WEIGHTS}"))
 
 
-def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder: bool) -> CrossLayerTranscoder:
+def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder: bool) -> Weights:
     """Read a set of per-layer transcoders from this layout."""
     found = {int(m[1]): p for p in folder.iterdir() if (m := re.fullmatch(FOLDER, p.name))}
     missing = next((layer for layer in range(len(found)) if layer not in found), None)

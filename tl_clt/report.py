@@ -1,0 +1,97 @@
+"""What all reports share: figures by name, files all or nothing, one line of text, tables in a notebook."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+
+from pandas import DataFrame
+
+from tl_clt.errors import ConfigError
+from tl_clt.files import new_folder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Name = TypeVar("Name", bound=str)
+MOST_ROWS = 20
+"""Rows of a table that a notebook shows."""
+
+
+class Report(ABC, Generic[Name]):
+    """Results that are looked at as figures and tables, and kept as files.
+
+    `Name` is a `Literal` of the names of its figures, so that editors complete them.
+    """
+
+    FIGURES: ClassVar[tuple[str, ...]]
+    """Names of all its figures; the first is drawn where none is named."""
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """The figures that there is something to draw for."""
+        return self.FIGURES
+
+    def plot(self, name: Name | None = None) -> Figure:
+        """One of its figures (`figures` has the names), the first where none is named.
+
+        Raises:
+            ConfigError: there is no such figure, or nothing to draw for it.
+        """
+        if name is None:
+            return self._draw(self.figures[0])
+        if not isinstance(name, str) or name not in self.FIGURES:
+            raise ConfigError(f"There is no figure {name!r:.60}: give one of {', '.join(self.FIGURES)}.")
+        return self._draw(name)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write it to a new or empty folder, all or nothing: numbers and tables, and each figure as a PNG file.
+
+        Raises:
+            OutputNotEmpty: the folder holds something already, or is a file.
+            NotWritten: the disk is full, for example; nothing is left.
+        """
+        folder = Path(folder)
+        with new_folder(folder) as unfinished:
+            self.write_into(unfinished)
+        return folder
+
+    def write_into(self, folder: Path) -> None:
+        """Write the files of `save` to a folder that is there."""
+        self._write_numbers(folder)
+        for name in self.figures:
+            self._draw(name).savefig(folder / f"{name}.png", dpi=120)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._in_short()})"
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self), self._tables())
+
+    @abstractmethod
+    def _draw(self, name: str) -> Figure:
+        """The figure of a name that is one of `FIGURES`."""
+
+    @abstractmethod
+    def _write_numbers(self, folder: Path) -> None:
+        """Write numbers and tables to a folder that is there."""
+
+    @abstractmethod
+    def _in_short(self) -> str:
+        """What it is of and what came out, in a few words."""
+
+    @abstractmethod
+    def _tables(self) -> Mapping[str, DataFrame]:
+        """What a notebook shows, by title."""
+
+
+def as_html(headline: str, tables: Mapping[str, DataFrame]) -> str:
+    """A line and some tables for a notebook. All text is escaped: prompts, tokens and names are anybody's."""
+    parts = [f"<p><b>{escape(headline)}</b></p>"]
+    for title, table in tables.items():
+        shown = table.to_html(index=False, escape=True, max_rows=MOST_ROWS, float_format=lambda x: f"{x:.3g}", border=0)
+        parts.append(f"<p>{escape(title)}</p>{shown}")
+    return "<div>" + "".join(parts) + "</div>"
