@@ -105,6 +105,7 @@ def test_an_edge_is_the_effect_of_removing_what_the_source_writes(model):
     mlp = [site.clone() for site in local.written.mlp]
     for slot, target in enumerate(clt.cfg.targets(layer)):
         mlp[target][pos] -= rows[slot]
+    assert graph.adjacency[:, source].any()
     with torch.no_grad():
         without, full = local.run(replace(local.written, mlp=mlp)), local.run(local.written)
     for node in graph.nodes.where(NodeKind.FEATURE).tolist():

@@ -11,19 +11,22 @@ import warnings
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from pandas import DataFrame
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tl_clt.arguments import as_path, as_whole, plain
+from tl_clt.arguments import as_choice, as_path, as_whole
 from tl_clt.attribution.edges import (
     CSR,
+    NODE_TENSORS,
     ROWS_AT_ONCE,
     EdgeList,
+    Node,
     NodeKind,
     Nodes,
     WeightedGraph,
@@ -31,6 +34,7 @@ from tl_clt.attribution.edges import (
     csr_parts,
     from_csr,
     is_sparse,
+    list_all_edges,
     list_edges,
     same_adjacency,
     same_values,
@@ -45,6 +49,7 @@ from tl_clt.attribution.influence import (
     InfluenceBounds,
     InfluenceShares,
     bound_influence,
+    html_table,
     measure_path_length,
     score_graph,
     share_influence,
@@ -52,7 +57,7 @@ from tl_clt.attribution.influence import (
 )
 from tl_clt.attribution.pruning import PruneMasks, check_thresholds, prune_graph
 from tl_clt.attribution.targets import NAMED_TARGETS, DirectionTarget, NamedTarget
-from tl_clt.errors import FormatError
+from tl_clt.errors import FormatError, NodeNotFound
 from tl_clt.shapes import NodeValues
 from tl_clt.transcoder.formats.reading import read_json
 from tl_clt.transcoder.formats.writing import new_file
@@ -69,7 +74,24 @@ PARTS = {*PER_NODE, *ADJACENCIES, "adjacency_starts", "adjacency_cols", "tokens"
 """Names of tensors, beside the directions of targets."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+class RankedNode(NamedTuple):
+    """A node, and what it was ranked by: its influence, or the weight of its edge."""
+
+    node: Node
+    value: float
+
+
+class GraphTables(NamedTuple):
+    """A graph as two tables."""
+
+    nodes: DataFrame
+    """One row a node, in order: kind, layer, pos, index, activation, influence, expanded, label; where the graph has
+    them also dropped and contrast_activation."""
+    edges: DataFrame
+    """One row an edge: source, target (numbers of nodes, the rows of `nodes`) and weight."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AttributionGraph(WeightedGraph):
     """The attribution graph of one prompt. `adjacency[target, source]` is the edge source -> target.
 
@@ -99,6 +121,9 @@ class AttributionGraph(WeightedGraph):
     info: dict[str, Any] = field(default_factory=dict)
     """Model, CLT and options that it was made with. Of a pruned graph also its thresholds, and as
     `thresholds_out_of_reach` those that the edges held could not be sure to reach, so that pruning kept all of them."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nodes", replace(self.nodes, labels=_label_nodes(self)))
 
     def __repr__(self) -> str:
         return (
@@ -170,19 +195,89 @@ class AttributionGraph(WeightedGraph):
         shares = self.shares()
         return shares.unexplored + shares.dropped
 
-    def input_shares(self, node: int) -> NodeValues:
+    def input_shares(self, node: int | Node) -> NodeValues:
         """|in-edges| of one node as shares of its absolute input, what is not held included."""
         row = self.in_edges(node).abs()
-        whole = row.sum() if self.dropped is None else row.sum() + self.dropped[plain(node)]
+        whole = row.sum() if self.dropped is None else row.sum() + self.dropped[self._number_of(node)]
         return row / whole.clamp_min(SMALLEST_ROW_SUM)
 
-    def in_edges(self, node: int) -> NodeValues:
+    def in_edges(self, node: int | Node) -> NodeValues:
         """One row of the adjacency, dense."""
-        node = as_whole("node", node, -len(self.nodes), len(self.nodes) - 1) % len(self.nodes)
+        number = self._number_of(node)
         if not self.is_sparse:
-            return self.adjacency[node]
-        _, col, value = list_edges(self.adjacency, torch.tensor([node], device=self.nodes.kind.device))
+            return self.adjacency[number]
+        _, col, value = list_edges(self.adjacency, torch.tensor([number], device=self.nodes.kind.device))
         return value.new_zeros(len(self.nodes)).index_add_(0, col, value)
+
+    def out_edges(self, node: int | Node) -> NodeValues:
+        """One column of the adjacency, dense."""
+        number = self._number_of(node)
+        if not self.is_sparse:
+            return self.adjacency[:, number]
+        starts, cols, values = csr_parts(self.adjacency)
+        at = torch.nonzero(cols == number).flatten()
+        rows = torch.searchsorted(starts.long(), at, right=True) - 1
+        return values.new_zeros(len(self.nodes)).index_add_(0, rows, values[at])
+
+    def inputs(self, node: int | Node, n: int = 10) -> list[RankedNode]:
+        """The nodes with the strongest edges into one, each with its edge; the strongest first."""
+        return self._rank(self.in_edges(node), n)
+
+    def outputs(self, node: int | Node, n: int = 10) -> list[RankedNode]:
+        """The nodes with the strongest edges from one, each with its edge; the strongest first."""
+        return self._rank(self.out_edges(node), n)
+
+    def top(self, n: int = 10, kind: NodeKind | str | None = None) -> list[RankedNode]:
+        """The nodes of most influence on the targets, each with its influence; the most influential first.
+
+        Args:
+            n: at most so many.
+            kind: of one kind alone: a `NodeKind`, or its name ("feature", "error", "token", ...); None for all.
+        """
+        influence = self.influence()
+        if kind is not None:
+            influence = influence * self.nodes.is_kind(_as_kind(kind))
+        return self._rank(influence, n)
+
+    def _rank(self, values: NodeValues, n: int) -> list[RankedNode]:
+        """The nodes of the largest absolute values, none of them 0."""
+        n = min(as_whole("n", n, 1), int(values.count_nonzero()))
+        chosen = values.abs().topk(n).indices.tolist()
+        return [RankedNode(self.nodes[i], float(values[i])) for i in chosen]
+
+    def _number_of(self, node: object) -> int:
+        number = node.number if isinstance(node, Node) else node
+        last = len(self.nodes) - 1
+        return as_whole("node", number, -last - 1, last, why="the nodes", error=NodeNotFound) % len(self.nodes)
+
+    def to_pandas(self) -> GraphTables:
+        """All nodes, and all edges that are held and not 0, as tables."""
+        shown: dict[str, Any] = {"kind": [NodeKind(kind).name.lower() for kind in self.nodes.kind.tolist()]}
+        columns = {name: values for name, values in self.nodes.tensors().items() if name != "kind"}
+        columns |= {"influence": self.influence(), "expanded": self.expanded}
+        for name in ("dropped", "contrast_activation"):
+            if getattr(self, name) is not None:
+                columns[name] = getattr(self, name)
+        shown |= {name: values.detach().cpu().numpy() for name, values in columns.items()}
+        nodes = DataFrame({**shown, "label": self.nodes.labels})
+        target, source, weight = list_all_edges(self.adjacency)
+        held = weight != 0
+        parts = {"source": source[held], "target": target[held], "weight": weight[held]}
+        return GraphTables(nodes, DataFrame({name: values.detach().cpu().numpy() for name, values in parts.items()}))
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, object]] = [("prompt", self.info.get("prompt", "".join(self.prompt_tokens)))]
+        if "contrast" in self.info:
+            rows.append(("beyond", self.info["contrast"]))
+        scores = self.scores()
+        rows.append(("targets", ", ".join(self.logit_tokens)))
+        rows.append(("nodes and edges", f"{len(self.nodes)} and {self.n_edges}"))
+        rows.append(("replacement", scores.replacement_text()))
+        rows.append(("completeness", scores.completeness_text()))
+        if self.is_reduced:
+            rows.append(("not in this graph", f"{self.unexplored:.1%} of influence"))
+        top = [(f"{influence:.3f}", node.number, node.label) for node, influence in self.top(5, NodeKind.FEATURE)]
+        return html_table(rows) + html_table(top, ("influence", "node", "most influential features"))
 
     def scores(self, definition: Definition = "paper") -> GraphScores:
         """Replacement and completeness, by the paper's reading or circuit-tracer's. Never compare the two.
@@ -302,7 +397,7 @@ class AttributionGraph(WeightedGraph):
                 )
             _require_parts(tensors, about)
             graph = AttributionGraph(
-                nodes=Nodes(**{f.name: tensors[f.name] for f in fields(Nodes)}),
+                nodes=Nodes(**{name: tensors[name] for name in NODE_TENSORS}),
                 adjacency=_edges_in(tensors),
                 expanded=tensors["expanded"],
                 tokens=tensors["tokens"],
@@ -327,6 +422,37 @@ class AttributionGraph(WeightedGraph):
                 stacklevel=2,
             )
         return graph
+
+
+def _label_nodes(graph: AttributionGraph) -> list[str]:
+    """Every node in words, for example `feature 1.214 at "Dallas"`."""
+    n_pos, n_layers = len(graph.prompt_tokens), graph.info.get("n_layers")
+    targets = iter(zip(graph.logit_tokens, graph.logit_probs.tolist(), strict=False))
+    nodes, labels = graph.nodes, []
+    for kind, layer, pos, index in zip(*(getattr(nodes, name).tolist() for name in NODE_TENSORS[:4]), strict=True):
+        at = f'"{graph.prompt_tokens[pos].strip()}"' if 0 <= pos < n_pos else f"position {pos}"
+        if kind == NodeKind.FEATURE:
+            label = f"feature {layer}.{index} at {at}"
+        elif kind == NodeKind.ERROR:
+            label = f"error of MLP {layer} at {at}"
+        elif kind == NodeKind.TOKEN:
+            label = f"token {at}"
+        elif kind == NodeKind.POSITION:
+            label = f"position {pos}"
+        elif kind == NodeKind.BIAS:
+            label = "biases of the output" if layer == n_layers else f"biases of block {layer}"
+        else:
+            text, prob = next(targets, ("", 0.0))
+            label = f'output "{text.strip()}", probability {prob:.3f}'
+        labels.append(label)
+    return labels
+
+
+def _as_kind(kind: NodeKind | str) -> NodeKind:
+    """A kind of nodes, given as that or by its name."""
+    if isinstance(kind, NodeKind):
+        return kind
+    return NodeKind[as_choice("kind", kind, [known.name.lower() for known in NodeKind]).upper()]
 
 
 def _target_out(target: NamedTarget) -> dict[str, Any]:

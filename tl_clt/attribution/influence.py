@@ -17,7 +17,8 @@ leaf, and from a node of layer l it visits at most l further features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -30,6 +31,14 @@ from tl_clt.shapes import NodeValues
 
 Definition = Literal["paper", "circuit-tracer"]
 SMALLEST_ROW_SUM = 1e-8
+
+
+def html_table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
+    """A table for notebooks. All text is escaped: tokens may be anything."""
+    cells = [f"<th>{escape(name)}</th>" for name in header]
+    lines = ["".join(cells)] if cells else []
+    lines += ["".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
 class Bounds(NamedTuple):
@@ -69,6 +78,9 @@ class GraphScores(_TwoScores):
     def __repr__(self) -> str:
         return f"GraphScores(replacement={self.replacement_text(4)}, completeness={self.completeness_text(4)})"
 
+    def _repr_html_(self) -> str:
+        return html_table([("replacement", self.replacement_text(4)), ("completeness", self.completeness_text(4))])
+
     def replacement_text(self, digits: int = 3) -> str:
         """The number, with its bounds where these differ."""
         return _text(self.replacement, self.replacement_bounds, digits)
@@ -94,6 +106,11 @@ class InfluenceShares(NamedTuple):
     """At features whose in-edges were not traced."""
     dropped: float = 0.0
     """At edges that the graph does not hold: dropped by `keep_edges`, or cut by pruning."""
+
+    def _repr_html_(self) -> str:
+        return html_table(
+            [(name, f"{share:.3f}") for name, share in self._asdict().items()], ("influence from", "share")
+        )
 
 
 class Walks(NamedTuple):
