@@ -135,9 +135,9 @@ class Nodes:
             return [self[i] for i in range(len(self))[number]]
         last = len(self) - 1
         at = as_whole("The number of a node", number, -len(self), last, why="the nodes", error=NodeNotFound) % len(self)
-        kind, *place = (int(values[at]) for values in (self.kind, self.layer, self.pos, self.index))
+        kind, layer, pos, index = (int(values[at]) for values in (self.kind, self.layer, self.pos, self.index))
         label = f"{NodeKind(kind).name.lower()} {at}" if self.labels is None else self.labels[at]
-        return Node(NodeKind(kind), *place, float(self.activation[at]), label, at)
+        return Node(NodeKind(kind), layer, pos, index, float(self.activation[at]), label, at)
 
     def __iter__(self) -> Iterator[Node]:
         return (self[i] for i in range(len(self)))
@@ -165,8 +165,8 @@ class Nodes:
     def build(cls, parts: list[tuple[NodeKind, Tensor, Tensor, Tensor, Tensor]]) -> Nodes:
         """Nodes of (kind, layer, pos, index, activation) parts, one after another."""
         kinds = torch.cat([torch.full_like(layer, int(kind)) for kind, layer, *_ in parts])
-        _, *values = zip(*parts, strict=True)
-        return cls(kinds, *(torch.cat(tensors) for tensors in values))
+        _, layer, pos, index, activation = (list(values) for values in zip(*parts, strict=True))
+        return cls(kinds, torch.cat(layer), torch.cat(pos), torch.cat(index), torch.cat(activation))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
