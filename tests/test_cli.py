@@ -74,7 +74,7 @@ def test_a_graph_is_written_before_it_is_shown(tmp_path, monkeypatch):
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("the terminal is gone")
 
-    monkeypatch.setattr("tl_clt.cli.prompts.show_graph", broken)
+    monkeypatch.setattr("tl_clt.cli.prompts._show_graph", broken)
     path = tmp_path / "g.safetensors"
     args = ["trace", "--model", "atlas", "--clt", ATLAS_CLT, "--prompt", PROMPT, "--output", str(path)]
     assert CliRunner().invoke(app, args).exit_code != 0

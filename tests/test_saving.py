@@ -16,7 +16,7 @@ from tests.models import random_tokens, tiny_clt, tiny_hooked
 from tl_clt import AttributionGraph, CrossLayerTranscoder, attribute, evaluate, validate
 from tl_clt.errors import FormatError, NotWritten, OutputNotEmpty, TlCltError
 from tl_clt.evaluation.tradeoff import Tradeoff, compare
-from tl_clt.transcoder.formats.writing import MEND, files_into, new_file, new_folder, require_file, require_new
+from tl_clt.files import MEND, files_into, new_file, new_folder, require_file, require_new
 
 WHAT = ("graph", "clt", "circuit-tracer", "evaluation", "validation", "tradeoff")
 NEW_FOLDERS = WHAT[1:5]

@@ -13,7 +13,7 @@ from tests.conftest import KINDS
 from tests.models import COMMON, ROTARY, input_hook_of, random_tokens, randomise, save_hf, tiny_clt, tiny_hf
 from tl_clt.attribution import DifferenceTarget, DirectionTarget, FeatureTarget, TokenTarget, attribute, sweep
 from tl_clt.errors import LocalModelMismatch, ModelUnsupported
-from tl_clt.lens import linear, load_model
+from tl_clt.lens import load_model, weights
 
 
 @pytest.fixture(params=KINDS)
@@ -124,8 +124,10 @@ def test_an_unknown_norm_is_named_and_auto_uses_autograd(one_of_each, monkeypatc
     class OddNorm(torch.nn.Module):
         pass
 
-    part = linear._part
-    monkeypatch.setattr(linear, "_part", lambda model, name: OddNorm() if name == "blocks.1.ln1" else part(model, name))
+    part = weights._part
+    monkeypatch.setattr(
+        weights, "_part", lambda model, name: OddNorm() if name == "blocks.1.ln1" else part(model, name)
+    )
     clt = tiny_clt(one_of_each)
     with pytest.raises(ModelUnsupported, match=r"blocks\.1\.ln1 of .* is a OddNorm.*engine='autograd'"):
         attribute(one_of_each, clt, EIGHT_TOKENS, engine="sweep")

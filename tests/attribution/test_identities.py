@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 import torch
@@ -65,6 +65,15 @@ def test_completeness_holds_when_features_read_the_normalised_stream(model):
 def test_local_replacement_model_gives_the_models_logits(model, bos):
     local = build_local_model(model, clt_for(model), TOKENS, bos)
     torch.testing.assert_close(local.run(local.written).logits, model(TOKENS[None])[0], rtol=0, atol=1e-10)
+
+
+def test_a_local_replacement_model_cannot_be_changed(model):
+    local = build_local_model(model, clt_for(model), TOKENS)
+    for field in fields(local):
+        with pytest.raises(FrozenInstanceError):
+            setattr(local, field.name, getattr(local, field.name))
+    with pytest.raises(FrozenInstanceError):
+        local.written.embed = local.written.embed
 
 
 def test_no_edge_from_a_later_layer_or_position(model):

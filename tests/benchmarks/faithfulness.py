@@ -21,7 +21,7 @@ from rich.table import Table
 
 from tl_clt import CLTTrainingRunner, CrossLayerTranscoder, load_model, load_organism, measure_faithfulness
 from tl_clt.evaluation import FaithfulnessReport
-from tl_clt.evaluation.perturbations import KINDS
+from tl_clt.evaluation.faithfulness import KINDS
 from tl_clt.lens import HookedModel
 from tl_clt.organisms.atlas.train_clt import clt_config, held_out_sentences, training_tokens
 

@@ -25,11 +25,13 @@ from tl_clt.errors import (
     ModelUnsupported,
     PromptError,
 )
-from tl_clt.evaluation import EvaluationReport, graphs, replaced, sums
+from tl_clt.evaluation import EvaluationReport, replaced
 from tl_clt.evaluation.tradeoff import compare
 from tl_clt.transcoder import CrossLayerTranscoder
 from tl_clt.viewer.tables import evaluation_table
 
+MODULE = import_module("tl_clt.evaluation.evaluate")
+"""Where `evaluate` is; its name in the package is the function's."""
 PROMPTS = [torch.tensor([0, 5, 9, 40, 2]), torch.tensor([0, 33, 12]), torch.tensor([0, 8, 8, 61, 30])]
 N_TOKENS, N_NEXT = 10, 7
 
@@ -144,7 +146,7 @@ def ablated_by_hand(model, tokens):
 @pytest.mark.parametrize("at_once", [1, 2**22])
 def test_predictions(model, clt, monkeypatch, at_once):
     """Logits compared one row at a time or all at once."""
-    monkeypatch.setattr(sums, "COMPARED_AT_ONCE", at_once)
+    monkeypatch.setattr(MODULE, "COMPARED_AT_ONCE", at_once)
     prompts = [tokens.clone() for tokens in PROMPTS]
     for tokens in prompts:  # let the model be right about two tokens of each prompt
         for pos in (1, 2)[: len(tokens) - 2]:
@@ -211,7 +213,7 @@ ERRORS = [MemoryLimit, LocalModelMismatch, ModelUnsupported, MemoryError, torch.
 def test_what_was_measured_is_kept_where_prompts_cannot_be_traced(
     model, clt, report, tmp_path, monkeypatch, error, n_traced
 ):
-    traced, attribute = [], graphs.attribute
+    traced, attribute = [], MODULE.attribute
 
     def until_it_fails(*args, **kwargs):
         if len(traced) == n_traced:
@@ -219,7 +221,7 @@ def test_what_was_measured_is_kept_where_prompts_cannot_be_traced(
         traced.append(attribute(*args, **kwargs))
         return traced[-1]
 
-    monkeypatch.setattr(graphs, "attribute", until_it_fails)
+    monkeypatch.setattr(MODULE, "attribute", until_it_fails)
     with pytest.warns(UserWarning, match="Graph scores will be missing, and all else is measured") as warned:
         found = evaluate(model, clt, PROMPTS, n_graphs=3)
     why = f"{n_traced} of 3 prompts were traced, then {error.__name__}: This does not fit in [1 GiB]."
@@ -247,7 +249,7 @@ def test_what_is_wrong_with_text_or_tracing_is_known_before_the_long_part(model,
     measuring = import_module("tl_clt.evaluation.evaluate")
     add_batch = measuring.add_batch
     monkeypatch.setattr(measuring, "add_batch", lambda *args: (order.append("measured"), add_batch(*args)))
-    monkeypatch.setattr(graphs, "attribute", fails)
+    monkeypatch.setattr(MODULE, "attribute", fails)
     with pytest.raises(PromptError, match="out of range"):
         evaluate(model, clt, [[0, 5, 3], [0, 99]])
     assert order == []
@@ -260,7 +262,7 @@ def test_errors_that_are_not_of_memory_are_not_hidden(model, clt, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr(graphs, "attribute", broken)
+    monkeypatch.setattr(MODULE, "attribute", broken)
     with pytest.raises(RuntimeError, match="a fault"):
         evaluate(model, clt, PROMPTS, n_graphs=1)
 

@@ -15,7 +15,7 @@ from tests.replacement.by_hand import clean_run, run_by_hand
 from tl_clt import attach, frozen_hooks
 from tl_clt.errors import AlreadyAttached, CLTMismatch, ConfigError, DatasetError, ModelUnsupported
 from tl_clt.evaluation import measure_faithfulness
-from tl_clt.evaluation.faithfulness_report import COLUMNS, GROUPS
+from tl_clt.evaluation.faithfulness import COLUMNS, GROUPS
 from tl_clt.transcoder import CrossLayerTranscoder, CrossLayerTranscoderConfig
 
 PROMPTS = [torch.tensor([0, 5, 9, 40, 2]), torch.tensor([0, 33, 12, 7])]

@@ -9,8 +9,9 @@ from tests.attribution.helpers import normalised
 from tests.models import random_tokens, tiny_bridge, tiny_clt, tiny_hooked
 from tl_clt import NodeKind, attribute, evaluate
 from tl_clt.errors import ConfigError, ModelUnsupported
-from tl_clt.evaluation.graphs import mean_numbers, numbers_of
-from tl_clt.evaluation.neurons import ThresholdedNeurons, thresholded_neurons
+from tl_clt.evaluation.evaluate import numbers_of
+from tl_clt.evaluation.report import mean_numbers
+from tl_clt.evaluation.tradeoff import ThresholdedNeurons, thresholded_neurons
 from tl_clt.lens import block_hook
 
 

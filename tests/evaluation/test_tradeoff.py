@@ -15,8 +15,7 @@ from tl_clt import CrossLayerTranscoder, evaluate
 from tl_clt.cli import app
 from tl_clt.errors import CLTMismatch, ConfigError
 from tl_clt.evaluation import EvaluationReport
-from tl_clt.evaluation.neurons import thresholded_neurons
-from tl_clt.evaluation.tradeoff import compare, short_names, train_transcoders, training_config
+from tl_clt.evaluation.tradeoff import compare, short_names, thresholded_neurons, train_transcoders, training_config
 from tl_clt.organisms import organism_folder
 
 ROUNDING = 1e-9

@@ -14,7 +14,7 @@ from tests.models import Model, random_tokens, tiny_clt, tiny_hooked
 from tl_clt import Intervention, intervene, measure_interaction, sweep_end_layer, sweep_strength
 from tl_clt.errors import InterventionError, TargetError, TokenizerMissing
 from tl_clt.interventions import DirectionIntervention
-from tl_clt.interventions.sweeps.strength import _flips
+from tl_clt.interventions.sweeps import _flips
 
 TOKENS = [5, 17, 40]
 LOW = Intervention(layer=0, pos=[2, -1], feature=[3, 7], value=[20, -15])

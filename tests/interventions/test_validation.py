@@ -32,12 +32,16 @@ from tl_clt import (
 from tl_clt.attribution import DifferenceTarget, DirectionTarget, FeatureTarget, TokenTarget
 from tl_clt.errors import CLTMismatch, ConfigError, OutputNotEmpty, TargetError
 from tl_clt.interventions import ValidationReport
-from tl_clt.interventions.baselines import BASELINES, baseline_clt
-from tl_clt.interventions.predictions import predict
-from tl_clt.interventions.rank_statistics import Statistic, interval, pooled, resample, within
-from tl_clt.interventions.sampling import STRATA, sample_features
-from tl_clt.interventions.validation import KINDS
-from tl_clt.interventions.validation_report import select
+from tl_clt.interventions.validation import KINDS, STRATA, baseline_clt, predict, sample_features
+from tl_clt.interventions.validation_report import (
+    BASELINES,
+    Statistic,
+    interval,
+    pooled,
+    resample,
+    select,
+    within,
+)
 from tl_clt.lens import run_with_cache
 
 FIGURES = ("chance", "logits", "features", "signs", "quadrants", "errors")

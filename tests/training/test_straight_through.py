@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tl_clt.training.activations import jumprelu, step_function
-from tl_clt.transcoder.activations import jumprelu as inference_jumprelu
+from tl_clt.transcoder.transcoder import jumprelu as inference_jumprelu
 
 BANDWIDTH = 0.6
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.models import tiny_clt
 from tl_clt.errors import CLTMismatch, ConfigError
 from tl_clt.transcoder import CrossLayerTranscoder, CrossLayerTranscoderConfig
-from tl_clt.transcoder.activations import jumprelu, topk
+from tl_clt.transcoder.transcoder import jumprelu, topk
 
 N_LAYERS, D_MODEL = 4, 8
 ACTIVATIONS = ("relu", "jumprelu", "topk", "batchtopk")

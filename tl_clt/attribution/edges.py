@@ -190,17 +190,17 @@ class WeightedGraph:
     """Weights of the target nodes: probabilities of tokens, 1 for other targets."""
 
     dropped: NodeValues | None = None
-    """Absolute input of each node along edges that the graph does not hold: dropped by `keep_edges`, or cut by `prune`.
-    None where every edge of the nodes traced is held."""
+    """Absolute input of each node along edges that the graph does not keep: dropped by `keep_edges`, or cut by `prune`.
+    None where every edge of the nodes traced is kept."""
 
     @property
     def is_sparse(self) -> bool:
-        """Whether only the strongest edges are held."""
+        """Whether only the strongest edges are kept."""
         return is_sparse(self.adjacency)
 
     @property
     def lacks_nodes(self) -> bool:
-        """Whether edges that are not held may come from nodes that are not there, since pruning took them out."""
+        """Whether edges that are not kept may come from nodes that are not there, since pruning took them out."""
         return False
 
     @property

@@ -48,8 +48,8 @@ from tl_clt.attribution.influence import (
     GraphScores,
     InfluenceBounds,
     InfluenceShares,
+    as_html,
     bound_influence,
-    html_table,
     measure_path_length,
     score_graph,
     share_influence,
@@ -58,10 +58,8 @@ from tl_clt.attribution.influence import (
 from tl_clt.attribution.pruning import PruneMasks, check_thresholds, prune_graph
 from tl_clt.attribution.targets import NAMED_TARGETS, DirectionTarget, NamedTarget
 from tl_clt.errors import FormatError, NodeNotFound
+from tl_clt.files import new_file, read_json, reading
 from tl_clt.shapes import NodeValues
-from tl_clt.transcoder.formats.reading import read_json
-from tl_clt.transcoder.formats.writing import new_file
-from tl_clt.transcoder.tensor_files import reading
 
 FORMAT = "tl_clt.attribution_graph"
 VERSION = 3
@@ -120,7 +118,7 @@ class AttributionGraph(WeightedGraph):
 
     info: dict[str, Any] = field(default_factory=dict)
     """Model, CLT and options that it was made with. Of a pruned graph also its thresholds, and as
-    `thresholds_out_of_reach` those that the edges held could not be sure to reach, so that pruning kept all of them."""
+    `thresholds_out_of_reach` those that the edges kept could not be sure to reach, so that pruning kept all of them."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "nodes", replace(self.nodes, labels=_label_nodes(self)))
@@ -158,12 +156,12 @@ class AttributionGraph(WeightedGraph):
 
     @property
     def n_edges(self) -> int:
-        """Edges that are held and not 0."""
+        """Edges that are kept and not 0."""
         return int((self.adjacency.values() if self.is_sparse else self.adjacency).count_nonzero())
 
     @property
     def is_reduced(self) -> bool:
-        """Whether something is unknown: features that were not traced, or edges that are not held."""
+        """Whether something is unknown: features that were not traced, or edges that are not kept."""
         if bool(self.untraced.any()):
             return True
         return self.dropped is not None and bool(self.dropped.any())
@@ -174,7 +172,7 @@ class AttributionGraph(WeightedGraph):
         return "node_threshold" in self.info
 
     def influence(self) -> NodeValues:
-        """Each node's influence on the logits through all paths that are held: w (A + A^2 + ...).
+        """Each node's influence on the logits through all paths that are kept: w (A + A^2 + ...).
 
         Of a reduced graph, a lower bound of the whole graph's; see `influence_bounds`.
         """
@@ -185,18 +183,18 @@ class AttributionGraph(WeightedGraph):
         return bound_influence(self)
 
     def shares(self) -> InfluenceShares:
-        """Share of influence that starts at each kind of leaf and at untraced features, or along edges not held."""
+        """Share of influence from each kind of leaf, from untraced features, and along edges that are not kept."""
         return share_influence(self)
 
     @property
     def unexplored(self) -> float:
-        """Share of walks that end at features without a row, or at edges that are not held. With w summing to 1, no
+        """Share of walks that end at features without a row, or at edges that are not kept. With w summing to 1, no
         node's influence can be off by more, nor can that of all tokens or of all errors."""
         shares = self.shares()
         return shares.unexplored + shares.dropped
 
     def input_shares(self, node: int | Node) -> NodeValues:
-        """|in-edges| of one node as shares of its absolute input, what is not held included."""
+        """|in-edges| of one node as shares of its absolute input, what is not kept included."""
         row = self.in_edges(node).abs()
         whole = row.sum() if self.dropped is None else row.sum() + self.dropped[self._number_of(node)]
         return row / whole.clamp_min(SMALLEST_ROW_SUM)
@@ -251,7 +249,7 @@ class AttributionGraph(WeightedGraph):
         return as_whole("node", number, -last - 1, last, why="the nodes", error=NodeNotFound) % len(self.nodes)
 
     def to_pandas(self) -> GraphTables:
-        """All nodes, and all edges that are held and not 0, as tables."""
+        """All nodes, and all edges that are kept and not 0, as tables."""
         shown: dict[str, Any] = {"kind": [NodeKind(kind).name.lower() for kind in self.nodes.kind.tolist()]}
         columns = {name: values for name, values in self.nodes.tensors().items() if name != "kind"}
         columns |= {"influence": self.influence(), "expanded": self.expanded}
@@ -261,28 +259,29 @@ class AttributionGraph(WeightedGraph):
         shown |= {name: values.detach().cpu().numpy() for name, values in columns.items()}
         nodes = DataFrame({**shown, "label": self.nodes.labels})
         target, source, weight = list_all_edges(self.adjacency)
-        held = weight != 0
-        parts = {"source": source[held], "target": target[held], "weight": weight[held]}
+        is_edge = weight != 0
+        parts = {"source": source[is_edge], "target": target[is_edge], "weight": weight[is_edge]}
         return GraphTables(nodes, DataFrame({name: values.detach().cpu().numpy() for name, values in parts.items()}))
 
     def _repr_html_(self) -> str:
-        rows: list[tuple[str, object]] = [("prompt", self.info.get("prompt", "".join(self.prompt_tokens)))]
-        if "contrast" in self.info:
-            rows.append(("beyond", self.info["contrast"]))
         scores = self.scores()
-        rows.append(("targets", ", ".join(self.logit_tokens)))
-        rows.append(("nodes and edges", f"{len(self.nodes)} and {self.n_edges}"))
-        rows.append(("replacement", scores.replacement_text()))
-        rows.append(("completeness", scores.completeness_text()))
+        rows = {"targets": ", ".join(self.logit_tokens)}
+        if "contrast" in self.info:
+            rows["beyond the prompt"] = str(self.info["contrast"])
+        rows |= {"replacement": scores.replacement_text(), "completeness": scores.completeness_text()}
         if self.is_reduced:
-            rows.append(("not in this graph", f"{self.unexplored:.1%} of influence"))
-        top = [(f"{influence:.3f}", node.number, node.label) for node, influence in self.top(5, NodeKind.FEATURE)]
-        return html_table(rows) + html_table(top, ("influence", "node", "most influential features"))
+            rows["not in this graph"] = f"{self.unexplored:.1%} of influence"
+        top = [(node.number, node.label, influence) for node, influence in self.top(5, NodeKind.FEATURE)]
+        tables = {
+            "What it says": DataFrame({"": list(rows), "value": list(rows.values())}),
+            "Most influential features": DataFrame(top, columns=["node", "label", "influence"]),
+        }
+        return as_html(repr(self), tables)
 
     def scores(self, definition: Definition = "paper") -> GraphScores:
         """Replacement and completeness, by the paper's reading or circuit-tracer's. Never compare the two.
 
-        Two numbers, of what the graph holds, with `replacement_bounds` and `completeness_bounds`: between these lie the
+        Two numbers, of what the graph keeps, with `replacement_bounds` and `completeness_bounds`: between these lie the
         scores of the whole graph, however much of it was not traced, dropped or pruned away. Of a whole graph the
         bounds are the number itself.
         """
@@ -291,7 +290,7 @@ class AttributionGraph(WeightedGraph):
     def path_length(self) -> float:
         """Mean number of edges on a path from a token to a logit, paths weighted by their strength (Methods).
 
-        Of the paths that the graph holds; see `path_length_bounds`.
+        Of the paths that the graph keeps; see `path_length_bounds`.
         """
         return measure_path_length(self).mean
 
@@ -311,7 +310,7 @@ class AttributionGraph(WeightedGraph):
 
         What is cut stays in the sums of rows, as `dropped`, so that the smaller graph's influence, scores and path
         length are those of this one as far as its edges tell, with bounds. Of a reduced graph the shares are of all
-        influence that there may be; where the edges held cannot be sure to carry as much, all of them stay, and `info`
+        influence that there may be; where the edges kept cannot be sure to carry as much, all of them stay, and `info`
         says so.
 
         Raises:
@@ -449,7 +448,7 @@ def _label_nodes(graph: AttributionGraph) -> list[str]:
 
 
 def _as_kind(kind: NodeKind | str) -> NodeKind:
-    """A kind of nodes, given as that or by its name."""
+    """A kind of nodes, as that or by its name."""
     if isinstance(kind, NodeKind):
         return kind
     return NodeKind[as_choice("kind", kind, [known.name.lower() for known in NodeKind]).upper()]
@@ -461,12 +460,12 @@ def _target_out(target: NamedTarget) -> dict[str, Any]:
     return {"kind": type(target).__name__, **values}
 
 
-def _targets_in(given: list[dict[str, Any]] | None, tensors: dict[str, Tensor]) -> list[NamedTarget] | None:
-    if given is None:
+def _targets_in(entries: list[dict[str, Any]] | None, tensors: dict[str, Tensor]) -> list[NamedTarget] | None:
+    if entries is None:
         return None
     kinds = {kind.__name__: kind for kind in NAMED_TARGETS}
     found: list[NamedTarget] = []
-    for number, values in enumerate(given):
+    for number, values in enumerate(entries):
         arguments = {name: value for name, value in values.items() if name != "kind"}
         if f"direction_{number}" in tensors:
             arguments["direction"] = tensors[f"direction_{number}"]
@@ -625,6 +624,6 @@ def _require_numbers(name: str, values: Float[Tensor, " n"]) -> None:
     )
 
 
-def _require(holds: bool, message: str) -> None:
-    if not holds:
+def _require(is_so: bool, message: str) -> None:
+    if not is_so:
         raise ValueError(message)

@@ -3,11 +3,9 @@
 from tl_clt.cli.interruption import end_interrupted
 
 try:
-    from tl_clt.cli.app import app
-    from tl_clt.cli.demo import demo
+    from tl_clt.cli.app import app, list_transcoders
     from tl_clt.cli.measure import evaluate, tradeoff
-    from tl_clt.cli.pair import list_transcoders
-    from tl_clt.cli.prompts import intervene, trace
+    from tl_clt.cli.prompts import demo, intervene, trace
     from tl_clt.cli.train import train
 except KeyboardInterrupt:
     end_interrupted()

@@ -7,9 +7,19 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from tl_clt.cli.app import Backend, CLTName, Device, LazyDecoder, ModelName, ModelOfCLT, app, console, plain_errors
+from tl_clt.cli.app import (
+    Backend,
+    CLTName,
+    Device,
+    LazyDecoder,
+    ModelName,
+    ModelOfCLT,
+    app,
+    console,
+    load_pair,
+    plain_errors,
+)
 from tl_clt.cli.interruption import interruption
-from tl_clt.cli.pair import load_pair
 
 HeldOutText = Annotated[str, typer.Option(help="Held-out text: a text file, dataset folder, or hub dataset.")]
 MaxTokens = Annotated[int, typer.Option(help="Measure on so many tokens of it.")]
@@ -41,7 +51,7 @@ def evaluate(
 ) -> None:
     """Measure how good a CLT is on text that it was not trained on."""
     with plain_errors():
-        from tl_clt.transcoder.formats.writing import require_new
+        from tl_clt.files import require_new
 
         require_new(output)
         written = output / "report.json"
@@ -97,7 +107,7 @@ def tradeoff(
     with plain_errors():
         from tl_clt.evaluation.prompts import held_out_prompts
         from tl_clt.evaluation.tradeoff import check_training, compare, short_names, train_transcoders, training_config
-        from tl_clt.transcoder.formats.writing import require_new
+        from tl_clt.files import require_new
 
         require_new(output)
         interruption.kept = lambda: _kept(output)

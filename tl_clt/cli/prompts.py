@@ -1,18 +1,80 @@
-"""`tl-clt trace` and `tl-clt intervene`: one prompt, explained or changed."""
+"""`tl-clt demo`, `trace` and `intervene`: one prompt, explained or changed, and what is printed of it."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from tl_clt.cli.app import Backend, CLTName, Device, LazyDecoder, ModelOfCLT, app, console, plain_errors
+from tl_clt.cli.app import (
+    Backend,
+    CLTName,
+    Device,
+    LazyDecoder,
+    ModelOfCLT,
+    app,
+    console,
+    errors,
+    load_pair,
+    plain_errors,
+)
 from tl_clt.cli.interruption import interruption
-from tl_clt.cli.pair import load_pair
-from tl_clt.cli.show import show_effect, show_graph, write
 from tl_clt.errors import InterventionError, OutputNotEmpty
+
+if TYPE_CHECKING:
+    from tl_clt.attribution import AttributionGraph
+    from tl_clt.evaluation import EvaluationReport
+    from tl_clt.interventions import InterventionEffect
+    from tl_clt.lens import HookedModel
+    from tl_clt.transcoder import CrossLayerTranscoder
+
+
+N_EVALUATION_SENTENCES = 100
+"""Held-out sentences that the demo measures the CLT on."""
+
+
+@app.command()
+def demo(
+    prompt: Annotated[Optional[str], typer.Option(help="A prompt in atlas's own words.")] = None,
+    output: Annotated[Path, typer.Option(help="Graph file to write.")] = Path("atlas-graph.safetensors"),
+) -> None:
+    """Trace a prompt through the bundled model "atlas" and show how it arrives at its answer."""
+    with plain_errors():
+        from tl_clt.files import require_file
+
+        require_file(output)
+        with console.status("Loading the model and its CLT"):
+            import torch
+
+            from tl_clt.attribution import attribute
+            from tl_clt.organisms import default_prompt, load_organism
+
+            # Handing parts of so small a model to a second thread costs more than it saves.
+            torch.set_num_threads(1)
+            model, clt = load_organism("atlas")
+        with console.status("Tracing the prompt"):
+            graph = attribute(model, clt, prompt or default_prompt("atlas"))
+        if "<unk>" in graph.prompt_tokens:
+            errors.print("Words that atlas does not know became <unk>: it has read of US states and cities only.")
+        _write(graph, output)
+        interruption.kept = lambda: f"The graph is in {output}."
+        _show_graph(graph, graph.prune(), model, clt)
+        with console.status("Measuring how well the CLT stands in for the MLPs"):
+            from tl_clt.viewer.tables import evaluation_table
+
+            report = _evaluate_on_atlas(model, clt)
+        console.print(evaluation_table(report))
+
+
+def _evaluate_on_atlas(model: HookedModel, clt: CrossLayerTranscoder) -> EvaluationReport:
+    """The CLT on two-hop questions that neither it nor the model has seen."""
+    from tl_clt.evaluation import evaluate
+    from tl_clt.organisms.atlas.text import held_out_questions, sentence_of
+
+    sentences = [sentence_of(q) for q in held_out_questions()[:N_EVALUATION_SENTENCES]]
+    return evaluate(model, clt, sentences, n_graphs=0)
 
 
 @app.command()
@@ -52,7 +114,7 @@ def trace(
 ) -> None:
     """Trace one prompt into an attribution graph, show it pruned, and write it whole to a file."""
     with plain_errors():
-        from tl_clt.transcoder.formats.writing import require_file
+        from tl_clt.files import require_file
 
         require_file(output)
         if os.path.lexists(output):
@@ -79,8 +141,8 @@ def trace(
             bos=bos,  # type: ignore[arg-type]
             bias_nodes=bias_nodes,
         )
-        write(graph, output)
-        show_graph(graph, graph.prune(node_threshold, edge_threshold), hooked, transcoder)
+        _write(graph, output)
+        _show_graph(graph, graph.prune(node_threshold, edge_threshold), hooked, transcoder)
 
 
 @app.command()
@@ -116,4 +178,40 @@ def intervene(
                 raise InterventionError("Nothing is changed: give --value, --scale or --add, for example 2:-1:17=0.")
             hooked, transcoder = load_pair(model, clt, backend, device, lazy_decoder)
         effect = change(hooked, transcoder, prompt, changes, through_layer, freeze)  # type: ignore[arg-type]
-        show_effect(effect, top)
+        _show_effect(effect, top)
+
+
+def _show_graph(
+    graph: AttributionGraph, pruned: AttributionGraph, model: HookedModel, clt: CrossLayerTranscoder
+) -> None:
+    """Print a pruned graph as a tree, and the scores of the whole."""
+    import torch
+
+    from tl_clt.features import promoted_tokens
+    from tl_clt.viewer import graph_tree
+    from tl_clt.viewer.tables import graph_table
+
+    def label(layer: int, feature: int) -> str:
+        words = promoted_tokens(model, clt, layer, torch.tensor([feature], device=clt.W_enc.device))[0]
+        return "promotes " + ", ".join(w.strip() for w in words)
+
+    console.print(
+        "Each line: the share of the input of the node above it, the node, and the tokens it promotes most directly.",
+        style="dim",
+    )
+    console.print(graph_tree(pruned, label=label))
+    console.print(graph_table(graph, pruned))
+
+
+def _show_effect(effect: InterventionEffect, top: int) -> None:
+    """Print the tokens whose probability changed most."""
+    from tl_clt.viewer.tables import effect_table
+
+    for inactive in effect.inactive:
+        errors.print(f"Note: {inactive}. Scaling it does nothing.", markup=False)
+    console.print(effect_table(effect, top))
+
+
+def _write(graph: AttributionGraph, output: Path) -> None:
+    graph.save(output)
+    console.print(f"The whole graph is in {output}: tl_clt.AttributionGraph.load('{output}') reads it.")

@@ -89,7 +89,7 @@ def train(
     On several GPUs: torchrun --nproc-per-node 4 -m tl_clt.cli train --device cuda ...
     """
     with plain_errors():
-        from tl_clt.transcoder.formats.writing import require_new
+        from tl_clt.files import require_new
 
         # Of several processes the main one speaks; its errors are raised on all.
         console.quiet = errors.quiet = "LOCAL_RANK" in os.environ and int(os.environ.get("RANK", "0")) > 0

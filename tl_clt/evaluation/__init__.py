@@ -1,11 +1,8 @@
 """How good a CLT is."""
 
-from tl_clt.evaluation.evaluate import evaluate
-from tl_clt.evaluation.faithfulness import measure_faithfulness
-from tl_clt.evaluation.faithfulness_report import FaithfulnessReport
-from tl_clt.evaluation.graphs import GraphNumbers
-from tl_clt.evaluation.replaced import replaced
-from tl_clt.evaluation.report import FIGURES, EvaluationReport
+from tl_clt.evaluation.evaluate import evaluate, replaced
+from tl_clt.evaluation.faithfulness import FaithfulnessReport, measure_faithfulness
+from tl_clt.evaluation.report import FIGURES, EvaluationReport, GraphNumbers
 
 __all__ = [
     "FIGURES",

@@ -5,20 +5,25 @@ from __future__ import annotations
 import math
 import random
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_clt.arguments import as_seed, as_share, as_switch, as_whole
+from tl_clt.attribution import AttributionGraph, NodeKind, PruneMasks, attribute
+from tl_clt.attribution.edges import ROWS_AT_ONCE
+from tl_clt.attribution.influence import SMALLEST_ROW_SUM
 from tl_clt.errors import LocalModelMismatch, ModelUnsupported
-from tl_clt.evaluation.graphs import graph_numbers, lacks_memory
 from tl_clt.evaluation.prompts import HeldOut, batches, held_out_prompts, up_to
-from tl_clt.evaluation.report import EvaluationReport
-from tl_clt.evaluation.sums import LayerSums, PredictionSums, add_batch
-from tl_clt.lens import HookedModel, model_name, user_hooks_aside
-from tl_clt.replacement import check_fit, require_free
+from tl_clt.evaluation.report import EvaluationReport, GraphNumbers
+from tl_clt.lens import FwdHook, HookedModel, block_hook, model_name, run_with_hooks, user_hooks_aside
+from tl_clt.replacement import attach, check_fit, require_free
+from tl_clt.shapes import Logits, TokenBatch
 from tl_clt.transcoder import CrossLayerTranscoder, explained_variance
 
 DENSITY_EDGES = [10 ** (exponent / 2) for exponent in range(-12, 1)]
@@ -163,3 +168,214 @@ def _by_distance(sums: LayerSums, n: int) -> dict:
         "decoder_norm_by_distance": [norm / count for norm, count in zip(norms, counts, strict=True)],
         "written_share_by_distance": [amount / whole for amount in written],
     }
+
+
+def graph_numbers(
+    model: HookedModel,
+    clt: CrossLayerTranscoder,
+    prompts: Sequence[Tensor],
+    max_unexplored: float | None = None,
+    progress: bool = True,
+) -> Iterator[GraphNumbers]:
+    """Trace prompts, whose likeliest next tokens are the targets, one after another, keeping numbers alone.
+
+    Raises:
+        MemoryLimit, ModelUnsupported, LocalModelMismatch: as `attribute`.
+    """
+    for tokens in tqdm(prompts, desc="Tracing prompts", unit=" prompts", delay=2.0, disable=not progress):
+        yield numbers_of(attribute(model, clt, tokens, max_unexplored=max_unexplored, progress=False))
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error is of too little memory; torch says so of main memory in words alone."""
+    said = str(error)
+    in_words = "not enough memory" in said or "allocate memory" in said
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or in_words
+
+
+def numbers_of(graph: AttributionGraph) -> GraphNumbers:
+    """One graph's numbers."""
+    scores, pruned = graph.scores("paper"), graph.prune_masks()
+    return GraphNumbers(
+        replacement=scores.replacement,
+        completeness=scores.completeness,
+        completeness_circuit_tracer=graph.scores("circuit-tracer").completeness,
+        completeness_pruned=kept_completeness(graph, pruned),
+        path_length=graph.path_length(),
+        n_nodes=float(len(graph.nodes)),
+        n_nodes_pruned=float(pruned.nodes.sum()),
+        unexplored=graph.unexplored,
+        n_tokens=float(len(graph.tokens)),
+    )
+
+
+def kept_completeness(graph: AttributionGraph, kept: PruneMasks) -> float:
+    """Completeness of what pruning keeps of a graph that holds all edges.
+
+    sum_t o_t K_t / sum_t o_t over kept features and logits t, with o = influence + w of the whole graph and K_t the
+    share of t's absolute input, in the whole graph, that comes along kept edges from nodes other than errors.
+    """
+    nodes = graph.nodes
+    rows = torch.nonzero(kept.nodes & nodes.is_kind(NodeKind.FEATURE, NodeKind.LOGIT)).flatten()
+    counted = ~nodes.is_kind(NodeKind.ERROR)
+    shares = []
+    for some in rows.split(ROWS_AT_ONCE):
+        inputs = graph.adjacency[some].abs()
+        explained = (inputs * (kept.edges[some] & counted)).sum(dim=1)
+        shares.append(explained / inputs.sum(dim=1).clamp_min(SMALLEST_ROW_SUM))
+    share = torch.cat(shares)
+    output = (graph.influence() + graph.logit_weights)[rows]
+    return float((output * share).sum() / output.sum())
+
+
+UNCERTAIN_BELOW = 0.8
+"""Probability of the right token below which the paper counts agreement."""
+COMPARED_AT_ONCE = 2**22
+"""Logits that are compared at a time: 32 MiB in float64."""
+
+
+class LayerSums:
+    """What the CLT gives on the model's own activations, layer by layer; position 0 of each prompt left out."""
+
+    def __init__(self, clt: CrossLayerTranscoder) -> None:
+        cfg, device = clt.cfg, clt.W_enc.device
+        wide = {"dtype": torch.float64, "device": device}
+        self.clt = clt
+        self.out = torch.zeros(cfg.n_layers, cfg.d_model, **wide)
+        self.out_squared = torch.zeros(cfg.n_layers, **wide)
+        self.error_squared = torch.zeros(cfg.n_layers, **wide)
+        self.fired = torch.zeros(cfg.n_layers, cfg.d_transcoder, dtype=torch.long, device=device)
+        """Tokens at which each feature is active."""
+        self.activation = torch.zeros(cfg.n_layers, cfg.d_transcoder, **wide)
+        """Sum of each feature's absolute activations."""
+
+    def hooks(self) -> list[FwdHook]:
+        """Hooks, for a pass with the CLT attached, that add what they see."""
+        return [hook for t in self.clt.layers for hook in self._hooks(t)]
+
+    def _hooks(self, layer: int) -> list[FwdHook]:
+        recons: list[Tensor] = []
+
+        def add_acts(acts: Float[Tensor, "batch pos d_transcoder"], hook: object) -> None:
+            acts = acts[:, 1:].flatten(0, 1)
+            self.fired[layer] += acts.count_nonzero(dim=0)
+            self.activation[layer] += acts.abs().sum(dim=0, dtype=torch.float64)
+
+        def note_recons(tensor: Float[Tensor, "batch pos d_model"], hook: object) -> None:
+            recons[:] = [tensor[:, 1:].flatten(0, 1).double()]
+
+        def add_error(tensor: Float[Tensor, "batch pos d_model"], hook: object) -> None:
+            error = tensor[:, 1:].flatten(0, 1).double()
+            out = recons.pop() + error
+            self.out[layer] += out.sum(dim=0)
+            self.out_squared[layer] += out.square().sum()
+            self.error_squared[layer] += error.square().sum()
+
+        points = {"hook_acts_post": add_acts, "hook_recons": note_recons, "hook_error": add_error}
+        return [(block_hook(layer, f"clt.{name}"), hook) for name, hook in points.items()]
+
+
+class PredictionSums:
+    """Next-token predictions of the model, of the model with its MLPs replaced, and with them silenced."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        """Tokens whose prediction was compared: all but position 0."""
+        self.agree = 0
+        self.kl = 0.0
+        self.n_next = 0
+        """Tokens whose next token is in the prompt."""
+        self.n_uncertain = 0
+        """Tokens whose next one the model finds with a probability below 0.8."""
+        self.uncertain_agree = 0
+        self.loss, self.loss_replaced, self.loss_ablated = 0.0, 0.0, 0.0
+
+    def add_replaced(self, logits: Logits, other: Logits, tokens: TokenBatch) -> None:
+        """Compare the replaced model's logits with the model's."""
+        for p, q, following in _in_parts(tokens, logits, other):
+            log_p, log_q = p.double().log_softmax(dim=-1), q.double().log_softmax(dim=-1)
+            best, best_other = log_p.argmax(dim=-1), log_q.argmax(dim=-1)
+            self.n += len(log_p)
+            self.agree += int((best == best_other).sum())
+            self.kl += float((log_p.exp() * (log_p - log_q)).sum())
+            n = len(following)
+            of_next = _of(log_p, following)
+            found = (best[:n] == following) & (of_next.exp() < UNCERTAIN_BELOW)
+            self.n_next += n
+            self.n_uncertain += int(found.sum())
+            self.uncertain_agree += int((found & (best_other[:n] == following)).sum())
+            self.loss -= float(of_next.sum())
+            self.loss_replaced -= float(_of(log_q, following).sum())
+
+    def add_ablated(self, logits: Logits, tokens: TokenBatch) -> None:
+        """Add the loss of the model without MLPs."""
+        for p, following in _in_parts(tokens, logits):
+            self.loss_ablated -= float(_of(p.double().log_softmax(dim=-1), following).sum())
+
+
+@torch.no_grad()
+def add_batch(
+    layers: LayerSums, predictions: PredictionSums, model: HookedModel, clt: CrossLayerTranscoder, tokens: TokenBatch
+) -> None:
+    """Three passes over a batch: the model with the CLT looking on, with it in place of the MLPs, and without MLPs."""
+    with attach(model, clt, mode="observe"):
+        logits = run_with_hooks(model, tokens, layers.hooks())
+    with replaced(model, clt):
+        other = model(tokens)
+    predictions.add_replaced(logits, other, tokens)
+    del logits, other
+    predictions.add_ablated(run_with_hooks(model, tokens, ablating_hooks(clt)), tokens)
+
+
+def _in_parts(tokens: TokenBatch, *logits: Logits) -> Iterator[tuple[Tensor, ...]]:
+    """Logits [rows, d_vocab] after position 0, a few rows at a time, and the tokens that follow these positions: at
+    the end of a prompt one fewer."""
+    size = max(1, COMPARED_AT_ONCE // logits[0].shape[-1])
+    for prompt, row in enumerate(tokens):
+        for at in range(1, len(row), size):
+            yield *(x[prompt, at : at + size] for x in logits), row[at + 1 : at + 1 + size]
+
+
+def _of(log_probs: Float[Tensor, "rows d_vocab"], tokens: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Log probabilities of tokens, of which there may be one fewer."""
+    return log_probs[: len(tokens)].gather(1, tokens[:, None])[:, 0]
+
+
+@contextmanager
+def replaced(model: HookedModel, clt: CrossLayerTranscoder) -> Iterator[HookedModel]:
+    """Within, CLT reconstructions stand in for all MLPs, but for position 0, which keeps its own outputs.
+
+    Activations there are huge and mean nothing, and a CLT need not have been trained on them; tracing treats
+    them likewise (`bos="error"`).
+    """
+    with attach(model, clt, mode="replace"):
+        with model.hooks(fwd_hooks=[h for t in clt.layers for h in _keep_first(t, clt.cfg.output_hook)]):
+            yield model
+
+
+def ablating_hooks(clt: CrossLayerTranscoder) -> list[FwdHook]:
+    """Hooks that put zeros in place of all MLP outputs but those of position 0."""
+
+    def silence(out: Float[Tensor, "batch pos d_model"], hook: object) -> Tensor:
+        return torch.cat([out[:, :1], torch.zeros_like(out[:, 1:])], dim=1)
+
+    return [(block_hook(t, clt.cfg.output_hook), silence) for t in clt.layers]
+
+
+def _keep_first(layer: int, output_hook: str) -> list[FwdHook]:
+    """Hooks that put the MLP's own output, recons + error, back at position 0."""
+    seen: dict[str, Tensor] = {}
+
+    def note(tensor: Tensor, hook: object, name: str) -> None:
+        seen[name] = tensor[:, 0]
+
+    def put_back(out: Float[Tensor, "batch pos d_model"], hook: object) -> Tensor:
+        out = out.clone()
+        out[:, 0] = (seen["recons"] + seen["error"]).to(out.dtype)
+        return out
+
+    return [
+        (block_hook(layer, "clt.hook_recons"), partial(note, name="recons")),
+        (block_hook(layer, "clt.hook_error"), partial(note, name="error")),
+        (block_hook(layer, output_hook), put_back),
+    ]

@@ -12,12 +12,13 @@ of d', as though nothing after block l responded. A replacement model is worth s
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -28,14 +29,35 @@ from tqdm.auto import tqdm
 
 from tl_clt.arguments import as_choices, as_number, as_seed, as_several, as_switch, as_whole, shown
 from tl_clt.errors import CLTMismatch, ConfigError, DatasetError, ModelUnsupported
-from tl_clt.evaluation.faithfulness_report import COLUMNS, FaithfulnessReport
-from tl_clt.evaluation.perturbations import KINDS, Kind, Perturbation, clean_activations, draw_perturbations
 from tl_clt.interventions import Freeze, intervention_hooks
-from tl_clt.lens import HookedModel, Prompt, block_hook, require_model, run_with_hooks, to_prompts, user_hooks_aside
+from tl_clt.lens import (
+    HookedModel,
+    Prompt,
+    block_hook,
+    require_model,
+    run_with_cache,
+    run_with_hooks,
+    to_prompts,
+    user_hooks_aside,
+)
 from tl_clt.replacement import check_fit, require_free
 from tl_clt.shapes import TokenBatch, Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Kind = Literal["feature", "encoder", "random"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+ROUNDING = 1000
+"""A vector must be so many rounding errors of the stream long for changes that follow it to be told from rounding."""
+GROUPS = ["transcoder", "kind", "real_freeze", "frozen_norms", "distance"]
+MEASURES = ["cosine", "normalised_error", "carried_cosine", "carried_error"]
+COLUMNS = [
+    *("transcoder", "prompt", "kind", "layer", "position", "source_layer", "feature", "size"),
+    *("real_freeze", "frozen_norms", "distance", *MEASURES),
+]
 Changes = Float[Tensor, "n_later n_perturbations pos d_model"]
 
 
@@ -233,3 +255,144 @@ def _compare(
         error = (change - real).square().sum(dim=-1) / real.square().sum(dim=-1)
         measures += [cosine_similarity(change, real, dim=-1), error]
     return torch.stack(measures, dim=-1)
+
+
+class CleanActivations(NamedTuple):
+    """What the model does by itself with one prompt."""
+
+    feature_acts: Float[Tensor, "pos n_layers d_transcoder"]
+    stream: Float[Tensor, "n_layers pos d_model"]
+    """The residual stream after each block."""
+
+
+class Perturbation(NamedTuple):
+    """A vector to add to the residual stream at one position."""
+
+    kind: Kind
+    position: int
+    source_layer: int
+    """Layer of the feature whose direction it is; -1 where there is none."""
+    feature: int
+    vector: Float[Tensor, " d_model"]
+
+
+@torch.no_grad()
+def clean_activations(model: HookedModel, clt: CrossLayerTranscoder, tokens: Tokens) -> CleanActivations:
+    """Run one prompt without users' hooks."""
+    reads = [block_hook(t, clt.cfg.input_hook) for t in clt.layers]
+    posts = [block_hook(t, "hook_resid_post") for t in clt.layers]
+    with user_hooks_aside(model):
+        _, cache = run_with_cache(model, tokens[None], lambda name: name in {*reads, *posts})
+    inputs = torch.stack([cache[name][0] for name in reads], dim=-2).to(clt.W_enc.dtype)
+    return CleanActivations(clt.encode(inputs), torch.stack([cache[name][0] for name in posts]))
+
+
+def draw_perturbations(
+    clt: CrossLayerTranscoder, clean: CleanActivations, layer: int, kind: Kind, n: int, size: float, seed: str
+) -> list[Perturbation]:
+    """Draw perturbations of one kind after one block, at positions after 0.
+
+    Features are drawn from those that are active, without repeats, so there may be fewer than n; those that write
+    nothing to that layer, or no more than rounding, are passed over. Random ones do not depend on the CLT.
+
+    Args:
+        clt, clean: a CLT and one prompt.
+        layer: after whose block, not the last.
+        kind: "feature": `feature_acts[s] W_dec[s -> layer]`, all that a feature of a layer s <= layer writes there;
+            "encoder": along `W_enc[layer + 1]` of a feature; "random": uniform on the sphere.
+        n: how many.
+        size: norm of encoder and random directions, as a share of the stream's norm at their place.
+        seed: text from which all that is drawn follows.
+    """
+    # crc32: torch's generator on the CPU takes 32 bits of a seed.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {layer} {kind}".encode()))
+    stream = clean.stream[layer]
+    # Position 0 means nothing, and a CLT need not have been trained on it.
+    if kind == "random":
+        positions = torch.randint(1, len(stream), (n,), generator=generator).tolist()
+        directions = torch.randn(n, stream.shape[-1], generator=generator, dtype=torch.float64).to(stream)
+        pairs = zip(positions, directions, strict=True)
+        return [Perturbation(kind, p, -1, -1, _of_size(v, stream[p], size)) for p, v in pairs]
+    sources = [layer + 1] if kind == "encoder" else list(clt.cfg.sources(layer))
+    active = torch.nonzero(clean.feature_acts[1:, sources]).cpu()
+    drawn: list[Perturbation] = []
+    for before, place, feature in active[torch.randperm(len(active), generator=generator)].tolist():
+        if len(drawn) == n:
+            break
+        position, source = before + 1, sources[place]
+        if kind == "encoder":
+            vector = _of_size(clt.W_enc[source, :, feature].to(stream), stream[position], size)
+        else:
+            rows = clt.decoder_rows(source, torch.tensor([feature], device=stream.device))
+            vector = (clean.feature_acts[position, source, feature] * rows[0, layer - source]).to(stream)
+        if float(vector.norm()) > ROUNDING * float(stream[position].norm()) * torch.finfo(stream.dtype).eps:
+            drawn.append(Perturbation(kind, position, source, feature, vector))
+    return drawn
+
+
+def _of_size(
+    direction: Float[Tensor, " d_model"], stream: Float[Tensor, " d_model"], size: float
+) -> Float[Tensor, " d_model"]:
+    return size * stream.norm() * direction / direction.norm()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FaithfulnessReport:
+    """How the changes that follow a perturbation compare in the model and in its local replacement model."""
+
+    table: DataFrame
+    """One row for each perturbation, way of holding things and later layer: transcoder (its name), prompt (number),
+    kind, layer (after whose block the stream is moved), position, source_layer and feature (whose direction; -1
+    for random ones), size (norm, as a share of the stream's there), real_freeze (what was held in the model's own
+    run), frozen_norms (whether norms were held in the replacement model's), distance (blocks between), cosine,
+    normalised_error, carried_cosine, carried_error."""
+
+    @property
+    def by_distance(self) -> DataFrame:
+        """Means over perturbations for each transcoder, kind, real_freeze, frozen_norms and distance. n is their
+        number; the median stands beside the mean of the normalised error, which few large values can carry."""
+        means = {measure: (measure, "mean") for measure in MEASURES}
+        groups = self.table.groupby(GROUPS, sort=False)
+        median = ("normalised_error", "median")
+        return groups.agg(n=("cosine", "size"), **means, median_error=median).reset_index()
+
+    def plot(self) -> Figure:
+        """Cosine and normalised error against distance, a row of panels for each transcoder and real_freeze, beside
+        what the perturbation alone would score. Needs matplotlib."""
+        from matplotlib.figure import Figure
+
+        means = self.by_distance
+        parts = [part for _, part in means.groupby(["transcoder", "real_freeze"], sort=False)]
+        figure = Figure(figsize=(10, 3.4 * len(parts) + 0.8), layout="constrained")
+        panels = figure.subplots(len(parts), 2, squeeze=False, sharex=True, sharey="col")
+        # Errors of 0.1 and of 10 are to be told apart, and an error of 0 drawn.
+        panels[0][1].set_yscale("symlog", linthresh=0.1)
+        for ours, row in zip(parts, panels, strict=True):
+            name, freeze = ours["transcoder"].iloc[0], ours["real_freeze"].iloc[0]
+            _lines(row[0], ours, "cosine", "carried_cosine")
+            _lines(row[1], ours, "normalised_error", "carried_error")
+            against = f"{name} against the model" + ("" if freeze == "none" else f" with {freeze} held")
+            row[0].set(title=against, ylabel="cosine (mean)", ylim=(None, 1.02))
+            row[1].set(title=against, ylabel="normalised error (mean)")
+        panels[0][1].set_ylim(bottom=0)
+        for axes in panels[-1]:
+            axes.set_xlabel("distance (layers)")
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=means["kind"].nunique())
+        return figure
+
+
+def _lines(axes: Axes, means: DataFrame, measure: str, carried: str) -> None:
+    """One line for each kind and way of holding norms; dotted, the perturbation alone."""
+    distances = sorted(means["distance"].unique())
+    for i, kind in enumerate(KINDS):
+        ours = means[means["kind"] == kind]
+        for frozen, held in ours.groupby("frozen_norms"):
+            label, style = f"{kind}, norms {'held' if frozen else 'free'}", f"C{i}s--" if frozen else f"C{i}o-"
+            axes.plot(held["distance"], held[measure], style, label=label, markersize=4)
+        if len(ours) > 0:
+            alone = ours.groupby("distance")[carried].first()
+            axes.plot(alone.index, alone, f"C{i}:", linewidth=1, label=f"{kind}, carried alone")
+    step = -(-len(distances) // 12)
+    axes.set_xticks(distances[::step])
+    axes.grid(axis="y", linewidth=0.3)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tl_clt.errors import FormatError
-from tl_clt.evaluation.graphs import GraphNumbers, mean_numbers
-from tl_clt.transcoder.formats.reading import read_json
-from tl_clt.transcoder.formats.writing import new_folder
+from tl_clt.errors import ConfigError, FormatError
+from tl_clt.files import new_folder, read_json
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FigureName = Literal["layers", "density", "distance", "graphs"]
@@ -21,6 +22,39 @@ FIGURES: tuple[FigureName, ...] = ("layers", "density", "distance", "graphs")
 PER_LAYER = (
     *("explained_variance_per_layer", "nmse_per_layer", "l0_per_layer", "dead_share_per_layer", "density_counts"),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphNumbers:
+    """Of one prompt's graph, or means over prompts. "Whole" graphs are not pruned."""
+
+    replacement: float
+    """Of the whole graph, by the paper's reading: token influence / (token + error influence)."""
+    completeness: float
+    """Of the whole graph, by the paper's reading: inputs that are not errors, over nodes that have inputs."""
+    completeness_circuit_tracer: float
+    """The same by circuit-tracer's reading, which counts leaves as well. Never compare the two."""
+    completeness_pruned: float
+    """By the paper's reading, over the nodes that pruning at 0.8 and 0.98 keeps, where inputs that were pruned away
+    count as unexplained."""
+    path_length: float
+    """Mean number of edges on a path from a token to a logit, paths weighted by their strength."""
+    n_nodes: float
+    """Of the whole graph."""
+    n_nodes_pruned: float
+    """Of the pruned graph."""
+    unexplored: float
+    """Share of influence at features that were not traced. No node's influence is off by more, nor is the numerator or
+    the denominator of the replacement score; the scores are those of what is known."""
+    n_tokens: float
+    """Of the prompt."""
+
+
+def mean_numbers(numbers: Sequence[GraphNumbers]) -> GraphNumbers:
+    """Means over prompts; at least one."""
+    return GraphNumbers(
+        **{f.name: sum(getattr(n, f.name) for n in numbers) / len(numbers) for f in fields(GraphNumbers)}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +191,7 @@ class EvaluationReport:
         Raises:
             ConfigError: there is no such figure, or no prompt was traced.
         """
-        from tl_clt.evaluation.figures import draw
-
-        return draw(self, name)
+        return _draw(self, name)
 
 
 def _finite(value: Any) -> Any:
@@ -193,3 +225,105 @@ def _read_field(name: str, kind: str, value: Any) -> Any:
     if {"int": int, "str": str, "str | None": str, "dict[str, Any]": dict}.get(kind) is type(value):
         return value
     raise ValueError(f"{name} is {str(value)[:40]!r}, where {kind} was expected")
+
+
+def _draw(report: EvaluationReport, name: FigureName) -> Figure:
+    """One figure by its name.
+
+    Raises:
+        ConfigError: there is no such figure, or no prompt was traced.
+    """
+    drawn = {
+        "layers": (_draw_layers, (10, 6)),
+        "density": (_draw_density, (8, 4.5)),
+        "distance": (_draw_distance, (10, 4)),
+        "graphs": (_draw_graphs, (10, 4)),
+    }
+    if not isinstance(name, str) or name not in drawn:
+        raise ConfigError(f"There is no figure {name!r:.60}: give one of {', '.join(FIGURES)}.")
+    from matplotlib.figure import Figure
+
+    draw, size = drawn[name]
+    figure = Figure(figsize=size, layout="constrained")
+    draw(report, figure)
+    return figure
+
+
+def _draw_layers(report: EvaluationReport, figure: Figure) -> None:
+    figure.suptitle(f"{report.model}: by layer, {report.n_tokens} tokens")
+    panels = {
+        "explained variance": report.explained_variance_per_layer,
+        "NMSE": report.nmse_per_layer,
+        "L0 (active features a token)": report.l0_per_layer,
+        "share of dead features": report.dead_share_per_layer,
+    }
+    for axes, (label, values) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items(), strict=True):
+        axes.bar(range(len(values)), values)
+        axes.set(ylabel=label)
+        _mark_whole_numbers(axes)
+        mean = sum(values) / len(values)
+        axes.axhline(mean, color="grey", linewidth=0.8)
+        axes.set_title(f"mean {mean:.3g}", fontsize="small", loc="right")
+    for axes in figure.axes[2:]:
+        axes.set(xlabel="layer")
+
+
+def _draw_density(report: EvaluationReport, figure: Figure) -> None:
+    axes: Axes = figure.subplots()
+    edges, counts = report.density_edges, report.density_counts
+    below = [0] * len(counts[0])
+    for layer, of_layer in enumerate(counts):
+        colour = _shade(layer, len(counts))
+        widths = [b - a for a, b in pairwise(edges)]
+        axes.bar(edges[:-1], of_layer, widths, bottom=below, align="edge", color=colour)
+        below = [a + b for a, b in zip(below, of_layer, strict=True)]
+    axes.set_xscale("log")
+    seen = [i for i, n in enumerate(below) if n]
+    if seen:
+        axes.set_xlim(edges[seen[0]], edges[seen[-1] + 1])
+    axes.set(xlabel=f"share of {report.n_tokens} tokens on which a feature is active", ylabel="features")
+    axes.set_title(f"{report.model}: feature density ({report.dead_share:.1%} of features are dead, not shown)")
+    shown = range(len(counts)) if len(counts) <= 8 else (0, len(counts) - 1)
+    axes.legend([axes.containers[i] for i in shown], [f"layer {i}" for i in shown], loc="upper left")
+
+
+def _draw_distance(report: EvaluationReport, figure: Figure) -> None:
+    figure.suptitle(f"{report.model}: how far ahead features write")
+    panels = {
+        "mean norm of a feature's decoder vector": report.decoder_norm_by_distance,
+        "share of what is written": report.written_share_by_distance,
+    }
+    for axes, (label, values) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        axes.bar(range(len(values)), values)
+        axes.set(xlabel="layers ahead", ylabel=label)
+        _mark_whole_numbers(axes)
+
+
+def _draw_graphs(report: EvaluationReport, figure: Figure) -> None:
+    if not report.graphs:
+        why = report.graphs_missing or "evaluate with n_graphs of at least 1."
+        raise ConfigError(f"No prompt was traced: {why}")
+    figure.suptitle(f"{report.model}: graphs of {len(report.graphs)} prompts (by replacement)")
+    left, right = figure.subplots(1, 2)
+    graphs = sorted(report.graphs, key=lambda graph: graph.replacement)
+    places = range(len(graphs))
+    for name, marker in (("replacement", "o"), ("completeness", "s"), ("completeness_pruned", "^")):
+        left.plot(places, [getattr(g, name) for g in graphs], marker, label=name.replace("_", ", "))
+    left.set(xlabel="prompt", ylabel="score", ylim=(-0.02, 1.02))
+    left.legend()
+    right.plot(places, [g.path_length for g in graphs], "o", color="C3")
+    right.set(xlabel="prompt", ylabel="path length (edges)", ylim=(0, 1.1 * max(g.path_length for g in graphs)))
+    for axes in (left, right):
+        _mark_whole_numbers(axes)
+
+
+def _shade(layer: int, n_layers: int) -> tuple[float, float, float, float]:
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](layer / max(1, n_layers - 1))
+
+
+def _mark_whole_numbers(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

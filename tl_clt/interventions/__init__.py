@@ -1,10 +1,14 @@
 """Graphs put to the test: features changed by plain hooks, and what follows from it."""
 
-from tl_clt.interventions.effect import InactiveFeature, InterventionEffect
 from tl_clt.interventions.hooks import intervention_hooks
-from tl_clt.interventions.intervene import intervene
-from tl_clt.interventions.intervention import AnyIntervention, DirectionIntervention, Intervention, parse_intervention
-from tl_clt.interventions.swap import swap_interventions
+from tl_clt.interventions.intervene import InactiveFeature, InterventionEffect, intervene
+from tl_clt.interventions.intervention import (
+    AnyIntervention,
+    DirectionIntervention,
+    Intervention,
+    parse_intervention,
+    swap_interventions,
+)
 from tl_clt.interventions.sweeps import (
     EndLayerSweep,
     Interaction,

@@ -38,13 +38,15 @@ in the paper's figure of 0.72 (Spearman).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
 from pandas import DataFrame, concat
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tl_clt.arguments import as_choice, as_number, as_seed, as_switch, as_whole, shown
@@ -57,18 +59,18 @@ from tl_clt.attribution import (
     TokenTarget,
     attribute,
 )
+from tl_clt.attribution.influence import sum_inputs, top_down
 from tl_clt.attribution.targets import NamedTarget
-from tl_clt.errors import CLTMismatch, ConfigError, TargetError
-from tl_clt.interventions.baselines import BASELINES, Baseline, baseline_clt
-from tl_clt.interventions.effect import Acts, InterventionEffect
-from tl_clt.interventions.intervene import intervene
+from tl_clt.errors import CLTMismatch, ConfigError, MemoryLimit, TargetError
+from tl_clt.interventions.intervene import Acts, InterventionEffect, intervene
 from tl_clt.interventions.intervention import DirectionIntervention, Intervention
-from tl_clt.interventions.predictions import Predictions, predict
-from tl_clt.interventions.sampling import Sample, sample_features
-from tl_clt.interventions.validation_report import ValidationReport, interval_note
-from tl_clt.lens import Freeze, HookedModel, model_name, norm_map, run_with_cache, user_hooks_aside
+from tl_clt.interventions.validation_report import BASELINES, Baseline, ValidationReport, interval_note
+from tl_clt.lens import Freeze, HookedModel, block_hook, model_name, norm_map, run_with_cache, user_hooks_aside
+from tl_clt.machine import GIB, free_memory
 from tl_clt.replacement import check_fit
+from tl_clt.shapes import NodeValues, Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
+from tl_clt.transcoder.decoders import DenseDecoders
 
 Kind = Literal["constrained", "iterative", "model"]
 KINDS: tuple[Kind, ...] = ("constrained", "iterative", "model")
@@ -76,6 +78,17 @@ TARGET_KINDS = {TokenTarget: "token", DifferenceTarget: "difference", FeatureTar
 LOGITS_AT_ONCE = 2**26
 """Logits of one pass: 256 MiB in float32."""
 Effects = Float[Tensor, "n_sources n_targets"]
+STRATA = (0.5, 0.8, 0.95, 1.0)
+"""Strata end where the most influential features together carry these shares of all features' influence."""
+ALIKE = 3
+"""Controls are drawn from this many features of the most similar activation."""
+Nodes = Int[Tensor, " n_sources"]
+ByNode = Float[Tensor, "n_nodes n_sources"]
+ROWS_AT_ONCE = 256
+"""Rows of the graph that are dense in memory at a time."""
+Inputs = Float[Tensor, "n_inputs n_layers d_model"]
+Draw = Callable[..., Tensor]
+"""Normal random numbers of a shape, in the CLT's dtype and on its device."""
 
 
 class Measured(NamedTuple):
@@ -421,3 +434,223 @@ def _sizes(measure: _Measurement, sources: Int[Tensor, " n"]) -> Float[Tensor, "
         rows = measure.clt.decoder_rows(layer, at.index[here]).detach().double()
         sizes[here.cpu()] = (at.activation[here].abs().double() * rows.flatten(start_dim=1).norm(dim=1)).cpu()
     return sizes
+
+
+class Sample(NamedTuple):
+    """Feature nodes to test, controls after the rest."""
+
+    node: Int[Tensor, " n_sources"]
+    stratum: Int[Tensor, " n_sources"]
+    """0 the most influential."""
+    control_of: Int[Tensor, " n_sources"]
+    """The node that a control stands beside; -1 for the others. One control may stand beside several."""
+
+
+def sample_features(graph: AttributionGraph, n_features: int | None, seed: int) -> Sample:
+    """Draw features of a graph, as many of each stratum as there are to be had, and controls.
+
+    Each feature drawn from the first stratum has a control: a random one of the three other features, whatever their
+    influence, with the most similar activation at its layer and position, or, where there are fewer, at its layer.
+
+    Args:
+        graph: of which nodes with some influence count.
+        n_features: how many to draw, controls not counted; None for all.
+        seed: of the draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    influence = graph.influence().cpu()
+    everything = graph.nodes.where(NodeKind.FEATURE).cpu()
+    features = everything[influence[everything].argsort(descending=True)]
+    features = features[influence[features] > 0]
+    stratum = _strata(influence[features].double())
+    chosen = _draw(stratum, len(features) if n_features is None else n_features, generator)
+    tested = features[chosen]
+    top = tested[stratum[chosen] == 0]
+    pairs = [(c, int(n)) for n in top if (c := _control(graph, everything, int(n), generator)) is not None]
+    stratum_of = dict(zip(features.tolist(), stratum.tolist(), strict=True))
+    nodes = [*tested.tolist(), *(c for c, _ in pairs)]
+    return Sample(
+        torch.tensor(nodes, dtype=torch.long),
+        torch.tensor([stratum_of.get(n, len(STRATA) - 1) for n in nodes], dtype=torch.long),
+        torch.tensor([-1] * len(tested) + [n for _, n in pairs], dtype=torch.long),
+    )
+
+
+def _strata(influence: Tensor) -> Int[Tensor, " n"]:
+    """The stratum of each feature, of influences in falling order."""
+    before = (influence.cumsum(0) - influence) / influence.sum().clamp_min(torch.finfo(influence.dtype).tiny)
+    return torch.bucketize(before, torch.tensor(STRATA[:-1], dtype=influence.dtype), right=True)
+
+
+def _draw(stratum: Tensor, n_features: int, generator: torch.Generator) -> Int[Tensor, " n_drawn"]:
+    """Places of as many of each stratum as there are to be had; what small ones lack is made up by the next."""
+    drawn: list[Tensor] = []
+    left = n_features
+    by_size = sorted(range(len(STRATA)), key=lambda s: int((stratum == s).sum()))
+    for strata_left, s in zip(range(len(STRATA), 0, -1), by_size, strict=True):
+        members = torch.nonzero(stratum == s).flatten()
+        take = min(len(members), left // strata_left)
+        drawn.append(members[torch.randperm(len(members), generator=generator)[:take]])
+        left -= take
+    return torch.cat(drawn).sort().values
+
+
+def _control(graph: AttributionGraph, features: Tensor, node: int, generator: torch.Generator) -> int | None:
+    """A random one of the `ALIKE` most like a node."""
+    layer, pos, activation = (x.cpu() for x in (graph.nodes.layer, graph.nodes.pos, graph.nodes.activation))
+    others = features[(layer[features] == layer[node]) & (features != node)]
+    here = others[pos[others] == pos[node]]
+    candidates = here if len(here) >= ALIKE else others
+    if len(candidates) == 0:
+        return None
+    alike = candidates[(activation[candidates] - activation[node]).abs().argsort()[:ALIKE]]
+    return int(alike[torch.randint(len(alike), (1,), generator=generator)])
+
+
+class Predictions(NamedTuple):
+    """Of each source node, on every node. Rows of nodes that were not traced are 0."""
+
+    edge: ByNode
+    """E[t, s]: the direct edge, which is how much t falls when s is ablated and nothing between them reacts."""
+    total: ByNode
+    """T[t, s] = E[t, s] + sum_u E[t, u] / act_u T[u, s] over traced features u: the same where the features between
+    react in proportion, none switches on or off, and attention and norms stay."""
+    influence: ByNode
+    """B[t, s], with B = A + A^2 + ... and A the |edges| as shares of each node's input: how often a walk upstream from
+    t visits s. The nodes' influence is w B with w the logit probabilities."""
+
+
+def predict(graph: AttributionGraph, sources: Nodes) -> Predictions:
+    """The three predictions, by one pass from the bottom layer up each."""
+    nodes = graph.nodes
+    features = nodes.is_kind(NodeKind.FEATURE) & (nodes.activation != 0)
+    per_unit = torch.where(features, 1 / torch.where(features, nodes.activation, 1), 0).to(graph.adjacency.dtype)
+    everything = torch.ones_like(per_unit)
+    share = 1 / sum_inputs(graph)
+    return Predictions(
+        _carried(graph, sources, everything, torch.zeros_like(per_unit)),
+        _carried(graph, sources, everything, per_unit),
+        _carried(graph, sources, share, everything, absolute=True),
+    )
+
+
+def _carried(
+    graph: AttributionGraph, sources: Nodes, scale: NodeValues, through: NodeValues, absolute: bool = False
+) -> ByNode:
+    """X[t] = scale_t (E[t, sources] + sum_u E[t, u] through_u X[u]), or with |E|."""
+    found = graph.adjacency.new_zeros(len(graph.nodes), len(sources), layout=torch.strided)
+    for layer in reversed(list(top_down(graph.nodes))):
+        for rows in layer.split(ROWS_AT_ONCE):
+            edges = torch.stack([graph.in_edges(int(row)) for row in rows])
+            edges = (edges.abs() if absolute else edges) * scale[rows, None]
+            found[rows] = edges[:, sources] + (edges * through) @ found
+    return found
+
+
+@torch.no_grad()
+def baseline_clt(
+    which: Baseline, model: HookedModel, clt: CrossLayerTranscoder, tokens: Tokens, seed: int
+) -> CrossLayerTranscoder:
+    """A CLT of chance, of the given one's shape, activation, hooks, b_dec and W_skip, which it shares.
+
+    random: of no learned direction at all. W_enc's columns point anywhere, with norms as the given ones' times one
+    factor a layer; b_enc takes each feature's mean over the prompt away, so that features fire where their input is
+    unlike the rest of the prompt; one threshold a layer (or k) lets as many through on this prompt as fire in the given
+    CLT there, and the factor makes their mean activation the same. Decoder vectors point anywhere, each with the norm
+    of the given one. Position 0 is left out of all these counts.
+
+    shuffled: the given encoder, thus the same activations, and decoder vectors that point where those of another
+    feature of the same layer do (none keeps its own), each with the norm that it had: what activations and norms
+    alone make of it.
+
+    Each prompt has a draw of its own.
+
+    Raises:
+        MemoryLimit: the decoders, which either needs once more in memory, do not fit.
+    """
+    _require_room(clt)
+    # Over several prompts, several CLTs are drawn: one may be lucky.
+    key = f"{seed} {which} {tokens.tolist()}"
+    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+    # Tensors are shared: the memo says that they are copied already.
+    made = copy.deepcopy(clt, {id(tensor): tensor for tensor in (*clt.parameters(), *clt.buffers())})
+    if which == "shuffled":
+        made.W_dec = DenseDecoders(list(_shuffled_decoders(clt, generator)))
+    else:
+        dtype = torch.float64 if clt.W_enc.dtype == torch.float64 else torch.float32
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=dtype).to(clt.W_enc)
+
+        _randomise_encoder(made, clt, _inputs(model, clt, tokens), draw)
+        norms = (clt.W_dec[source].norm(dim=-1, keepdim=True) for source in clt.layers)
+        made.W_dec = DenseDecoders([_pointing(draw(*norm.shape[:2], clt.cfg.d_model)) * norm for norm in norms])
+    return made.requires_grad_(False)
+
+
+def _require_room(clt: CrossLayerTranscoder) -> None:
+    writes = sum(len(clt.cfg.targets(source)) for source in clt.layers)
+    needed = (writes + clt.cfg.n_layers) * clt.cfg.d_transcoder * clt.cfg.d_model * clt.W_enc.element_size()
+    free = free_memory(clt.W_enc.device)
+    if free is not None and needed > free:
+        raise MemoryLimit(
+            f"A baseline of this CLT takes {needed / GIB:.2f} GiB and {free / GIB:.2f} are free: give baselines=() and"
+            " say that none was taken, or free some memory."
+        )
+
+
+def _shuffled_decoders(clt: CrossLayerTranscoder, generator: torch.Generator) -> Iterator[Tensor]:
+    for source in clt.layers:
+        W_dec = clt.W_dec[source].detach()
+        order = torch.randperm(len(W_dec), generator=generator)
+        other = torch.empty_like(order)
+        other[order] = order.roll(1)
+        yield _pointing(W_dec[other.to(W_dec.device)]) * W_dec.norm(dim=-1, keepdim=True)
+
+
+def _pointing(vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    """Unit vectors; where there is nothing, still nothing."""
+    return vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
+
+
+def _inputs(model: HookedModel, clt: CrossLayerTranscoder, tokens: Tokens) -> Inputs:
+    """What features read on the prompt, without position 0 if there are others."""
+    names = [block_hook(layer, clt.cfg.input_hook) for layer in clt.layers]
+    with user_hooks_aside(model):
+        _, cache = run_with_cache(model, tokens[None], lambda name: name in names)
+    return torch.stack([cache[name][0, min(1, len(tokens) - 1) :] for name in names], dim=1).to(clt.W_enc)
+
+
+def _randomise_encoder(made: CrossLayerTranscoder, clt: CrossLayerTranscoder, inputs: Inputs, draw: Draw) -> None:
+    _, d_model, d_transcoder = clt.W_enc.shape
+    made.W_enc = nn.Parameter(torch.empty_like(clt.W_enc))
+    made.b_enc = nn.Parameter(torch.empty_like(clt.b_enc))
+    made.threshold = None if clt.threshold is None else nn.Parameter(torch.zeros_like(clt.threshold))
+    for layer in clt.layers:
+        x = inputs[:, layer]
+        given = clt.encode_layer(x, layer).feature_acts
+        W_enc = _pointing(draw(d_transcoder, d_model)).T * clt.W_enc[layer].norm(dim=0)
+        hidden_pre = x @ W_enc
+        mean = hidden_pre.mean(dim=0) if len(x) > 1 else torch.zeros_like(hidden_pre[0])
+        limit = _limit(hidden_pre - mean, int(given.count_nonzero())) if clt.cfg.activation != "topk" else 0.0
+        made.b_enc[layer] = -mean - limit if clt.cfg.activation == "relu" else -mean
+        if made.threshold is not None:
+            made.threshold[layer] = limit
+        made.W_enc[layer] = W_enc
+        found = made.encode_layer(x, layer).feature_acts
+        factor = _mean_active(given) / _mean_active(found) if bool(given.any()) and bool(found.any()) else 1.0
+        for weight in (made.W_enc, made.b_enc, made.threshold):
+            if weight is not None:
+                weight[layer] *= factor
+
+
+def _limit(hidden_pre: Float[Tensor, "n_inputs d_transcoder"], count: int) -> float:
+    """A threshold, not below 0, that so many pre-activations are above: half-way to the next, so that rounding decides
+    nothing."""
+    falling = hidden_pre.flatten().sort(descending=True).values
+    around = falling[max(0, count - 1) : count + 1]
+    return max(0.0, float(around.mean() if count else around[0]))
+
+
+def _mean_active(feature_acts: Float[Tensor, "n_inputs d_transcoder"]) -> Float[Tensor, ""]:
+    return feature_acts[feature_acts != 0].mean()

@@ -1,36 +1,29 @@
-"""What came of putting a graph to the test: measurements, summaries, figures."""
+"""What came of putting a graph to the test: measurements, their statistics, figures and files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
+from jaxtyping import Float, Int
 from pandas import DataFrame, Series, concat
 from scipy.stats import pearsonr, spearmanr
 
 from tl_clt.errors import ConfigError
-from tl_clt.interventions.baselines import BASELINES
-from tl_clt.interventions.rank_statistics import (
-    FEWEST_PROMPTS,
-    Statistic,
-    Times,
-    interval,
-    mean_of,
-    pooled,
-    resample,
-    within,
-)
-from tl_clt.transcoder.formats.writing import new_folder
+from tl_clt.files import new_folder
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FigureName = Literal["chance", "logits", "features", "signs", "quadrants", "errors"]
+Baseline = Literal["random", "shuffled"]
+BASELINES: tuple[Baseline, ...] = ("random", "shuffled")
 CLTS = ("given", *BASELINES)
 """Values of the column `clt`."""
 PREDICTIONS = {
@@ -276,9 +269,7 @@ class ValidationReport:
         Raises:
             ConfigError: there is no such figure.
         """
-        from tl_clt.interventions.validation_figures import draw
-
-        return draw(self, name)
+        return _draw(self, name)
 
     def save(self, folder: str | Path) -> Path:
         """Write everything to a new or empty folder, all or nothing.
@@ -407,3 +398,297 @@ def _correlation(of: Any, compared: Compared) -> float:
     if compared.predicted.nunique() < 2 or compared.measured.nunique() < 2:
         return float("nan")
     return float(of(compared.predicted, compared.measured).statistic)
+
+
+QUADRANTS = ("predicted_seen", "predicted_only", "seen_only", "neither")
+LINEAR_BELOW = 1e-4
+"""Shares from here up have a logarithmic axis."""
+BESIDE = (-0.2, 0.2)
+"""Places of two bars of one group."""
+SHOWN = {
+    ("logit", "influence", "spearman"): "logit, influence",
+    ("logit", "influence", "partial"): "logit, influence\ngiven size",
+    ("logit", "signed", "spearman"): "logit, {signed}",
+    ("feature", "influence", "spearman"): "feature, influence",
+    ("feature", "influence", "within_target_partial"): "feature, influence\nwithin a target,\ngiven size",
+    ("feature", "influence", "within_source"): "feature, influence\nwithin a source",
+    ("feature", "signed", "spearman"): "feature, {signed}",
+    ("feature", "signed", "within_target_partial"): "feature, {signed}\nwithin a target,\ngiven size",
+}
+"""Which rows of the table `chance` a figure shows, and what it calls them."""
+
+
+def _draw(report: ValidationReport, name: FigureName) -> Figure:
+    """One figure by its name.
+
+    Raises:
+        ConfigError: there is no such figure.
+    """
+    if not isinstance(name, str) or name not in get_args(FigureName):
+        raise ConfigError(f"There is no figure {name!r:.60}: give one of {', '.join(get_args(FigureName))}.")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 8.4 if name in ("logits", "features", "chance") else 4.4), layout="constrained")
+    if name in ("logits", "features"):
+        _scatters(report, figure, name.removesuffix("s"))
+    elif name == "chance":
+        for axes, kind in zip(figure.subplots(1, len(PREDICTIONS), sharex=True, sharey=True), PREDICTIONS, strict=True):
+            _chance(report, axes, kind)
+        figure.suptitle(f"intervals: {report.info['intervals']}")
+    else:
+        for axes, kind in zip(figure.subplots(1, len(PREDICTIONS), sharey=True), PREDICTIONS, strict=True):
+            axes.set_title(kind)
+            {"signs": _signs, "quadrants": _quadrants, "errors": _errors}[name](report, axes, kind)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, markerscale=3)
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_alpha(1)
+    return figure
+
+
+def _scatters(report: ValidationReport, figure: Figure, at: str) -> None:
+    """Above, the signed prediction of this kind against the change; below, influence against the relative effect."""
+    axes = figure.subplots(2, len(PREDICTIONS))
+    for kind, where, prediction, compared in report.comparisons():
+        if where == at and prediction in (PREDICTIONS[kind][0], "influence"):
+            here = axes[int(prediction == "influence"), list(PREDICTIONS).index(kind)]
+            row = _rows(report, kind, prediction).set_index("measured_at").loc[at]
+            here.set_title(f"{kind}: Spearman {row['spearman']:.2f}, Pearson {row['pearson']:.2f}")
+            _scatter(here, compared, f"{at}s", prediction, report.threshold)
+
+
+def _scatter(axes: Axes, compared: Compared, where: str, prediction: str, threshold: float) -> None:
+    for split in ("low", "high"):
+        part = compared.part(split)
+        if len(part.predicted):
+            label = f"error nodes carry {part.error_share.mean():.0%} of the target's input, on average"
+            axes.scatter(part.predicted, part.measured, s=8, alpha=0.4, linewidths=0, label=label)
+    if prediction == "influence":
+        axes.set(xlabel=f"influence on {where}", ylabel=f"relative effect on {where}")
+        axes.set_xscale("symlog", linthresh=LINEAR_BELOW)
+        axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
+        axes.axvline(threshold, color="grey", linewidth=0.5)
+        axes.axhline(threshold, color="grey", linewidth=0.5)
+    else:
+        axes.axline((0, 0), slope=1, color="grey", linewidth=0.5)
+        axes.set(xlabel=f"predicted change of {where} ({prediction})", ylabel=f"measured change of {where}")
+
+
+def _chance(report: ValidationReport, axes: Axes, kind: str) -> None:
+    """Rank correlations of each CLT, with their intervals where there are some."""
+    signed = PREDICTIONS[kind][0]
+    table = select(report.chance, kind=kind).set_index(["measured_at", "prediction", "statistic"])
+    rows = {
+        (at, signed if p == "signed" else p, s): text.format(signed="edge or total")
+        for (at, p, s), text in SHOWN.items()
+    }
+    for number, clt in enumerate(report.clts):
+        values, low, high = (table[clt + part].reindex(list(rows)).to_numpy() for part in ("", "_low", "_high"))
+        height = [place + 0.22 * (number - (len(report.clts) - 1) / 2) for place in range(len(rows))]
+        axes.scatter(values, height, s=14, label=clt, color=f"C{number}")
+        axes.hlines(height, low, high, color=f"C{number}", linewidth=1.5)
+    axes.set_yticks(range(len(rows)), list(rows.values()))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="x", linewidth=0.3)
+    axes.set(title=kind, xlabel="Spearman")
+
+
+def _signs(report: ValidationReport, axes: Axes, kind: str) -> None:
+    rows = _rows(report, kind, PREDICTIONS[kind][0])
+    columns = {"sign_agreement": "all effects", "sign_agreement_predicted": f"predicted >= {report.threshold:g}"}
+    _bars(axes, {label: rows[column] for column, label in columns.items()}, list(rows["measured_at"]), "{:.2f}")
+    axes.set(ylim=(0, 1.08), ylabel="share of equal signs")
+
+
+def _quadrants(report: ValidationReport, axes: Axes, kind: str) -> None:
+    rows = _rows(report, kind, PREDICTIONS[kind][0]).set_index("measured_at")
+    counts = {f"on a {at}": [row[quadrant] for quadrant in QUADRANTS] for at, row in rows.iterrows()}
+    _bars(axes, counts, [quadrant.replace("_", "\n") for quadrant in QUADRANTS], "{:.0f}")
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set(ylabel=f"pairs (threshold {report.threshold:g} of the target)")
+    axes.margins(y=0.1)
+
+
+def _errors(report: ValidationReport, axes: Axes, kind: str) -> None:
+    groups = [(at, prediction) for at in ("logit", "feature") for prediction in (PREDICTIONS[kind][0], "influence")]
+    found = {
+        f"error nodes carry a {split} share": [
+            next(iter(select(_rows(report, kind, prediction, split), measured_at=at)["spearman"]), float("nan"))
+            for at, prediction in groups
+        ]
+        for split in ("low", "high")
+    }
+    _bars(axes, found, [f"{at}\n{prediction}" for at, prediction in groups], "{:.2f}")
+    axes.axhline(0, color="grey", linewidth=0.5)
+    axes.set(ylabel="Spearman")
+    axes.margins(y=0.1)
+
+
+def _bars(axes: Axes, heights: dict, groups: list[str], form: str) -> None:
+    """Two bars a group, with their numbers above; none where there is no number."""
+    for offset, (label, values) in zip(BESIDE, heights.items(), strict=True):
+        drawn = [(i + offset, float(value)) for i, value in enumerate(values) if value == value]
+        bars = axes.bar([x for x, _ in drawn], [y for _, y in drawn], width=0.4, label=label)
+        axes.bar_label(bars, labels=[form.format(y) for _, y in drawn])
+    axes.set_xticks(range(len(groups)), groups)
+
+
+def _rows(report: ValidationReport, kind: str, prediction: str, split: str = "all") -> DataFrame:
+    return select(report.summary, clt="given", kind=kind, prediction=prediction, errors=split)
+
+
+FEWEST_ENTRIES = 5
+"""Of a target or source, for a correlation within it."""
+FEWEST_PROMPTS = 10
+"""For an interval."""
+RESAMPLES = 1000
+LEVEL = 0.95
+Values = Float[np.ndarray, " n"]
+Numbers = Int[np.ndarray, " n"]
+Times = Float[np.ndarray, "n_resamples n_prompts"]
+"""How often each prompt counts."""
+
+
+class Interval(NamedTuple):
+    """Between which numbers a statistic lies in 95% of resamples; nan where there are fewer than 10 prompts."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A number as a function of how often each prompt counts."""
+
+    n: int
+    """Pairs, or targets or sources, that it is taken of."""
+    n_prompts: int
+    """Prompts that have any of them."""
+    at: Callable[[Times], Float[np.ndarray, " n_resamples"]]
+
+    def value(self, n_prompts: int) -> float:
+        """With each of all prompts counted once."""
+        return float(self.at(np.ones((1, n_prompts)))[0])
+
+
+def resample(n_prompts: int, seed: int = 0) -> Times:
+    """How often each prompt counts in draws of as many prompts, with replacement."""
+    return (
+        np.random.default_rng(seed).multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), RESAMPLES).astype(float)
+    )
+
+
+def interval(of: Statistic, times: Times, less: Statistic | None = None) -> Interval:
+    """The percentile interval of a statistic, or of one less another on the same resamples."""
+    if min(s.n_prompts for s in (of, less) if s is not None) < FEWEST_PROMPTS:
+        return Interval(float("nan"), float("nan"))
+    drawn = of.at(times) if less is None else of.at(times) - less.at(times)
+    if np.isnan(drawn).all():
+        return Interval(float("nan"), float("nan"))
+    outside = 100 * (1 - LEVEL) / 2
+    return Interval(*(float(x) for x in np.nanpercentile(drawn, [outside, 100 - outside])))
+
+
+def pooled(prompt: Numbers, n_prompts: int, x: Values, y: Values, given: Values | None = None) -> Statistic:
+    """Spearman's correlation of all pairs together, or the partial one with the ranks of a third thing given.
+
+    With prompts counted m times, an item's rank is `sum_q m_q c_q`, c_q the items of prompt q below it and half of
+    those that are equal. Sums of products of two ranks are then `sum_pqr m_p m_q m_r T_pqr`, with T taken once.
+    """
+    below = [_below(prompt, n_prompts, values) for values in ((x, y) if given is None else (x, y, given))]
+    pairs = [(a, b) for b in range(len(below)) for a in range(b + 1)]
+    products = {(a, b): _products(prompt, n_prompts, below[a], below[b]) for a, b in pairs}
+    counts = np.bincount(prompt, minlength=n_prompts).astype(float)
+
+    def at(times: Times) -> Float[np.ndarray, " n_resamples"]:
+        whole = times @ counts
+
+        def covariance(a: int, b: int) -> Float[np.ndarray, " n_resamples"]:
+            sums = (times @ products[a, b].reshape(n_prompts, -1)).reshape(-1, n_prompts, n_prompts)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                return np.einsum("nq,nqr,nr->n", times, sums, times) / whole**3 - 1 / 4
+
+        return _correlation_of_ranks(covariance, given is not None)
+
+    return Statistic(len(x), int((counts > 0).sum()), at)
+
+
+def within(
+    groups: Numbers, prompt: Numbers, n_prompts: int, x: Values, y: Values, given: Values | None = None
+) -> Statistic:
+    """The mean of Spearman's correlations within groups, each counted with its entries.
+
+    Groups of fewer than 5 entries, and those in which x or y (or what is left of them, with a third thing given) is
+    constant, are left out. A group lies within one prompt.
+    """
+    _, group = np.unique(groups, return_inverse=True)
+    counts = np.bincount(group)
+    values = [Series(v).groupby(group).rank().to_numpy() for v in ((x, y) if given is None else (x, y, given))]
+    ranks = [rank - (counts[group] + 1) / 2 for rank in values]
+
+    def covariance(a: int, b: int) -> Values:
+        return np.bincount(group, weights=ranks[a] * ranks[b]) / counts**3
+
+    found = _correlation_of_ranks(covariance, given is not None) if len(group) else np.zeros(0)
+    used = (counts >= FEWEST_ENTRIES) & ~np.isnan(found)
+    of_prompt = np.zeros(len(counts), dtype=int)
+    of_prompt[group] = prompt
+    weight = np.bincount(of_prompt[used], weights=counts[used], minlength=n_prompts)
+    weighed = np.bincount(of_prompt[used], weights=(counts * found)[used], minlength=n_prompts)
+
+    def at(times: Times) -> Float[np.ndarray, " n_resamples"]:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (times @ weighed) / (times @ weight)
+
+    return Statistic(int(used.sum()), int((weight > 0).sum()), at)
+
+
+def mean_of(prompt: Numbers, n_prompts: int, values: Values) -> Statistic:
+    """The mean of all values."""
+    counts = np.bincount(prompt, minlength=n_prompts)
+    sums = np.bincount(prompt, weights=values, minlength=n_prompts)
+
+    def at(times: Times) -> Float[np.ndarray, " n_resamples"]:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (times @ sums) / (times @ counts)
+
+    return Statistic(len(prompt), int((counts > 0).sum()), at)
+
+
+def _below(prompt: Numbers, n_prompts: int, values: Values) -> Float[np.ndarray, "n n_prompts"]:
+    """Of each prompt, the items below each item, and half of those that are equal."""
+    levels, level = np.unique(values, return_inverse=True)
+    found = np.empty((len(values), n_prompts))
+    for q in range(n_prompts):
+        here = np.bincount(level[prompt == q], minlength=len(levels))
+        found[:, q] = (np.cumsum(here) - here / 2)[level]
+    return found
+
+
+def _products(
+    prompt: Numbers, n_prompts: int, a: Float[np.ndarray, "n n_prompts"], b: Float[np.ndarray, "n n_prompts"]
+) -> Float[np.ndarray, "n_prompts n_prompts n_prompts"]:
+    return np.stack([a[prompt == p].T @ b[prompt == p] for p in range(n_prompts)])
+
+
+def _correlation_of_ranks(
+    covariance: Callable[[int, int], Float[np.ndarray, " n"]], partial: bool
+) -> Float[np.ndarray, " n"]:
+    """Of the first two of what was ranked, with the third given where there is one; nan where one is constant."""
+
+    def of(a: int, b: int) -> Float[np.ndarray, " n"]:
+        x, y = covariance(a, a), covariance(b, b)
+        # Of ranks as shares of all n entries: 0 up to rounding, or at least about 1 / 4n.
+        varies = (x > 1e-12) & (y > 1e-12)
+        return np.where(varies, covariance(a, b) / np.sqrt(np.where(varies, x * y, 1)), np.nan)
+
+    xy = of(0, 1)
+    if not partial:
+        return xy
+    xz, yz = of(0, 2), of(1, 2)
+    # What is not ranked apart by the third thing is not explained by it.
+    xz, yz = np.nan_to_num(xz), np.nan_to_num(yz)
+    left = (1 - xz**2) * (1 - yz**2)
+    enough = left > 1e-9
+    return np.where(enough, (xy - xz * yz) / np.sqrt(np.where(enough, left, 1)), np.nan)

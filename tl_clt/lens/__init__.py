@@ -1,24 +1,30 @@
 """The only room that imports transformer_lens: models, hooks, freezing, prompts and weights."""
 
+from transformer_lens import ActivationCache
+
 from tl_clt.lens.clean_run import CleanRun, Freeze
-from tl_clt.lens.fingerprint import model_fingerprint
 from tl_clt.lens.freezing import frozen_hooks, hold, is_frozen_hook, require_held
 from tl_clt.lens.hooks import (
+    MLP_IN,
+    MLP_OUT,
     FwdHook,
+    HookedModel,
+    HookedTransformer,
+    HookPoint,
+    TransformerBridge,
     add_hook_points,
     block_hook,
     find_hook,
+    mlp_hook_points,
     model_name,
+    names_mlp_points,
+    plain_hooks,
     remove_hook_points,
     require_hooks,
     require_model,
     user_hooks_aside,
 )
-from tl_clt.lens.kv_cache import CleanCaches, last_kv_cache
-from tl_clt.lens.linear import NormMap, OVWeights, is_parallel, mlp_norms, norm_map, ov_weights
-from tl_clt.lens.loading import Backend, bundled_organisms, load_model, model_shape
-from tl_clt.lens.mlp_points import MLP_IN, MLP_OUT, mlp_hook_points, names_mlp_points, plain_hooks
-from tl_clt.lens.neurons import NeuronWeights, neuron_weights
+from tl_clt.lens.loading import Backend, bundled_organisms, load_model, model_fingerprint, model_shape
 from tl_clt.lens.prompts import (
     Prompt,
     PromptBatch,
@@ -31,9 +37,28 @@ from tl_clt.lens.prompts import (
     to_tokens,
     token_strings,
 )
-from tl_clt.lens.running import Unembedding, logit_scale, run_with_cache, run_with_hooks, tap_unembedding
-from tl_clt.lens.types import ActivationCache, HookedModel, HookedTransformer, HookPoint, TransformerBridge
-from tl_clt.lens.weights import dtype_of, unembedding_biases, unembedding_directions
+from tl_clt.lens.running import (
+    CleanCaches,
+    Unembedding,
+    last_kv_cache,
+    logit_scale,
+    run_with_cache,
+    run_with_hooks,
+    tap_unembedding,
+)
+from tl_clt.lens.weights import (
+    NeuronWeights,
+    NormMap,
+    OVWeights,
+    dtype_of,
+    is_parallel,
+    mlp_norms,
+    neuron_weights,
+    norm_map,
+    ov_weights,
+    unembedding_biases,
+    unembedding_directions,
+)
 
 __all__ = [
     "ActivationCache",

@@ -13,11 +13,20 @@ from torch import Tensor
 
 from tl_clt.errors import ModelUnsupported, PromptError
 from tl_clt.lens.freezing import FROZEN_HOOKS, for_each_head, hold, is_frozen_hook
-from tl_clt.lens.hooks import FwdHook, block_hook, find_hook, model_name, require_hooks, user_hooks_aside
-from tl_clt.lens.mlp_points import mlp_hook_points
+from tl_clt.lens.hooks import (
+    FwdHook,
+    HookedModel,
+    HookedTransformer,
+    HookPoint,
+    block_hook,
+    find_hook,
+    mlp_hook_points,
+    model_name,
+    require_hooks,
+    user_hooks_aside,
+)
 from tl_clt.lens.prompts import padding_before
 from tl_clt.lens.running import run_with_cache, run_with_hooks
-from tl_clt.lens.types import HookedModel, HookedTransformer, HookPoint
 
 Freeze = Literal["attention", "all", "none"]
 START = block_hook(0, "hook_resid_pre")

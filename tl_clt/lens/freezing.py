@@ -8,12 +8,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from transformer_lens import ActivationCache
 
 from tl_clt.arguments import as_switch, shown
 from tl_clt.errors import ConfigError, HookNotFound, ModelUnsupported, PromptError
-from tl_clt.lens.hooks import FwdHook, block_hook, model_name, user_hooks_aside
+from tl_clt.lens.hooks import FwdHook, HookedModel, HookPoint, block_hook, model_name, user_hooks_aside
 from tl_clt.lens.running import run_with_cache, run_with_hooks, tap_unembedding
-from tl_clt.lens.types import ActivationCache, HookedModel, HookPoint
 from tl_clt.shapes import TokenBatch
 
 FROZEN_HOOKS = ("attn.hook_pattern", "hook_scale")

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from tl_clt.arguments import has_values, is_whole, lone_surrogate, plain, shown
 from tl_clt.errors import PromptError, TokenizerMissing
-from tl_clt.lens.hooks import model_name
-from tl_clt.lens.types import HookedModel
+from tl_clt.lens.hooks import HookedModel, model_name
 from tl_clt.shapes import TokenBatch, Tokens
 
 Prompt: TypeAlias = str | Sequence[int] | Tensor | np.ndarray | Mapping[str, Any]

@@ -27,10 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tl_clt.errors import FormatError, ModelUnsupported
+from tl_clt.files import READING_ERRORS, new_file, read_json, reading
 from tl_clt.training.chunks import Activations, Prompts
-from tl_clt.transcoder.formats.reading import read_json
-from tl_clt.transcoder.formats.writing import new_file
-from tl_clt.transcoder.tensor_files import READING_ERRORS, reading
 
 CacheDtype = Literal["float16", "int8"]
 

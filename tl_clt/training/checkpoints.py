@@ -26,11 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tl_clt.errors import CheckpointError, NotWritten
+from tl_clt.files import READING_ERRORS, read_json
 from tl_clt.training.gathering import own_share
 from tl_clt.training.sharding import SINGLE, ProcessGrid
 from tl_clt.training.state import TrainingState, readable
-from tl_clt.transcoder.formats.reading import read_json
-from tl_clt.transcoder.tensor_files import READING_ERRORS
 
 MANIFEST = "checkpoint.json"
 VALUES = "state.json"

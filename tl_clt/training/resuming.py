@@ -11,12 +11,12 @@ from typing import Any
 import wandb
 
 from tl_clt.errors import CheckpointError
+from tl_clt.files import require_new
 from tl_clt.training import checkpoints
 from tl_clt.training.config import CLTTrainingRunnerConfig
 from tl_clt.training.mixing import Position
 from tl_clt.training.state import TrainingState, capture, readable
 from tl_clt.training.trainer import CLTTrainer
-from tl_clt.transcoder.formats.writing import require_new
 
 MAY_DIFFER = (
     *("model_name", "dataset_path", "streaming", "output_path", "device", "prefetch", "cache_path", "n_data_parallel"),

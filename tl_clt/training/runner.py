@@ -19,6 +19,7 @@ from sae_lens.saes.sae import SAEMetadata
 
 from tl_clt.arguments import shown
 from tl_clt.errors import ConfigError
+from tl_clt.files import new_folder, require_new
 from tl_clt.lens import HookedModel, load_model, mlp_hook_points, model_fingerprint, model_name, require_model
 from tl_clt.training import checkpoints
 from tl_clt.training.batches import ActivationBatches, check_fits, without_store_noise
@@ -44,7 +45,6 @@ from tl_clt.training.trainer import CLTTrainer, CLTTrainerConfig
 from tl_clt.training.training_clt import TrainingCLT, TrainingCLTConfig
 from tl_clt.transcoder import CrossLayerTranscoder
 from tl_clt.transcoder.formats import native
-from tl_clt.transcoder.formats.writing import new_folder, require_new
 
 RECORD = "training.json"
 OWN_PATHS = ("output_path", "checkpoint_path", "cache_path")

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from tl_clt.errors import CheckpointError, TlCltError
+from tl_clt.files import READING_ERRORS
 from tl_clt.training.chunks import DataCounts, Place
 from tl_clt.training.gathering import gather_all
 from tl_clt.training.mixing import Position
 from tl_clt.training.scaling import ActivationScale
 from tl_clt.training.trainer import CLTTrainer
-from tl_clt.transcoder.tensor_files import READING_ERRORS
 
 COUNTS = ("act_freq_scores", "n_forward_passes_since_fired")
 NUMBERS = ("n_training_samples", "n_training_steps", "n_frac_active_samples")

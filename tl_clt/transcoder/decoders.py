@@ -141,3 +141,21 @@ class LazyDecoders(nn.Module):
 
 
 Decoders = DenseDecoders | LazyDecoders
+
+
+def read_decoders(
+    sources: Sequence[DecoderSource],
+    n_writes: Sequence[int],
+    d_transcoder: int,
+    d_model: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    lazy: bool,
+) -> Decoders:
+    """Check that every file holds the decoder it should; read all of them, or leave them on disk."""
+    for source, slots in zip(sources, n_writes, strict=True):
+        with open_tensors(source.path) as tensors:
+            source.check(tensors, d_transcoder, slots, d_model)
+    on_disk = LazyDecoders(sources, n_writes, d_transcoder, dtype, device)
+    return on_disk if lazy else DenseDecoders([on_disk[s] for s in range(len(sources))])

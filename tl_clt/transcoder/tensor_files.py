@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import lzma
 import math
 import struct
-import tokenize
 import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,10 +13,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from tl_clt.errors import FormatError, TlCltError
+from tl_clt.errors import FormatError
+from tl_clt.files import reading
 
 DTYPES = {
     **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
@@ -29,26 +27,9 @@ DTYPES = {
 }
 """Number types by safetensors' names and by torch's."""
 
-READING_ERRORS = (
-    *(SafetensorError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError),
-    *(OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RuntimeError, SyntaxError),
-)
-"""What readers of files raise on damaged ones. ValueError has undecodable text in it, RuntimeError too deep nesting."""
-
 MOST_UNPACKED, UNPACKED_UNCHECKED = 64, 2**24
 """Times its size that a compressed archive of weights may take unpacked, and bytes that any may. Numbers hardly shrink:
 one that takes more is no archive of weights, and could fill the memory from a few KiB."""
-
-
-@contextmanager
-def reading(path: Path, what: str, mend: str = "Copy or download it again.") -> Iterator[None]:
-    """Whatever error of damaged content is raised within becomes a FormatError that names the file and the mend."""
-    try:
-        yield
-    except TlCltError:
-        raise
-    except READING_ERRORS as error:
-        raise FormatError(f"'{path}' is truncated or no {what} ({type(error).__name__}: {error}). {mend}") from error
 
 
 class TensorFile(ABC):

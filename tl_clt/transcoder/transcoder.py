@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from tl_clt.arguments import as_device, as_dtype, as_features, as_path, as_switch, as_whole, shown
 from tl_clt.errors import CLTMismatch, ConfigError, FormatError
 from tl_clt.shapes import FeatureActs, LayerInputs, LayerOutputs
-from tl_clt.transcoder.activations import jumprelu, topk
 from tl_clt.transcoder.config import CrossLayerTranscoderConfig
 from tl_clt.transcoder.decoders import Decoders, DenseDecoders
 
@@ -242,3 +241,16 @@ def explained_variance(
     floor = (torch.finfo(torch.float64).eps * out_squared).clamp_min(1e-30)
     explained = 1 - error_squared / variance.maximum(floor)
     return ExplainedVariance(explained.tolist(), float(explained.mean()))
+
+
+def jumprelu(
+    hidden_pre: Float[Tensor, "*batch d_transcoder"], threshold: Float[Tensor, " d_transcoder"]
+) -> Float[Tensor, "*batch d_transcoder"]:
+    """`hidden_pre` where it is strictly above its feature's threshold, else 0."""
+    return hidden_pre * (hidden_pre > threshold)
+
+
+def topk(hidden_pre: Float[Tensor, "*batch d_transcoder"], k: int) -> Float[Tensor, "*batch d_transcoder"]:
+    """The k largest pre-activations of each token that are positive, else 0."""
+    kept = torch.topk(hidden_pre, k, dim=-1)
+    return torch.zeros_like(hidden_pre).scatter(-1, kept.indices, torch.relu(kept.values))

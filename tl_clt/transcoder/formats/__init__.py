@@ -8,7 +8,8 @@ from types import ModuleType
 import torch
 
 from tl_clt.errors import FormatError
-from tl_clt.transcoder import catalogue, hub
+from tl_clt.files import new_folder, read_config
+from tl_clt.transcoder import hub
 from tl_clt.transcoder.formats import (
     circuit_tracer_clt,
     circuit_tracer_plt,
@@ -17,8 +18,6 @@ from tl_clt.transcoder.formats import (
     native,
     sparsify,
 )
-from tl_clt.transcoder.formats.reading import read_config
-from tl_clt.transcoder.formats.writing import new_folder
 from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 
 LAYOUTS: tuple[ModuleType, ...] = (
@@ -75,7 +74,7 @@ def _local_folder(folder_or_hub_repo: str | Path) -> Path:
         return folder
     if folder.is_file():
         raise FormatError(f"'{folder}' is a file: give the folder that holds the CLT's files.")
-    known = catalogue.find(str(folder_or_hub_repo))
+    known = hub.find(str(folder_or_hub_repo))
     if known is None and _names_a_folder(folder_or_hub_repo):
         raise FormatError(
             f"'{folder_or_hub_repo}' is neither a folder here nor a hub repository that can be reached: there is no"

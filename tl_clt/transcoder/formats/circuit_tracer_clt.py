@@ -16,9 +16,14 @@ from safetensors.torch import save_file
 from tl_clt.errors import FormatError
 from tl_clt.transcoder.config import CrossLayerTranscoderConfig
 from tl_clt.transcoder.decoders import DecoderFile
-from tl_clt.transcoder.formats import circuit_tracer_config
-from tl_clt.transcoder.formats.per_layer import LayerNames, load_layers
-from tl_clt.transcoder.formats.reading import numbered_files
+from tl_clt.transcoder.formats.per_layer import (
+    LayerNames,
+    check_activation,
+    load_layers,
+    numbered_files,
+    read_yaml_config,
+    write_yaml_config,
+)
 from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 
 MODEL_KIND = "cross_layer_transcoder"
@@ -43,7 +48,7 @@ def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder:
         files,
         lambda _: NAMES,
         decoder_file,
-        partial(circuit_tracer_config.read, folder),
+        partial(read_yaml_config, folder),
         span=n_layers,
         device=device,
         dtype=dtype,
@@ -64,12 +69,12 @@ def save(clt: CrossLayerTranscoder, folder: Path) -> None:
         for name, tensors in (("W_enc", encoder), ("W_dec", decoder)):
             ready = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
             save_file(ready, folder / f"{name}_{i}.safetensors")
-    circuit_tracer_config.write(clt, folder, MODEL_KIND)
+    write_yaml_config(clt, folder, MODEL_KIND)
 
 
 def check_can_express(clt: CrossLayerTranscoder) -> None:
     """Raise unless this layout can hold the CLT."""
-    circuit_tracer_config.check_activation(clt)
+    check_activation(clt)
     if clt.W_skip is not None:
         raise FormatError(
             "circuit-tracer's CLT layout has no skip connection: its weights would be lost."

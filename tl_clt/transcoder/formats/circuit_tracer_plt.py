@@ -21,13 +21,20 @@ import torch
 from safetensors.torch import save_file
 
 from tl_clt.errors import FormatError
+from tl_clt.files import read_config, reading
 from tl_clt.transcoder import hub
 from tl_clt.transcoder.config import CrossLayerTranscoderConfig
 from tl_clt.transcoder.decoders import DecoderFile
-from tl_clt.transcoder.formats import circuit_tracer_config, gemma_scope
-from tl_clt.transcoder.formats.per_layer import LayerNames, load_layers
-from tl_clt.transcoder.formats.reading import numbered_files, read_config
-from tl_clt.transcoder.tensor_files import TensorFile, open_tensors, reading
+from tl_clt.transcoder.formats import gemma_scope
+from tl_clt.transcoder.formats.per_layer import (
+    LayerNames,
+    check_activation,
+    load_layers,
+    numbered_files,
+    read_yaml_config,
+    write_yaml_config,
+)
+from tl_clt.transcoder.tensor_files import TensorFile, open_tensors
 from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 
 MODEL_KIND = "transcoder_set"
@@ -104,7 +111,7 @@ def load(folder: Path, *, device: torch.device, dtype: str | None, lazy_decoder:
         files,
         names_in,
         decoder_file,
-        partial(circuit_tracer_config.read, folder, **defaults),
+        partial(read_yaml_config, folder, **defaults),
         span=1,
         activation=activation,
         k=k,
@@ -146,9 +153,9 @@ def save(clt: CrossLayerTranscoder, folder: Path) -> None:
             tensors["W_skip"] = clt.W_skip[i].T
         ready = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         save_file(ready, folder / f"layer_{i}.safetensors")
-    circuit_tracer_config.write(clt, folder, MODEL_KIND)
+    write_yaml_config(clt, folder, MODEL_KIND)
 
 
 def check_can_express(clt: CrossLayerTranscoder) -> None:
     """Raise unless this layout can hold the transcoders."""
-    circuit_tracer_config.check_activation(clt)
+    check_activation(clt)

@@ -15,9 +15,7 @@ import torch
 
 from tl_clt.transcoder.config import CrossLayerTranscoderConfig
 from tl_clt.transcoder.decoders import DecoderFile
-from tl_clt.transcoder.formats import circuit_tracer_config
-from tl_clt.transcoder.formats.per_layer import LayerNames, load_layers
-from tl_clt.transcoder.formats.reading import numbered_files
+from tl_clt.transcoder.formats.per_layer import LayerNames, load_layers, numbered_files, read_yaml_config
 from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 
 NAMES = LayerNames("w_enc", "b_enc", "b_dec", "threshold", "affine_skip_connection", False, False, "w_dec", True)
@@ -47,7 +45,7 @@ def load_files(
         files,
         lambda _: NAMES,
         decoder_file,
-        partial(circuit_tracer_config.read, folder, input_hook="mlp.hook_in", beside=files[0].parent),
+        partial(read_yaml_config, folder, input_hook="mlp.hook_in", beside=files[0].parent),
         span=len(files),
         device=device,
         dtype=dtype,

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from tl_clt.errors import FormatError
+from tl_clt.files import read_config
 from tl_clt.transcoder.config import CrossLayerTranscoderConfig
-from tl_clt.transcoder.decoders import DecodersByTarget
-from tl_clt.transcoder.formats.hooks import hook_within_block
-from tl_clt.transcoder.formats.reading import read_config, read_decoders
+from tl_clt.transcoder.decoders import DecodersByTarget, read_decoders
+from tl_clt.transcoder.formats.per_layer import hook_within_block
 from tl_clt.transcoder.tensor_files import TensorFile, open_tensors
 from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from tl_clt.files import read_config
 from tl_clt.transcoder.config import CrossLayerTranscoderConfig
-from tl_clt.transcoder.decoders import DecoderFile
-from tl_clt.transcoder.formats.reading import read_config, read_decoders
+from tl_clt.transcoder.decoders import DecoderFile, read_decoders
 from tl_clt.transcoder.tensor_files import open_tensors
 from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 

@@ -1,18 +1,27 @@
-"""What layouts with one file a source layer share: each file's tensors under names of its maker's own."""
+"""What layouts with one file a source layer share: each file's tensors under names of its maker's own, the
+`config.yaml` beside them, and hooks by other libraries' names.
+
+circuit-tracer reads `model_kind`, `model_name`, `feature_input_hook`, `feature_output_hook` and `scan` of
+`config.yaml`. Under the key `tl_clt` stands our whole config (span, activation, scaling record), which it ignores, so
+that nothing is lost on the way back.
+"""
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import yaml
 
 from tl_clt.errors import FormatError
+from tl_clt.files import read_config
 from tl_clt.transcoder.config import CrossLayerTranscoderConfig
-from tl_clt.transcoder.decoders import DecoderSource
-from tl_clt.transcoder.formats.reading import read_decoders
+from tl_clt.transcoder.decoders import DecoderSource, read_decoders
 from tl_clt.transcoder.tensor_files import TensorFile, open_tensors
 from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 
@@ -140,3 +149,121 @@ def _read_layer(clt: CrossLayerTranscoder, layer: int, tensors: TensorFile, name
     if clt.W_skip is not None and names.W_skip is not None:
         W_skip = tensors.part(names.W_skip, whole)
         clt.W_skip[layer] = W_skip.T if names.skip_outputs_first else W_skip
+
+
+CONFIG = "config.yaml"
+OURS = "tl_clt"
+
+
+def read_yaml_config(
+    folder: Path,
+    input_hook: str | None = None,
+    output_hook: str = "hook_mlp_out",
+    beside: Path | None = None,
+    **from_files: Any,
+) -> CrossLayerTranscoderConfig:
+    """The config of a circuit-tracer folder.
+
+    Args:
+        folder: where `config.yaml` lies.
+        input_hook, output_hook: what the layout reads and writes where no config says so; without an `input_hook` it
+            is hook_resid_mid, and a warning says that this was assumed.
+        beside: folder of the first layer's file, whose `config.json` may give hooks by their Hugging Face names
+            (Gemma Scope 2).
+        from_files: what the weight files say (n_layers, d_model, d_transcoder, span, activation, skip, dtype).
+    """
+    values = read_config(folder / CONFIG)
+    ours = values.get(OURS) or {}
+    if not isinstance(ours, dict):
+        raise FormatError(f"'{folder / CONFIG}': {OURS} holds no mapping of names to values. Remove that key.")
+    for key in ("n_layers", "d_model", "d_transcoder"):
+        if ours.get(key, from_files[key]) != from_files[key]:
+            raise FormatError(
+                f"'{folder / CONFIG}' says {key} {ours[key]}, but the weight files have {from_files[key]}."
+                " Files of two CLTs are mixed: copy or download it again."
+            )
+    makers = read_config(beside / "config.json") if beside is not None else {}
+    for key in ("hf_hook_point_in", "hf_hook_point_out"):
+        if key in makers:
+            hook = hook_of_hf(str(makers[key]), f"{beside}/config.json")
+            input_hook, output_hook = (hook, output_hook) if key.endswith("_in") else (input_hook, hook)
+    lacking = [key for key in ("feature_input_hook", "feature_output_hook") if key not in values]
+    if input_hook is None and lacking and not {"input_hook", "output_hook"} <= ours.keys():
+        warnings.warn(
+            f"'{folder / CONFIG}' does not say where the CLT reads and writes ({', '.join(lacking)}): hook_resid_mid"
+            " and hook_mlp_out are assumed. Where its makers meant other places (often mlp.hook_in and mlp.hook_out),"
+            " other features fire: state both in that file.",
+            stacklevel=2,
+        )
+    input_hook = input_hook or "hook_resid_mid"
+    stated = {
+        "model_name": values.get("model_name", makers.get("model_name", "unknown")),
+        "input_hook": values.get("feature_input_hook", input_hook),
+        "output_hook": values.get("feature_output_hook", output_hook),
+        "scan": values.get("scan"),
+    }
+    return CrossLayerTranscoderConfig.from_dict({**from_files, **stated, **ours})
+
+
+def write_yaml_config(clt: CrossLayerTranscoder, folder: Path, model_kind: str) -> None:
+    """Write `config.yaml`."""
+    values = {
+        "model_kind": model_kind,
+        "model_name": clt.cfg.model_name,
+        "feature_input_hook": clt.cfg.input_hook,
+        "feature_output_hook": clt.cfg.output_hook,
+        "scan": clt.cfg.scan or clt.cfg.model_name,
+        OURS: {k: list(v) if isinstance(v, tuple) else v for k, v in clt.cfg.to_dict().items()},
+    }
+    (folder / CONFIG).write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def check_activation(clt: CrossLayerTranscoder) -> None:
+    """Raise unless the activation is one that circuit-tracer has (ReLU, or thresholds as JumpReLU)."""
+    if clt.cfg.activation == "topk":
+        raise FormatError(
+            "circuit-tracer's layout has no topk: it would read this CLT as ReLU and trace other features."
+            " Save it with layout='native'."
+        )
+
+
+HF_HOOKS = {
+    "mlp.input": "mlp.hook_in",
+    "mlp.output": "mlp.hook_out",
+    "pre_feedforward_layernorm.output": "mlp.hook_in",
+    "post_feedforward_layernorm.output": "hook_mlp_out",
+}
+"""A place within a layer of a Hugging Face model, and what TransformerLens calls it. Gemma's norm before the MLP gives
+the MLP its input; its norm behind the MLP gives the residual stream what it gets."""
+
+
+def hook_of_hf(point: str, where: str) -> str:
+    """The hook for a place such as `model.layers.3.pre_feedforward_layernorm.output`.
+
+    Raises:
+        FormatError: it is none of those known.
+    """
+    within = re.sub(r"^(model\.)?(language_model\.)?(layers\.(\d+|\{[a-z]*\})\.)?", "", point)
+    if within not in HF_HOOKS:
+        raise FormatError(
+            f"'{where}' names a place '{point}', which is none of {', '.join(HF_HOOKS)} of a layer. This package does"
+            " not know what hook it is; convert the CLT with the hook's name in a config.yaml (feature_input_hook)."
+        )
+    return HF_HOOKS[within]
+
+
+def hook_within_block(name: str) -> str:
+    """`blocks.3.hook_resid_mid` without its block."""
+    return re.sub(r"^blocks\.\d+\.", "", name)
+
+
+def numbered_files(folder: Path, prefix: str) -> list[Path]:
+    """`{prefix}{i}.safetensors` for i = 0, 1, ... without a gap."""
+    names = (path.stem.removeprefix(prefix) for path in folder.glob(f"{prefix}*.safetensors"))
+    found = sorted({int(name) for name in names if name.isdecimal()})
+    files = [folder / f"{prefix}{i}.safetensors" for i in range(len(found))]
+    missing = next((files[i] for i, number in enumerate(found) if i != number), None)
+    if missing is not None or not files:
+        lacks = (missing or folder / f"{prefix}0.safetensors").name
+        raise FormatError(f"'{folder}' lacks {lacks}. Copy or download the CLT again, whole.")
+    return files

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from tl_clt.errors import FormatError
+from tl_clt.files import read_config
 from tl_clt.transcoder.config import CrossLayerTranscoderConfig
 from tl_clt.transcoder.decoders import DecoderFile
 from tl_clt.transcoder.formats.per_layer import LayerNames, load_layers
-from tl_clt.transcoder.formats.reading import read_config
 from tl_clt.transcoder.transcoder import CrossLayerTranscoder
 
 WEIGHTS = "sae.safetensors"

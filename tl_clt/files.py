@@ -1,19 +1,96 @@
-"""Writing files and folders all or nothing, and finding before long work whether a path can be written."""
+"""Files and folders: read without running code, written whole or not at all.
+
+Readers refuse what is damaged with an error that names the file and the mend; writers find before long work whether a
+path can be written, and leave nothing half-written.
+"""
 
 from __future__ import annotations
 
+import json
+import lzma
 import os
 import secrets
 import shutil
+import struct
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import yaml
 from safetensors import SafetensorError
+from yaml.composer import ComposerError
 
-from tl_clt.errors import NotWritten, OutputNotEmpty, TlCltError
+from tl_clt.errors import FormatError, NotWritten, OutputNotEmpty, TlCltError
+
+READING_ERRORS = (
+    *(SafetensorError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError),
+    *(OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RuntimeError, SyntaxError),
+)
+"""What readers of files raise on damaged ones. ValueError has undecodable text in it, RuntimeError too deep nesting."""
 
 MEND = "Make room, or give a path that you may write to."
+
+
+@contextmanager
+def reading(path: Path, what: str, mend: str = "Copy or download it again.") -> Iterator[None]:
+    """Whatever error of damaged content is raised within becomes a FormatError that names the file and the mend."""
+    try:
+        yield
+    except TlCltError:
+        raise
+    except READING_ERRORS as error:
+        raise FormatError(f"'{path}' is truncated or no {what} ({type(error).__name__}: {error}). {mend}") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON or YAML mapping, or an empty one where the file does not exist."""
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = read_json(text) if path.suffix == ".json" else yaml.load(text, PlainLoader)
+    except (yaml.YAMLError, *READING_ERRORS) as error:
+        raise FormatError(f"'{path}' cannot be read ({error}). Copy or download it again.") from error
+    if not isinstance(values, dict):
+        raise FormatError(f"'{path}' holds no mapping of names to values. It is not a CLT's config.")
+    return values
+
+
+def read_json(text: str) -> Any:
+    """JSON without whole numbers of more than 64 bits, which no part of a file here has a use for.
+
+    Raises:
+        ValueError, RecursionError: it is none.
+    """
+    return json.loads(text, parse_int=lambda digits: _require_64_bits(int(digits)))
+
+
+class PlainLoader(yaml.SafeLoader):
+    """YAML without code, without numbers of more than 64 bits, and with aliases of single values alone: aliases of
+    lists and mappings can stand for more than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        is_alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if is_alias and not isinstance(node, yaml.ScalarNode):
+            raise ComposerError(None, None, "an alias of a list or a mapping: write it out", None)
+        return node
+
+    def whole_number(self, node: Any) -> int:
+        return _require_64_bits(self.construct_yaml_int(node))
+
+
+PlainLoader.add_constructor("tag:yaml.org,2002:int", PlainLoader.whole_number)
+
+
+def _require_64_bits(number: int) -> int:
+    if abs(number) >= 2**64:
+        raise ValueError("a whole number of more than 64 bits")
+    return number
 
 
 def require_new(path: Path) -> None:
