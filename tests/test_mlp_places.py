@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from tests.attribution.test_engines import assert_engines_agree
+from tests.attribution.helpers import assert_engines_agree
 from tests.interventions.edges import assert_edges_are_effects
 from tests.models import Model, random_tokens, snapshot, tiny_clt
 from tests.training.conftest import config

@@ -38,6 +38,10 @@ class FeatureNotFound(ConfigError, IndexError):
     """A feature number that a layer does not have."""
 
 
+class NodeNotFound(ConfigError, IndexError):
+    """A node number that a graph does not have."""
+
+
 class CLTMismatch(TlCltError, ValueError):
     """A CLT that was made for another model: depth, width or hooks differ."""
 

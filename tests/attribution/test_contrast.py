@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.attribution.helpers import places_in
 from tests.conftest import KINDS
 from tests.models import input_hook_of, tiny_clt
 from tl_clt import AttributionGraph, NodeKind, attribute
@@ -64,8 +65,9 @@ def test_a_prompt_against_itself_is_refused(one_of_each):
 def test_the_contrast_is_kept_on_disk_and_in_pruned_graphs(one_of_each, tmp_path):
     graph = attribute(one_of_each, tiny_clt(one_of_each), HERE, contrast=THERE)
     pruned = AttributionGraph.load(graph.prune().save(tmp_path / "g.safetensors"))
-    assert len(pruned.contrast_activation) == len(pruned.nodes)
-    assert "contrast" in pruned.info
+    assert torch.equal(pruned.contrast_activation, graph.contrast_activation[places_in(graph, pruned)])
+    assert pruned.contrast_activation.any()
+    assert pruned.info["contrast"] == graph.info["contrast"]
 
 
 def test_prompts_of_different_lengths_are_refused(one_of_each):

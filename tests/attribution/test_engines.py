@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
+from tests.attribution.helpers import EIGHT_TOKENS, assert_engines_agree, names
 from tests.conftest import KINDS
 from tests.models import COMMON, ROTARY, input_hook_of, random_tokens, randomise, save_hf, tiny_clt, tiny_hf
 from tl_clt.attribution import DifferenceTarget, DirectionTarget, FeatureTarget, TokenTarget, attribute, sweep
 from tl_clt.errors import LocalModelMismatch, ModelUnsupported
 from tl_clt.lens import load_model, weights
 
-TOKENS = torch.tensor([0, 7, 19, 4, 33, 50, 21, 8])
-
 
 @pytest.fixture(params=KINDS)
 def model(request, session_models):
     """Every tiny model, of either kind."""
     return session_models(request.param)
-
-
-def assert_engines_agree(model, clt, tokens=TOKENS, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fast = attribute(model, clt, tokens, engine="sweep", **options)
-    clear = attribute(model, clt, tokens, engine="autograd", **options)
-    assert fast.info["engine"] == "sweep" and clear.info["engine"] == "autograd"
-    assert torch.equal(fast.nodes.index, clear.nodes.index)
-    assert torch.equal(fast.expanded, clear.expanded)
-    largest = clear.adjacency.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
-    assert ((fast.adjacency - clear.adjacency).abs() / largest).max() < 1e-9
-    return fast
 
 
 @pytest.mark.parametrize("bos", ["error", "drop", "features"])
@@ -131,7 +116,7 @@ def test_for_prompts_of_two_tokens(model):
 
 
 def test_auto_takes_the_sweep(model):
-    graph = attribute(model, tiny_clt(model, input_hook=input_hook_of(model)), TOKENS)
+    graph = attribute(model, tiny_clt(model, input_hook=input_hook_of(model)), EIGHT_TOKENS)
     assert graph.info["engine"] == "sweep"
 
 
@@ -145,9 +130,9 @@ def test_an_unknown_norm_is_named_and_auto_uses_autograd(one_of_each, monkeypatc
     )
     clt = tiny_clt(one_of_each)
     with pytest.raises(ModelUnsupported, match=r"blocks\.1\.ln1 of .* is a OddNorm.*engine='autograd'"):
-        attribute(one_of_each, clt, TOKENS, engine="sweep")
+        attribute(one_of_each, clt, EIGHT_TOKENS, engine="sweep")
     with pytest.warns(UserWarning, match="OddNorm"):
-        assert attribute(one_of_each, clt, TOKENS).info["engine"] == "autograd"
+        assert attribute(one_of_each, clt, EIGHT_TOKENS).info["engine"] == "autograd"
 
 
 def test_an_architecture_that_only_looks_known_is_found_out(one_of_each, monkeypatch):
@@ -156,19 +141,26 @@ def test_an_architecture_that_only_looks_known_is_found_out(one_of_each, monkeyp
     monkeypatch.setattr(sweep, "ov_weights", lambda m, t: honest(m, t)._replace(W_V=honest(m, t).W_V * 1.01))
     clt = tiny_clt(one_of_each)
     with pytest.raises(LocalModelMismatch, match="does not know the architecture"):
-        attribute(one_of_each, clt, TOKENS, engine="sweep")
+        attribute(one_of_each, clt, EIGHT_TOKENS, engine="sweep")
     with pytest.warns(UserWarning, match="does not know the architecture"):
-        graph = attribute(one_of_each, clt, TOKENS)
+        graph = attribute(one_of_each, clt, EIGHT_TOKENS)
     assert graph.info["engine"] == "autograd"
 
 
 def test_half_precision_models_are_traced_in_float32(one_of_each):
     model = copy.deepcopy(one_of_each)
     clt = tiny_clt(model, dtype=torch.float32)
-    exact = attribute(model, tiny_clt(model), random_tokens(model)[0])
+    exact = attribute(model, tiny_clt(model), random_tokens(model)[0], targets=[5, 9])
     model.to(torch.bfloat16)
     model.cfg.dtype = torch.bfloat16
-    graph = attribute(model, clt, random_tokens(model)[0])
+    graph = attribute(model, clt, random_tokens(model)[0], targets=[5, 9])
     assert graph.adjacency.dtype == torch.float32 and graph.info["engine"] == "sweep"
-    shared = min(float(graph.logit_probs.sum()), float(exact.logit_probs.sum()))
-    assert shared > 0
+    shared = [name for name in names(graph) if name in set(names(exact))]
+    assert len(shared) > 0.9 * len(exact.nodes)
+    ours, theirs = (
+        part.adjacency[at][:, at].double()
+        for part in (graph, exact)
+        for at in [torch.tensor([names(part).index(name) for name in shared])]
+    )
+    # bfloat16 keeps 8 bits, so that weights and activations are off by up to 0.4%, of which a few add up along a path.
+    assert (ours - theirs).norm() < 0.05 * theirs.norm()

@@ -41,7 +41,10 @@ def test_the_bound_holds_at_every_node(model, clt, graph, bound):
     whole, ours = (g.influence() / g.logit_probs.sum() for g in (graph, part))
     assert (whole - ours).abs().max() <= part.unexplored + 1e-12
     for definition in ("paper", "circuit-tracer"):
-        assert part.scores(definition).replacement <= 1
+        low, high = part.scores(definition).replacement_bounds
+        assert low - 1e-12 <= graph.scores(definition).replacement <= high + 1e-12
+        # Both numerator and denominator may lack as much as is unexplored.
+        assert high - low <= part.unexplored / (graph.shares().token + graph.shares().error) + 1e-12
 
 
 def test_no_more_is_traced_than_the_bound_asks_for(model, clt, graph):

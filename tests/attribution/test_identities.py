@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 import torch
@@ -67,6 +67,15 @@ def test_local_replacement_model_gives_the_models_logits(model, bos):
     torch.testing.assert_close(local.run(local.written).logits, model(TOKENS[None])[0], rtol=0, atol=1e-10)
 
 
+def test_a_local_replacement_model_cannot_be_changed(model):
+    local = build_local_model(model, clt_for(model), TOKENS)
+    for field in fields(local):
+        with pytest.raises(FrozenInstanceError):
+            setattr(local, field.name, getattr(local, field.name))
+    with pytest.raises(FrozenInstanceError):
+        local.written.embed = local.written.embed
+
+
 def test_no_edge_from_a_later_layer_or_position(model):
     nodes, adjacency = (graph := attribute(model, clt_for(model), TOKENS)).nodes, graph.adjacency
     later_layer = nodes.layer[None, :] > nodes.layer[:, None]
@@ -105,6 +114,7 @@ def test_an_edge_is_the_effect_of_removing_what_the_source_writes(model):
     mlp = [site.clone() for site in local.written.mlp]
     for slot, target in enumerate(clt.cfg.targets(layer)):
         mlp[target][pos] -= rows[slot]
+    assert graph.adjacency[:, source].any()
     with torch.no_grad():
         without, full = local.run(replace(local.written, mlp=mlp)), local.run(local.written)
     for node in graph.nodes.where(NodeKind.FEATURE).tolist():

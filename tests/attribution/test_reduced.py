@@ -10,81 +10,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.attribution.helpers import TOKENS
+from tests.attribution.helpers import (
+    ROUNDING,
+    TOKENS,
+    assert_within_bounds,
+    hold_strongest,
+    leave_untraced,
+    names,
+    places_in,
+    random_graph,
+)
 from tl_clt import AttributionGraph, NodeKind, attribute
 from tl_clt.attribution import graph as graph_module
-from tl_clt.attribution.edges import EdgeList, Nodes, build_adjacency
 from tl_clt.attribution.influence import GraphScores, walk_upstream
 from tl_clt.attribution.pruning import _smallest_of_share
 from tl_clt.viewer import graph_tree
 from tl_clt.viewer.tables import graph_table
-
-N_LAYERS, POS, PER_LAYER = 4, 5, 12
-ROUNDING = 1e-12
-"""Sums of at most a hundred float64 numbers up to 10."""
-
-
-def random_graph(seed: int) -> AttributionGraph:
-    """A whole graph with edges of very different sizes from lower to higher layers; some nodes have no inputs."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def part(kind: NodeKind, layers: list[int], pos: list[int]) -> tuple[NodeKind, Tensor, Tensor, Tensor, Tensor]:
-        layer = torch.tensor(layers)
-        return kind, layer, torch.tensor(pos), torch.arange(len(layer)), torch.ones(len(layer), dtype=torch.float64)
-
-    inner = [layer for layer in range(N_LAYERS) for _ in range(PER_LAYER)]
-    places = [(layer, pos) for layer in range(N_LAYERS) for pos in range(POS)]
-    nodes = Nodes.build(
-        [
-            part(NodeKind.FEATURE, inner, [i % POS for i in range(len(inner))]),
-            part(NodeKind.ERROR, [layer for layer, _ in places], [pos for _, pos in places]),
-            part(NodeKind.TOKEN, [-1] * POS, list(range(POS))),
-            part(NodeKind.BIAS, list(range(N_LAYERS + 1)), [-1] * (N_LAYERS + 1)),
-            part(NodeKind.LOGIT, [N_LAYERS] * 3, [POS - 1] * 3),
-        ]
-    )
-    n = len(nodes)
-    sizes = torch.randn(n, n, generator=generator, dtype=torch.float64).exp().pow(1.5)
-    signs = torch.randn(n, n, generator=generator, dtype=torch.float64).sign()
-    has_inputs = nodes.is_kind(NodeKind.FEATURE, NodeKind.LOGIT)
-    below = (nodes.layer[:, None] > nodes.layer[None]) & ~nodes.is_kind(NodeKind.LOGIT)[None] & has_inputs[:, None]
-    present = torch.rand(n, n, generator=generator) < 0.6
-    adjacency = sizes * signs * below * present
-    adjacency[nodes.where(NodeKind.FEATURE)[3::17]] = 0
-    return AttributionGraph(
-        nodes=nodes,
-        adjacency=adjacency,
-        expanded=has_inputs,
-        tokens=torch.arange(POS),
-        prompt_tokens=[f" {i}" for i in range(POS)],
-        logit_probs=torch.tensor([0.5, 0.2, 0.1], dtype=torch.float64),
-        logit_tokens=["a", "b", "c"],
-        info={"n_layers": N_LAYERS},
-    )
-
-
-def hold_strongest(graph: AttributionGraph, share: float) -> AttributionGraph:
-    """As `keep_edges` would have traced it."""
-    sizes = graph.adjacency.abs()
-    ordered = sizes.sort(dim=1, descending=True)
-    before = ordered.values.cumsum(dim=1) - ordered.values
-    enough = (before < share * ordered.values.sum(dim=1, keepdim=True)) & (ordered.values > 0)
-    kept = torch.zeros_like(enough).scatter_(1, ordered.indices, enough)
-    row, col = torch.nonzero(kept, as_tuple=True)
-    edges = EdgeList(row, col, graph.adjacency[row, col])
-    dropped = (sizes * ~kept).sum(dim=1)
-    return replace(graph, adjacency=build_adjacency(edges, len(graph.nodes), sparse=True), dropped=dropped)
-
-
-def leave_untraced(graph: AttributionGraph, n_traced: int) -> AttributionGraph:
-    """As `max_feature_nodes` would have traced it."""
-    features = graph.nodes.where(NodeKind.FEATURE)
-    rest = features[graph.influence()[features].argsort(descending=True)][n_traced:]
-    adjacency, expanded = graph.adjacency.clone(), graph.expanded.clone()
-    adjacency[rest], expanded[rest] = 0, False
-    return replace(graph, adjacency=adjacency, expanded=expanded)
 
 
 def pruned(graph: AttributionGraph, *thresholds: float) -> AttributionGraph:
@@ -109,17 +51,6 @@ REDUCTIONS: dict[str, Callable[[AttributionGraph], AttributionGraph]] = {
 }
 
 
-def names(graph: AttributionGraph) -> list[tuple]:
-    nodes = graph.nodes
-    return list(zip(*(x.tolist() for x in (nodes.kind, nodes.layer, nodes.pos, nodes.index)), strict=True))
-
-
-def places_in(graph: AttributionGraph, part: AttributionGraph) -> Tensor:
-    """Where the nodes of a part stand in the whole."""
-    at = {name: i for i, name in enumerate(names(graph))}
-    return torch.tensor([at[name] for name in names(part)])
-
-
 @pytest.mark.parametrize("how", REDUCTIONS)
 @pytest.mark.parametrize("seed", range(6))
 def test_the_whole_graphs_numbers_lie_within_the_bounds(how: str, seed: int):
@@ -127,25 +58,6 @@ def test_the_whole_graphs_numbers_lie_within_the_bounds(how: str, seed: int):
     part = REDUCTIONS[how](whole)
     assert part.is_reduced and 0 < part.unexplored <= 1
     assert_within_bounds(whole, part)
-
-
-def assert_within_bounds(whole: AttributionGraph, part: AttributionGraph) -> None:
-    at = places_in(whole, part)
-    true, ours, bounds = whole.influence()[at], part.influence(), part.influence_bounds()
-    assert (bounds.low == ours).all()
-    assert (ours <= true + ROUNDING).all() and (true <= bounds.high + ROUNDING).all()
-    assert ((true - ours) / whole.logit_probs.sum() <= part.unexplored + ROUNDING).all()
-    for definition in ("paper", "circuit-tracer"):
-        wanted, found = whole.scores(definition), part.scores(definition)
-        for score in ("replacement", "completeness"):
-            low, high = getattr(found, f"{score}_bounds")
-            assert 0 <= low <= high <= 1
-            assert low - ROUNDING <= getattr(wanted, score) <= high + ROUNDING
-            assert low - ROUNDING <= getattr(found, score) <= high + ROUNDING
-    low, high = part.path_length_bounds()
-    assert low - ROUNDING <= whole.path_length() <= high + ROUNDING
-    assert low - ROUNDING <= part.path_length() <= high + ROUNDING
-    assert sum(part.shares()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def test_a_feature_target_has_the_edges_of_its_node(model, clt, graph):
     layer, pos, feature = (int(x[node]) for x in (graph.nodes.layer, graph.nodes.pos, graph.nodes.index))
     found = attribute(model, clt, TOKENS, targets=[FeatureTarget(layer, feature, pos)])
     (end,) = found.nodes.where(NodeKind.LOGIT)
+    assert layer > 0 and graph.adjacency[node].count_nonzero() > 10
     torch.testing.assert_close(found.adjacency[end, : int(end)], graph.adjacency[node, : int(end)])
 
 

@@ -1,8 +1,8 @@
 """From one prompt to an attribution graph, and from a graph to what matters in it."""
 
 from tl_clt.attribution.attribute import attribute
-from tl_clt.attribution.edges import NodeKind, Nodes
-from tl_clt.attribution.graph import AttributionGraph
+from tl_clt.attribution.edges import Node, NodeKind, Nodes
+from tl_clt.attribution.graph import AttributionGraph, GraphTables, RankedNode
 from tl_clt.attribution.influence import GraphScores, InfluenceShares
 from tl_clt.attribution.local import LocalReplacementModel, build_local_model
 from tl_clt.attribution.pruning import PruneMasks, check_thresholds
@@ -15,11 +15,14 @@ __all__ = [
     "DirectionTarget",
     "FeatureTarget",
     "GraphScores",
+    "GraphTables",
     "InfluenceShares",
     "LocalReplacementModel",
+    "Node",
     "NodeKind",
     "Nodes",
     "PruneMasks",
+    "RankedNode",
     "TokenTarget",
     "attribute",
     "build_local_model",

@@ -117,8 +117,8 @@ def attribute(
 
     Two identical calls in one process give identical graphs.
 
-    J is the linear map through the residual stream and attention's OV circuits with patterns and norm scales held.
-    A logit node k reads `W_U[:, k] - mean W_U` of ln_final's output with its scale held, before any soft-cap. The
+    J is the linear map through the residual stream and attention's OV circuits with patterns and norm scales frozen.
+    A logit node k reads `W_U[:, k] - mean W_U` of ln_final's output with its scale frozen, before any soft-cap. The
     in-edges of a traced node sum to its pre-activation minus b_enc (features) or its logit minus the mean logit,
     exactly, with `bias_nodes=True` and any `bos` but "drop".
 
@@ -145,8 +145,8 @@ def attribute(
         progress: show a bar where it takes longer than 2 s, with the memory it may take.
         contrast: another prompt of the same length (or one for each prompt): nodes are the features active on either,
             and edges carry the difference of the two, through this prompt's attention and norms.
-        keep_edges: hold only each node's strongest in-edges that make up this share of its absolute input, as a
-            sparse graph; None to hold all.
+        keep_edges: keep only each node's strongest in-edges that make up this share of its absolute input, as a
+            sparse graph; None to keep all.
         memory_limit: GiB that tracing may take beyond what is in use; None for 80% of what is free.
 
     Raises:
@@ -174,7 +174,7 @@ def attribute(
     chosen: EngineChoice = as_choice("engine", engine, get_args(EngineChoice))
     several = is_several(prompt)
     prompts = to_prompts(model, prompt)
-    others = _contrasts(model, contrast, prompts)
+    others = _match_contrasts(model, contrast, prompts)
     # Gradients, and graphs whose tensors can be used anywhere, need normal tensors.
     with torch.inference_mode(False):
         tracer = Tracer(model, clt, chosen, options)
@@ -183,7 +183,7 @@ def attribute(
     return graphs if several else graphs[0]
 
 
-def _contrasts(
+def _match_contrasts(
     model: HookedModel, contrast: Prompt | Prompts | None, prompts: Sequence[Tensor]
 ) -> Sequence[Tensor] | list[None]:
     """For each prompt the one it is compared with."""
@@ -210,7 +210,7 @@ def _contrasts(
 
 @dataclass(frozen=True, kw_only=True)
 class TracingOptions:
-    """The arguments of `attribute` that hold for every prompt of a call."""
+    """The arguments of `attribute` that are the same for every prompt of a call."""
 
     targets: Sequence[Target] | None
     max_n_logits: int
@@ -258,13 +258,13 @@ class Tracer:
         """The graph of one prompt, or of what it has beyond another."""
         options = self.options
         budget = Budget(tokens.device, options.memory_limit)
-        local = self._local(tokens)
+        local = self._build_local(tokens)
         targets = find_targets(local, options.targets, options.max_n_logits, options.desired_logit_prob)
         read, elsewhere = targets.readouts, None
         if other is None:
             writes = local.writes(options.bias_nodes)
         else:
-            writes, targets, elsewhere = contrast(local, self._local(other), targets, options.bias_nodes)
+            writes, targets, elsewhere = compare_prompts(local, self._build_local(other), targets, options.bias_nodes)
         budget.require_sources(self.clt, writes, local.has_norm_behind)
         sources = build_sources(local, writes, targets.nodes)
         engine = self.engines.make(local, sources, read)
@@ -291,18 +291,18 @@ class Tracer:
             dropped=None if options.keep_edges is None else store.dropped,
             contrast_activation=elsewhere,
             info={
-                **self._info(tokens, other, engine, plan),
+                **self._describe(tokens, other, engine, plan),
                 "n_active_features": len(writes.strengths),
                 "n_traced_features": int(expanded.sum()) - len(targets.labels),
             },
         )
 
-    def _local(self, tokens: Tokens) -> LocalReplacementModel:
+    def _build_local(self, tokens: Tokens) -> LocalReplacementModel:
         return build_local_model(self.model, self.clt, tokens, self.options.bos, self.hooks)
 
-    def _info(self, tokens: Tokens, other: Tensor | None, engine: Engine, plan: MemoryPlan) -> dict[str, Any]:
+    def _describe(self, tokens: Tokens, other: Tensor | None, engine: Engine, plan: MemoryPlan) -> dict[str, Any]:
         info = {
-            "prompt": self._text(tokens),
+            "prompt": self._as_text(tokens),
             "model_name": model_name(self.model),
             "clt_model_name": self.clt.cfg.model_name,
             "n_layers": self.clt.cfg.n_layers,
@@ -315,10 +315,10 @@ class Tracer:
         if self.options.keep_edges is not None:
             info["keep_edges"] = self.options.keep_edges
         if other is not None:
-            info["contrast"] = self._text(other)
+            info["contrast"] = self._as_text(other)
         return info
 
-    def _text(self, tokens: Tokens) -> str:
+    def _as_text(self, tokens: Tokens) -> str:
         """A prompt as one text, spaced as the tokenizer spaces it."""
         if getattr(self.model, "tokenizer", None) is None:
             return " ".join(token_strings(self.model, tokens))
@@ -335,12 +335,17 @@ class Contrast(NamedTuple):
 
 
 @torch.no_grad()
-def contrast(
+def compare_prompts(
     local: LocalReplacementModel, other: LocalReplacementModel, targets: Targets, bias_nodes: bool
 ) -> Contrast:
     """What a prompt's nodes write beyond another prompt's of the same length."""
     ours, theirs, d_transcoder = local.features, other.features, local.clt.cfg.d_transcoder
-    keys = torch.cat([_keys(ours, len(local.tokens), d_transcoder), _keys(theirs, len(local.tokens), d_transcoder)])
+    keys = torch.cat(
+        [
+            _number_features(ours, len(local.tokens), d_transcoder),
+            _number_features(theirs, len(local.tokens), d_transcoder),
+        ]
+    )
     either, place = torch.unique(keys, return_inverse=True)
     here = local.written.embed.new_zeros(len(either))
     there = here.clone()
@@ -364,7 +369,7 @@ def contrast(
     return Contrast(writes, targets._replace(readouts=readouts, nodes=nodes), there)
 
 
-def _keys(features: ActiveFeatures, n_pos: int, d_transcoder: int) -> Int[Tensor, " n_active"]:
+def _number_features(features: ActiveFeatures, n_pos: int, d_transcoder: int) -> Int[Tensor, " n_active"]:
     """A number that orders features by (layer, pos, feature)."""
     return (features.layer * n_pos + features.pos) * d_transcoder + features.feature
 
@@ -382,12 +387,12 @@ class Expansion:
         self.visits: NodeValues = weights / weights.sum()
         """The probability that a walk from the targets upstream along normalised |edges| visits each node."""
         ends = self.nodes.where(NodeKind.LOGIT)
-        put = store.put(ends, engine.rows(targets.readouts))
+        put = store.put(ends, engine.find_rows(targets.readouts))
         if not bool(put[ends].all()):
             raise MemoryLimit(
                 f"memory_limit leaves no room for the in-edges of the {len(ends)} targets: raise it, or ask for fewer."
             )
-        self._reached(ends)
+        self._add_rows_of(ends)
 
     def trace(self, features: Int[Tensor, " n"], batch_size: int, bar: tqdm, ranked: bool) -> int:
         """Trace the in-edges of some features; where `ranked`, bring `visits` up to date.
@@ -399,13 +404,13 @@ class Expansion:
         for batch in self.engine.batches(self.nodes.layer[features], self.nodes.pos[features], batch_size):
             at = self.nodes.take(features[batch])
             readouts = feature_readouts(self.engine.local, at.layer, at.pos, at.index)
-            kept = self.store.put(features[batch], self.engine.rows(readouts))
+            kept = self.store.put(features[batch], self.engine.find_rows(readouts))
             put |= kept
             bar.update(len(batch))
             if not bool(kept[features[batch]].all()):
                 break
         if ranked:
-            self._reached(torch.nonzero(put).flatten())
+            self._add_rows_of(torch.nonzero(put).flatten())
         else:
             self.expanded |= put
         return int(put.sum())
@@ -414,24 +419,24 @@ class Expansion:
         """For each feature, the share of walks that end there for want of a row."""
         return (self.visits * ~self.expanded)[self.features]
 
-    def _reached(self, targets: Int[Tensor, " n"]) -> None:
-        """Walks that ended at these go on: hand their visits on, top-down, through all rows that there are."""
+    def _add_rows_of(self, targets: Int[Tensor, " n"]) -> None:
+        """Walks that ended at these go on: pass their visits on, top-down, through all rows that there are."""
         self.expanded[targets] = True
         new = torch.zeros_like(self.visits)
         new[targets] = self.visits[targets]
         layers = self.nodes.layer
         logits = self.nodes.is_kind(NodeKind.LOGIT)
-        self._hand_on(new, targets[logits[targets]])
+        self._pass_on(new, targets[logits[targets]])
         top = int(layers[targets].max()) if len(targets) else -1
         inner = self.expanded & ~logits
         for layer in range(top, -1, -1):
-            self._hand_on(new, torch.nonzero(inner & (layers == layer)).flatten())
+            self._pass_on(new, torch.nonzero(inner & (layers == layer)).flatten())
 
-    def _hand_on(self, new: NodeValues, rows: Int[Tensor, " n"]) -> None:
+    def _pass_on(self, new: NodeValues, rows: Int[Tensor, " n"]) -> None:
         if len(rows):
-            given = self.store.pass_upstream(rows, new[rows] / self.store.sums[rows].clamp_min(SMALLEST_ROW_SUM))
-            new += given
-            self.visits += given
+            received = self.store.pass_upstream(rows, new[rows] / self.store.sums[rows].clamp_min(SMALLEST_ROW_SUM))
+            new += received
+            self.visits += received
 
 
 def expand(
@@ -462,7 +467,7 @@ def expand(
         while done < limit:
             if ranked:
                 count = max(min(plan.batch_size, FIRST_ROUND), int(ROUND_SHARE * done))
-                chosen = _next(traced.open_shares(), min(count, limit - done), limits)
+                chosen = _choose_next(traced.open_shares(), min(count, limit - done), limits)
             else:
                 chosen = features[:limit]
             if len(chosen) == 0:
@@ -481,7 +486,7 @@ def expand(
     return traced.expanded
 
 
-def _next(shares: Float[Tensor, " n"], count: int, limits: Limits) -> Int[Tensor, " n_next"]:
+def _choose_next(shares: Float[Tensor, " n"], count: int, limits: Limits) -> Int[Tensor, " n_next"]:
     """The features on which most walks end, no more than it takes to meet the bound if nothing lay behind them."""
     excess = float(shares.sum()) - (limits.max_unexplored or 0.0)
     count = min(count, int(shares.count_nonzero()))

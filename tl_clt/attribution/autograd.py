@@ -1,7 +1,7 @@
 """What an engine is, and the definition of one: run the local replacement model once with gradients on, then one
 backward pass a target.
 
-An engine finds rows of the adjacency: the in-edges of target nodes, given what they read. All engines give the same
+An engine finds rows of the adjacency: the in-edges of target nodes, by what they read. All engines give the same
 numbers. The adjoint of a target is the gradient of what it reads with respect to each place that is written into, which
 autograd gives for a batch of targets at a time; its products with the source vectors are the edges.
 """
@@ -31,9 +31,9 @@ class Engine(ABC):
         self.sources = sources
 
     @torch.no_grad()
-    def rows(self, readouts: Readouts) -> EdgeRows:
+    def find_rows(self, readouts: Readouts) -> EdgeRows:
         """In-edges of targets that read these."""
-        rows = self._written(readouts)
+        rows = self._find_written_edges(readouts)
         self._add_read_biases(rows, readouts)
         return rows
 
@@ -48,7 +48,7 @@ class Engine(ABC):
         """Bytes that a batch of targets takes while it is at work."""
 
     @abstractmethod
-    def _written(self, readouts: Readouts) -> EdgeRows:
+    def _find_written_edges(self, readouts: Readouts) -> EdgeRows:
         """Edges of everything that is written into the residual stream."""
 
     def _add_read_biases(self, rows: EdgeRows, readouts: Readouts) -> None:
@@ -65,7 +65,7 @@ class Engine(ABC):
 
 
 class AutogradEngine(Engine):
-    """Edges by backward passes through the held model."""
+    """Edges by backward passes through the local replacement model."""
 
     name = "autograd"
 
@@ -95,7 +95,7 @@ class AutogradEngine(Engine):
         numbers = 3 * len(self.sources.nodes) + n_pos * d_model * (4 * self.local.n_layers + 8)
         return self.local.dtype.itemsize * batch_size * numbers
 
-    def _written(self, readouts: Readouts) -> EdgeRows:
+    def _find_written_edges(self, readouts: Readouts) -> EdgeRows:
         rows = readouts.directions.new_zeros(len(readouts.pos), len(self.sources.nodes))
         for at in self.batches(readouts.point, readouts.pos, len(readouts.pos) or 1):
             rows[at] = self._from_one_point(readouts.take(at))

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import mmap
 import warnings
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_clt.errors import MemoryLimit
+from tl_clt.arguments import as_whole
+from tl_clt.errors import MemoryLimit, NodeNotFound
 from tl_clt.machine import GIB
 from tl_clt.shapes import Adjacency, NodeMask, NodeValues
 
@@ -43,6 +46,9 @@ class NodeKind(IntEnum):
     """A token's logit above the mean logit, at the last position."""
 
 
+NODE_TENSORS = ("kind", "layer", "pos", "index", "activation")
+
+
 def same_values(one: Tensor | None, other: Tensor | None) -> bool:
     """Whether two tensors, or their absence, are alike: number type, shape and every number, on whatever device."""
     if one is None or other is None:
@@ -50,9 +56,35 @@ def same_values(one: Tensor | None, other: Tensor | None) -> bool:
     return one.dtype == other.dtype and torch.equal(one, other.to(one.device))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
+class Node:
+    """One node of a graph, in plain values."""
+
+    kind: NodeKind
+    layer: int
+    """The layer a feature reads, an error writes or a bias belongs to; -1 for tokens and positions, n_layers for logits
+    and the last bias."""
+    pos: int
+    """Position in the prompt; -1 for biases, which act at all of them."""
+    index: int
+    """Feature number; token id for tokens and logits; else 0."""
+    activation: float
+    """A feature's activation; a logit's height above the mean logit; else the norm of the node's vectors."""
+    label: str
+    """The node in words."""
+    number: int = field(compare=False)
+    """Its place among the nodes of the graph that it was taken from: its row and column of the adjacency."""
+
+    def __repr__(self) -> str:
+        return f"Node({self.number}: {self.label}, activation {self.activation:.3g})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Nodes:
-    """One entry a node in each tensor [n_nodes]. Equal where all of them are, number for number."""
+    """One entry a node in each tensor [n_nodes]. Equal where all of them are, number for number.
+
+    `nodes[i]` is one node, `nodes[i:j]` a list of some, and a loop goes over all.
+    """
 
     kind: Int[Tensor, " n_nodes"]
     """Values of `NodeKind`."""
@@ -70,6 +102,9 @@ class Nodes:
     activation: Float[Tensor, " n_nodes"]
     """A feature's activation; a logit's height above the mean logit; else the norm of the node's vectors."""
 
+    labels: list[str] | None = None
+    """The nodes in words. A graph fills them in."""
+
     def where(self, kind: NodeKind) -> Int[Tensor, " n"]:
         """Numbers of the nodes of one kind, in order."""
         return torch.nonzero(self.kind == int(kind)).flatten()
@@ -80,7 +115,36 @@ class Nodes:
 
     def take(self, kept: Int[Tensor, " n_kept"] | Bool[Tensor, " n_nodes"]) -> Nodes:
         """The nodes of a mask or list of numbers."""
-        return Nodes(**{name: values[kept] for name, values in self.tensors().items()})
+        labels = self.labels
+        if labels is not None:
+            numbers = torch.nonzero(kept).flatten() if kept.dtype == torch.bool else kept
+            labels = [labels[i] for i in numbers.tolist()]
+        return Nodes(**{name: values[kept] for name, values in self.tensors().items()}, labels=labels)
+
+    @overload
+    def __getitem__(self, number: SupportsIndex) -> Node: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Node]: ...
+    def __getitem__(self, number: SupportsIndex | slice) -> Node | list[Node]:
+        """One node, counted from the end where the number is negative; or those of a slice.
+
+        Raises:
+            NodeNotFound: there is no such node.
+        """
+        if isinstance(number, slice):
+            return [self[i] for i in range(len(self))[number]]
+        last = len(self) - 1
+        at = as_whole("The number of a node", number, -len(self), last, why="the nodes", error=NodeNotFound) % len(self)
+        kind, layer, pos, index = (int(values[at]) for values in (self.kind, self.layer, self.pos, self.index))
+        label = f"{NodeKind(kind).name.lower()} {at}" if self.labels is None else self.labels[at]
+        return Node(NodeKind(kind), layer, pos, index, float(self.activation[at]), label, at)
+
+    def __iter__(self) -> Iterator[Node]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        counts = Counter(self.kind.tolist())
+        return f"Nodes({', '.join(f'{counts[kind]} {kind.name.lower()}' for kind in NodeKind if counts[kind])})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Nodes):
@@ -95,14 +159,14 @@ class Nodes:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: getattr(self, name) for name in NODE_TENSORS}
 
     @classmethod
     def build(cls, parts: list[tuple[NodeKind, Tensor, Tensor, Tensor, Tensor]]) -> Nodes:
         """Nodes of (kind, layer, pos, index, activation) parts, one after another."""
         kinds = torch.cat([torch.full_like(layer, int(kind)) for kind, layer, *_ in parts])
-        _, *values = zip(*parts, strict=True)
-        return cls(kinds, *(torch.cat(tensors) for tensors in values))
+        _, layer, pos, index, activation = (list(values) for values in zip(*parts, strict=True))
+        return cls(kinds, torch.cat(layer), torch.cat(pos), torch.cat(index), torch.cat(activation))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,17 +190,17 @@ class WeightedGraph:
     """Weights of the target nodes: probabilities of tokens, 1 for other targets."""
 
     dropped: NodeValues | None = None
-    """Absolute input of each node along edges that the graph does not hold: dropped by `keep_edges`, or cut by `prune`.
-    None where every edge of the nodes traced is held."""
+    """Absolute input of each node along edges that the graph does not keep: dropped by `keep_edges`, or cut by `prune`.
+    None where every edge of the nodes traced is kept."""
 
     @property
     def is_sparse(self) -> bool:
-        """Whether only the strongest edges are held."""
+        """Whether only the strongest edges are kept."""
         return is_sparse(self.adjacency)
 
     @property
     def lacks_nodes(self) -> bool:
-        """Whether edges that are not held may come from nodes that are not there, since pruning took them out."""
+        """Whether edges that are not kept may come from nodes that are not there, since pruning took them out."""
         return False
 
     @property
@@ -243,6 +307,16 @@ def list_edges(adjacency: Adjacency, rows: Int[Tensor, " n"]) -> EdgeList:
     within = torch.arange(len(row), device=rows.device) - (counts.cumsum(0) - counts)[row]
     at = starts[rows].long()[row] + within
     return EdgeList(row, cols[at].long(), values[at])
+
+
+def list_all_edges(adjacency: Adjacency) -> EdgeList:
+    """All edges."""
+    everything = torch.arange(adjacency.shape[0], device=adjacency.device)
+    found = []
+    for rows in everything.split(ROWS_AT_ONCE):
+        row, col, value = list_edges(adjacency, rows)
+        found.append(EdgeList(row + rows[0], col, value))
+    return EdgeList(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 def list_edges_between(adjacency: Adjacency, kept: NodeMask) -> EdgeList:

@@ -11,19 +11,22 @@ import warnings
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from pandas import DataFrame
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tl_clt.arguments import as_path, as_whole, plain
+from tl_clt.arguments import as_choice, as_path, as_whole
 from tl_clt.attribution.edges import (
     CSR,
+    NODE_TENSORS,
     ROWS_AT_ONCE,
     EdgeList,
+    Node,
     NodeKind,
     Nodes,
     WeightedGraph,
@@ -31,6 +34,7 @@ from tl_clt.attribution.edges import (
     csr_parts,
     from_csr,
     is_sparse,
+    list_all_edges,
     list_edges,
     same_adjacency,
     same_values,
@@ -44,6 +48,7 @@ from tl_clt.attribution.influence import (
     GraphScores,
     InfluenceBounds,
     InfluenceShares,
+    as_html,
     bound_influence,
     measure_path_length,
     score_graph,
@@ -52,7 +57,7 @@ from tl_clt.attribution.influence import (
 )
 from tl_clt.attribution.pruning import PruneMasks, check_thresholds, prune_graph
 from tl_clt.attribution.targets import NAMED_TARGETS, DirectionTarget, NamedTarget
-from tl_clt.errors import FormatError
+from tl_clt.errors import FormatError, NodeNotFound
 from tl_clt.files import new_file, read_json, reading
 from tl_clt.shapes import NodeValues
 
@@ -67,7 +72,24 @@ PARTS = {*PER_NODE, *ADJACENCIES, "adjacency_starts", "adjacency_cols", "tokens"
 """Names of tensors, beside the directions of targets."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+class RankedNode(NamedTuple):
+    """A node, and what it was ranked by: its influence, or the weight of its edge."""
+
+    node: Node
+    value: float
+
+
+class GraphTables(NamedTuple):
+    """A graph as two tables."""
+
+    nodes: DataFrame
+    """One row a node, in order: kind, layer, pos, index, activation, influence, expanded, label; where the graph has
+    them also dropped and contrast_activation."""
+    edges: DataFrame
+    """One row an edge: source, target (numbers of nodes, the rows of `nodes`) and weight."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AttributionGraph(WeightedGraph):
     """The attribution graph of one prompt. `adjacency[target, source]` is the edge source -> target.
 
@@ -96,7 +118,10 @@ class AttributionGraph(WeightedGraph):
 
     info: dict[str, Any] = field(default_factory=dict)
     """Model, CLT and options that it was made with. Of a pruned graph also its thresholds, and as
-    `thresholds_out_of_reach` those that the edges held could not be sure to reach, so that pruning kept all of them."""
+    `thresholds_out_of_reach` those that the edges kept could not be sure to reach, so that pruning kept all of them."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nodes", replace(self.nodes, labels=_label_nodes(self)))
 
     def __repr__(self) -> str:
         return (
@@ -131,12 +156,12 @@ class AttributionGraph(WeightedGraph):
 
     @property
     def n_edges(self) -> int:
-        """Edges that are held and not 0."""
+        """Edges that are kept and not 0."""
         return int((self.adjacency.values() if self.is_sparse else self.adjacency).count_nonzero())
 
     @property
     def is_reduced(self) -> bool:
-        """Whether something is unknown: features that were not traced, or edges that are not held."""
+        """Whether something is unknown: features that were not traced, or edges that are not kept."""
         if bool(self.untraced.any()):
             return True
         return self.dropped is not None and bool(self.dropped.any())
@@ -147,7 +172,7 @@ class AttributionGraph(WeightedGraph):
         return "node_threshold" in self.info
 
     def influence(self) -> NodeValues:
-        """Each node's influence on the logits through all paths that are held: w (A + A^2 + ...).
+        """Each node's influence on the logits through all paths that are kept: w (A + A^2 + ...).
 
         Of a reduced graph, a lower bound of the whole graph's; see `influence_bounds`.
         """
@@ -158,34 +183,105 @@ class AttributionGraph(WeightedGraph):
         return bound_influence(self)
 
     def shares(self) -> InfluenceShares:
-        """Share of influence that starts at each kind of leaf and at untraced features, or along edges not held."""
+        """Share of influence from each kind of leaf, from untraced features, and along edges that are not kept."""
         return share_influence(self)
 
     @property
     def unexplored(self) -> float:
-        """Share of walks that end at features without a row, or at edges that are not held. With w summing to 1, no
+        """Share of walks that end at features without a row, or at edges that are not kept. With w summing to 1, no
         node's influence can be off by more, nor can that of all tokens or of all errors."""
         shares = self.shares()
         return shares.unexplored + shares.dropped
 
-    def input_shares(self, node: int) -> NodeValues:
-        """|in-edges| of one node as shares of its absolute input, what is not held included."""
+    def input_shares(self, node: int | Node) -> NodeValues:
+        """|in-edges| of one node as shares of its absolute input, what is not kept included."""
         row = self.in_edges(node).abs()
-        whole = row.sum() if self.dropped is None else row.sum() + self.dropped[plain(node)]
+        whole = row.sum() if self.dropped is None else row.sum() + self.dropped[self._number_of(node)]
         return row / whole.clamp_min(SMALLEST_ROW_SUM)
 
-    def in_edges(self, node: int) -> NodeValues:
+    def in_edges(self, node: int | Node) -> NodeValues:
         """One row of the adjacency, dense."""
-        node = as_whole("node", node, -len(self.nodes), len(self.nodes) - 1) % len(self.nodes)
+        number = self._number_of(node)
         if not self.is_sparse:
-            return self.adjacency[node]
-        _, col, value = list_edges(self.adjacency, torch.tensor([node], device=self.nodes.kind.device))
+            return self.adjacency[number]
+        _, col, value = list_edges(self.adjacency, torch.tensor([number], device=self.nodes.kind.device))
         return value.new_zeros(len(self.nodes)).index_add_(0, col, value)
+
+    def out_edges(self, node: int | Node) -> NodeValues:
+        """One column of the adjacency, dense."""
+        number = self._number_of(node)
+        if not self.is_sparse:
+            return self.adjacency[:, number]
+        starts, cols, values = csr_parts(self.adjacency)
+        at = torch.nonzero(cols == number).flatten()
+        rows = torch.searchsorted(starts.long(), at, right=True) - 1
+        return values.new_zeros(len(self.nodes)).index_add_(0, rows, values[at])
+
+    def inputs(self, node: int | Node, n: int = 10) -> list[RankedNode]:
+        """The nodes with the strongest edges into one, each with its edge; the strongest first."""
+        return self._rank(self.in_edges(node), n)
+
+    def outputs(self, node: int | Node, n: int = 10) -> list[RankedNode]:
+        """The nodes with the strongest edges from one, each with its edge; the strongest first."""
+        return self._rank(self.out_edges(node), n)
+
+    def top(self, n: int = 10, kind: NodeKind | str | None = None) -> list[RankedNode]:
+        """The nodes of most influence on the targets, each with its influence; the most influential first.
+
+        Args:
+            n: at most so many.
+            kind: of one kind alone: a `NodeKind`, or its name ("feature", "error", "token", ...); None for all.
+        """
+        influence = self.influence()
+        if kind is not None:
+            influence = influence * self.nodes.is_kind(_as_kind(kind))
+        return self._rank(influence, n)
+
+    def _rank(self, values: NodeValues, n: int) -> list[RankedNode]:
+        """The nodes of the largest absolute values, none of them 0."""
+        n = min(as_whole("n", n, 1), int(values.count_nonzero()))
+        chosen = values.abs().topk(n).indices.tolist()
+        return [RankedNode(self.nodes[i], float(values[i])) for i in chosen]
+
+    def _number_of(self, node: object) -> int:
+        number = node.number if isinstance(node, Node) else node
+        last = len(self.nodes) - 1
+        return as_whole("node", number, -last - 1, last, why="the nodes", error=NodeNotFound) % len(self.nodes)
+
+    def to_pandas(self) -> GraphTables:
+        """All nodes, and all edges that are kept and not 0, as tables."""
+        shown: dict[str, Any] = {"kind": [NodeKind(kind).name.lower() for kind in self.nodes.kind.tolist()]}
+        columns = {name: values for name, values in self.nodes.tensors().items() if name != "kind"}
+        columns |= {"influence": self.influence(), "expanded": self.expanded}
+        for name in ("dropped", "contrast_activation"):
+            if getattr(self, name) is not None:
+                columns[name] = getattr(self, name)
+        shown |= {name: values.detach().cpu().numpy() for name, values in columns.items()}
+        nodes = DataFrame({**shown, "label": self.nodes.labels})
+        target, source, weight = list_all_edges(self.adjacency)
+        is_edge = weight != 0
+        parts = {"source": source[is_edge], "target": target[is_edge], "weight": weight[is_edge]}
+        return GraphTables(nodes, DataFrame({name: values.detach().cpu().numpy() for name, values in parts.items()}))
+
+    def _repr_html_(self) -> str:
+        scores = self.scores()
+        rows = {"targets": ", ".join(self.logit_tokens)}
+        if "contrast" in self.info:
+            rows["beyond the prompt"] = str(self.info["contrast"])
+        rows |= {"replacement": scores.replacement_text(), "completeness": scores.completeness_text()}
+        if self.is_reduced:
+            rows["not in this graph"] = f"{self.unexplored:.1%} of influence"
+        top = [(node.number, node.label, influence) for node, influence in self.top(5, NodeKind.FEATURE)]
+        tables = {
+            "What it says": DataFrame({"": list(rows), "value": list(rows.values())}),
+            "Most influential features": DataFrame(top, columns=["node", "label", "influence"]),
+        }
+        return as_html(repr(self), tables)
 
     def scores(self, definition: Definition = "paper") -> GraphScores:
         """Replacement and completeness, by the paper's reading or circuit-tracer's. Never compare the two.
 
-        Two numbers, of what the graph holds, with `replacement_bounds` and `completeness_bounds`: between these lie the
+        Two numbers, of what the graph keeps, with `replacement_bounds` and `completeness_bounds`: between these lie the
         scores of the whole graph, however much of it was not traced, dropped or pruned away. Of a whole graph the
         bounds are the number itself.
         """
@@ -194,7 +290,7 @@ class AttributionGraph(WeightedGraph):
     def path_length(self) -> float:
         """Mean number of edges on a path from a token to a logit, paths weighted by their strength (Methods).
 
-        Of the paths that the graph holds; see `path_length_bounds`.
+        Of the paths that the graph keeps; see `path_length_bounds`.
         """
         return measure_path_length(self).mean
 
@@ -214,7 +310,7 @@ class AttributionGraph(WeightedGraph):
 
         What is cut stays in the sums of rows, as `dropped`, so that the smaller graph's influence, scores and path
         length are those of this one as far as its edges tell, with bounds. Of a reduced graph the shares are of all
-        influence that there may be; where the edges held cannot be sure to carry as much, all of them stay, and `info`
+        influence that there may be; where the edges kept cannot be sure to carry as much, all of them stay, and `info`
         says so.
 
         Raises:
@@ -300,7 +396,7 @@ class AttributionGraph(WeightedGraph):
                 )
             _require_parts(tensors, about)
             graph = AttributionGraph(
-                nodes=Nodes(**{f.name: tensors[f.name] for f in fields(Nodes)}),
+                nodes=Nodes(**{name: tensors[name] for name in NODE_TENSORS}),
                 adjacency=_edges_in(tensors),
                 expanded=tensors["expanded"],
                 tokens=tensors["tokens"],
@@ -327,18 +423,49 @@ class AttributionGraph(WeightedGraph):
         return graph
 
 
+def _label_nodes(graph: AttributionGraph) -> list[str]:
+    """Every node in words, for example `feature 1.214 at "Dallas"`."""
+    n_pos, n_layers = len(graph.prompt_tokens), graph.info.get("n_layers")
+    targets = iter(zip(graph.logit_tokens, graph.logit_probs.tolist(), strict=False))
+    nodes, labels = graph.nodes, []
+    for kind, layer, pos, index in zip(*(getattr(nodes, name).tolist() for name in NODE_TENSORS[:4]), strict=True):
+        at = f'"{graph.prompt_tokens[pos].strip()}"' if 0 <= pos < n_pos else f"position {pos}"
+        if kind == NodeKind.FEATURE:
+            label = f"feature {layer}.{index} at {at}"
+        elif kind == NodeKind.ERROR:
+            label = f"error of MLP {layer} at {at}"
+        elif kind == NodeKind.TOKEN:
+            label = f"token {at}"
+        elif kind == NodeKind.POSITION:
+            label = f"position {pos}"
+        elif kind == NodeKind.BIAS:
+            label = "biases of the output" if layer == n_layers else f"biases of block {layer}"
+        else:
+            text, prob = next(targets, ("", 0.0))
+            label = f'output "{text.strip()}", probability {prob:.3f}'
+        labels.append(label)
+    return labels
+
+
+def _as_kind(kind: NodeKind | str) -> NodeKind:
+    """A kind of nodes, as that or by its name."""
+    if isinstance(kind, NodeKind):
+        return kind
+    return NodeKind[as_choice("kind", kind, [known.name.lower() for known in NodeKind]).upper()]
+
+
 def _target_out(target: NamedTarget) -> dict[str, Any]:
     """A target in plain values; a direction's vector is a tensor of its own."""
     values = {f.name: getattr(target, f.name) for f in fields(target) if f.name != "direction"}
     return {"kind": type(target).__name__, **values}
 
 
-def _targets_in(given: list[dict[str, Any]] | None, tensors: dict[str, Tensor]) -> list[NamedTarget] | None:
-    if given is None:
+def _targets_in(entries: list[dict[str, Any]] | None, tensors: dict[str, Tensor]) -> list[NamedTarget] | None:
+    if entries is None:
         return None
     kinds = {kind.__name__: kind for kind in NAMED_TARGETS}
     found: list[NamedTarget] = []
-    for number, values in enumerate(given):
+    for number, values in enumerate(entries):
         arguments = {name: value for name, value in values.items() if name != "kind"}
         if f"direction_{number}" in tensors:
             arguments["direction"] = tensors[f"direction_{number}"]
@@ -497,6 +624,6 @@ def _require_numbers(name: str, values: Float[Tensor, " n"]) -> None:
     )
 
 
-def _require(holds: bool, message: str) -> None:
-    if not holds:
+def _require(is_so: bool, message: str) -> None:
+    if not is_so:
         raise ValueError(message)

@@ -4,7 +4,7 @@ A = |adjacency| with each row divided by its sum; influence = w (A + A^2 + ...) 
 probabilities). Edges run from lower to higher layers only, so that the series is one pass from the top layer down.
 
 With w summing to 1, a node's influence is the probability that a walk from the targets upstream, along edges drawn by
-their share of each node's input, visits it. A reduced graph does not hold every edge: of features that were not traced
+their share of each node's input, visits it. A reduced graph does not keep every edge: of features that were not traced
 it has no row, and of other nodes what `keep_edges` dropped or pruning cut is known by its size alone, which counts in
 the row's sum. A walk that goes there is lost: it ends, for this graph, at the node it went from. The walks that are not
 lost are those of the whole graph, so with u the share of walks lost,
@@ -17,11 +17,13 @@ leaf, and from a node of layer l it visits at most l further features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from html import escape
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Int
+from pandas import DataFrame
 from torch import Tensor
 
 from tl_clt.arguments import as_choice
@@ -30,6 +32,15 @@ from tl_clt.shapes import NodeValues
 
 Definition = Literal["paper", "circuit-tracer"]
 SMALLEST_ROW_SUM = 1e-8
+
+
+def as_html(headline: str, tables: Mapping[str, DataFrame]) -> str:
+    """A line and some tables for a notebook. All text is escaped: prompts and tokens may be anything."""
+    parts = [f"<p><b>{escape(headline)}</b></p>"]
+    for title, table in tables.items():
+        parts.append(f"<p>{escape(title)}</p>" if title else "")
+        parts.append(table.to_html(index=False, escape=True, float_format=lambda x: f"{x:.3g}", border=0))
+    return "<div>" + "".join(parts) + "</div>"
 
 
 class Bounds(NamedTuple):
@@ -49,7 +60,7 @@ class _TwoScores(NamedTuple):
 class GraphScores(_TwoScores):
     """How much of a graph is explained by features: two numbers, with their bounds. Never compare across definitions.
 
-    The numbers are those of what the graph holds: what is unknown stays out of numerator and denominator. The bounds
+    The numbers are those of what the graph keeps: what is unknown stays out of numerator and denominator. The bounds
     count it as error (low) and as explained (high); the whole graph's scores lie between them, and so do the numbers.
     """
 
@@ -68,6 +79,10 @@ class GraphScores(_TwoScores):
 
     def __repr__(self) -> str:
         return f"GraphScores(replacement={self.replacement_text(4)}, completeness={self.completeness_text(4)})"
+
+    def _repr_html_(self) -> str:
+        texts = [self.replacement_text(4), self.completeness_text(4)]
+        return as_html("Scores of a graph", {"": DataFrame({"score": self._fields, "value": texts})})
 
     def replacement_text(self, digits: int = 3) -> str:
         """The number, with its bounds where these differ."""
@@ -93,7 +108,11 @@ class InfluenceShares(NamedTuple):
     unexplored: float
     """At features whose in-edges were not traced."""
     dropped: float = 0.0
-    """At edges that the graph does not hold: dropped by `keep_edges`, or cut by pruning."""
+    """At edges that the graph does not keep: dropped by `keep_edges`, or cut by pruning."""
+
+    def _repr_html_(self) -> str:
+        shares = DataFrame({"where walks end": self._fields, "share": list(self)})
+        return as_html("Shares of a graph's influence", {"": shares})
 
 
 class Walks(NamedTuple):
@@ -112,7 +131,7 @@ class Walks(NamedTuple):
 
 
 def sum_inputs(graph: WeightedGraph) -> NodeValues:
-    """Each node's absolute input, edges that are not held included; never quite 0."""
+    """Each node's absolute input, edges that are not kept included; never quite 0."""
     sums = sum_rows(graph.adjacency)
     return (sums if graph.dropped is None else sums + graph.dropped).clamp_min(SMALLEST_ROW_SUM)
 
@@ -127,7 +146,7 @@ def top_down(nodes: Nodes) -> Iterator[Int[Tensor, " n"]]:
 
 
 def walk_upstream(graph: WeightedGraph) -> Walks:
-    """Walks from the targets upstream, and where they are lost: along edges that are not held, at untraced features."""
+    """Walks from the targets upstream, and where they are lost: along edges that are not kept, at untraced features."""
     nodes, weights, sums = graph.nodes, graph.logit_weights, sum_inputs(graph)
     influence = torch.zeros_like(weights)
     for rows in top_down(nodes):
@@ -144,7 +163,7 @@ def walk_upstream(graph: WeightedGraph) -> Walks:
 def _most_visits(graph: WeightedGraph, sums: NodeValues, unknown: NodeValues) -> NodeValues:
     """For each node, how many nodes a walk visits at most, on average, once it leaves the node by an unknown edge.
 
-    By layer from below: it comes to none from which more visits are expected, along edges that are held and at worst
+    By layer from below: it comes to none from which more visits are expected, along edges that are kept and at worst
     along those that are not, than from the best node below.
     """
     features, layers = graph.nodes.is_kind(NodeKind.FEATURE), graph.nodes.layer.clamp_min(0)
@@ -231,7 +250,7 @@ class PathLength(NamedTuple):
     """Mean number of edges on a path from a token to a logit, each path weighted by its strength."""
 
     mean: float
-    """Of the paths that the graph holds."""
+    """Of the paths that the graph keeps."""
     bounds: Bounds
     """Of the whole graph's mean."""
 

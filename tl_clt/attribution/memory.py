@@ -87,7 +87,7 @@ class MemoryPlan:
     rows: int
     """The adjacency, at most."""
     batch_size: int
-    batch: int
+    batch_bytes: int
     """One batch of targets at work."""
     limit: int
     at_the_end: int = 0
@@ -97,7 +97,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        return self.taken + self.rows + max(self.batch, self.at_the_end) + MARGIN
+        return self.taken + self.rows + max(self.batch_bytes, self.at_the_end) + MARGIN
 
     def __str__(self) -> str:
         return f"at most {self.total / GIB:.2f} GiB: edges {self.rows / GIB:.2f}, {self.batch_size} targets at a time"
@@ -115,7 +115,7 @@ def plan_memory(
 
     Args:
         n_rows: nodes that get a row, at most.
-        keep_edges: share of each row that a sparse graph holds; None for a dense one.
+        keep_edges: share of each row that a sparse graph keeps; None for a dense one.
         batch_size: the user's choice, or None.
         budget: what tracing this prompt may take.
         adaptive: whether tracing may end before all rows are traced, so that they need not all fit.
@@ -163,7 +163,7 @@ def dense_bytes(n_rows: int, n_nodes: int, dtype: torch.dtype, device: torch.dev
 
 
 def sparse_bytes(n_rows: int, n_nodes: int, dtype: torch.dtype) -> int:
-    """What sparse rows take, if every edge is held."""
+    """What sparse rows take, if every edge is kept."""
     return n_rows * n_nodes * (dtype.itemsize + torch.int32.itemsize)
 
 
@@ -184,7 +184,7 @@ class RowStore(ABC):
         self.sums = zeros
         """Absolute input of each node traced."""
         self.dropped = zeros.clone()
-        """The part of it in edges that are not held."""
+        """The part of it in edges that are not kept."""
 
     def put(self, targets: Int[Tensor, " n"], rows: Float[Tensor, "n n_nodes"]) -> NodeMask:
         """Keep the in-edges of some nodes; of so many, from the lowest layer on, as there is room for.
@@ -241,7 +241,7 @@ class DenseRows(RowStore):
         return self.edges
 
 
-class _Held(NamedTuple):
+class _KeptEdges(NamedTuple):
     """The strongest edges of some targets."""
 
     targets: Int[Tensor, " n"]
@@ -256,7 +256,7 @@ class SparseRows(RowStore):
     def __init__(self, nodes: Nodes, dtype: torch.dtype, room: int, share: float) -> None:
         super().__init__(nodes, dtype, room)
         self.share = share
-        self.held: dict[int, list[_Held]] = {}
+        self.kept: dict[int, list[_KeptEdges]] = {}
         """By the targets' layer."""
 
     def _put(self, layer: int, targets: Int[Tensor, " n"], rows: Float[Tensor, "n n_nodes"]) -> int:
@@ -276,38 +276,38 @@ class SparseRows(RowStore):
         self.dropped[targets] = sizes.masked_fill_(kept, 0).sum(dim=1)[:n]
         values = rows[row, cols]
         cols += (cols >= below) * (self.n_features - below)
-        self.held.setdefault(layer, []).append(_Held(targets, counts[:n], cols.int(), values))
+        self.kept.setdefault(layer, []).append(_KeptEdges(targets, counts[:n], cols.int(), values))
         return n
 
     def pass_upstream(self, targets: Int[Tensor, " n"], amounts: Float[Tensor, " n"]) -> NodeValues:
         by_node = torch.zeros_like(self.sums)
         by_node[targets] = amounts
-        given = torch.zeros_like(self.sums)
+        received = torch.zeros_like(self.sums)
         for layer in self.nodes.layer[targets].unique().tolist():
-            for held in self.held.get(layer, ()):
-                amount = by_node[held.targets]
+            for some in self.kept.get(layer, ()):
+                amount = by_node[some.targets]
                 if amount.any():
-                    each = torch.repeat_interleave(amount, held.counts)
-                    given.index_add_(0, held.cols, held.values.abs() * each)
-        return given
+                    each = torch.repeat_interleave(amount, some.counts)
+                    received.index_add_(0, some.cols, some.values.abs() * each)
+        return received
 
     def adjacency(self) -> Adjacency:
-        everything = [held for of_layer in self.held.values() for held in of_layer]
-        self.held.clear()
+        everything = [some for of_layer in self.kept.values() for some in of_layer]
+        self.kept.clear()
         counts = torch.zeros(len(self.nodes), dtype=torch.long, device=self.sums.device)
-        for held in everything:
-            counts[held.targets] = held.counts
+        for some in everything:
+            counts[some.targets] = some.counts
         ends = counts.cumsum(0)
         starts = torch.cat([ends.new_zeros(1), ends])
         n_edges = int(ends[-1])
         cols = torch.empty(n_edges, dtype=torch.int32, device=counts.device)
         values = torch.empty(n_edges, dtype=self.sums.dtype, device=counts.device)
         while everything:
-            held = everything.pop()
-            within = torch.arange(len(held.cols), device=counts.device)
-            within -= torch.repeat_interleave(held.counts.cumsum(0) - held.counts, held.counts)
-            place = torch.repeat_interleave(starts[held.targets], held.counts) + within
-            cols[place], values[place] = held.cols, held.values
+            some = everything.pop()
+            within = torch.arange(len(some.cols), device=counts.device)
+            within -= torch.repeat_interleave(some.counts.cumsum(0) - some.counts, some.counts)
+            place = torch.repeat_interleave(starts[some.targets], some.counts) + within
+            cols[place], values[place] = some.cols, some.values
         index = torch.int32 if n_edges < 2**31 else torch.int64
         return from_csr(CSR(starts.to(index), cols.to(index), values))
 

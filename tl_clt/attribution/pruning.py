@@ -39,7 +39,7 @@ class Pruned(NamedTuple):
     cut: NodeValues
     """Absolute input of each node kept along edges that go; 0 for other nodes."""
     out_of_reach: list[str]
-    """Thresholds that what the graph holds cannot be sure to reach, so that all of it stays."""
+    """Thresholds that what the graph keeps cannot be sure to reach, so that all of it stays."""
 
 
 def prune_graph(graph: WeightedGraph, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> Pruned:
@@ -94,13 +94,13 @@ def prune_graph(graph: WeightedGraph, node_threshold: float = 0.8, edge_threshol
 class _EdgeScores(NamedTuple):
     known: Float[Tensor, " n_edges"]
     unknown: float
-    """The most that the scores of edges which are not held can sum to."""
+    """The most that the scores of edges which are not kept can sum to."""
 
 
 def _score_edges(graph: WeightedGraph, edges: EdgeList) -> _EdgeScores:
     """A[t, s] * (influence[t] + w[t]) of each edge of a graph.
 
-    What a row does not hold may come from nodes that are kept, and stays in the row's sum.
+    What a row does not keep may come from nodes that are kept, and stays in the row's sum.
     """
     walks = walk_upstream(graph)
     # A lost walk's steps, each along one edge, are as many as its further visits.

@@ -80,7 +80,7 @@ class FoldedOV(NamedTuple):
 
 
 class NamedNorm(NamedTuple):
-    """A norm of the model's, and the part of it that is linear once its scale is held."""
+    """A norm of the model's, and the part of it that is linear once its scale is frozen."""
 
     name: str
     """For example `blocks.3.ln2`."""
@@ -157,7 +157,7 @@ def _fold_attention(model: HookedModel, layer: int, dtype: torch.dtype) -> Folde
 
 
 def transposed_norm(norm: NormMap | None, directions: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
-    """The transpose of a held norm, but for its scale."""
+    """The transpose of a frozen norm, but for its scale."""
     if norm is None:
         return directions
     if norm.gain is not None:
@@ -357,7 +357,7 @@ class SweepEngine(Engine):
         per_target = 3 * len(self.sources.nodes) + n_pos * d_model + 2 * d_model
         return self.local.dtype.itemsize * (batch_size * per_target + chunk)
 
-    def _written(self, readouts: Readouts) -> EdgeRows:
+    def _find_written_edges(self, readouts: Readouts) -> EdgeRows:
         depth = self.maps.depths(readouts.point)
         n_pos = int(readouts.pos.max()) + 1
         order = torch.argsort(depth * n_pos - readouts.pos, descending=True, stable=True)
@@ -510,9 +510,9 @@ class EngineMaker:
         Raises:
             LocalModelMismatch: it does not give what the model's own code gives.
         """
-        whole = _one_source(local)
+        whole = _join_sources(local)
         if self.folded is not None:
-            off = _how_far_off(SweepEngine(local, whole, self.folded), targets)
+            off = _measure_error(SweepEngine(local, whole, self.folded), targets)
             if off <= 1:
                 return SweepEngine(local, sources, self.folded)
             message = (
@@ -524,7 +524,7 @@ class EngineMaker:
             warnings.warn(f"{message} Doing so.", stacklevel=4)
             self.folded = None
         engine = AutogradEngine(local, whole)
-        off = _how_far_off(engine, targets)
+        off = _measure_error(engine, targets)
         if not off <= 1:
             raise LocalModelMismatch(
                 f"Gradients through {model_name(local.model)} do not carry what is written to the targets: the sums of"
@@ -536,7 +536,7 @@ class EngineMaker:
 
 
 @torch.no_grad()
-def _one_source(local: LocalReplacementModel) -> Sources:
+def _join_sources(local: LocalReplacementModel) -> Sources:
     """All that is written, as one node: each target then has one in-edge from everything."""
     biases, written = local.biases, local.written
     skips = biases.mlp.clone()
@@ -550,12 +550,12 @@ def _one_source(local: LocalReplacementModel) -> Sources:
 
 
 @torch.no_grad()
-def _how_far_off(engine: Engine, targets: Readouts) -> float:
+def _measure_error(engine: Engine, targets: Readouts) -> float:
     """By how many times what rounding explains an engine that carries everything as one source misses what is read,
     at the targets and one feature a layer."""
     local = engine.local
-    readouts, biases = _probes(local, targets), local.biases
-    found = engine.rows(readouts)[:, 0]
+    readouts, biases = _choose_probes(local, targets), local.biases
+    found = engine.find_rows(readouts)[:, 0]
     where = zip(readouts.point.tolist(), readouts.pos.tolist(), strict=True)
     read_biases = torch.stack([biases.reads[point][pos] for point, pos in where])
     wanted = read_values(local, readouts) - readouts.constants - (read_biases * readouts.directions).sum(dim=-1)
@@ -565,7 +565,7 @@ def _how_far_off(engine: Engine, targets: Readouts) -> float:
     return off if off == off else float("inf")
 
 
-def _probes(local: LocalReplacementModel, targets: Readouts) -> Readouts:
+def _choose_probes(local: LocalReplacementModel, targets: Readouts) -> Readouts:
     """The targets, and the last active feature of each layer."""
     features = local.features
     last = [torch.nonzero(features.layer == t).flatten()[-1:] for t in range(local.n_layers)]

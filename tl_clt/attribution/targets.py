@@ -102,56 +102,56 @@ TargetsGiven: TypeAlias = _One | Sequence[_One] | Int[Tensor, " n"] | Int[np.nda
 """What a caller may name: one target, several, or token ids as a tensor or array."""
 
 
-def as_targets(given: Any) -> list[Target] | None:
+def as_targets(targets: Any) -> list[Target] | None:
     """The targets meant, one by one, or None for the most probable tokens. A string is one token, not its letters.
 
     Raises:
         TargetError: something else was given.
     """
-    if given is None:
+    if targets is None:
         return None
-    if isinstance(given, np.ndarray) or (isinstance(given, Tensor) and has_values(given)):
-        if given.ndim > 1:
-            raise TargetError(f"targets has shape {list(given.shape)}: give token ids along one dimension.")
-        given = given.tolist()
-    elif isinstance(given, (Series, range)):
-        given = list(given)
-    if isinstance(given, (str, *NAMED_TARGETS)) or is_whole(plain(given)):
-        return [_as_target("targets", given)]
-    if not isinstance(given, (list, tuple)):
-        raise TargetError(_no_target("targets", given))
-    return [_as_target(f"targets[{i}]", entry) for i, entry in enumerate(given)]
+    if isinstance(targets, np.ndarray) or (isinstance(targets, Tensor) and has_values(targets)):
+        if targets.ndim > 1:
+            raise TargetError(f"targets has shape {list(targets.shape)}: give token ids along one dimension.")
+        targets = targets.tolist()
+    elif isinstance(targets, (Series, range)):
+        targets = list(targets)
+    if isinstance(targets, (str, *NAMED_TARGETS)) or is_whole(plain(targets)):
+        return [_as_target("targets", targets)]
+    if not isinstance(targets, (list, tuple)):
+        raise TargetError(_no_target("targets", targets))
+    return [_as_target(f"targets[{i}]", entry) for i, entry in enumerate(targets)]
 
 
-def as_token_ids(model: HookedModel, given: Any) -> list[int]:
+def as_token_ids(model: HookedModel, targets: Any) -> list[int]:
     """The ids of tokens that a caller names as he may name targets, each once.
 
     Raises:
         TargetError, TokenizerMissing: as `token_id`; or what is named is no token.
     """
-    tokens = as_targets(given) or []
+    tokens = as_targets(targets) or []
     for token in tokens:
         if isinstance(token, NAMED_TARGETS):
             raise TargetError(f"tokens names a {type(token).__name__}: give token ids or one-token strings.")
     return list(dict.fromkeys(token_id(model, token) for token in tokens))  # type: ignore[arg-type]
 
 
-def _as_target(name: str, given: Any) -> Target:
-    return given if isinstance(given, NAMED_TARGETS) else _as_token(name, given)
+def _as_target(name: str, target: Any) -> Target:
+    return target if isinstance(target, NAMED_TARGETS) else _as_token(name, target)
 
 
-def _as_token(name: str, given: Any) -> int | str:
-    value = plain(given)
+def _as_token(name: str, token: Any) -> int | str:
+    value = plain(token)
     if isinstance(value, str):
         return str(value)
     if not is_whole(value):
-        raise TargetError(_no_target(name, given))
+        raise TargetError(_no_target(name, token))
     return int(value)
 
 
-def _no_target(name: str, given: Any) -> str:
+def _no_target(name: str, value: Any) -> str:
     kinds = ", ".join(kind.__name__ for kind in NAMED_TARGETS)
-    return f"{name} is {shown(given)}: give token ids or one-token strings, one or several, or {kinds}."
+    return f"{name} is {shown(value)}: give token ids or one-token strings, one or several, or {kinds}."
 
 
 class Targets(NamedTuple):
@@ -363,7 +363,7 @@ def _position(local: LocalReplacementModel, pos: int) -> int:
 
 
 def token_id(model: HookedModel, token: int | str) -> int:
-    """The id of a token, given as that or as text.
+    """The id of a token, which is named by its id or as text.
 
     Raises:
         TargetError: an id out of range, or text that is not one token.

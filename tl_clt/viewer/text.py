@@ -15,22 +15,9 @@ FeatureLabel = Callable[[int, int], str]
 
 def node_name(graph: AttributionGraph, node: int, label: FeatureLabel | None = None) -> str:
     """A node in words, for example `feature 1.214 at " Dallas"`."""
-    kind = NodeKind(int(graph.nodes.kind[node]))
-    layer, pos, index = (int(x[node]) for x in (graph.nodes.layer, graph.nodes.pos, graph.nodes.index))
-    at = f'"{graph.prompt_tokens[pos].strip()}"' if pos >= 0 else ""
-    if kind == NodeKind.FEATURE:
-        words = f" ({label(layer, index)})" if label else ""
-        return f"feature {layer}.{index} at {at}{words}"
-    if kind == NodeKind.ERROR:
-        return f"error of MLP {layer} at {at}"
-    if kind == NodeKind.TOKEN:
-        return f"token {at}"
-    if kind == NodeKind.POSITION:
-        return f"position {pos}"
-    if kind == NodeKind.BIAS:
-        return "biases of the output" if layer == graph.info.get("n_layers") else f"biases of block {layer}"
-    place = graph.nodes.where(NodeKind.LOGIT).tolist().index(node)
-    return f'output "{graph.logit_tokens[place].strip()}", probability {float(graph.logit_probs[place]):.3f}'
+    found = graph.nodes[node]
+    words = f" ({label(found.layer, found.index)})" if label and found.kind == NodeKind.FEATURE else ""
+    return found.label + words
 
 
 def graph_tree(graph: AttributionGraph, *, width: int = 3, depth: int = 4, label: FeatureLabel | None = None) -> Tree:
