@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -243,5 +244,44 @@ def test_intervene_refuses_what_is_not_there(options, error, as_users_run_it):
 @pytest.mark.parametrize("command", ["demo", "trace", "intervene", "train", "evaluate", "tradeoff"])
 def test_help_names_every_option(command):
     named = run(command, "--help")
-    for parameter in get_command(app).commands[command].params:
+    made = get_command(app).commands[command]
+    parameters = made.get_params(typer.Context(made))
+    assert len(parameters) > 3
+    for parameter in parameters:
         assert parameter.opts[0] in named
+
+
+def test_train_has_an_option_for_every_field_with_its_default_and_docstring():
+    from tl_clt.training import CLTTrainingRunnerConfig
+
+    made = get_command(app).commands["train"]
+    options = {option.name: option for option in made.get_params(typer.Context(made))}
+    fields_of_run = CLTTrainingRunnerConfig(d_transcoder=1024).to_dict()
+    assert set(fields_of_run) == set(options) - {"resume", "help"}
+    for name, default in fields_of_run.items():
+        option = options[name]
+        assert f"--{name.replace('_', '-')}" in option.opts and len(option.help) > 5
+        if option.show_default:
+            assert option.show_default == (default if isinstance(default, str) else json.dumps(default))
+        else:
+            assert default is None
+    assert options["lr"].help == "Adam's learning rate."
+    assert options["span"].help.endswith("1 for per-layer transcoders.")
+
+
+@pytest.mark.parametrize(
+    ("option", "field", "value"),
+    [
+        ("--seqpos-slice", "[1, null]", [1, None]),
+        ("--exclude-special-tokens", "true", True),
+        ("--exclude-special-tokens", "[3, 5]", [3, 5]),
+        ("--sequence-separator-token", "eos", "eos"),
+        ("--no-prefetch", None, False),
+        ("--tanh-scale", "3", 3.0),
+    ],
+)
+def test_what_a_field_may_be_its_option_says(tmp_path, small_run, option, field, value):
+    given = (option,) if field is None else (option, field)
+    run(*small_run, "--output", str(tmp_path / "clt"), *given)
+    config = json.loads((tmp_path / "clt" / "training.json").read_text())["config"]
+    assert config[option.removeprefix("--no-").removeprefix("--").replace("-", "_")] == value

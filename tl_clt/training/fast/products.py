@@ -1,10 +1,12 @@
 """The matrix products of a CLT, with gradients that cost no more memory than they must.
 
 Each product with a weight writes that weight's gradient where it belongs. Where a weight has a `.grad` from the
-step before (zeroed, not dropped), the product is added to it in place, and autograd is handed nothing for that
-weight: a fresh gradient above glibc's largest mmap threshold (32 MiB) is given back to the system and faulted in
-again at every step, which takes as long as half of the product that fills it. Without a `.grad`, autograd gets the
-gradient as from any operation.
+step before (zeroed, not dropped), `backward()` adds the product to it in place, and autograd is handed nothing for
+that weight: a fresh gradient above glibc's largest mmap threshold (32 MiB) is given back to the system and faulted in
+again at every step, which takes as long as half of the product that fills it. What looks at gradients on their way
+would see nothing. So autograd gets the gradient as from any operation where there is no `.grad`, where it is not to be
+added to one (`torch.autograd.grad`), and where the weight has hooks. The hooks of DistributedDataParallel cannot be
+told: `FastStep` refuses to run within it.
 
 Under autocast, and with weights in a lower precision, products take that precision and sums float32.
 
@@ -29,6 +31,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
 from tl_clt.training.parallel import SINGLE, ProcessGrid
@@ -246,8 +249,16 @@ def _product(a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor:
 
 
 def _gradient(weight: Tensor) -> Tensor | None:
-    """The gradient that a weight has already; it can be added to in place."""
-    return weight.grad if weight.is_leaf else None
+    """The gradient that a weight has already, where it may be added to in place."""
+    if not weight.is_leaf or weight.grad is None:
+        return None
+    if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+        return None
+    try:
+        adds_to_grad = torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
+    except RuntimeError:  # what torch says of a leaf that `torch.autograd.grad` was asked for
+        adds_to_grad = False
+    return weight.grad if adds_to_grad else None
 
 
 def _add_product(weight: Tensor, a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor | None:

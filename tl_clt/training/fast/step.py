@@ -21,7 +21,9 @@ from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
+from tl_clt.errors import ConfigError
 from tl_clt.training.clt import CLTStep, LayerFeatures, TrainingCLT
 from tl_clt.training.fast.products import (
     Support,
@@ -73,7 +75,15 @@ class FastStep:
         """The forward pass and the losses of a step on scaled activations [batch, 2, n_layers, d_model].
 
         On a grid of processes the reconstruction and the losses are of all ranks' features, at the tokens of this rank.
+
+        Raises:
+            ConfigError: it is called within DistributedDataParallel, which would not see its gradients.
         """
+        if DistributedDataParallel._get_active_ddp_module() is not None:
+            raise ConfigError(
+                "FastStep adds to gradients in place, where DistributedDataParallel does not see them: train with"
+                " CLTTrainingRunner and set n_data_parallel, or call the CLT's training_forward_pass."
+            )
         inputs, outputs = step_input.sae_in.to(clt.sum_dtype).unbind(dim=1)
         xs = inputs.unbind(dim=1)
         smallest = None
