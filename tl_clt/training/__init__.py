@@ -27,9 +27,9 @@ In the place of SAELens's stand:
     lambda               with `target_l0`, adjusted by `L0Controller` in the place of SAELens's ramp.
     the end              on exactly the tokens asked for: the last batch may be shorter (`CLTTrainerConfig`).
     checkpoints          `run.checkpoints`: with all that a step depends on, so that a resumed run ends with the same
-                         weights (SAELens's say how far the dataset was read, but not what waits in the shuffling buffer,
-                         nor where random numbers were), and each file with its checksum. SAELens's `save_checkpoint`
-                         and `load_trainer_state` work, and are not used.
+                         weights, and each file with its checksum. SAELens's say how far the dataset was read, but not
+                         what waits in the shuffling buffer, nor where random numbers were; its `save_checkpoint` and
+                         `load_trainer_state` work, and are not used.
     mixing               `MixedBatches` shuffles as SAELens's `mixing_buffer` does, with random numbers of its own and a
                          position that can be taken up again.
 """
