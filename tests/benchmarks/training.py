@@ -202,7 +202,7 @@ def plain_parts(trainer: Any) -> dict[str, list[tuple[Any, str, Any]]]:
         "memory kept": [(step.FastStep, "take", lambda self, name, layer, shape, like: like.new_empty(shape))],
         "row norms": [(step, "row_norms", lambda W: W.norm(dim=1))],
         "sums by target": [(step, "sum_by_target", sum_by_target)],
-        "terms in blocks": [(step, "terms", terms)],
+        "terms in blocks": [(step, "terms_in_blocks", terms)],
     }
 
 

@@ -9,7 +9,7 @@ from tl_clt.training.fast.products import (
     decode,
     decode_places,
     encode,
-    pick,
+    encode_places,
     row_norms,
     sum_by_target,
     support_of_dense,
@@ -61,8 +61,8 @@ CASES = {
         lambda t: encode(X, t["W_enc"], t["b_enc"], empty()),
         lambda t: X @ t["W_enc"].T + t["b_enc"],
     ),
-    "pick": (
-        lambda t: pick(encode(X, t["W_enc"].detach(), t["b_enc"].detach(), empty()), X, t["W_enc"], t["b_enc"], PLACES),
+    "encode_places": (
+        lambda t: encode_places(X @ t["W_enc"].detach().T + t["b_enc"].detach(), X, t["W_enc"], t["b_enc"], PLACES),
         lambda t: PLACES.gather(X @ t["W_enc"].T + t["b_enc"]),
     ),
     "decode": (lambda t: decode(t["acts"], t["W_dec"]), lambda t: t["acts"] @ t["W_dec"]),

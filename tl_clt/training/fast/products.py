@@ -47,17 +47,17 @@ def encode(
     return _Encode.apply(x, W_enc, b_enc, out)
 
 
-def given(
+def attach_gradients(
     hidden_pre: Float[Tensor, "batch d_transcoder"],
     x: Float[Tensor, "batch d_model"],
     W_enc: Float[Tensor, "d_transcoder d_model"],
     b_enc: Float[Tensor, " d_transcoder"],
 ) -> Float[Tensor, "batch d_transcoder"]:
     """`encode(x, W_enc, b_enc)` that was computed without gradients, with them."""
-    return _Given.apply(hidden_pre, x, W_enc, b_enc)
+    return _AttachGradients.apply(hidden_pre, x, W_enc, b_enc)
 
 
-def pick(
+def encode_places(
     hidden_pre: Float[Tensor, "batch d_transcoder"],
     x: Float[Tensor, "batch d_model"],
     W_enc: Float[Tensor, "d_transcoder d_model"],
@@ -65,7 +65,7 @@ def pick(
     support: Support,
 ) -> Values:
     """`encode(x, W_enc, b_enc)` at the places of a support, out of a `hidden_pre` that needs no gradient itself."""
-    return _Pick.apply(hidden_pre, x, W_enc, b_enc, support)
+    return _EncodePlaces.apply(hidden_pre, x, W_enc, b_enc, support)
 
 
 def decode(
@@ -121,7 +121,7 @@ class _Encode(torch.autograd.Function):
         return None, _add_product(W_enc, grad.T, x, ctx.low), grad.sum(dim=0).to(b_enc.dtype), None
 
 
-class _Given(torch.autograd.Function):
+class _AttachGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_pre: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
         ctx.low = _product_dtype(W_enc)
@@ -135,7 +135,7 @@ class _Given(torch.autograd.Function):
         return None, None, _add_product(W_enc, grad.T, x, ctx.low), grad.sum(dim=0).to(b_enc.dtype)
 
 
-class _Pick(torch.autograd.Function):
+class _EncodePlaces(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_pre: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, support: Support) -> Tensor:
         ctx.save_for_backward(x, W_enc, b_enc)
@@ -422,7 +422,7 @@ def _without_csr_notice() -> Iterator[None]:
 # -- far decoders of low rank
 
 
-def spread(
+def apply_far_decoders(
     written: Float[Tensor, "batch own_and_ranks"], W_far: Float[Tensor, "n_far rank d_model"]
 ) -> Float[Tensor, "batch width"]:
     """What a layer writes to all its targets, from what its features write to [own | A_1 | A_2 | ...]."""
