@@ -33,7 +33,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn import functional as F
 
 from tests.benchmarks.plain_steps import LR, SPARSITY, PlainCLT, plain_step
 
@@ -187,12 +186,6 @@ def plain_parts(trainer: Any) -> dict[str, list[tuple[Any, str, Any]]]:
 
     zero_grad = trainer.optimizer.zero_grad
 
-    def sum_by_target(b_dec: Tensor, written: list[Tensor], _: Any) -> Tensor:
-        n_layers, d_model = b_dec.shape
-        width = n_layers * d_model
-        padded = [F.pad(w, (s * d_model, width - s * d_model - w.shape[1])) for s, w in enumerate(written)]
-        return b_dec + torch.stack(padded).sum(dim=0).unflatten(1, (n_layers, d_model))
-
     def terms(hidden_pre: Tensor, threshold: Tensor, norms: Tensor, options: Any, _: Tensor) -> Any:
         plain = step.plain_terms(hidden_pre, threshold, norms, options)
         return step.Terms(*plain, plain.feature_acts.detach().count_nonzero(dim=0))
@@ -201,7 +194,6 @@ def plain_parts(trainer: Any) -> dict[str, list[tuple[Any, str, Any]]]:
         "gradients in place": [(trainer.optimizer, "zero_grad", lambda set_to_none: zero_grad(set_to_none=True))],
         "memory kept": [(step.FastStep, "take", lambda self, name, layer, shape, like: like.new_empty(shape))],
         "row norms": [(step, "row_norms", lambda W: W.norm(dim=1))],
-        "sums by target": [(step, "sum_by_target", sum_by_target)],
         "terms in blocks": [(step, "terms_in_blocks", terms)],
     }
 
@@ -215,7 +207,6 @@ CASES: dict[str, Callable[[Size, Clock, int], None]] = {
     "  without gradients in place": partial(ours, topk=False, without="gradients in place"),
     "  without memory kept": partial(ours, topk=False, without="memory kept"),
     "  without row norms": partial(ours, topk=False, without="row norms"),
-    "  without sums by target": partial(ours, topk=False, without="sums by target"),
     "  without terms in blocks": partial(ours, topk=False, without="terms in blocks"),
     f"TopK k={K}, plain torch": partial(plain, topk=True),
     f"TopK k={K}, ours": partial(ours, topk=True),

@@ -101,7 +101,13 @@ def sum_by_target(
     b_dec: Float[Tensor, "n_layers d_model"], written: Sequence[Float[Tensor, "batch _"]], grid: ProcessGrid = SINGLE
 ) -> Float[Tensor, "batch n_layers d_model"]:
     """`b_dec` plus what each source layer wrote: to its own layer and the next ones; summed over a grid's features."""
-    return _SumByTarget.apply(b_dec, grid, *written)
+    n_layers, d_model = b_dec.shape
+    totals: list[Tensor | None] = [None] * n_layers
+    for source, slots in enumerate(written):
+        for target, slot in enumerate(slots.split(d_model, dim=1), start=source):
+            before = totals[target]
+            totals[target] = slot if before is None else before + slot
+    return grid.sum_over_features(torch.stack([total for total in totals if total is not None], dim=1)) + b_dec
 
 
 class _Encode(torch.autograd.Function):
@@ -209,31 +215,6 @@ class _RowNorms(torch.autograd.Function):
             return W * share
         total.addcmul_(W, share)
         return None
-
-
-class _SumByTarget(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, b_dec: Tensor, grid: ProcessGrid, *written: Tensor) -> Tensor:
-        ctx.widths, ctx.dtype = [w.shape[1] for w in written], b_dec.dtype
-        n_layers, d_model = b_dec.shape
-        start = b_dec if grid.feature_index == 0 else torch.zeros_like(b_dec)
-        recons = start.to(written[0].dtype).expand(len(written[0]), -1, -1).contiguous()
-        flat = recons.view(len(recons), n_layers * d_model)
-        for source, slots in enumerate(written):
-            flat[:, source * d_model : source * d_model + slots.shape[1]] += slots
-        return grid.add_over_features(recons)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Every rank has the gradient of the sum, which is that of each part.
-        flat, d_model = grad.flatten(start_dim=1), grad.shape[-1]
-        starts = range(0, flat.shape[1], d_model)
-        return (
-            grad.sum(dim=0).to(ctx.dtype),
-            None,
-            *(flat[:, a : a + w] for a, w in zip(starts, ctx.widths, strict=True)),
-        )
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype | None:
