@@ -7,6 +7,7 @@ import re
 from inspect import Parameter, signature
 
 import pytest
+import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -255,7 +256,8 @@ def test_these_are_all_commands():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_says_what_every_option_is_for(command):
     shown = " ".join(re.sub("[│╭╮╰╯─]", " ", run(command, "--help")).split())
-    parameters = get_command(app).commands[command].params
+    made = get_command(app).commands[command]
+    parameters = made.get_params(typer.Context(made))
     for parameter in parameters:
         assert parameter.opts[0] in shown
         assert parameter.help is not None and len(parameter.help) > 10, f"{parameter.opts[0]} says nothing"
@@ -286,3 +288,39 @@ def test_a_command_offers_what_its_function_takes_with_the_same_defaults(command
 def test_intervene_holds_all_layers_by_that_word():
     basic = ("intervene", "--model", "atlas", "--clt", ATLAS_CLT, "--prompt", PROMPT, "--value", "1:-1:3=30")
     assert run(*basic, "--through-layer", "all") == run(*basic, "--through-layer", "3") != run(*basic)
+
+
+def test_train_has_an_option_for_every_field_with_its_default_and_docstring():
+    from tl_clt.training import CLTTrainingRunnerConfig
+
+    made = get_command(app).commands["train"]
+    options = {option.name: option for option in made.get_params(typer.Context(made))}
+    fields_of_run = CLTTrainingRunnerConfig(d_transcoder=1024).to_dict()
+    assert set(fields_of_run) == set(options) - {"resume", "help"}
+    for name, default in fields_of_run.items():
+        option = options[name]
+        assert f"--{name.replace('_', '-')}" in option.opts and len(option.help) > 5
+        if option.show_default:
+            assert option.show_default == (default if isinstance(default, str) else json.dumps(default))
+        else:
+            assert default is None
+    assert options["lr"].help == "Adam's learning rate."
+    assert options["span"].help.endswith("1 for per-layer transcoders.")
+
+
+@pytest.mark.parametrize(
+    ("option", "field", "value"),
+    [
+        ("--seqpos-slice", "[1, null]", [1, None]),
+        ("--exclude-special-tokens", "true", True),
+        ("--exclude-special-tokens", "[3, 5]", [3, 5]),
+        ("--sequence-separator-token", "eos", "eos"),
+        ("--no-prefetch", None, False),
+        ("--tanh-scale", "3", 3.0),
+    ],
+)
+def test_what_a_field_may_be_its_option_says(tmp_path, small_run, option, field, value):
+    given = (option,) if field is None else (option, field)
+    run(*small_run, "--output", str(tmp_path / "clt"), *given)
+    config = json.loads((tmp_path / "clt" / "training.json").read_text())["config"]
+    assert config[option.removeprefix("--no-").removeprefix("--").replace("-", "_")] == value

@@ -19,13 +19,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr
+from contextlib import ExitStack, redirect_stderr
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from io import StringIO
 from itertools import pairwise
 from typing import Annotated, Any
+from unittest import mock
 
 import torch
 import typer
@@ -113,9 +114,20 @@ def plain(size: Size, clock: Clock, n_steps: int, topk: bool) -> None:
 
 
 def ours(
-    size: Size, clock: Clock, n_steps: int, topk: bool, saelens: bool = False, autocast: bool = False, **changes: Any
+    size: Size,
+    clock: Clock,
+    n_steps: int,
+    topk: bool,
+    saelens: bool = False,
+    autocast: bool = False,
+    without: str | None = None,
+    **changes: Any,
 ) -> None:
-    """Steps of the trainer's `fit`, from one request of a batch to the next."""
+    """Steps of the trainer's `fit`, from one request of a batch to the next.
+
+    Args:
+        without: what of the fast step is replaced by plain torch: see `plain_parts`.
+    """
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
@@ -159,10 +171,31 @@ def ours(
         checkpoint_path=None,
         logger=LoggingConfig(log_to_wandb=False),
     )
-    with redirect_stderr(StringIO()):  # its progress bar
-        trainer = SAETrainer if saelens else CLTTrainer
-        trainer(cfg=cfg, sae=clt, data_provider=provider()).fit()
+    with redirect_stderr(StringIO()), ExitStack() as replaced:  # its progress bar goes nowhere
+        trainer = (SAETrainer if saelens else CLTTrainer)(cfg=cfg, sae=clt, data_provider=provider())
+        if without is not None:
+            for holder, name, plain_part in plain_parts(trainer)[without]:
+                replaced.enter_context(mock.patch.object(holder, name, plain_part))
+        trainer.fit()
     clock.tick()
+
+
+def plain_parts(trainer: Any) -> dict[str, list[tuple[Any, str, Any]]]:
+    """Parts of the fast step, each with what plain torch has in its place: what holds it, its name there, and that."""
+    from tl_clt.training.fast import step
+
+    zero_grad = trainer.optimizer.zero_grad
+
+    def terms(hidden_pre: Tensor, threshold: Tensor, norms: Tensor, options: Any, _: Tensor) -> Any:
+        plain = step.plain_terms(hidden_pre, threshold, norms, options)
+        return step.Terms(*plain, plain.feature_acts.detach().count_nonzero(dim=0))
+
+    return {
+        "gradients in place": [(trainer.optimizer, "zero_grad", lambda set_to_none: zero_grad(set_to_none=True))],
+        "memory kept": [(step.FastStep, "take", lambda self, name, layer, shape, like: like.new_empty(shape))],
+        "row norms": [(step, "row_norms", lambda W: W.norm(dim=1))],
+        "terms in blocks": [(step, "terms_in_blocks", terms)],
+    }
 
 
 CASES: dict[str, Callable[[Size, Clock, int], None]] = {
@@ -171,9 +204,15 @@ CASES: dict[str, Callable[[Size, Clock, int], None]] = {
     "  and dead-feature loss": partial(ours, topk=False, dead_feature_coefficient=3e-6),
     "  the definition on SAELens's own step": partial(ours, topk=False, saelens=True),
     "  in bfloat16 autocast": partial(ours, topk=False, autocast=True),
+    "  without gradients in place": partial(ours, topk=False, without="gradients in place"),
+    "  without memory kept": partial(ours, topk=False, without="memory kept"),
+    "  without row norms": partial(ours, topk=False, without="row norms"),
+    "  without terms in blocks": partial(ours, topk=False, without="terms in blocks"),
     f"TopK k={K}, plain torch": partial(plain, topk=True),
     f"TopK k={K}, ours": partial(ours, topk=True),
     "  TopK's definition on SAELens's own step": partial(ours, topk=True, saelens=True),
+    "  TopK without gradients in place": partial(ours, topk=True, without="gradients in place"),
+    "  TopK without row norms": partial(ours, topk=True, without="row norms"),
     f"BatchTopK k={K}, ours": partial(ours, topk=True, activation="batchtopk"),
     "  across layers": partial(ours, topk=True, activation="batchtopk", topk_across="all_layers"),
 }

@@ -9,7 +9,7 @@ from tl_clt.training.fast.products import (
     decode,
     decode_places,
     encode,
-    pick,
+    encode_places,
     row_norms,
     sum_by_target,
     support_of_dense,
@@ -61,8 +61,8 @@ CASES = {
         lambda t: encode(X, t["W_enc"], t["b_enc"], empty()),
         lambda t: X @ t["W_enc"].T + t["b_enc"],
     ),
-    "pick": (
-        lambda t: pick(encode(X, t["W_enc"].detach(), t["b_enc"].detach(), empty()), X, t["W_enc"], t["b_enc"], PLACES),
+    "encode_places": (
+        lambda t: encode_places(X @ t["W_enc"].detach().T + t["b_enc"].detach(), X, t["W_enc"], t["b_enc"], PLACES),
         lambda t: PLACES.gather(X @ t["W_enc"].T + t["b_enc"]),
     ),
     "decode": (lambda t: decode(t["acts"], t["W_dec"]), lambda t: t["acts"] @ t["W_dec"]),
@@ -101,6 +101,44 @@ def test_a_held_gradient_keeps_its_memory() -> None:
     before = W_dec.grad.data_ptr()
     decode(ACTS, W_dec).sum().backward()
     assert W_dec.grad.data_ptr() == before and W_dec.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_autograd_grad_gets_the_gradient_and_leaves_held_ones_alone(name: str) -> None:
+    ours, plain = CASES[name]
+    mine, theirs = leaves(), leaves()
+    for tensor in mine.values():
+        tensor.grad = torch.ones_like(tensor)
+    got, want = ours(mine), plain(theirs)
+    upstream = rand(*want.shape, seed=9)
+    expected = torch.autograd.grad(want, list(theirs.values()), upstream, allow_unused=True)
+    for key, tensor in zip(theirs, expected, strict=True):
+        if tensor is not None:
+            (grad,) = torch.autograd.grad(got, mine[key], upstream, retain_graph=True)
+            torch.testing.assert_close(grad, tensor, rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(tensor.grad, torch.ones_like(tensor)) for tensor in mine.values())
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+@pytest.mark.parametrize("name", CASES)
+def test_hooks_of_weights_see_their_gradients(name: str, register: str) -> None:
+    ours, plain = CASES[name]
+    mine, theirs = leaves(), leaves()
+    seen: dict[str, torch.Tensor] = {}
+    for key, tensor in mine.items():
+        tensor.grad = torch.zeros_like(tensor)
+
+        def see(grad: torch.Tensor, key: str = key) -> None:
+            seen[key] = grad if register == "register_hook" else grad.grad.clone()
+
+        getattr(tensor, register)(see)
+    got, want = ours(mine), plain(theirs)
+    upstream = rand(*want.shape, seed=9)
+    got.backward(upstream)
+    want.backward(upstream)
+    for key, tensor in theirs.items():
+        if tensor.grad is not None:
+            torch.testing.assert_close(seen[key], tensor.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_a_row_of_zeros_has_norm_and_gradient_zero() -> None:

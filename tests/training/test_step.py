@@ -6,9 +6,12 @@ from itertools import product
 
 import pytest
 import torch
+import torch.distributed as dist
 from sae_lens.saes.sae import TrainStepInput
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.training.small_clts import BATCH, N_LAYERS, F, build, step_input
+from tl_clt.errors import ConfigError
 from tl_clt.training.clt import TrainingCLT, define_step
 from tl_clt.training.fast import step as step_module
 from tl_clt.training.fast.step import FastStep
@@ -159,6 +162,43 @@ def test_steps_of_one_run_share_memory_and_say_so_when_backward_comes_too_late()
     assert all(a.data_ptr() == b.data_ptr() for a, b in zip(first.hidden_pre, second.hidden_pre, strict=True))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         first.loss.backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_that_are_asked_for_are_those_of_the_definition(products: str, kind: str) -> None:
+    clt = build(**KINDS[kind])
+    for parameter in clt.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    weights = list(clt.parameters())
+    got = torch.autograd.grad(clt.step(step_input(clt), FastStep()).loss, weights)
+    want = torch.autograd.grad(define_step(clt, step_input(clt)).loss, weights)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    assert not any(parameter.grad.any() for parameter in weights)
+
+
+class Wrapped(torch.nn.Module):
+    """What someone might give to DistributedDataParallel."""
+
+    def __init__(self, clt: TrainingCLT) -> None:
+        super().__init__()
+        self.clt = clt
+
+    def forward(self, given: TrainStepInput, fast: bool) -> torch.Tensor:
+        return (self.clt.step(given, FastStep()) if fast else self.clt.step(given)).loss
+
+
+def test_within_distributed_data_parallel_the_fast_step_is_refused_and_the_definition_works() -> None:
+    clt = build("jumprelu")
+    want = gradients(clt, define_step(clt, step_input(clt)).loss)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallel = DistributedDataParallel(Wrapped(clt))
+        with pytest.raises(ConfigError, match="does not see them: train with CLTTrainingRunner"):
+            parallel(step_input(clt), fast=True)
+        assert_same_gradients(gradients(clt, parallel(step_input(clt), fast=False)), want)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_every_call_from_saelens_has_tensors_of_its_own() -> None:

@@ -8,6 +8,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 import pytest
 
 from tl_clt.errors import ConfigError
+from tl_clt.organisms import organism_folder
 from tl_clt.training import CLTSettings, CLTTrainingRunnerConfig, DataSettings
 
 
@@ -59,6 +60,13 @@ def test_no_field_is_written_twice_and_dictionaries_are_flat_or_by_part() -> Non
     assert CLTTrainingRunnerConfig.from_dict(by_part) == CLTTrainingRunnerConfig.from_dict(flat)
     with pytest.raises(ConfigError, match=r"clt has the keys \['context_size'\]"):
         CLTTrainingRunnerConfig.from_dict({"clt": {"d_transcoder": 4, "context_size": 16}})
+
+
+def test_the_record_of_an_older_run_still_loads() -> None:
+    flat = json.loads((organism_folder("atlas") / "clt" / "training.json").read_text())["config"]
+    cfg = CLTTrainingRunnerConfig.from_dict(flat)
+    assert (cfg.clt.d_transcoder, cfg.data.seqpos_slice, cfg.lr) == (256, (1, None), 0.002)
+    assert {name: list(v) if isinstance(v, tuple) else v for name, v in cfg.to_dict().items() if name in flat} == flat
 
 
 def test_unknown_key_gets_the_nearest_name() -> None:

@@ -1,159 +1,197 @@
-"""`tl-clt train`."""
+"""`tl-clt train`: its options are the fields of a run's config, with their defaults and docstrings."""
 
 from __future__ import annotations
 
+import ast
+import inspect
+import json
 import os
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from types import UnionType
+from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
 import typer
+import yaml
+from typer.core import TyperCommand
 
-from tl_clt.cli.app import Backend, ModelName, app, console, errors, plain_errors
+from tl_clt.cli.app import app, console, errors, plain_errors
 from tl_clt.cli.interruption import interruption
 
+SHORT = {
+    **{"model_name": "model", "dataset_path": "dataset", "output_path": "output", "cache_path": "cache"},
+    **{"checkpoint_path": "checkpoints", "log_to_wandb": "wandb", "sparsity_coefficient": "sparsity"},
+    **{"train_batch_size_tokens": "batch-size"},
+}
+"""Options that have a shorter name beside that of their field."""
 
-@app.command()
-def train(
-    model: ModelName,
-    dataset: Annotated[str, typer.Option(help="Text file, dataset folder, or Hugging Face dataset name.")],
-    output: Annotated[Path, typer.Option(help="New folder for the CLT.")],
-    d_transcoder: Annotated[int, typer.Option(help="Features per layer.")] = 1024,
-    training_tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 1_000_000,
-    activation: Annotated[str, typer.Option(help="relu, jumprelu, topk or batchtopk.")] = "jumprelu",
-    k: Annotated[
-        Optional[int], typer.Option(help="Features per layer and token, for topk; their mean, for batchtopk.")
-    ] = None,
-    topk_across: Annotated[
-        Optional[str], typer.Option(help="What k is counted over: layer (the default), or all_layers together.")
-    ] = None,
-    k_start: Annotated[Optional[int], typer.Option(help="k at the first step, from where it falls to k.")] = None,
-    k_anneal_steps: Annotated[Optional[int], typer.Option(help="Steps over which it falls.")] = None,
-    span: Annotated[Optional[int], typer.Option(help="Layers a feature writes to. Default: all later ones.")] = None,
-    target_l0: Annotated[
-        Optional[float],
-        typer.Option(help="Active features per layer and token to reach, for relu and jumprelu: lambda is adjusted."),
-    ] = None,
-    sparsity: Annotated[Optional[float], typer.Option(help="Sparsity coefficient lambda.")] = None,
-    sparsity_loss: Annotated[Optional[str], typer.Option(help="tanh (the default), l0 or quadratic_l0.")] = None,
-    straight_through: Annotated[
-        Optional[str], typer.Option(help="What JumpReLU's gradient reaches: all (the default) or threshold.")
-    ] = None,
-    skip: Annotated[bool, typer.Option(help="A linear map of each layer's input beside the features.")] = False,
-    far_rank: Annotated[
-        Optional[int], typer.Option(help="Rank of the decoders to later layers. Default: full.")
-    ] = None,
-    lr: Annotated[Optional[float], typer.Option(help="Learning rate.")] = None,
-    context_size: Annotated[
-        Optional[int],
-        typer.Option(help="Tokens of a training context. Default: 128, or the model's own where that is less."),
-    ] = None,
-    batch_size: Annotated[Optional[int], typer.Option(help="Tokens of a training batch.")] = None,
-    input_hook: Annotated[
-        Optional[str], typer.Option(help="Hook that features read: hook_resid_mid, mlp.hook_in, ...")
-    ] = None,
-    output_hook: Annotated[
-        Optional[str], typer.Option(help="Hook that features write: hook_mlp_out, mlp.hook_out.")
-    ] = None,
-    backend: Backend = "hooked",
-    device: Annotated[
-        str, typer.Option(help="Where to train, for example cuda; under torchrun, a GPU for each process.")
-    ] = "cpu",
-    n_data_parallel: Annotated[
-        int, typer.Option(help="Under torchrun: parts that a batch is split into; features are split within each.")
-    ] = 1,
-    dtype: Annotated[
-        Optional[str], typer.Option(help="Number type of the weights; bfloat16 is rounded at random.")
-    ] = None,
-    autocast: Annotated[bool, typer.Option(help="Matrix products in bfloat16.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
-    cache: Annotated[
-        Optional[Path],
-        typer.Option(help="Folder of cached activations: read where they are there, else made and added."),
-    ] = None,
-    cache_dtype: Annotated[Optional[str], typer.Option(help="Cached as float16, or as int8 in half the space.")] = None,
-    max_norm_ratio: Annotated[
-        Optional[float], typer.Option(help="Leave out tokens of more than so many times the usual norm.")
-    ] = None,
-    checkpoints: Annotated[
-        Optional[Path], typer.Option(help="New folder for checkpoints. Default: none, or with --resume the same.")
-    ] = None,
-    checkpoint_every: Annotated[Optional[int], typer.Option(help="Steps between checkpoints.")] = None,
-    resume: Annotated[
-        Optional[Path],
-        typer.Option(help="Checkpoint, or folder of them, of a run that was cut off; give its other options again."),
-    ] = None,
-    wandb: Annotated[bool, typer.Option(help="Log to Weights & Biases.")] = False,
-) -> None:
+REQUIRED = ("model_name", "dataset_path", "output_path")
+"""Fields that may be left out only where a model or a dataset is at hand already, as in Python."""
+
+D_TRANSCODER = 1024
+"""Features per layer: the config, which has a default for all else, has none for them."""
+
+PANELS = {"clt": "The CLT", "data": "The data", None: "The run"}
+"""Headings of the help, by part of the config."""
+
+
+class TrainCommand(TyperCommand):
+    """A command whose options are made when they are asked for: the config that they come from loads sae_lens, which
+    other commands do without."""
+
+    @cached_property
+    def made(self) -> Any:
+        """The command with its options."""
+        once = typer.Typer(add_completion=False)
+        once.command()(_with_options(run))
+        return typer.main.get_command(once)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The options."""
+        return self.made.get_params(ctx)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Train."""
+        return ctx.invoke(self.made.callback, **ctx.params)
+
+
+@app.command(cls=TrainCommand)
+def train() -> None:
     """Train a CLT on a model's activations over a text, with SAELens's training loop.
 
     On several GPUs: torchrun --nproc-per-node 4 -m tl_clt.cli train --device cuda ...
+    Where an option takes several values, write them as YAML: --seqpos-slice "[1, null]".
+    """
+
+
+def run(resume: Path | None, settings: dict[str, Any]) -> None:
+    """What the command does.
+
+    Args:
+        resume: checkpoint, or folder of them, to go on from.
+        settings: fields of the run's config that were given.
     """
     with plain_errors():
         from tl_clt.files import require_new
+        from tl_clt.lens import load_model
+        from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig, own_device
 
         # Of several processes the main one speaks; its errors are raised on all.
         console.quiet = errors.quiet = "LOCAL_RANK" in os.environ and int(os.environ.get("RANK", "0")) > 0
+        output, checkpoints = Path(settings["output_path"]), settings.get("checkpoint_path")
         require_new(output)
-        checkpoint_path = _checkpoint_folder(checkpoints, resume)
+        checkpoint_path = _checkpoint_folder(None if checkpoints is None else Path(checkpoints), resume)
         if checkpoints is not None and resume is None:
-            require_new(checkpoints)
+            require_new(Path(checkpoints))
+        values = {"d_transcoder": D_TRANSCODER, **settings, "checkpoint_path": checkpoint_path}
+        cfg = CLTTrainingRunnerConfig.from_dict(values)
         interruption.quiet = errors.quiet
+        cache = None if cfg.data.cache_path is None else Path(cfg.data.cache_path)
         interruption.kept = lambda: _kept(output, checkpoint_path, cache)
-        with console.status("Loading the model and the training loop"):
-            from tl_clt.lens import load_model
-            from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig, own_device
-
-            device = own_device(device)
-            hooked: Any = None
-            if not console.quiet:
-                hooked = load_model(model, backend=backend, device=device)  # type: ignore[arg-type]
-        optional = {
-            "k": k,
-            "span": span,
-            "topk_across": topk_across,
-            "k_start": k_start,
-            "k_anneal_steps": k_anneal_steps,
-            "target_l0": target_l0,
-            "sparsity_coefficient": sparsity,
-            "sparsity_loss": sparsity_loss,
-            "straight_through": straight_through,
-            "far_rank": far_rank,
-            "dtype": dtype,
-            "lr": lr,
-            "context_size": context_size or (None if hooked is None else min(128, hooked.cfg.n_ctx)),
-            "train_batch_size_tokens": batch_size,
-            "input_hook": input_hook,
-            "output_hook": output_hook,
-            "cache_path": None if cache is None else str(cache),
-            "cache_dtype": cache_dtype,
-            "max_norm_ratio": max_norm_ratio,
-            "checkpoint_path": checkpoint_path,
-            "checkpoint_every": checkpoint_every,
-        }
-        cfg = CLTTrainingRunnerConfig.from_dict(
-            {
-                "model_name": model,
-                "dataset_path": dataset,
-                "output_path": str(output),
-                "d_transcoder": d_transcoder,
-                "training_tokens": training_tokens,
-                "activation": activation,
-                "skip": skip,
-                "autocast": autocast,
-                "backend": backend,
-                "device": device,
-                "n_data_parallel": n_data_parallel,
-                "seed": seed,
-                "log_to_wandb": wandb,
-                **{name: value for name, value in optional.items() if value is not None},
-            }
-        )
-        CLTTrainingRunner(cfg, model=hooked, on_start=lambda memory: console.print(f"Memory: about {memory}")).run(
-            resume
-        )
+        hooked: Any = None
+        if not console.quiet:
+            with console.status("Loading the model"):
+                device = own_device(cfg.device)
+                hooked = load_model(cfg.model_name, backend=cfg.backend, device=device)  # type: ignore[arg-type]
+            if "context_size" not in settings:
+                cfg = replace(cfg, context_size=min(cfg.data.context_size, hooked.cfg.n_ctx))
+        runner = CLTTrainingRunner(cfg, model=hooked, on_start=lambda memory: console.print(f"Memory: about {memory}"))
+        runner.run(resume)
         console.print(
-            f"CLT written to {output}. Trace with it: tl-clt trace --model {model} --clt {output} --prompt ..."
+            f"CLT written to {output}. Trace with it: tl-clt trace --model {cfg.model_name} --clt {output} --prompt ..."
         )
+
+
+def _with_options(train_with: Callable[[Path | None, dict[str, Any]], None]) -> Callable[..., None]:
+    """The same as a function with a parameter for each field, in the form that typer makes options from."""
+
+    def command(resume: Path | None = None, **given: Any) -> None:
+        asked = {name: value for name, value in given.items() if value is not None}
+        train_with(resume, {name: _plain(value) if name in parsed else value for name, value in asked.items()})
+
+    options, parsed = {}, set()
+    for part, field_, kind, help_text in _fields_of_config():
+        simple = _simple_type(kind)
+        if simple is None:
+            parsed.add(field_.name)
+        options[field_.name] = _option(part, field_, simple or str, help_text)
+    options = {name: options[name] for name in REQUIRED} | options
+    options["resume"] = Annotated[
+        Optional[Path],
+        typer.Option(help="Checkpoint, or folder of them, of a run that was cut off; give its other options again."),
+    ]
+    command.__annotations__ = options
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                annotation=kind,
+                default=inspect.Parameter.empty if name in REQUIRED else None,
+            )
+            for name, kind in options.items()
+        ]
+    )
+    return command
+
+
+def _fields_of_config() -> Iterator[tuple[str | None, Field[Any], Any, str]]:
+    """Part, field, type and docstring of everything that a run's config says."""
+    from tl_clt.training import CLTTrainingRunnerConfig
+    from tl_clt.training.run.config import PARTS
+
+    for part, kind in (*PARTS.items(), (None, CLTTrainingRunnerConfig)):
+        hints, told = get_type_hints(kind), _docstrings(kind)
+        for one in fields(kind):
+            if part is not None or one.name not in PARTS:
+                yield part, one, hints[one.name], told[one.name]
+
+
+def _docstrings(kind: type) -> dict[str, str]:
+    """What stands under each field of a dataclass."""
+    found = {}
+    for base in kind.__mro__[-2::-1]:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(tree, ast.ClassDef)
+        for one, following in zip(tree.body, tree.body[1:], strict=False):
+            if isinstance(one, ast.AnnAssign) and isinstance(following, ast.Expr):
+                found[ast.unparse(one.target)] = " ".join(ast.literal_eval(following.value).split())
+    return found
+
+
+def _option(part: str | None, field_: Field[Any], kind: type, help_text: str) -> Any:
+    """A field as an option of a type that typer knows."""
+    default = D_TRANSCODER if field_.name == "d_transcoder" else field_.default
+    names = [f"--{name.replace('_', '-')}" for name in (SHORT.get(field_.name), field_.name) if name is not None]
+    if kind is bool:
+        names[0] += f"/--no-{names[0].removeprefix('--')}"
+    shown: Any = False
+    if default not in (None, MISSING):
+        shown = default if isinstance(default, str) else json.dumps(default)
+    told = typer.Option(*names, help=help_text, show_default=shown, rich_help_panel=PANELS[part])
+    return Annotated[Optional[kind], told]
+
+
+def _simple_type(kind: Any) -> type | None:
+    """The type that typer turns an option's text into; None where only YAML can say what is meant."""
+    several = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    kinds = [one for one in several if one is not type(None)]
+    if len(kinds) != 1:
+        return None
+    # What may be chosen, the config knows, and names the nearest.
+    only = str if get_origin(kinds[0]) is Literal else kinds[0]
+    return only if only in (bool, int, float, str) else None
+
+
+def _plain(text: str) -> Any:
+    """The value that a text stands for: true, 7, [1, null], bos."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _checkpoint_folder(checkpoints: Path | None, resume: Path | None) -> str | None:

@@ -1,4 +1,38 @@
-"""Training of cross-layer transcoders with SAELens's trainer and activation store. The only importer of sae_lens."""
+"""Training of cross-layer transcoders with SAELens's trainer and activation store. The only importer of sae_lens.
+
+    clt.py        what is trained: its config, weights and start, and the definition of a step's forward pass and losses
+    losses.py     the terms of the loss, and phi with straight-through gradients
+    export.py     to a `CrossLayerTranscoder`, with the scaling of training folded into the weights
+    fast/         the same step in less time and memory: step, products, selection
+    data/         from a dataset to shuffled batches of scaled activations: dataset, batches, cache
+    run/          config, runner, trainer, checkpoints, memory
+    parallel.py   the processes of a run, and what they tell each other
+
+Of SAELens a run uses as they are: its `ActivationsStore`, which makes prompts of a dataset and runs the model over
+them; the loop of its `SAETrainer`, with the schedules of the learning rate and of the losses' coefficients, the counts
+of tokens and steps, and the logs; and its `TrainingSAE` and registries, through which SAELens's own trainer and loaders
+take a CLT too (they take the step from its definition).
+
+In the place of SAELens's stand:
+    the step             `CLTTrainer._train_step` with `FastStep`. SAELens makes two copies of all activations to count
+                         firing, flattened and as 0 and 1; here firing is counted layer by layer, and flattened
+                         activations are made on logging steps only.
+    gradients            clipped to norm 1 as in SAELens, but over all processes of a run (`parallel`), and zeroed, not
+                         dropped, so that the next step adds to them in place (`fast.products`).
+    Adam                 fused; for bfloat16 weights `RandomRoundingAdam`, because most of its updates would round to
+                         nothing.
+    dead features        those whose density over a window of steps is low (`RunningDensity`), not those that have not
+                         fired for some steps: a feature that fires once in a million tokens is as good as dead.
+                         SAELens's own counts go on beside it, for its logs.
+    lambda               with `target_l0`, adjusted by `L0Controller` in the place of SAELens's ramp.
+    the end              on exactly the tokens asked for: the last batch may be shorter (`CLTTrainerConfig`).
+    checkpoints          `run.checkpoints`: with all that a step depends on, so that a resumed run ends with the same
+                         weights, and each file with its checksum. SAELens's say how far the dataset was read, but not
+                         what waits in the shuffling buffer, nor where random numbers were; its `save_checkpoint` and
+                         `load_trainer_state` work, and are not used.
+    mixing               `MixedBatches` shuffles as SAELens's `mixing_buffer` does, with random numbers of its own and a
+                         position that can be taken up again.
+"""
 
 from tl_clt.training.clt import CLTSettings
 from tl_clt.training.data.batches import DataSettings

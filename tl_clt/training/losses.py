@@ -1,6 +1,6 @@
 """The terms of the training loss, and phi with gradients for training.
 
-phi's forward values are those of `tl_clt.transcoder.activations`. The terms (Methods, "Building an Interpretable
+phi's forward values are those of `tl_clt.transcoder.transcoder`. The terms (Methods, "Building an Interpretable
 Replacement Model"): inputs and outputs come scaled so that each layer's mean norm is sqrt(d_model) (see
 `estimate_scale`). Every term is a sum over layers and features or coordinates and a mean over tokens, so that the MSE
 of a CLT that writes nothing is about n_layers * d_model, and `sparsity_coefficient` is what one strongly active

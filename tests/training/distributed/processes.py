@@ -59,6 +59,8 @@ def _serve(rank: int, pipe: Connection) -> None:
     while True:
         n, meeting_point, work, args = pipe.recv()
         dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=n)
+        # A rank that is done at once would otherwise be gone before the others have connected to it.
+        dist.barrier()
         try:
             torch.manual_seed(0)
             pipe.send((True, work(*args)))

@@ -1,10 +1,12 @@
 """The matrix products of a CLT, with gradients that cost no more memory than they must.
 
 Each product with a weight writes that weight's gradient where it belongs. Where a weight has a `.grad` from the
-step before (zeroed, not dropped), the product is added to it in place, and autograd is handed nothing for that
-weight: a fresh gradient above glibc's largest mmap threshold (32 MiB) is given back to the system and faulted in
-again at every step, which takes as long as half of the product that fills it. Without a `.grad`, autograd gets the
-gradient as from any operation.
+step before (zeroed, not dropped), `backward()` adds the product to it in place, and autograd is handed nothing for
+that weight: a fresh gradient above glibc's largest mmap threshold (32 MiB) is given back to the system and faulted in
+again at every step, which takes as long as half of the product that fills it. What looks at gradients on their way
+would see nothing. So autograd gets the gradient as from any operation where there is no `.grad`, where it is not to be
+added to one (`torch.autograd.grad`), and where the weight has hooks. The hooks of DistributedDataParallel cannot be
+told: `FastStep` refuses to run within it.
 
 Under autocast, and with weights in a lower precision, products take that precision and sums float32.
 
@@ -29,6 +31,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
 from tl_clt.training.parallel import SINGLE, ProcessGrid
@@ -44,17 +47,17 @@ def encode(
     return _Encode.apply(x, W_enc, b_enc, out)
 
 
-def given(
+def attach_gradients(
     hidden_pre: Float[Tensor, "batch d_transcoder"],
     x: Float[Tensor, "batch d_model"],
     W_enc: Float[Tensor, "d_transcoder d_model"],
     b_enc: Float[Tensor, " d_transcoder"],
 ) -> Float[Tensor, "batch d_transcoder"]:
     """`encode(x, W_enc, b_enc)` that was computed without gradients, with them."""
-    return _Given.apply(hidden_pre, x, W_enc, b_enc)
+    return _AttachGradients.apply(hidden_pre, x, W_enc, b_enc)
 
 
-def pick(
+def encode_places(
     hidden_pre: Float[Tensor, "batch d_transcoder"],
     x: Float[Tensor, "batch d_model"],
     W_enc: Float[Tensor, "d_transcoder d_model"],
@@ -62,7 +65,7 @@ def pick(
     support: Support,
 ) -> Values:
     """`encode(x, W_enc, b_enc)` at the places of a support, out of a `hidden_pre` that needs no gradient itself."""
-    return _Pick.apply(hidden_pre, x, W_enc, b_enc, support)
+    return _EncodePlaces.apply(hidden_pre, x, W_enc, b_enc, support)
 
 
 def decode(
@@ -98,7 +101,13 @@ def sum_by_target(
     b_dec: Float[Tensor, "n_layers d_model"], written: Sequence[Float[Tensor, "batch _"]], grid: ProcessGrid = SINGLE
 ) -> Float[Tensor, "batch n_layers d_model"]:
     """`b_dec` plus what each source layer wrote: to its own layer and the next ones; summed over a grid's features."""
-    return _SumByTarget.apply(b_dec, grid, *written)
+    n_layers, d_model = b_dec.shape
+    totals: list[Tensor | None] = [None] * n_layers
+    for source, slots in enumerate(written):
+        for target, slot in enumerate(slots.split(d_model, dim=1), start=source):
+            before = totals[target]
+            totals[target] = slot if before is None else before + slot
+    return grid.sum_over_features(torch.stack([total for total in totals if total is not None], dim=1)) + b_dec
 
 
 class _Encode(torch.autograd.Function):
@@ -118,7 +127,7 @@ class _Encode(torch.autograd.Function):
         return None, _add_product(W_enc, grad.T, x, ctx.low), grad.sum(dim=0).to(b_enc.dtype), None
 
 
-class _Given(torch.autograd.Function):
+class _AttachGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_pre: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
         ctx.low = _product_dtype(W_enc)
@@ -132,7 +141,7 @@ class _Given(torch.autograd.Function):
         return None, None, _add_product(W_enc, grad.T, x, ctx.low), grad.sum(dim=0).to(b_enc.dtype)
 
 
-class _Pick(torch.autograd.Function):
+class _EncodePlaces(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_pre: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, support: Support) -> Tensor:
         ctx.save_for_backward(x, W_enc, b_enc)
@@ -208,31 +217,6 @@ class _RowNorms(torch.autograd.Function):
         return None
 
 
-class _SumByTarget(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, b_dec: Tensor, grid: ProcessGrid, *written: Tensor) -> Tensor:
-        ctx.widths, ctx.dtype = [w.shape[1] for w in written], b_dec.dtype
-        n_layers, d_model = b_dec.shape
-        start = b_dec if grid.feature_index == 0 else torch.zeros_like(b_dec)
-        recons = start.to(written[0].dtype).expand(len(written[0]), -1, -1).contiguous()
-        flat = recons.view(len(recons), n_layers * d_model)
-        for source, slots in enumerate(written):
-            flat[:, source * d_model : source * d_model + slots.shape[1]] += slots
-        return grid.add_over_features(recons)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Every rank has the gradient of the sum, which is that of each part.
-        flat, d_model = grad.flatten(start_dim=1), grad.shape[-1]
-        starts = range(0, flat.shape[1], d_model)
-        return (
-            grad.sum(dim=0).to(ctx.dtype),
-            None,
-            *(flat[:, a : a + w] for a, w in zip(starts, ctx.widths, strict=True)),
-        )
-
-
 def _product_dtype(weight: Tensor) -> torch.dtype | None:
     """The lower precision that products are to take, if any."""
     device = weight.device.type
@@ -246,8 +230,16 @@ def _product(a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor:
 
 
 def _gradient(weight: Tensor) -> Tensor | None:
-    """The gradient that a weight has already; it can be added to in place."""
-    return weight.grad if weight.is_leaf else None
+    """The gradient that a weight has already, where it may be added to in place."""
+    if not weight.is_leaf or weight.grad is None:
+        return None
+    if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+        return None
+    try:
+        adds_to_grad = torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
+    except RuntimeError:  # what torch says of a leaf that `torch.autograd.grad` was asked for
+        adds_to_grad = False
+    return weight.grad if adds_to_grad else None
 
 
 def _add_product(weight: Tensor, a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor | None:
@@ -411,7 +403,7 @@ def _without_csr_notice() -> Iterator[None]:
 # -- far decoders of low rank
 
 
-def spread(
+def apply_far_decoders(
     written: Float[Tensor, "batch own_and_ranks"], W_far: Float[Tensor, "n_far rank d_model"]
 ) -> Float[Tensor, "batch width"]:
     """What a layer writes to all its targets, from what its features write to [own | A_1 | A_2 | ...]."""

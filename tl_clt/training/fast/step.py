@@ -21,19 +21,21 @@ from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
+from tl_clt.errors import ConfigError
 from tl_clt.training.clt import CLTStep, LayerFeatures, TrainingCLT
 from tl_clt.training.fast.products import (
     Support,
     Values,
+    apply_far_decoders,
+    attach_gradients,
     decode,
     decode_places,
     encode,
+    encode_places,
     far_norms,
-    given,
-    pick,
     row_norms,
-    spread,
     sum_by_target,
     support_of_dense,
     support_of_topk,
@@ -73,7 +75,15 @@ class FastStep:
         """The forward pass and the losses of a step on scaled activations [batch, 2, n_layers, d_model].
 
         On a grid of processes the reconstruction and the losses are of all ranks' features, at the tokens of this rank.
+
+        Raises:
+            ConfigError: it is called within DistributedDataParallel, which would not see its gradients.
         """
+        if DistributedDataParallel._get_active_ddp_module() is not None:
+            raise ConfigError(
+                "FastStep adds to gradients in place, where DistributedDataParallel does not see them: train with"
+                " CLTTrainingRunner and set n_data_parallel, or call the CLT's training_forward_pass."
+            )
         inputs, outputs = step_input.sae_in.to(clt.sum_dtype).unbind(dim=1)
         xs = inputs.unbind(dim=1)
         smallest = None
@@ -109,7 +119,7 @@ class _Layer(NamedTuple):
 
 
 def _thresholded_layers(
-    clt: TrainingCLT, xs: tuple[Tensor, ...], coefficients: dict[str, float], held: FastStep
+    clt: TrainingCLT, xs: tuple[Tensor, ...], coefficients: dict[str, float], memory: FastStep
 ) -> list[_Layer]:
     """ReLU and JumpReLU, with the sums of the sparsity and dead-feature losses."""
     options = TermOptions(
@@ -123,20 +133,20 @@ def _thresholded_layers(
     layers: list[_Layer] = []
     for layer, (x, threshold) in enumerate(zip(xs, clt.thresholds(), strict=True)):
         shape = (len(x), clt.n_own_features)
-        h = encode(x, clt.W_enc[layer], clt.b_enc[layer], held.take("hidden_pre", layer, shape, x))
-        out = held.take("feature_acts", layer, shape, x)
-        result = terms(h, threshold.to(x.dtype), _norms(clt, layer), options, out)
+        h = encode(x, clt.W_enc[layer], clt.b_enc[layer], memory.take("hidden_pre", layer, shape, x))
+        out = memory.take("feature_acts", layer, shape, x)
+        result = terms_in_blocks(h, threshold.to(x.dtype), _norms(clt, layer), options, out)
         acts = result.feature_acts
         sparse = float(result.fired.sum()) / acts.numel() < _sparse_below(acts.device)
         written = decode(acts, clt.W_dec[layer], support_of_dense(acts.detach()) if sparse else None, clt.cfg.d_in)
         features = LayerFeatures(acts.detach, result.fired)
-        written = _spread(clt, layer, written)
+        written = _to_targets(clt, layer, written)
         layers.append(_Layer(features, h.detach(), written, result.counts, result.dead_features))
     return layers
 
 
 def _selected_layers(
-    clt: TrainingCLT, xs: tuple[Tensor, ...], n_training_steps: int, held: FastStep
+    clt: TrainingCLT, xs: tuple[Tensor, ...], n_training_steps: int, memory: FastStep
 ) -> tuple[list[_Layer], Tensor]:
     """TopK and BatchTopK, and the smallest scores kept."""
     cfg = clt.cfg
@@ -147,8 +157,8 @@ def _selected_layers(
     together = cfg.topk_across == "all_layers"
     for group in [range(cfg.n_layers)] if together else [range(s, s + 1) for s in range(cfg.n_layers)]:
         with torch.no_grad():
-            hidden_pre = [_encoded(clt, s, xs[s], held) for s in group]
-            scores = [_scored(clt, s, h, held) for s, h in zip(group, hidden_pre, strict=True)]
+            hidden_pre = [_encoded(clt, s, xs[s], memory) for s in group]
+            scores = [_scored(clt, s, h, memory) for s, h in zip(group, hidden_pre, strict=True)]
             places, thresholds = _places(clt, group, scores, k)
         smallest += thresholds
         for s, h, where in zip(group, hidden_pre, places, strict=True):
@@ -158,15 +168,15 @@ def _selected_layers(
     return layers, of_all_tokens
 
 
-def _encoded(clt: TrainingCLT, layer: int, x: Tensor, held: FastStep) -> Tensor:
-    out = held.take("hidden_pre", layer, (len(x), clt.n_own_features), x)
+def _encoded(clt: TrainingCLT, layer: int, x: Tensor, memory: FastStep) -> Tensor:
+    out = memory.take("hidden_pre", layer, (len(x), clt.n_own_features), x)
     return encode(x, clt.W_enc[layer], clt.b_enc[layer], out)
 
 
-def _scored(clt: TrainingCLT, layer: int, hidden_pre: Tensor, held: FastStep) -> Tensor:
+def _scored(clt: TrainingCLT, layer: int, hidden_pre: Tensor, memory: FastStep) -> Tensor:
     """hidden_pre * ||W_dec,i||. One layer's may take the place of the last one's, unless they compete."""
     slot = layer if clt.cfg.topk_across == "all_layers" else 0
-    out = held.take("scores", slot, (len(hidden_pre), clt.n_own_features), hidden_pre)
+    out = memory.take("scores", slot, (len(hidden_pre), clt.n_own_features), hidden_pre)
     return torch.mul(hidden_pre, _norms(clt, layer).to(hidden_pre.dtype), out=out)
 
 
@@ -191,9 +201,9 @@ def _kept(clt: TrainingCLT, layer: int, x: Tensor, hidden_pre: Tensor, places: S
     W_enc, b_enc, n_features = clt.W_enc[layer], clt.b_enc[layer], clt.n_own_features
     sparse = len(places.features) / hidden_pre.numel() < _sparse_below(x.device)
     if sparse:
-        values = torch.relu(pick(hidden_pre, x, W_enc, b_enc, places))
+        values = torch.relu(encode_places(hidden_pre, x, W_enc, b_enc, places))
     else:
-        values = torch.relu(places.gather(given(hidden_pre, x, W_enc, b_enc)))
+        values = torch.relu(places.gather(attach_gradients(hidden_pre, x, W_enc, b_enc)))
     fired = torch.bincount(places.features[values > 0], minlength=n_features)
     if sparse:
         features = LayerFeatures(partial(places.to_dense, values.detach()), fired)
@@ -202,7 +212,7 @@ def _kept(clt: TrainingCLT, layer: int, x: Tensor, hidden_pre: Tensor, places: S
         acts = places.to_dense(values)
         features = LayerFeatures(acts.detach, fired)
         written = decode(acts, clt.W_dec[layer])
-    return _Layer(features, hidden_pre, _spread(clt, layer, written))
+    return _Layer(features, hidden_pre, _to_targets(clt, layer, written))
 
 
 def _penalties(clt: TrainingCLT, layers: list[_Layer], coefficients: dict[str, float]) -> dict[str, Tensor]:
@@ -232,7 +242,7 @@ def _auxk(
         if chosen is None:
             written.append(residual.new_zeros(len(residual), len(clt.targets[layer]) * clt.cfg.d_in))
         else:
-            written.append(_spread(clt, layer, decode_places(chosen[0], clt.W_dec[layer], chosen[1], clt.cfg.d_in)))
+            written.append(_to_targets(clt, layer, decode_places(chosen[0], clt.W_dec[layer], chosen[1], clt.cfg.d_in)))
     by_target = sum_by_target(torch.zeros_like(residual[0]), written, clt.grid)
     return {"auxk_loss": coefficient * auxk_loss(residual, by_target, n_dead, k_aux)}
 
@@ -242,9 +252,9 @@ def _norms(clt: TrainingCLT, layer: int) -> Tensor:
     return row_norms(clt.W_dec[layer]) if far is None else far_norms(clt.W_dec[layer], far)
 
 
-def _spread(clt: TrainingCLT, layer: int, written: Tensor) -> Tensor:
+def _to_targets(clt: TrainingCLT, layer: int, written: Tensor) -> Tensor:
     far = clt.far(layer)
-    return written if far is None else spread(written, far)
+    return written if far is None else apply_far_decoders(written, far)
 
 
 def _sparse_below(device: torch.device) -> float:
@@ -332,7 +342,7 @@ def plain_terms(
     return PlainTerms(acts, counts, dead)
 
 
-def terms(
+def terms_in_blocks(
     hidden_pre: Float[Tensor, "batch d_transcoder"],
     threshold: Float[Tensor, " d_transcoder"],
     norms: Float[Tensor, " d_transcoder"],
@@ -427,4 +437,4 @@ def auxk_features(
         kept = kept[:, : offers.values.shape[1]]
         offsets = F.pad(kept.sum(dim=1).cumsum(dim=0), (1, 0))
         places = Support(numbers[offers.indices][kept], offsets, clt.n_own_features)
-    return pick(hidden_pre.detach(), x, clt.W_enc[layer], clt.b_enc[layer], places), places
+    return encode_places(hidden_pre.detach(), x, clt.W_enc[layer], clt.b_enc[layer], places), places

@@ -213,8 +213,8 @@ POSITIVE = (
     *("checkpoint_every", "keep_checkpoints", "n_data_parallel"),
 )
 NOT_NEGATIVE = (
-    *("sparsity_coefficient", "dead_feature_coefficient", "lr_warm_up_steps", "lr_decay_steps"),
-    *("lr_end", "k_anneal_steps", "auxk_coefficient", "dead_feature_density"),
+    *("lr_warm_up_steps", "lr_decay_steps", "lr_end", "k_anneal_steps", "dead_feature_density"),
+    *(f.name for f in fields(CLTSettings) if f.name.endswith("_coefficient")),
 )
 
 

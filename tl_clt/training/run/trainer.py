@@ -45,19 +45,8 @@ class CLTTrainerConfig(SAETrainerConfig):
 
 
 class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
-    """`SAETrainer` with another `_train_step`; loop, schedules and logs are SAELens's. Checkpoints are ours, which
-    hold all that a step depends on, each file with its checksum: see `checkpoints`.
-
-    `dead_neurons` are features whose running density is below `dead_feature_density`: see `RunningDensity`. With
-    `target_l0`, an `L0Controller` stands in the place of lambda's schedule.
-
-    What differs, and what it saves in a step of 6 layers, d_model 512, 4,096 features per layer, batch 1,024 on two
-    cores (`tests/benchmarks/training.py`):
-    - Adam is fused. Weights in bfloat16 have an Adam of their own: `RandomRoundingAdam`.
-    - Gradients are zeroed, not dropped: see `products`.
-    - Firing is counted by layer in the step; SAELens makes two copies of all activations for it, flattened and as
-      0 and 1. The flattened activations are made on logging steps only.
-    """
+    """`SAETrainer` with a step, an optimiser and a notion of dead features of its own: see `tl_clt.training` for what
+    differs and why."""
 
     after_step: Callable[[CLTTrainer], None] | None = None
     """Called after every step, before it is counted in `n_training_steps`."""
