@@ -1,26 +1,40 @@
-"""The README's code runs as it stands, and its commands are the ones that CI runs."""
+"""The code of README and guide runs as it stands and prints what they show; the commands are those that CI runs."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import pytest
+
 from tl_clt import AttributionGraph
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "tutorials" / "guide.md").read_text()
+NUMBER = r"-?\d+\.\d+"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_every_python_block_runs(tmp_path, monkeypatch, capsys):
+def test_the_readme_prints_what_it_shows(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), {})
-    assert "Austin" in capsys.readouterr().out
+    (code,), (shown,) = blocks("python"), blocks("text")
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert re.sub(NUMBER, "x", printed).split() == re.sub(NUMBER, "x", shown).split()
+    # Weights are float32, and machines add in different orders; what is shown is rounded to two decimals at least.
+    for one, other in zip(re.findall(NUMBER, printed), re.findall(NUMBER, shown), strict=True):
+        assert abs(float(one) - float(other)) < 0.011
     assert "".join(AttributionGraph.load("dallas.safetensors").prompt_tokens).endswith("is")
+
+
+@pytest.mark.parametrize("block", blocks("python", GUIDE), ids=range(len(blocks("python", GUIDE))))
+def test_every_block_of_the_guide_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "guide.md", "exec"), {})
 
 
 def test_there_are_two_commands_and_ci_finds_both():
@@ -31,11 +45,16 @@ def test_there_are_two_commands_and_ci_finds_both():
     assert found == commands
 
 
-def test_every_public_name_in_the_readme_exists():
+def test_the_readme_names_the_public_names_and_no_others():
     import tl_clt
 
-    for name in re.findall(r"^\| [^|]+ \| (.+?) \|$", README, flags=re.MULTILINE):
-        for word in re.findall(r"`([A-Za-z_]+)`", name):
+    rows = re.findall(r"^\| [^|]+ \| (.+?) \|$", README, flags=re.MULTILINE)
+    named = {word for row in rows for word in re.findall(r"`([A-Za-z_]+)`", row)} | set(
+        re.findall(r"\b[A-Za-z_]+\b", "".join(blocks("python")))
+    )
+    assert set(tl_clt.__all__) - {"CrossLayerTranscoderConfig"} <= named
+    for row in rows:
+        for word in re.findall(r"`([A-Za-z_]+)`", row):
             assert hasattr(tl_clt, word), word
 
 

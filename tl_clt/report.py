@@ -93,5 +93,5 @@ def as_html(headline: str, tables: Mapping[str, DataFrame]) -> str:
     parts = [f"<p><b>{escape(headline)}</b></p>"]
     for title, table in tables.items():
         shown = table.to_html(index=False, escape=True, max_rows=MOST_ROWS, float_format=lambda x: f"{x:.3g}", border=0)
-        parts.append(f"<p>{escape(title)}</p>{shown}")
+        parts.append(f"<p>{escape(title)}</p>{shown}" if title else shown)
     return "<div>" + "".join(parts) + "</div>"

@@ -331,17 +331,17 @@ def test_bad_directions(session_models):
         ({"through_layer": 3}, InterventionError, "through_layer is 3: give -1 to 2, or None"),
         ({"through_layer": -2}, InterventionError, "through_layer is -2"),
         ({"through_layer": 0, "interventions": [HIGHER]}, InterventionError, "above through_layer=0"),
-        ({"tokens": [[0, 5, 6], [0]]}, PromptError, "1 token long"),
-        ({"tokens": []}, PromptError, "0 tokens"),
-        ({"tokens": torch.zeros(0, 5, dtype=torch.long)}, PromptError, "no prompt in the batch"),
-        ({"tokens": [0, 64]}, PromptError, "Token id 64 is out of range"),
-        ({"tokens": "text"}, TokenizerMissing, "no tokenizer"),
+        ({"prompt": [[0, 5, 6], [0]]}, PromptError, "1 token long"),
+        ({"prompt": []}, PromptError, "0 tokens"),
+        ({"prompt": torch.zeros(0, 5, dtype=torch.long)}, PromptError, "no prompt in the batch"),
+        ({"prompt": [0, 64]}, PromptError, "Token id 64 is out of range"),
+        ({"prompt": "text"}, TokenizerMissing, "no tokenizer"),
         ({"clt": "other"}, CLTMismatch, "The CLT has d_model 16"),
     ],
 )  # fmt: skip
 def test_bad_arguments(session_models, given: dict, error, message: str):
     model = session_models("hooked-gpt2")
-    arguments = {"tokens": random_tokens(model), "interventions": [SET], **given}
+    arguments = {"prompt": random_tokens(model), "interventions": [SET], **given}
     arguments["clt"] = tiny_clt((3, 16)) if "clt" in given else tiny_clt(model)
     for call in (intervene, intervention_hooks):
         with pytest.raises(error, match=message):

@@ -48,7 +48,6 @@ from tl_clt.attribution.influence import (
     GraphScores,
     InfluenceBounds,
     InfluenceShares,
-    as_html,
     bound_influence,
     measure_path_length,
     score_graph,
@@ -59,6 +58,7 @@ from tl_clt.attribution.pruning import PruneMasks, check_thresholds, prune_graph
 from tl_clt.attribution.targets import NAMED_TARGETS, DirectionTarget, NamedTarget
 from tl_clt.errors import FormatError, NodeNotFound
 from tl_clt.files import new_file, read_json, reading
+from tl_clt.report import as_html
 from tl_clt.shapes import NodeValues
 
 FORMAT = "tl_clt.attribution_graph"

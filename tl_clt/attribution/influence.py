@@ -17,8 +17,7 @@ leaf, and from a node of layer l it visits at most l further features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from html import escape
+from collections.abc import Iterator
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -28,19 +27,11 @@ from torch import Tensor
 
 from tl_clt.arguments import as_choice
 from tl_clt.attribution.edges import NodeKind, Nodes, WeightedGraph, pass_upstream, sum_inputs_from, sum_rows
+from tl_clt.report import as_html
 from tl_clt.shapes import NodeValues
 
 Definition = Literal["paper", "circuit-tracer"]
 SMALLEST_ROW_SUM = 1e-8
-
-
-def as_html(headline: str, tables: Mapping[str, DataFrame]) -> str:
-    """A line and some tables for a notebook. All text is escaped: prompts and tokens may be anything."""
-    parts = [f"<p><b>{escape(headline)}</b></p>"]
-    for title, table in tables.items():
-        parts.append(f"<p>{escape(title)}</p>" if title else "")
-        parts.append(table.to_html(index=False, escape=True, float_format=lambda x: f"{x:.3g}", border=0))
-    return "<div>" + "".join(parts) + "</div>"
 
 
 class Bounds(NamedTuple):
