@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tl_clt import AttributionGraph
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 GUIDE = (ROOT / "tutorials" / "guide.md").read_text()
 NUMBER = r"-?\d+\.\d+"
 
@@ -64,3 +66,23 @@ def test_constraints_pin_every_dependency():
     wanted = re.findall(r'^    "([A-Za-z0-9-]+)(?:\[\w+\])?[><=]=', project, flags=re.MULTILINE)
     assert len(wanted) >= 14
     assert set(wanted) <= pinned
+
+
+def test_each_formula_is_where_contributing_says():
+    rows = re.findall(r"^\| [^|]+ \| `(tl_clt/[^`]+)\.py` \| (.+?) \|$", CONTRIBUTING, flags=re.MULTILINE)
+    assert len(rows) >= 11
+    for path, names in rows:
+        module = importlib.import_module(path.replace("/", "."))
+        for name in re.findall(r"`([A-Za-z_.]+)`", names):
+            found = module
+            for part in name.split("."):
+                found = getattr(found, part)
+            assert found.__module__ == module.__name__ and len(found.__doc__) > 40, name
+
+
+def test_every_file_that_contributing_names_exists():
+    rows = [line for line in CONTRIBUTING.splitlines() if line.startswith("|")]
+    named = {name for row in rows for name in re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)`", row)}
+    assert len(named) >= 20
+    for name in named:
+        assert any((ROOT / root / name).exists() for root in ("", "tl_clt", "tl_clt/training")), name
