@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -172,6 +173,14 @@ def without_metadata(path: Path) -> None:
     save_file(load_file(path), path)
 
 
+def with_tokens_of_another_type(path: Path) -> None:
+    """As good as new by its checksum."""
+    with safe_open(path, framework="pt") as opened:
+        key = opened.metadata()["key"]
+    tensors = load_file(path) | {"tokens": TOKENS.to(torch.uint64)}
+    save_file(tensors, path, {"key": key, "sha256": cache._checksum(tensors)})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -179,6 +188,7 @@ def without_metadata(path: Path) -> None:
         (empty, "is truncated or no safetensors file"),
         (one_bit_off, "does not have|do not have the checksum"),
         (without_metadata, "holds other activations than its folder and name say"),
+        (with_tokens_of_another_type, "holds|is damaged|is no"),
     ],
 )
 def test_damaged_shard_is_refused_by_name_and_the_mend_works(tmp_path: Path, damage: Callable, message: str) -> None:
