@@ -21,6 +21,8 @@ PROMPT = "the capital of the state containing Dallas is"
 INTERRUPTING = """
 import os, runpy, signal, sys
 event, words, arguments = sys.argv[1], sys.argv[2], sys.argv[3:]
+# Runs started in the background of a shell leave SIGINT ignored, which children inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 pending = [True]
 def interrupt(name, args):
     if pending and name == event and words in str(args):
