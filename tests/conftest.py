@@ -36,6 +36,18 @@ THREADS = int(os.environ.get("OMP_NUM_THREADS", "0"))
 
 torch.set_num_threads(THREADS or 2)
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Files are handed to workers in the order below, not those of most tests first."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The real model's tests come first: they take longest, and at the end one worker would wait for them."""
+    items.sort(key=lambda item: item.get_closest_marker("real_model") is None)
+
+
 ORACLES = Path(__file__).parent / "data" / "oracles"
 
 
