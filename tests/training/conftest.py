@@ -81,11 +81,13 @@ def config(**changes: object) -> CLTTrainingRunnerConfig:
         "store_batch_size_prompts": 8,
         "n_batches_in_buffer": 16,
         "n_batches_for_scale": 2,
-        "n_eval_batches": 2,
+        "n_eval_prompts": 8,
+        "exclude_special_tokens": False,
+        "max_norm_ratio": None,
         "lr": 1e-2,
     }
     values |= changes
-    if values["activation"] not in ("topk", "batchtopk"):
+    if values["activation"] not in ("topk", "batchtopk") and "k" not in changes:
         values["k"] = None
     return CLTTrainingRunnerConfig(**values)
 

@@ -189,10 +189,10 @@ def test_saelens_saves_and_loads_it(tmp_path: Path) -> None:
     torch.testing.assert_close(inference(scaled).flatten(1), step.sae_out)
 
 
-def test_scale_brings_every_mean_norm_to_sqrt_d_model() -> None:
-    batches = [raw_batch(40), 2 * raw_batch(40)]
+def test_scale_brings_every_median_norm_to_sqrt_d_model() -> None:
+    batches = [raw_batch(40), 2 * raw_batch(41)]
     scale = estimate_scale(batches)
-    norms = torch.cat([apply_scale(b, scale) for b in batches]).norm(dim=-1).mean(dim=0)
+    norms = torch.cat([apply_scale(b, scale) for b in batches]).norm(dim=-1).median(dim=0).values
     torch.testing.assert_close(norms, torch.full_like(norms, D**0.5), rtol=1e-12, atol=0)
 
 
@@ -232,8 +232,6 @@ def test_fresh_weights_are_within_the_bounds_of_the_paper() -> None:
         ({"d_sae": 7}, "n_layers \\* d_transcoder = 30"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations='none'"),
         ({"span": 4}, "span is 4"),
-        ({"activation": "topk", "k": None}, "k is None"),
-        ({"activation": "batchtopk", "k": None}, "k is None"),
     ],
 )
 def test_bad_config_is_refused(changes: dict, message: str) -> None:

@@ -16,7 +16,7 @@ def test_defaults_are_valid_and_span_everything() -> None:
     cfg = CLTTrainingRunnerConfig(d_transcoder=64)
     assert (cfg.span, cfg.activation, cfg.tanh_scale, cfg.dead_feature_coefficient) == (
         None,
-        "jumprelu",
+        "topk",
         4.0,
         3e-6,
     )
@@ -32,7 +32,10 @@ def test_parts_and_keywords_of_their_own_make_the_same_run() -> None:
     clt, data = CLTSettings(d_transcoder=8, activation="topk", k=3), DataSettings(context_size=64)
     whole = CLTTrainingRunnerConfig(clt=clt, data=data, lr=1e-3)
     assert whole == CLTTrainingRunnerConfig(d_transcoder=8, activation="topk", k=3, context_size=64, lr=1e-3)
-    assert hash(whole) == hash(replace(whole)) and (whole.clt, whole.data) == (clt, data)
+    assert hash(whole) == hash(replace(whole)) and whole.clt == clt
+    # Chosen from 2,000,000 tokens.
+    data = replace(data, train_batch_size_tokens=4096, n_eval_prompts=256, n_batches_for_scale=1)
+    assert whole.data == data
     assert (whole.d_transcoder, whole.context_size, whole.lr) == (8, 64, 1e-3)
     changed = replace(whole, k=2, lr=2e-3)
     assert changed.clt == replace(clt, k=2) and changed.data == data and whole.k == 3
@@ -66,7 +69,29 @@ def test_the_record_of_an_older_run_still_loads() -> None:
     flat = json.loads((organism_folder("atlas") / "clt" / "training.json").read_text())["config"]
     cfg = CLTTrainingRunnerConfig.from_dict(flat)
     assert (cfg.clt.d_transcoder, cfg.data.seqpos_slice, cfg.lr) == (256, (1, None), 0.002)
-    assert {name: list(v) if isinstance(v, tuple) else v for name, v in cfg.to_dict().items() if name in flat} == flat
+    assert {name: list(v) if isinstance(v, tuple) else v for name, v in cfg.to_dict().items() if name in flat} == {
+        name: value for name, value in flat.items() if name != "n_eval_batches"
+    }
+
+
+@pytest.mark.parametrize(
+    ("tokens", "batch"), [(1_000, 128), (65_536, 256), (200_000, 512), (1_000_000, 4096), (10**9, 4096)]
+)
+def test_what_is_left_out_is_chosen_from_the_budget_and_says_why(tokens: int, batch: int) -> None:
+    cfg = CLTTrainingRunnerConfig(d_transcoder=64, training_tokens=tokens, target_l0=8.0)
+    assert (cfg.train_batch_size_tokens, cfg.k, cfg.activation) == (batch, 8, "topk")
+    assert 0 <= cfg.lr_warm_up_steps <= 1000 and cfg.lr_decay_steps == cfg.n_steps // 5
+    assert 16 <= cfg.n_eval_prompts <= 256 and 0 < cfg.lr < 0.1
+    of_data = {"train_batch_size_tokens", "n_eval_prompts", "n_batches_for_scale"}
+    assert set(cfg.chosen) == {"k", "lr", "lr_warm_up_steps", "lr_decay_steps", *of_data} and all(cfg.chosen.values())
+    given = CLTTrainingRunnerConfig(d_transcoder=64, k=3, lr=0.5, train_batch_size_tokens=256, lr_warm_up_steps=390)
+    assert (given.k, given.lr, given.train_batch_size_tokens, given.lr_warm_up_steps) == (3, 0.5, 256, 390)
+    assert not {"k", "lr", "train_batch_size_tokens", "lr_warm_up_steps"} & set(given.chosen)
+
+
+def test_a_few_steps_may_be_all_warm_up() -> None:
+    cfg = CLTTrainingRunnerConfig(d_transcoder=64, training_tokens=1280, lr_warm_up_steps=9)
+    assert (cfg.n_steps, cfg.lr_decay_steps) == (10, 1)
 
 
 def test_unknown_key_gets_the_nearest_name() -> None:
@@ -88,9 +113,11 @@ def test_is_frozen(make_config) -> None:
     [
         ({"d_transcoder": 0}, "d_transcoder is 0: give more than 0"),
         ({"lr": 0.0}, "lr is 0.0"),
-        ({"sparsity_coefficient": -1.0}, "sparsity_coefficient is -1.0: give 0 or more"),
+        ({"activation": "relu", "sparsity_coefficient": -1.0}, "sparsity_coefficient is -1.0: give 0 or more"),
         ({"activations_mixing_fraction": 1.5}, "activations_mixing_fraction is 1.5: give 0 to 1"),
-        ({"k": None}, "k is None with activation 'topk': topk and batchtopk need k"),
+        ({"k": 3, "activation": "jumprelu"}, "k is 3 with activation 'jumprelu': topk and batchtopk need k"),
+        ({"jumprelu_bandwidth": 2.0}, "jumprelu_bandwidth is 2.0 with activation 'topk', where it has no part"),
+        ({"k_aux": 3, "activation": "relu"}, "k_aux is 3 with activation 'relu', where it has no part"),
         ({"k": 99}, "k is 99 for 24 features per layer: give 1 to 24"),
         ({"span": 0}, "span is 0"),
         ({"activation": "jumprelu", "topk_across": "all_layers"}, "only topk and batchtopk have it"),
@@ -99,7 +126,7 @@ def test_is_frozen(make_config) -> None:
         ({"k_aux": 25}, "k_aux is 25 for 24 features per layer"),
         ({"far_rank": 0}, "far_rank is 0"),
         ({"far_rank": 2, "span": 1}, "write to no far layer"),
-        ({"target_l0": 4.0}, "target_l0 is 4.0 with activation 'topk', whose L0 is k"),
+        ({"target_l0": 4.0}, "target_l0 is 4.0 and k 6 with activation 'topk', whose L0 is k: give one"),
         ({"target_l0": 25.0, "activation": "jumprelu"}, "target_l0 is 25.0 for 24 features"),
         ({"sparsity_loss": "l0", "activation": "relu"}, "which only jumprelu has"),
         ({"sparsity_loss": "quadratic_l0", "activation": "jumprelu"}, "without target_l0"),

@@ -166,9 +166,13 @@ def test_broken_table_and_empty_folder_are_told(model, make_config, tmp_path: Pa
 def test_text_needs_a_tokenizer(model, make_config) -> None:
     with pytest.raises(TokenizerMissing, match="no tokenizer to read The dataset with"):
         opened(Dataset.from_dict({"text": LINES}), model, make_config())
-    with pytest.raises(TokenizerMissing, match="exclude_special_tokens=True"):
-        cfg = make_config(exclude_special_tokens=True)
-        check_fits(model, cfg.clt, cfg.data)
+
+
+def test_without_a_tokenizer_no_token_is_special(model, make_config, tokens) -> None:
+    cfg = make_config(exclude_special_tokens=True)
+    with closing(batches_of(model, opened(tokens, model, cfg), cfg)) as batches:
+        next(batches)
+        assert batches.position.counts.special_tokens == 0
 
 
 def test_text_needs_a_beginning_token_to_prepend(model_with_tokenizer, make_config, monkeypatch) -> None:
@@ -204,8 +208,8 @@ def test_hook_of_another_width_is_told(model, make_config, tokens) -> None:
 def test_silent_layer_is_told() -> None:
     batch = torch.ones(4, 2, 3, 5)
     batch[:, 1, 2] = 0
-    with pytest.raises(ModelUnsupported, match="The output of layer 2 has mean norm 0.0"):
+    with pytest.raises(ModelUnsupported, match="The output of layer 2 has median norm 0.0"):
         estimate_scale([batch])
     batch[:, 0, 0] = float("nan")
-    with pytest.raises(ModelUnsupported, match="The input of layer 0 has mean norm nan"):
+    with pytest.raises(ModelUnsupported, match="The input of layer 0 has median norm nan"):
         estimate_scale([batch])

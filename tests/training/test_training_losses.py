@@ -30,7 +30,7 @@ def norms_of(W_dec: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def tanh_loss(acts: list[torch.Tensor], norms: list[torch.Tensor], c: float) -> torch.Tensor:
     counts = [tanh_count(a, norm, c) for a, norm in zip(acts, norms, strict=True)]
-    return sparsity_loss(torch.stack(counts).sum(dim=0), "tanh")
+    return sparsity_loss(torch.stack(counts), "tanh", torch.ones(len(counts), dtype=torch.float64))
 
 
 def test_mse_sums_over_layers_and_coordinates_and_averages_over_tokens() -> None:
@@ -55,10 +55,12 @@ def test_sparsity_is_tanh_of_norm_times_activation() -> None:
     assert float(tanh_loss(acts, norms_of(W_dec), c)) == pytest.approx(want / BATCH, rel=1e-12)
 
 
-def test_quadratic_loss_is_the_squared_distance_of_each_tokens_count_from_the_target() -> None:
-    counts = torch.tensor([3.0, 5.0, 4.0], dtype=torch.float64)
-    assert float(sparsity_loss(counts, "quadratic_l0", 4.0)) == pytest.approx((1 / 16 + 1 / 16) / 3)
-    assert float(sparsity_loss(counts, "l0")) == pytest.approx(4.0)
+def test_quadratic_loss_is_the_squared_distance_of_each_layers_count_from_the_target() -> None:
+    counts = torch.tensor([[3.0, 5.0, 4.0], [4.0, 6.0, 2.0]], dtype=torch.float64)
+    shares = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    squares = (1 / 16 + 1 / 16) / 3 + 0.5 * (1 / 4 + 1 / 4) / 3
+    assert float(sparsity_loss(counts, "quadratic_l0", shares, 4.0)) == pytest.approx(squares)
+    assert float(sparsity_loss(counts, "l0", shares)) == pytest.approx(4.0 + 0.5 * 4.0)
 
 
 def test_dead_feature_loss_is_distance_below_threshold_times_norm() -> None:

@@ -34,7 +34,10 @@ def test_store_is_saelens_own_and_the_trainer_but_for_its_step() -> None:
     assert runner.CLTTrainer.__mro__[1] is sae_trainer.SAETrainer
     own = {name for name in vars(CLTTrainer) if callable(getattr(CLTTrainer, name))}
     assert own & set(vars(sae_trainer.SAETrainer)) == {"__init__", "_train_step", "_checkpoint_if_needed"}
-    assert {name for name, value in vars(CLTTrainer).items() if isinstance(value, property)} == {"dead_neurons"}
+    assert {name for name, value in vars(CLTTrainer).items() if isinstance(value, property)} == {
+        "dead_neurons",
+        "controller",
+    }
 
 
 @pytest.mark.parametrize(
@@ -56,8 +59,8 @@ def test_training_learns_the_mlps(model, tokens, make_config, activation: str, s
         activation=activation,
         span=span,
         training_tokens=64 * 200,
-        sparsity_coefficient=0.1,
         lr_decay_steps=50,
+        **({} if "topk" in activation else {"sparsity_coefficient": 0.1}),
     )
     run = CLTTrainingRunner(cfg, model=model, dataset=tokens, on_progress=seen.append)
     clt = run.run()

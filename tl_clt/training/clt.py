@@ -55,6 +55,9 @@ THRESHOLD_RATE = 0.01
 
 # -- configs
 
+DEFAULT_K = 16
+"""Active features per layer and token where nothing is said of them."""
+
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class CLTShape:
@@ -66,11 +69,12 @@ class CLTShape:
     span: int | None = None
     """Layers a feature writes to: n_layers (a CLT) where left out, 1 for per-layer transcoders."""
 
-    activation: TrainedActivation = "jumprelu"
-    """relu, jumprelu, topk, or batchtopk. topk and batchtopk rank features by activation * ||W_dec,i||."""
+    activation: TrainedActivation = "topk"
+    """topk, batchtopk, jumprelu or relu. topk and batchtopk rank features by activation * ||W_dec,i||, so that as many
+    are active as were asked for, in every layer and from the first step on; jumprelu and relu have to learn it."""
 
     k: int | None = None
-    """Features kept per layer and token, in the mean; for topk and batchtopk."""
+    """Features kept per layer and token, in the mean, by topk and batchtopk. `target_l0` where left out, or else 16."""
 
     topk_across: Across = "layer"
     """What k is counted over: each layer by itself ("layer"), or all layers together ("all_layers"), so that layers
@@ -133,8 +137,9 @@ class CLTSettings(CLTShape):
     layers, that a feature must save to be worth firing. With target_l0 a guess is enough."""
 
     target_l0: float | None = None
-    """Active features per layer and token, mean over layers, to ask for in place of a lambda: lambda is adjusted
-    during training until they are reached. "quadratic_l0" needs it, and leaves lambda as it is."""
+    """Active features per token to ask for, in every layer. For topk and batchtopk it is k. For jumprelu and relu it
+    stands in place of a lambda: each layer's is adjusted during training until they are reached ("quadratic_l0" leaves
+    lambda as it is), and jumprelu's thresholds are set by held-out text at the end."""
 
     tanh_scale: float = 4.0
     """c of the tanh sparsity loss."""
@@ -151,6 +156,11 @@ class CLTSettings(CLTShape):
 
     dead_feature_density: float = 1e-6
     """Share of tokens below which a feature counts as dead. Such as fire at no token of the window always do."""
+
+    def k_asked_for(self) -> int:
+        """k where it is left out: `target_l0`, or else `DEFAULT_K`."""
+        asked = DEFAULT_K if self.target_l0 is None else max(1, round(self.target_l0))
+        return min(asked, self.d_transcoder)
 
     def k_at(self, step: int) -> int | None:
         """k at a training step: it falls linearly from `k_start` to `k` over the first `k_anneal_steps` steps."""
@@ -216,6 +226,8 @@ class TrainingCLTConfig(CLTSettings, OfModel, TrainingSAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.selects and self.k is None:
+            self.k = self.k_asked_for()
         _check(self)
 
 
@@ -407,7 +419,56 @@ class CLTWeights:
         return self.training
 
 
-# -- the start of the biases: every feature fires at the same, known rate, and the CLT writes the mean output
+# -- the start: every feature stands for a token, all fire at the same, known rate, and the CLT writes the mean output
+
+COVARIANCE_FLOOR = 0.1
+"""What is added to the variance of inputs in every direction, as a share of the mean variance."""
+
+
+@torch.no_grad()
+def init_from_tokens(
+    clt: TrainingCLT,
+    inputs: Float[Tensor, "batch n_layers d_model"],
+    outputs: Float[Tensor, "batch n_layers d_model"],
+) -> None:
+    """Begin each feature as a detector of one token, which writes what the model writes there; then set the biases.
+
+        W_enc,i  proportional to (C + floor)^-1 (x_n - mean x),   so that hidden_pre_i has variance 1
+        W_dec,i  proportional to y_n - mean y,   side by side for all layers that it writes to, as long as it was
+
+    with C the covariance of the layer's inputs and n a token drawn for the feature. Of all directions this one tells
+    the token best from the others (Fisher's discriminant). Inputs vary in a few directions far more than in the
+    others: with random encoders the same few features win at every token, and most die before they learn anything.
+    Features for which no token is left get one that another has, and random directions besides.
+
+    Args:
+        clt: changed in place.
+        inputs: scaled inputs of some tokens, on a grid the same for every rank.
+        outputs: scaled outputs of the same tokens.
+    """
+    n, n_features, own = len(inputs), clt.cfg.d_transcoder, clt.grid.own(clt.cfg.d_transcoder)
+    y = outputs.double() - outputs.double().mean(dim=0)
+    for layer, targets in enumerate(clt.targets):
+        x = inputs[:, layer].double()
+        x = x - x.mean(dim=0)
+        covariance = x.T @ x / n
+        covariance.diagonal().add_(COVARIANCE_FLOOR * covariance.diagonal().mean())
+        drawn = torch.randperm(n)[torch.arange(n_features) % n][own].to(x.device)
+        noise = torch.randn(n_features, x.shape[1], dtype=torch.float64)[own].to(x.device)
+        noise[: max(0, min(n - (own.start or 0), len(noise)))] = 0.0
+        factor = torch.linalg.cholesky(covariance)
+        # C^-1 (x_n + C^1/2 noise): the noise is as large as a token's own deviation from the mean.
+        W_enc = torch.cholesky_solve((x[drawn] + noise @ factor.T).T, factor).T
+        W_enc /= (W_enc @ covariance * W_enc).sum(dim=1, keepdim=True).sqrt().clamp(min=SMALLEST_NORM)
+        clt.W_enc[layer].copy_(W_enc)
+        written = targets if clt.cfg.far_rank is None else targets[:1]
+        W_dec = clt.W_dec[layer][:, : len(written) * clt.cfg.d_in]
+        toward = torch.cat([y[drawn, target] for target in written], dim=1)
+        size = W_dec.double().norm(dim=1, keepdim=True) / toward.norm(dim=1, keepdim=True).clamp(min=SMALLEST_NORM)
+        W_dec.copy_(toward * size)
+    init_encoder_biases(clt, inputs)
+    init_decoder_biases(clt, outputs)
+
 
 FIRING_BUDGET = 10_000
 """Features that fire at one token at the start, over all layers, where the dictionary is large."""
@@ -608,7 +669,7 @@ def define_step(clt: TrainingCLT, step_input: TrainStepInput) -> CLTStep:
             counts = [tanh_count(a, norm, cfg.tanh_scale) for a, norm in zip(acts_by_layer, norms, strict=True)]
         else:
             counts = [step_function(h, t, *straight).sum(dim=1) for h, t in zip(pre_by_layer, thresholds, strict=True)]
-        sparsity = sparsity_loss(torch.stack(counts).sum(dim=0), cfg.sparsity_loss, clt.l0_target)
+        sparsity = sparsity_loss(torch.stack(counts), cfg.sparsity_loss, clt.sparsity_shares, cfg.target_l0)
         losses["sparsity_loss"] = coefficients["sparsity"] * sparsity
         if coefficients["dead_feature"] > 0:
             losses["dead_feature_loss"] = coefficients["dead_feature"] * dead_feature_loss(
@@ -666,6 +727,9 @@ class TrainingCLT(CLTWeights, TrainingSAE[TrainingCLTConfig]):
 
     last_losses: dict[str, Tensor]
     """Terms of the last step's loss, without gradients."""
+
+    sparsity_shares: Float[Tensor, " n_layers"] | None = None
+    """mu of `losses`: by what each layer's lambda differs from the mean; the trainer sets them."""
 
     def __init__(self, cfg: TrainingCLTConfig, use_error_term: bool = False, grid: ProcessGrid = SINGLE) -> None:
         """Make a CLT with fresh weights.
@@ -765,11 +829,6 @@ class TrainingCLT(CLTWeights, TrainingSAE[TrainingCLTConfig]):
             NotImplementedError: always.
         """
         raise NotImplementedError("The losses of a CLT are those of its step: call training_forward_pass instead.")
-
-    @property
-    def l0_target(self) -> float | None:
-        """`target_l0`, summed over layers."""
-        return None if self.cfg.target_l0 is None else self.cfg.target_l0 * self.cfg.n_layers
 
     @torch.no_grad()
     def log_histograms(self) -> dict[str, Any]:

@@ -7,11 +7,11 @@ of a CLT that writes nothing is about n_layers * d_model, and `sparsity_coeffici
 feature costs at one token, in the same units. SAELens's trainer clips the gradient's norm to 1 and uses Adam: the
 overall scale of the loss makes no difference, only the ratio of its terms does.
 
-Sparsity has three forms, lambda = `sparsity_coefficient`, n_i(x) what feature i counts for at a token, N(x) the sum of
-n_i(x) over the features of all layers:
-    "tanh"          lambda * N(x),   n_i = tanh(c * ||W_dec,i|| * a_i)                   (Methods)
-    "l0"            lambda * N(x),   n_i = 1[h_i > theta_i], straight-through            (Rajamanoharan et al. 2024)
-    "quadratic_l0"  lambda * (N(x) / (n_layers * target_l0) - 1)^2,   n_i as for "l0"    (the same, section 5)
+Sparsity has three forms, with lambda = `sparsity_coefficient`, n_i(x) what feature i counts for at a token, N_l(x) the
+sum of n_i(x) over the features of layer l, and mu_l = 1, but with `target_l0` what `L0Controller` makes of it:
+    "tanh"          lambda * sum_l mu_l N_l(x),   n_i = tanh(c * ||W_dec,i|| * a_i)                (Methods)
+    "l0"            lambda * sum_l mu_l N_l(x),   n_i = 1[h_i > theta_i], straight-through         (Rajamanoharan 2024)
+    "quadratic_l0"  lambda * sum_l mu_l (N_l(x) / target_l0 - 1)^2,   n_i as for "l0"              (the same, section 5)
 
 AuxK trains features that died to write what the others leave out (Gao et al. 2024, section 2.3):
     auxk_loss = sum over layers ||e - e_hat||^2, mean over tokens,   e = outputs - recons (without gradient)
@@ -145,19 +145,24 @@ def tanh_count(
 
 
 def sparsity_loss(
-    counts: Float[Tensor, " batch"], kind: SparsityKind, target: float | None = None
+    counts: Float[Tensor, "n_layers batch"],
+    kind: SparsityKind,
+    shares: Float[Tensor, " n_layers"] | None = None,
+    target: float | None = None,
 ) -> Float[Tensor, ""]:
     """The sparsity term without lambda.
 
     Args:
-        counts: N(x) of each token, over all layers.
+        counts: N_l(x) of each layer and token.
         kind: which form.
-        target: n_layers * target_l0, for "quadratic_l0".
+        shares: mu_l, by which layers' lambdas differ; 1 where left out.
+        target: `target_l0`, for "quadratic_l0".
     """
     if kind == "quadratic_l0":
         assert target is not None
-        return (counts / target - 1).square().mean()
-    return counts.mean()
+        counts = (counts / target - 1).square()
+    by_layer = counts.mean(dim=1)
+    return by_layer.sum() if shares is None else shares.to(by_layer) @ by_layer
 
 
 def dead_feature_loss(hidden_pre: PerLayer, thresholds: PerFeature, norms: PerFeature) -> Float[Tensor, ""]:
@@ -197,56 +202,79 @@ SMOOTHING = 0.9
 
 
 class L0Controller:
-    """Adjusts lambda so that L0 follows a course down to its target. Stands among SAELens's coefficient schedulers.
+    """Adjusts each layer's lambda so that its L0 follows a course down to the target. Stands among SAELens's
+    coefficient schedulers.
 
-    After each step:
-        lambda <- lambda * (L0 / course)^gain,   course = L0_first^(1 - p) * target^p,   p = min(1, step / ramp_steps)
-    with L0 the running mean of active features per layer. The course keeps lambda from rising without bound while
-    features are yet to learn: at the start half of them are active. One step's factor is at most e^gain.
+    After each step, for each layer:
+        log lambda <- log lambda + K_p * (e - e_before) + K_i * e,   e = log(L0 / course), held to [-1, 1]
+        course = L0_first^(1 - p) * target^p,   p = min(1, step / ramp_steps)
+    and lambda stays within `bounds`. L0 is a running mean. L0 answers to lambda with a delay, which is the time that
+    Adam takes to move biases: the term with K_p answers to where L0 is going, and the bounds keep what was summed up
+    meanwhile from being more than can be taken back.
     """
 
-    def __init__(self, target: float, start: float, ramp_steps: int, gain: float) -> None:
+    def __init__(
+        self,
+        n_layers: int,
+        target: float,
+        start: float,
+        ramp_steps: int,
+        gains: tuple[float, float],
+        bounds: tuple[float, float],
+    ) -> None:
         """Before the first step.
 
         Args:
-            target: active features per layer and token, mean over layers.
+            n_layers: each has a lambda of its own.
+            target: active features per token of each layer.
             start: lambda of the first step.
             ramp_steps: steps until the course is at its target.
-            gain: how fast lambda follows.
+            gains: K_p and K_i.
+            bounds: least and greatest lambda.
         """
-        self.target, self.start, self.ramp_steps, self.gain = target, start, ramp_steps, gain
+        self.target, self.ramp_steps, self.gains = target, ramp_steps, gains
+        self.lowest, self.highest = (math.log(bound) for bound in bounds)
         self.current_step = 0
-        self.log_value = math.log(start)
-        self.first: float | None = None
-        self.running: float | None = None
+        self.log_values = torch.full((n_layers,), math.log(start), dtype=torch.float64)
+        self.first, self.running, self.error = (torch.zeros(n_layers, dtype=torch.float64) for _ in range(3))
+        self.n_observed = 0
 
     @property
     def value(self) -> float:
-        """lambda."""
-        return math.exp(self.log_value)
+        """lambda: the mean over layers."""
+        return float(self.log_values.exp().mean())
 
-    def observe(self, l0: float) -> None:
-        """A step's active features per layer and token."""
-        if self.first is None or self.running is None:
-            self.first = self.running = max(l0, self.target)
-        self.running += (1 - SMOOTHING) * (l0 - self.running)
+    @property
+    def shares(self) -> Float[Tensor, " n_layers"]:
+        """mu: each layer's lambda over their mean."""
+        values = self.log_values.exp()
+        return values / values.mean()
+
+    def observe(self, l0: Float[Tensor, " n_layers"]) -> None:
+        """A step's active features per token of each layer."""
+        l0 = l0.detach().to("cpu", torch.float64)
+        if self.n_observed == 0:
+            self.first = self.running = l0.clamp(min=self.target)
+        self.running = self.running.lerp(l0, 1 - SMOOTHING)
+        self.n_observed += 1
 
     def step(self) -> float:
-        """Adjust lambda; gives the new one."""
+        """Adjust lambdas; gives their mean."""
         self.current_step += 1
-        if self.first is not None and self.running is not None:
+        if self.n_observed > 0:
             share = min(1.0, self.current_step / max(1, self.ramp_steps))
-            course = (1 - share) * math.log(self.first) + share * math.log(self.target)
-            distance = math.log(max(self.running, 1e-6)) - course
-            self.log_value += self.gain * max(-1.0, min(1.0, distance))
+            course = (1 - share) * self.first.log() + share * math.log(self.target)
+            error = (self.running.clamp(min=1e-6).log() - course).clamp(-1.0, 1.0)
+            change = self.gains[0] * (error - self.error) + self.gains[1] * error
+            self.log_values, self.error = (self.log_values + change).clamp(self.lowest, self.highest), error
         return self.value
 
     def state_dict(self) -> dict[str, Any]:
-        """For checkpoints."""
-        names = ("current_step", "log_value", "first", "running")
-        return {name: getattr(self, name) for name in names}
+        """For checkpoints: plain values."""
+        counts = {"current_step": self.current_step, "n_observed": self.n_observed}
+        return counts | {name: getattr(self, name).tolist() for name in ("log_values", "first", "running", "error")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         for name, value in state.items():
-            setattr(self, name, value)
+            setattr(self, name, torch.tensor(value, dtype=torch.float64) if isinstance(value, list) else value)

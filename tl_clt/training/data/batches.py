@@ -22,9 +22,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,6 @@ from tl_clt.lens import (
     model_fingerprint,
     model_name,
     require_hooks,
-    require_tokenizer,
 )
 from tl_clt.training.clt import CLTSettings, CLTShape
 from tl_clt.training.data.cache import ActivationCache, Activations, CacheDtype, Prompts
@@ -50,6 +50,19 @@ from tl_clt.training.data.dataset import AnyDataset
 from tl_clt.training.parallel import ProcessGrid
 
 Batch = Float[Tensor, "batch 2 n_layers d_model"]
+
+CHOSEN: Any = None
+"""Default of what a run's config chooses by itself where it is left out: see `run.config.choose`."""
+
+if TYPE_CHECKING:  # once a run's config is made
+    WholeOrChosen: TypeAlias = int
+    NumberOrChosen: TypeAlias = float
+else:
+    WholeOrChosen: TypeAlias = int | None
+    NumberOrChosen: TypeAlias = float | None
+
+HELD_OUT_EVERY = 16
+"""Of so many prompts of a dataset one is kept out of training: the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +78,9 @@ class DataSettings:
     context_size: int = 128
     """Tokens of a prompt."""
 
-    train_batch_size_tokens: int = 4096
-    """Tokens of a training step."""
+    train_batch_size_tokens: WholeOrChosen = CHOSEN
+    """Tokens of a training step. Where left out: the power of two of at least 128 and at most 4096 tokens that makes
+    about 300 steps of training_tokens, because features need some hundred steps to settle."""
 
     store_batch_size_prompts: int = 32
     """Prompts of a forward pass of the model."""
@@ -83,15 +97,21 @@ class DataSettings:
     sequence_separator_token: int | Literal["bos", "eos", "sep"] | None = "bos"
     """What goes between rows of text that share a prompt."""
 
-    exclude_special_tokens: bool | tuple[int, ...] = False
-    """Leave the tokenizer's special tokens (True), or these token ids, out of training."""
+    exclude_special_tokens: bool | tuple[int, ...] = True
+    """Leave the tokenizer's special tokens (True; none where the model has no tokenizer), or these token ids, out of
+    training. The beginning-of-sequence token has a norm a hundred times the others', and means nothing."""
 
     seqpos_slice: tuple[int | None, ...] = (None,)
     """Positions to train on, as the arguments of `slice`: (1, None) leaves the first out."""
 
-    max_norm_ratio: float | None = None
+    max_norm_ratio: float | None = 10.0
     """Leave out tokens at which some layer's input or output has a norm of more than so many times its median over
-    the prompts of a forward pass. None leaves none out. On Gemma 3 270M, of 1,024 tokens 10 leaves out 6%, 30 2%."""
+    the prompts of a forward pass: a few of them would make up most of the squared error. None leaves none out. On
+    Gemma 3 270M, of 1,024 tokens 10 leaves out 6%, 30 2%."""
+
+    n_eval_prompts: WholeOrChosen = CHOSEN
+    """Prompts that the final metrics are measured on. Every 16th prompt of the dataset is kept out of training for
+    them. Where left out: 1 for every 16 that are trained on, and at least 16, at most 256."""
 
     cache_path: str | None = None
     """Folder of cached activations: what is in it is read, what is not is added. Any run of the same model and hooks
@@ -104,8 +124,9 @@ class DataSettings:
     prefetch: bool = True
     """Run the model for the next batches on a thread of its own while a step is made. Batches are the same."""
 
-    n_batches_for_scale: int = 8
-    """First batches, on which scales and encoder biases are set. They are trained on as well."""
+    n_batches_for_scale: WholeOrChosen = CHOSEN
+    """First batches, on which scales and the first weights are set. They are trained on as well. Where left out: so
+    many that they have 4,096 tokens, or two for each feature of a layer if that is more, but at most 16,384."""
 
 
 class ActivationScale(NamedTuple):
@@ -119,17 +140,19 @@ class ActivationScale(NamedTuple):
 
 
 def estimate_scale(batches: Sequence[Batch]) -> ActivationScale:
-    """sqrt(d_model) / mean norm, for the inputs and the outputs of each layer.
+    """sqrt(d_model) / median norm, for the inputs and the outputs of each layer.
+
+    The median, because a few tokens of huge norm would make all others small.
 
     Raises:
-        ModelUnsupported: a layer's activations are zero everywhere, or not finite.
+        ModelUnsupported: most of a layer's activations are zero, or not finite.
     """
-    norms = torch.cat([b.double().norm(dim=-1) for b in batches]).mean(dim=0)
+    norms = torch.cat([b.double().norm(dim=-1) for b in batches]).median(dim=0).values
     for side, values in zip(("input", "output"), norms.tolist(), strict=True):
         for layer, norm in enumerate(values):
             if not 0 < norm < float("inf"):
                 raise ModelUnsupported(
-                    f"The {side} of layer {layer} has mean norm {norm}: there is nothing to learn from."
+                    f"The {side} of layer {layer} has median norm {norm}: there is nothing to learn from."
                     " Check the model's weights and the hook names."
                 )
     inputs, outputs = (batches[0].shape[-1] ** 0.5 / norms).tolist()
@@ -449,7 +472,6 @@ def check_fits(model: HookedModel, clt: CLTShape, data: DataSettings) -> None:
     Raises:
         HookNotFound: it lacks a hook.
         ConfigError: context_size or span is more than the model's.
-        TokenizerMissing: special tokens are to be left out, and there is no tokenizer to name them.
     """
     hook_names(model, clt)
     name, n_ctx, n_layers = model_name(model), model.cfg.n_ctx, model.cfg.n_layers
@@ -459,8 +481,6 @@ def check_fits(model: HookedModel, clt: CLTShape, data: DataSettings) -> None:
         )
     if clt.span is not None and clt.span > n_layers:
         raise ConfigError(f"span is {clt.span}, but {name} has {n_layers} layers: give 1 (PLT) to {n_layers} (CLT).")
-    if data.exclude_special_tokens is True:
-        require_tokenizer(model, "name its special tokens, which exclude_special_tokens=True leaves out,")
 
 
 class ActivationBatches(Iterator[Batch]):
@@ -506,6 +526,7 @@ class ActivationBatches(Iterator[Batch]):
         if position is not None:
             self._batches.go_on(position, rows)
         self._ahead: list[tuple[Batch, Position]] = []
+        self._held_out = partial(_held_out, model, dataset, clt, data, device, model_name)
         self.position = self._batches.position
         """After the last batch that was handed out."""
 
@@ -522,6 +543,10 @@ class ActivationBatches(Iterator[Batch]):
             self._ahead.append((next(self._batches), self._batches.position))
         return [batch for batch, _ in self._ahead[:n]]
 
+    def held_out(self) -> HeldOutActivations:
+        """Prompts that are kept out of training, and what the model makes of them. To be used within `paused()`."""
+        return self._held_out()
+
     def paused(self) -> AbstractContextManager[None]:
         """Within, no other thread runs the model."""
         return nullcontext() if self._prefetching is None else self._prefetching.paused()
@@ -532,31 +557,84 @@ class ActivationBatches(Iterator[Batch]):
             self._prefetching.close()
 
 
+class HeldOutActivations(NamedTuple):
+    """What the final metrics are measured on."""
+
+    n_tokens: int
+    """Tokens of the prompts that are counted: all but position 0, as `evaluate` has it, and but special tokens, which
+    `evaluate` meets nowhere else."""
+
+    kept_out: bool
+    """Whether training leaves them out. False where the dataset is too short for that: then they are its first."""
+
+    batches: Iterator[Batch]
+    """Their raw activations, some prompts at a time."""
+
+
 def _chunks(
     model: HookedModel, dataset: AnyDataset, clt: CLTSettings, data: DataSettings, device: str, model_name: str
 ) -> Chunks:
+    read = _reader(model, dataset, clt, data, device, model_name)
+
+    def one_pass() -> Iterator[Prompts]:
+        prompts = _prompts(_store(model, dataset, clt, data, device))
+        wanted = (prompt for i, prompt in enumerate(prompts) if not _is_held_out(i))
+        return _in_groups(wanted, data.store_batch_size_prompts)
+
+    rules = Rules(data.seqpos_slice, _excluded(model, data, device), data.max_norm_ratio)
+    return Chunks(one_pass, read, rules, data.store_batch_size_prompts * data.context_size)
+
+
+def _held_out(
+    model: HookedModel, dataset: AnyDataset, clt: CLTSettings, data: DataSettings, device: str, model_name: str
+) -> HeldOutActivations:
+    n, read = data.n_eval_prompts, _reader(model, dataset, clt, data, device, model_name)
+    first: list[Prompts] = []
+    found: list[Prompts] = []
+    for i, prompt in enumerate(_prompts(_store(model, dataset, clt, data, device))):
+        if i < n:
+            first.append(prompt)
+        if _is_held_out(i):
+            found.append(prompt)
+        if len(found) >= n:
+            break
+    chosen, excluded = found or first, _excluded(model, data, device)
+    wanted = torch.ones(len(chosen), data.context_size, dtype=torch.bool)
+    wanted[:, : min(1, data.context_size - 1)] = False  # a prompt of one token has but its position 0
+    if excluded is not None:
+        wanted &= ~torch.isin(torch.cat(chosen), excluded).cpu()
+    masks = wanted.split(data.store_batch_size_prompts)
+    groups = _in_groups(iter(chosen), data.store_batch_size_prompts)
+    batches = (read(p)[mask.flatten().to(device)] for p, mask in zip(groups, masks, strict=True))
+    return HeldOutActivations(int(wanted.sum()), bool(found), batches)
+
+
+def _is_held_out(prompt: int) -> bool:
+    return prompt % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+
+
+def _reader(
+    model: HookedModel, dataset: AnyDataset, clt: CLTSettings, data: DataSettings, device: str, model_name: str
+) -> Callable[[Prompts], Activations]:
+    """What gives prompts' activations [batch * pos, 2, n_layers, d_model]: the model, or a cache before it."""
     names, dtype = hook_names(model, clt), getattr(torch, clt.dtype)
-    store = _store(model, dataset, data, names, device)
+    store = _store(model, dataset, clt, data, device)
 
     def run(tokens: Prompts) -> Activations:
         activations = store.get_multi_hook_activations(tokens)
         return pack([activations[name].flatten(0, 1).to(device) for name in names], names, model.cfg.d_model)
 
-    def one_pass() -> Iterator[Prompts]:
-        return _prompts(_store(model, dataset, data, names, device), data.store_batch_size_prompts)
-
-    rules = Rules(data.seqpos_slice, _excluded(model, data, device), data.max_norm_ratio)
-    full = data.store_batch_size_prompts * data.context_size
     if data.cache_path is None:
-        return Chunks(one_pass, lambda tokens: run(tokens).to(dtype), rules, full)
+        return lambda tokens: run(tokens).to(dtype)
     cache = ActivationCache(Path(data.cache_path), model_fingerprint(model), names, data.cache_dtype, model_name)
-    return Chunks(one_pass, lambda tokens: cache.read(tokens, run).to(device, dtype), rules, full)
+    return lambda tokens: cache.read(tokens, run).to(device, dtype)
 
 
 def _store(
-    model: HookedModel, dataset: AnyDataset, data: DataSettings, names: list[str], device: str
+    model: HookedModel, dataset: AnyDataset, clt: CLTSettings, data: DataSettings, device: str
 ) -> ActivationsStore:
     """SAELens's store, which reads prompts and runs the model; shuffling and leaving tokens out come after it."""
+    names = hook_names(model, clt)
     return ActivationsStore.from_config_multi_hook(
         cast(Any, model),
         dataset=dataset,
@@ -571,19 +649,20 @@ def _store(
     )
 
 
-def _prompts(store: ActivationsStore, n: int) -> Iterator[Prompts]:
-    """One pass over the store's dataset, n prompts at a time and the rest at its end."""
-    prompts: list[Prompts] = []
+def _prompts(store: ActivationsStore) -> Iterator[Prompts]:
+    """One pass over the store's dataset, a prompt [1, context_size] at a time."""
     while True:
         try:
-            prompts.append(store.get_batch_tokens(1, raise_at_epoch_end=True))
+            prompt = store.get_batch_tokens(1, raise_at_epoch_end=True)
         except StopIteration:
-            break
-        if len(prompts) == n:
-            yield torch.cat(prompts)
-            prompts = []
-    if prompts:
-        yield torch.cat(prompts)
+            return
+        yield prompt
+
+
+def _in_groups(prompts: Iterator[Prompts], n: int) -> Iterator[Prompts]:
+    """n prompts at a time, and the rest at the end."""
+    while group := list(islice(prompts, n)):
+        yield torch.cat(group)
 
 
 def pack(activations: list[Tensor], names: list[str], d_model: int) -> Batch:
@@ -602,7 +681,7 @@ def pack(activations: list[Tensor], names: list[str], d_model: int) -> Batch:
 
 
 def _excluded(model: HookedModel, data: DataSettings, device: str) -> Tensor | None:
-    if data.exclude_special_tokens is False:
+    if data.exclude_special_tokens is False or (data.exclude_special_tokens is True and model.tokenizer is None):
         return None
     ids = data.exclude_special_tokens
     ids = get_special_token_ids(cast(Any, model.tokenizer)) if ids is True else list(ids)

@@ -217,12 +217,13 @@ def _kept(clt: TrainingCLT, layer: int, x: Tensor, hidden_pre: Tensor, places: S
 
 def _penalties(clt: TrainingCLT, layers: list[_Layer], coefficients: dict[str, float]) -> dict[str, Tensor]:
     """Sparsity and dead-feature terms."""
-    counts = torch.stack([one.counts for one in layers if one.counts is not None]).sum(dim=0)
-    counts = clt.grid.sum_over_features(counts)
-    losses = {"sparsity_loss": coefficients["sparsity"] * sparsity_loss(counts, clt.cfg.sparsity_loss, clt.l0_target)}
+    cfg = clt.cfg
+    counts = clt.grid.sum_over_features(torch.stack([one.counts for one in layers if one.counts is not None]))
+    sparsity = sparsity_loss(counts, cfg.sparsity_loss, clt.sparsity_shares, cfg.target_l0)
+    losses = {"sparsity_loss": coefficients["sparsity"] * sparsity}
     if coefficients["dead_feature"] > 0:
         dead = torch.stack([one.dead_features for one in layers if one.dead_features is not None]).sum()
-        dead = clt.grid.sum_over_features(dead) / len(counts)
+        dead = clt.grid.sum_over_features(dead) / counts.shape[1]
         losses["dead_feature_loss"] = coefficients["dead_feature"] * dead
     return losses
 

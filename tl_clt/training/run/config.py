@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from tl_clt.arguments import as_choice, as_number, as_several, as_switch, as_whole, is_whole, plain, shown
 from tl_clt.errors import ConfigError, nearest
 from tl_clt.lens import Backend
 from tl_clt.training.clt import CLTSettings
-from tl_clt.training.data.batches import DataSettings
+from tl_clt.training.data.batches import CHOSEN, DataSettings, NumberOrChosen, WholeOrChosen
 from tl_clt.training.data.cache import CacheDtype
 from tl_clt.training.losses import Across, SparsityKind, StraightThrough, TrainedActivation
 from tl_clt.transcoder.config import DTYPES
@@ -22,6 +23,10 @@ Scheduler = Literal["constant", "cosineannealing", "cosineannealingwarmrestarts"
 
 PARTS: dict[str, type[CLTSettings] | type[DataSettings]] = {"clt": CLTSettings, "data": DataSettings}
 """Settings that a run's config contains, by the field that holds them."""
+
+
+NO_LONGER = ("n_eval_batches",)
+"""Fields of older records that have nothing in their place now."""
 
 
 def part_of(name: str) -> str | None:
@@ -73,6 +78,9 @@ class CLTTrainingRunnerConfig:
     clt: CLTSettings
     """The CLT."""
 
+    chosen: ClassVar[dict[str, str]]
+    """Of each value that was left out and chosen from the others: why it is this one."""
+
     data: DataSettings = field(default_factory=DataSettings)
     """What it is trained on."""
 
@@ -95,17 +103,18 @@ class CLTTrainingRunnerConfig:
 
     # -- optimisation
 
-    lr: float = 4e-4
-    """Adam's learning rate."""
+    lr: NumberOrChosen = CHOSEN
+    """Adam's learning rate. Where left out: 0.045 / sqrt(steps), at least 2e-4 and at most
+    4e-3: short runs need large steps to get anywhere, and long ones small steps to end well."""
 
     lr_scheduler_name: Scheduler = "constant"
     """Its course between warm-up and decay."""
 
-    lr_warm_up_steps: int = 0
-    """Steps over which it rises linearly from 0."""
+    lr_warm_up_steps: WholeOrChosen = CHOSEN
+    """Steps over which it rises linearly from 0. Where left out: a twentieth of the run, at most 1000."""
 
-    lr_decay_steps: int = 0
-    """Last steps, over which it falls linearly to 0."""
+    lr_decay_steps: WholeOrChosen = CHOSEN
+    """Last steps, over which it falls linearly to 0. Where left out: a fifth of the run."""
 
     lr_end: float | None = None
     """Where a cosine course ends: lr / 10 where left out."""
@@ -134,9 +143,6 @@ class CLTTrainingRunnerConfig:
     dead_feature_window: int = 1000
     """Steps over which the density of features is measured, which tells the dead ones; a quarter of the run at most."""
 
-    n_eval_batches: int = 8
-    """Batches after training on which the final metrics are measured."""
-
     checkpoint_path: str | None = None
     """New or empty folder, outside of output_path, for checkpoints to resume from; none are written where left out."""
 
@@ -162,6 +168,7 @@ class CLTTrainingRunnerConfig:
     """Steps between logs there, and between calls of the runner's `on_progress`."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "chosen", {})
         check(self)
 
     @property
@@ -196,6 +203,8 @@ class CLTTrainingRunnerConfig:
         """
         flat: dict[str, Any] = {}
         for name, value in values.items():
+            if name in NO_LONGER:
+                continue
             if name in PARTS and isinstance(value, Mapping):
                 strange = [key for key in value if part_of(key) != name]
                 require(not strange, f"{name} has the keys {strange}, which are none of its fields.")
@@ -206,12 +215,65 @@ class CLTTrainingRunnerConfig:
         return cls(**as_tuples)
 
 
+STEPS_WANTED, SMALLEST_BATCH, LARGEST_BATCH = 300, 128, 4096
+LR_TIMES_ROOT_OF_STEPS, SMALLEST_LR, LARGEST_LR = 0.045, 2e-4, 4e-3
+TOKENS_PER_EVAL_TOKEN, FEWEST_EVAL_PROMPTS, MOST_EVAL_PROMPTS = 16, 16, 256
+FEWEST_FIRST_TOKENS, MOST_FIRST_TOKENS = 4096, 16_384
+MOST_WARM_UP_STEPS = 1000
+
+
+def choose(cfg: CLTTrainingRunnerConfig) -> None:
+    """Put values where none were given, and say in `cfg.chosen` why these.
+
+    A value that another one makes impossible is not chosen here, but refused by the checks that follow.
+    """
+    clt, data = cfg.clt, cfg.data
+
+    def fill(holder: Any, name: str, value: Any, reason: str) -> None:
+        if getattr(holder, name) is None:
+            object.__setattr__(holder, name, value)
+            cfg.chosen[name] = reason
+
+    if clt.selects:
+        reason = "nothing was said of L0" if clt.target_l0 is None else f"target_l0 is {clt.target_l0:g}"
+        fill(clt, "k", clt.k_asked_for(), reason)
+    tokens = max(1, data.training_tokens)
+    wanted = 2 ** round(math.log2(max(1.0, tokens / STEPS_WANTED)))
+    parts = max(1, cfg.n_data_parallel)
+    batch = min(max(SMALLEST_BATCH, min(LARGEST_BATCH, wanted)), tokens)
+    fill(data, "train_batch_size_tokens", batch // parts * parts, f"about {STEPS_WANTED} steps of {tokens:,} tokens")
+    n_prompts = -(-tokens // max(1, data.context_size)) // TOKENS_PER_EVAL_TOKEN
+    few, most = FEWEST_EVAL_PROMPTS, MOST_EVAL_PROMPTS
+    fill(data, "n_eval_prompts", min(max(n_prompts, few), most), "one prompt for every 16 that are trained on")
+    n_steps = -(-tokens // max(1, data.train_batch_size_tokens))
+    n_first = min(max(FEWEST_FIRST_TOKENS, 2 * clt.d_transcoder), MOST_FIRST_TOKENS)
+    n_first = min(n_steps, -(-n_first // max(1, data.train_batch_size_tokens)))
+    fill(
+        data, "n_batches_for_scale", n_first, "tokens enough to tell their spread, and two for each feature of a layer"
+    )
+    lr = min(max(LR_TIMES_ROOT_OF_STEPS / max(1, n_steps) ** 0.5, SMALLEST_LR), LARGEST_LR)
+    fill(cfg, "lr", float(f"{lr:.1e}"), f"the fewer steps the larger; there are {n_steps}")
+    rising = min(n_steps // 20, MOST_WARM_UP_STEPS, n_steps - (cfg.lr_decay_steps or 0))
+    fill(cfg, "lr_warm_up_steps", max(0, rising), f"a twentieth of {n_steps} steps, at most {MOST_WARM_UP_STEPS}")
+    falling = min(n_steps // 5, n_steps - cfg.lr_warm_up_steps)
+    fill(cfg, "lr_decay_steps", max(0, falling), f"a fifth of {n_steps} steps")
+
+
 POSITIVE = (
     *("d_transcoder", "training_tokens", "context_size", "train_batch_size_tokens", "lr", "tanh_scale"),
-    *("store_batch_size_prompts", "n_batches_in_buffer", "n_batches_for_scale", "n_eval_batches"),
+    *("store_batch_size_prompts", "n_batches_in_buffer", "n_batches_for_scale", "n_eval_prompts"),
     *("jumprelu_init_threshold", "jumprelu_bandwidth", "dead_feature_window", "wandb_log_frequency"),
     *("checkpoint_every", "keep_checkpoints", "n_data_parallel"),
 )
+FOR_THRESHOLDS = (
+    *("sparsity_loss", "sparsity_coefficient", "tanh_scale", "dead_feature_coefficient"),
+    *("jumprelu_init_threshold", "jumprelu_bandwidth", "straight_through"),
+)
+"""Settings of the CLT that have no part where features are chosen by rank."""
+
+FOR_RANKS = ("auxk_coefficient", "k_aux")
+"""Settings that have a part only there."""
+
 NOT_NEGATIVE = (
     *("lr_warm_up_steps", "lr_decay_steps", "lr_end", "k_anneal_steps", "dead_feature_density"),
     *(f.name for f in fields(CLTSettings) if f.name.endswith("_coefficient")),
@@ -225,6 +287,7 @@ def check(cfg: CLTTrainingRunnerConfig) -> None:
         ConfigError: with the field and the mend.
     """
     _make_plain(cfg)
+    choose(cfg)
     _check_values(cfg)
     _check_activation(cfg.clt)
     _check_sparsity(cfg.clt)
@@ -250,10 +313,11 @@ def _make_plain(cfg: CLTTrainingRunnerConfig) -> None:
     for holder in (cfg, cfg.clt, cfg.data):
         for field_ in fields(holder):
             value, kind = getattr(holder, field_.name), str(field_.type)
-            if value is None and kind.endswith("| None"):
+            if value is None and kind.endswith(("| None", "OrChosen")):
                 continue
             told = f"CLTTrainingRunnerConfig: {field_.name}"
             as_plain = {"int": as_whole, "float": as_number, "bool": as_switch, "str": _as_text}
+            as_plain |= {"WholeOrChosen": as_whole, "NumberOrChosen": as_number}
             kind = kind.removesuffix(" | None")
             if kind in as_plain:
                 object.__setattr__(holder, field_.name, as_plain[kind](told, value))
@@ -347,9 +411,17 @@ def _check_sparsity(clt: CLTSettings) -> None:
         f"target_l0 is {target} for {clt.d_transcoder} features per layer: give more than 0 and at most as many.",
     )
     require(
-        target is None or clt.activation in ("relu", "jumprelu"),
-        f"target_l0 is {target} with activation {clt.activation!r}, whose L0 is k: set k, and leave target_l0 out.",
+        target is None or not clt.selects or clt.k == clt.k_asked_for(),
+        f"target_l0 is {target} and k {clt.k} with activation {clt.activation!r}, whose L0 is k: give one of them.",
     )
+    for name in FOR_THRESHOLDS if clt.selects else FOR_RANKS:
+        value, default = getattr(clt, name), CLTSettings.__dataclass_fields__[name].default
+        other = "'jumprelu' or 'relu'" if clt.selects else "'topk' or 'batchtopk'"
+        require(
+            value == default,
+            f"{name} is {value!r} with activation {clt.activation!r}, where it has no part: leave it out, or set"
+            f" activation to {other}.",
+        )
     require(
         clt.sparsity_loss == "tanh" or clt.activation == "jumprelu",
         f"sparsity_loss is {clt.sparsity_loss!r} with activation {clt.activation!r}: its gradient goes through"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -14,16 +14,14 @@ from typing import Any, NamedTuple
 import sae_lens
 import torch
 import wandb
-from jaxtyping import Bool
 from sae_lens.config import LoggingConfig
-from sae_lens.saes.sae import SAEMetadata, TrainStepInput
-from torch import Tensor
+from sae_lens.saes.sae import SAEMetadata
 
 from tl_clt.arguments import shown
 from tl_clt.errors import ConfigError
 from tl_clt.files import new_folder, require_new
 from tl_clt.lens import HookedModel, load_model, mlp_hook_points, model_fingerprint, model_name, require_model
-from tl_clt.training.clt import Step, TrainingCLT, TrainingCLTConfig, init_decoder_biases, init_encoder_biases
+from tl_clt.training.clt import TrainingCLT, TrainingCLTConfig, init_from_tokens
 from tl_clt.training.data.batches import (
     ActivationBatches,
     ActivationScale,
@@ -54,82 +52,10 @@ from tl_clt.training.run.checkpoints import (
 )
 from tl_clt.training.run.config import CLTTrainingRunnerConfig
 from tl_clt.training.run.memory import MemoryEstimate, estimate_memory, require_memory
+from tl_clt.training.run.metrics import Metrics, cut_alike, fit_thresholds, measure, sets_thresholds
 from tl_clt.training.run.trainer import CLTTrainer, CLTTrainerConfig
-from tl_clt.transcoder import CrossLayerTranscoder, explained_variance
+from tl_clt.transcoder import CrossLayerTranscoder
 from tl_clt.transcoder.formats import native
-
-
-class Metrics(NamedTuple):
-    """Measured on batches that training has not seen (repeats of the dataset aside), on scaled activations."""
-
-    explained_variance: float
-    """Mean over layers of 1 - squared error / variance about the mean, as in `EvaluationReport`."""
-
-    explained_variance_per_layer: list[float]
-    """That of each layer."""
-
-    l0_sum_over_layers: float
-    """Features that fire at a token, of all layers together."""
-
-    l0_mean_per_layer: float
-    """l0_sum_over_layers / n_layers."""
-
-    l0_per_layer: list[float]
-    """Features that fire at a token, of each layer."""
-
-    dead_share: float
-    """Share of features whose density, over the last `dead_window_steps` training steps, is below
-    `dead_feature_density`; such as fired at no token of them always count."""
-
-    dead_window_steps: int
-    """`dead_feature_window`, or the last quarter of a run shorter than four times that: at the start every feature
-    fires, so a longer window would find none dead."""
-
-    n_tokens: int
-    """Tokens on which all but `dead_share` was measured."""
-
-
-@torch.no_grad()
-def measure(
-    clt: TrainingCLT,
-    batches: Iterable[Batch],
-    dead: Bool[Tensor, " d_sae"],
-    dead_window_steps: int,
-    step: Step,
-) -> Metrics:
-    """The final metrics.
-
-    Args:
-        clt: the trained CLT.
-        batches: scaled inputs and outputs; on a grid, of this rank's tokens.
-        dead: for each feature of all layers, whether it is dead.
-        dead_window_steps: the training steps by which that was told.
-        step: computes the forward pass.
-    """
-    outputs, errors, fired = [], [], []
-    without_penalties = dict.fromkeys(clt.get_coefficients(), 0.0)
-    clt.eval()
-    for batch in batches:
-        result = clt.step(TrainStepInput(batch, without_penalties, None, 0, False), step)
-        y = clt.grid.all_tokens(batch[:, 1]).double()
-        outputs.append(y)
-        errors.append((clt.grid.all_tokens(result.recons) - y).square().sum(dim=(0, 2)))
-        fired.append(clt.count_firing(result).unflatten(0, (clt.cfg.n_layers, -1)).sum(dim=1).double())
-    y = torch.cat(outputs)
-    variance = (y - y.mean(dim=0)).square().sum(dim=(0, 2))
-    out_squared = y.square().sum(dim=(0, 2))
-    error, l0 = torch.stack(errors).sum(dim=0), torch.stack(fired).sum(dim=0) / len(y)
-    explained = explained_variance(error, variance, out_squared)
-    return Metrics(
-        explained_variance=explained.mean,
-        explained_variance_per_layer=explained.per_layer,
-        l0_sum_over_layers=float(l0.sum()),
-        l0_mean_per_layer=float(l0.mean()),
-        l0_per_layer=l0.tolist(),
-        dead_share=float(dead.double().mean()),
-        dead_window_steps=dead_window_steps,
-        n_tokens=len(y),
-    )
 
 
 class TrainingRecord(NamedTuple):
@@ -374,8 +300,7 @@ class CLTTrainingRunner:
         about = {"model_fingerprint": start.fingerprint}
         trainer.after_step = CheckpointWriter(cfg, about, lambda: None if raw is None else raw.position, started)
         trainer.fit()
-        last = islice(own_part(raw), cfg.n_eval_batches)
-        metrics = measure(sae, last, trainer.dead_neurons, cfg.dead_window_steps, trainer.fast_step)
+        metrics = self._measure(raw, own_part, trainer)
         self.record = TrainingRecord(
             config={k: v for k, v in cfg.to_dict().items() if k not in OWN_PATHS},
             tokens_seen=trainer.n_training_samples,
@@ -387,17 +312,47 @@ class CLTTrainingRunner:
         )
         return export(gather_clt(sae))
 
+    def _measure(
+        self,
+        raw: ActivationBatches | None,
+        own_part: Callable[[Iterator[Batch] | None], Iterator[Batch]],
+        trainer: CLTTrainer,
+    ) -> Metrics:
+        """Set thresholds by one half of the held-out text, where there are any to set, and measure on the other."""
+        cfg, sae = self.cfg, trainer.sae
+        with nullcontext() if raw is None else raw.paused():
+            held = None if raw is None else raw.held_out()
+            n_tokens, kept_out = sae.grid.on_main(lambda: (0, False) if held is None else held[:2])
+            # At least two, one for each half.
+            size = max(1, min(cfg.data.train_batch_size_tokens, n_tokens // 2))
+            size = max(1, size // sae.grid.n_data_parallel) * sae.grid.n_data_parallel
+            batches = own_part(None if held is None else cut_alike(held.batches, size, sae.grid))
+            n_batches = n_tokens // size + int(n_tokens % size >= sae.grid.n_data_parallel)
+            before = None
+            if sets_thresholds(sae):
+                n_first = (n_batches + 1) // 2
+                before = fit_thresholds(sae, islice(batches, n_first), trainer.fast_step)
+                n_batches -= n_first
+            return measure(
+                sae,
+                islice(batches, n_batches),
+                trainer.fast_step,
+                dead_share_in_training=float(trainer.dead_neurons.double().mean()),
+                dead_window_steps=cfg.dead_window_steps,
+                held_out=kept_out,
+                l0_before_thresholds=before,
+            )
+
     def _new_clt(
         self, start: Start, raw: ActivationBatches | None, grid: ProcessGrid
     ) -> tuple[TrainingCLT, ActivationScale]:
         first = [] if raw is None else raw.peek(self.cfg.data.n_batches_for_scale)
         scale = grid.on_main(lambda: estimate_scale(first))
         sae = TrainingCLT(self._clt_config(start, scale), grid=grid)
-        scaled = [apply_scale(batch, scale) for batch in first]
-        inputs = torch.cat([batch[:, 0] for batch in scaled]) if scaled else None
-        init_encoder_biases(sae, from_main(inputs, grid, sae.dtype, sae.device))
-        outputs = torch.cat([batch[:, 1] for batch in scaled]) if scaled else None
-        init_decoder_biases(sae, from_main(outputs, grid, sae.dtype, sae.device))
+        scaled = torch.cat([apply_scale(batch, scale) for batch in first]) if first else None
+        sides = [None if scaled is None else scaled[:, side] for side in (0, 1)]
+        inputs, outputs = (from_main(side, grid, sae.dtype, sae.device) for side in sides)
+        init_from_tokens(sae, inputs, outputs)
         return sae, scale
 
     def _clt_to_restore(

@@ -27,8 +27,13 @@ from tl_clt.training.parallel import clip_gradients, combine_gradients
 
 CONTROLLER_START = 0.01
 """Share of `sparsity_coefficient` that the controller of `target_l0` begins with."""
-CONTROLLER_GAIN = 40.0
-"""Its gain times the steps of the run: it follows within a twentieth of the run or so."""
+
+CONTROLLER_GAINS = (2.0, 20.0)
+"""Its K_p, and its K_i times the steps of the run."""
+
+LEAST_LAMBDA, GREATEST_SHARE = 1e-4, 10.0
+"""Bounds of its lambdas: the least; and the greatest over n_layers * d_model / target_l0, which is what one
+feature of a layer would have to save, in the mean, if a layer's features alone explained all layers' outputs."""
 
 MAX_NORM = 1.0
 """Norm that gradients are clipped to, as in SAELens."""
@@ -66,12 +71,22 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
         clt = self.sae.cfg
         if clt.target_l0 is None or clt.selects or clt.sparsity_loss == "quadratic_l0":
             return
+        greatest = GREATEST_SHARE * clt.n_layers * clt.d_in / clt.target_l0
+        start = min(max(CONTROLLER_START * clt.sparsity_coefficient, LEAST_LAMBDA), greatest)
         self.coefficient_schedulers["sparsity"] = L0Controller(  # type: ignore[assignment]
+            clt.n_layers,
             clt.target_l0,
-            start=CONTROLLER_START * clt.sparsity_coefficient,
+            start=start,
             ramp_steps=clt.sparsity_warm_up_steps,
-            gain=CONTROLLER_GAIN / self.cfg.total_training_steps,
+            gains=(CONTROLLER_GAINS[0], CONTROLLER_GAINS[1] / self.cfg.total_training_steps),
+            bounds=(LEAST_LAMBDA, greatest),
         )
+
+    @property
+    def controller(self) -> L0Controller | None:
+        """Of `target_l0`, where lambdas are adjusted."""
+        scheduler: Any = self.coefficient_schedulers.get("sparsity")
+        return scheduler if isinstance(scheduler, L0Controller) else None
 
     @property
     def dead_neurons(self) -> Tensor:
@@ -125,6 +140,8 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
         return replace(output, loss=torch.stack(list(losses.values())).sum(), losses=losses)
 
     def _forward(self, sae: TrainingCLT, step_input: TrainStepInput) -> TrainStepOutput:
+        if self.controller is not None:
+            sae.sparsity_shares = self.controller.shares.to(sae.device)
         step = sae.step(step_input, self.fast_step)
         self._count(sae.count_firing(step), len(step.recons) * sae.grid.n_data_parallel)
         if step_input.is_logging_step:
@@ -146,9 +163,8 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
         self.act_freq_scores += fired
         self.n_frac_active_samples += n_tokens
         self.density.add(fired, n_tokens)
-        controller = self.coefficient_schedulers.get("sparsity")
-        if isinstance(controller, L0Controller):
-            controller.observe(float(fired.sum()) / (n_tokens * self.sae.cfg.n_layers))
+        if self.controller is not None:
+            self.controller.observe(fired.unflatten(0, (self.sae.cfg.n_layers, -1)).sum(dim=1) / n_tokens)
 
 
 LOW_BITS = 16
