@@ -26,6 +26,7 @@ from tl_clt.lens import (
     CleanRun,
     Freeze,
     FwdHook,
+    HookDict,
     HookedModel,
     HookPoint,
     PromptBatch,
@@ -103,9 +104,9 @@ def intervention_hooks(
         ModelUnsupported: with freeze="attention" or "all", hooks do not hold this model's patterns (GPT-J, GPT-Neo and
             OPT as bridges).
     """
-    check_fit(model, clt)
+    known = check_fit(model, clt)
     prompts = to_token_batch(model, prompt, attention_mask)
-    steering = Steering(model, clt, prompts, interventions, through_layer, freeze, bos=bos)
+    steering = Steering(model, known, clt, prompts, interventions, through_layer, freeze, bos=bos)
     return plain_hooks(model, steering.hooks)
 
 
@@ -124,6 +125,7 @@ class Steering:
     def __init__(
         self,
         model: HookedModel,
+        known: HookDict,
         clt: CrossLayerTranscoder,
         prompts: PromptRows,
         interventions: AnyIntervention | Iterable[AnyIntervention],
@@ -158,7 +160,7 @@ class Steering:
         self.first_skipped = skipped_positions(bos).start
         """First position of a prompt where the skip connection reads the changed run."""
         names = [hook(t) for t in clt.layers for hook in (self._in, self._out)]
-        self.clean = CleanRun(model, [*names, *record], freeze)
+        self.clean = CleanRun(model, [*names, *record], freeze, known)
         self.inputs: dict[int, Tensor] = {}
         self.written: dict[int, Tensor] = {}
         """Sum of what changed features of the layers so far write to each later one."""
