@@ -14,7 +14,6 @@ from tl_clt.attribution.local import Bos, skipped_positions
 from tl_clt.errors import ConfigError, InterventionError, ModelUnsupported
 from tl_clt.interventions.intervention import (
     AnyIntervention,
-    DirectionIntervention,
     Intervention,
     Place,
     as_interventions,
@@ -168,7 +167,7 @@ class Steering:
     @property
     def hooks(self) -> list[FwdHook]:
         """All hooks, in the order in which they must be added."""
-        hooks = [*self.clean.begin, *map(self._direction_hook, self.directions), *self.clean.frozen]
+        hooks = [*self.clean.begin, *self._direction_hooks(), *self.clean.frozen]
         for t in self.steered:
             hooks.append((self._in(t), at_layer(self._read, t)))
             hooks.append((self._out(t), at_layer(self._write, t)))
@@ -275,20 +274,22 @@ class Steering:
         if change is not None and bool(change.detach().any()):
             self.clt.add_written(self.written, change, layer, active_only=True)
 
-    def _direction_hook(self, what: DirectionIntervention) -> FwdHook:
-        name = block_hook(0, "hook_resid_pre") if what.layer == -1 else block_hook(what.layer, "hook_resid_post")
+    def _direction_hooks(self) -> Iterator[FwdHook]:
+        """One for each block, whatever the number of directions there, which act one after another."""
+        for layer in dict.fromkeys(what.layer for what in self.directions):
+            name = block_hook(0, "hook_resid_pre") if layer == -1 else block_hook(layer, "hook_resid_post")
+            yield name, at_layer(self._write_directions, layer)
 
-        def write_direction(x: Stream, hook: HookPoint) -> Stream | None:
-            places = self.places(what, x.shape[1])
-            if not places:
-                return None
-            x = x.clone()
-            for place in places:
-                at = place.index(x.device)
-                x[at] += what.change(x[at], place)
-            return x
-
-        return name, write_direction
+    def _write_directions(self, x: Stream, layer: int) -> Stream | None:
+        here = [what for what in self.directions if what.layer == layer]
+        acting = [(what, place) for what in here for place in self.places(what, x.shape[1])]
+        if not acting:
+            return None
+        x = x.clone()
+        for what, place in acting:
+            at = place.index(x.device)
+            x[at] += what.change(x[at], place)
+        return x
 
     def _in(self, layer: int) -> str:
         return block_hook(layer, self.clt.cfg.input_hook)
