@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -13,21 +16,37 @@ from tl_clt.lens import norm_map
 
 Vectors = dict[NodeKind, Tensor]
 """What errors [n_layers, pos, d_model], tokens and positions [pos, d_model] write into the residual stream."""
+ROWS = 64
+"""Interventions that are measured in one pass, each in a row of its own; as few as keep logits below 64 MB."""
+LOGITS = 2**24
 
 
-def measured_column(model: Model, clt: CrossLayerTranscoder, graph: AttributionGraph, what: AnyIntervention) -> Tensor:
-    """The change of each traced feature's pre-activation and of each logit less the mean logit; 0 for other nodes."""
+def measured_columns(
+    model: Model, clt: CrossLayerTranscoder, graph: AttributionGraph, whats: Sequence[AnyIntervention]
+) -> Tensor:
+    """What each intervention changes by itself, [node, intervention]: the pre-activation of each traced feature and
+    of each logit less the mean logit; 0 for other nodes."""
+    rows = min(ROWS, max(1, LOGITS // (len(graph.tokens) * model.cfg.d_vocab)))
+    parts = [_measured_together(model, clt, graph, whats[i : i + rows]) for i in range(0, len(whats), rows)]
+    return torch.cat(parts, dim=1)
+
+
+def _measured_together(
+    model: Model, clt: CrossLayerTranscoder, graph: AttributionGraph, whats: Sequence[AnyIntervention]
+) -> Tensor:
+    tokens = graph.tokens.expand(len(whats), -1)
+    whats = [replace(what, prompt=row) for row, what in enumerate(whats)]
     through, bos = clt.cfg.n_layers - 1, graph.info["bos"]
-    effect = intervene(model, clt, graph.tokens, [what], through_layer=through, freeze="all", bos=bos)
+    effect = intervene(model, clt, tokens, whats, through_layer=through, freeze="all", bos=bos)
     nodes = graph.nodes
-    column = torch.zeros(len(nodes), dtype=graph.adjacency.dtype)
+    columns = torch.zeros(len(nodes), len(whats), dtype=graph.adjacency.dtype)
     features, logits = nodes.where(NodeKind.FEATURE), nodes.where(NodeKind.LOGIT)
     features = features[graph.expanded[features]]
-    hidden = (effect.hidden_pre - effect.baseline_hidden_pre)[0]
-    column[features] = hidden[nodes.pos[features], nodes.layer[features], nodes.index[features]]
-    change = (effect.logits - effect.baseline_logits)[0, -1]
-    column[logits] = change[nodes.index[logits]] - change.mean()
-    return column
+    hidden = effect.hidden_pre - effect.baseline_hidden_pre
+    columns[features] = hidden[:, nodes.pos[features], nodes.layer[features], nodes.index[features]].T
+    change = (effect.logits - effect.baseline_logits)[:, -1]
+    columns[logits] = (change[:, nodes.index[logits]] - change.mean(dim=-1, keepdim=True)).T
+    return columns
 
 
 def increased(graph: AttributionGraph, node: int, vectors: Vectors, by: float = 1.0) -> AnyIntervention:
@@ -62,9 +81,10 @@ def assert_edges_are_effects(
     The tolerance is relative to a node's largest edge, if that is above 1.
     """
     vectors = vectors_of(model, clt, graph)
-    for node in _sample(graph, vectors, every):
+    sample = _sample(graph, vectors, every)
+    columns = measured_columns(model, clt, graph, [increased(graph, node, vectors) for node in sample])
+    for node, column in zip(sample, columns.T, strict=True):
         expected = graph.adjacency[:, node]
-        column = measured_column(model, clt, graph, increased(graph, node, vectors))
         torch.testing.assert_close(column, expected, rtol=0, atol=tolerance * max(1.0, float(expected.abs().max())))
 
 
@@ -77,12 +97,13 @@ def assert_edges_are_effects_in_float32(
     as much as moves something by 1: everything is linear.
     """
     vectors = vectors_of(model, clt, graph)
-    for node in _sample(graph, vectors, every):
-        edges = graph.adjacency[:, node]
-        largest = float(edges.abs().max())
-        by = 1 / largest if largest > 0 else 1.0
-        column = measured_column(model, clt, graph, increased(graph, node, vectors, by))
-        torch.testing.assert_close(column, edges * by, rtol=0, atol=tolerance)
+    sample = _sample(graph, vectors, every)
+    largest = graph.adjacency[:, sample].abs().amax(dim=0).tolist()
+    times = [1 / most if most > 0 else 1.0 for most in largest]
+    whats = [increased(graph, node, vectors, by) for node, by in zip(sample, times, strict=True)]
+    columns = measured_columns(model, clt, graph, whats)
+    for node, by, column in zip(sample, times, columns.T, strict=True):
+        torch.testing.assert_close(column, graph.adjacency[:, node] * by, rtol=0, atol=tolerance)
 
 
 def _sample(graph: AttributionGraph, vectors: Vectors, every: int) -> list[int]:

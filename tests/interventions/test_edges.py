@@ -11,7 +11,7 @@ from tests.interventions.edges import (
     assert_edges_are_effects,
     assert_edges_are_effects_in_float32,
     increased,
-    measured_column,
+    measured_columns,
     vectors_of,
 )
 from tests.models import Model, tiny_bridge, tiny_clt, tiny_hooked
@@ -60,9 +60,10 @@ def test_a_skip_connection_at_position_0_is_that_of_the_graph(one_of_each: Model
     kinds = (NodeKind.FEATURE, NodeKind.TOKEN, *([NodeKind.POSITION] if NodeKind.POSITION in vectors else []))
     at_first = torch.nonzero(nodes.is_kind(*kinds) & (nodes.pos == 0)).flatten().tolist()
     assert (NodeKind.FEATURE in nodes.kind[at_first]) == (bos == "features")
-    for node in at_first:
-        what, expected = increased(graph, node, vectors), graph.adjacency[:, node]
-        measured = measured_column(one_of_each, clt, graph, what)
+    whats = [increased(graph, node, vectors) for node in at_first]
+    columns = measured_columns(one_of_each, clt, graph, whats)
+    for node, what, measured in zip(at_first, whats, columns.T, strict=True):
+        expected = graph.adjacency[:, node]
         # As assert_edges_are_effects has it.
         allowed = 1e-8 * max(1.0, float(expected.abs().max()))
         torch.testing.assert_close(measured, expected, rtol=0, atol=allowed)
@@ -107,12 +108,13 @@ def test_any_change_of_a_feature_acts_in_proportion(one_of_each: Model, amount: 
     clt = tiny_clt(one_of_each)
     graph = attribute(one_of_each, clt, TOKENS)
     ((how, by),) = amount.items()
-    for node in graph.nodes.where(NodeKind.FEATURE)[::9].tolist():
-        layer, pos, feature = (int(x[node]) for x in (graph.nodes.layer, graph.nodes.pos, graph.nodes.index))
-        act = float(graph.nodes.activation[node])
+    nodes = graph.nodes
+    sample = nodes.where(NodeKind.FEATURE)[::9].tolist()
+    places = [(int(nodes.layer[n]), int(nodes.pos[n]), int(nodes.index[n])) for n in sample]
+    whats = [Intervention(layer=layer, pos=pos, feature=feature, **amount) for layer, pos, feature in places]
+    for node, column in zip(sample, measured_columns(one_of_each, clt, graph, whats).T, strict=True):
+        act = float(nodes.activation[node])
         new = {"scale": by * act, "value": by, "add": act + by}[how]
-        what = Intervention(layer=layer, pos=pos, feature=feature, **amount)
-        column = measured_column(one_of_each, clt, graph, what)
         expected = graph.adjacency[:, node] * (new / act - 1)
         torch.testing.assert_close(column, expected, rtol=1e-8, atol=1e-8)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from tests.models import Model, random_tokens, snapshot, tiny_clt
 from tests.replacement.by_hand import clean_run
@@ -99,6 +101,24 @@ def test_text_and_lists_of_texts_are_prompts(session_models):
     torch.testing.assert_close(one.logits[0], two.logits[0], **CLOSE)
     ids = two.tokens.tolist()
     assert torch.equal(intervene(model, clt, ids, [SET]).logits, two.logits)
+
+
+@pytest.mark.parametrize("kind", [{}, {"through_layer": 2, "freeze": "all", "record": ["blocks.1.hook_resid_post"]}])
+def test_a_bridges_hooks_are_looked_up_once_and_once_more_in_the_clean_run(session_models, monkeypatch, kind: dict):
+    """A bridge makes `hook_dict` anew at each access, which takes longer than a pass of these models."""
+    model = session_models("bridge-gemma3")
+    clt, tokens, readers, hook_dict = tiny_clt(model), random_tokens(model), [], TransformerBridge.hook_dict
+    expected = intervene(model, clt, tokens, [SET], **kind)
+
+    def counted(bridge: TransformerBridge) -> dict:
+        readers.append(sys._getframe(1).f_globals["__name__"])
+        return hook_dict.fget(bridge)
+
+    monkeypatch.setattr(TransformerBridge, "hook_dict", property(counted))
+    effect = intervene(model, clt, tokens, [SET], **kind)
+    # TransformerLens's own run_with_cache reads it too, as often as it likes.
+    assert [name for name in readers if name.startswith("tl_clt.")] == ["tl_clt.replacement.fit", "tl_clt.lens.hooks"]
+    assert torch.equal(effect.logits, expected.logits) and torch.equal(effect.feature_acts, expected.feature_acts)
 
 
 @pytest.mark.parametrize("mode", ["observe", "replace", "replace_with_error"])

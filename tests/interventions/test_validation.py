@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -47,9 +48,19 @@ from tl_clt.lens import run_with_cache
 FIGURES = ("chance", "logits", "features", "signs", "quadrants", "errors")
 
 
+_TRACED: WeakKeyDictionary[Model, tuple[AttributionGraph, CrossLayerTranscoder]] = WeakKeyDictionary()
+
+
 def traced(model: Model, **options) -> tuple[AttributionGraph, Model, CrossLayerTranscoder]:
+    """A graph of one prompt; without options it is traced once for each model."""
+    if not options and model in _TRACED:
+        graph, clt = _TRACED[model]
+        return graph, model, clt
     clt = tiny_clt(model)
-    return attribute(model, clt, random_tokens(model, pos=7, seed=5)[0], progress=False, **options), model, clt
+    graph = attribute(model, clt, random_tokens(model, pos=7, seed=5)[0], progress=False, **options)
+    if not options:
+        _TRACED[model] = graph, clt
+    return graph, model, clt
 
 
 def one_summary(report: ValidationReport, kind: str, at: str, prediction: str, errors: str = "all") -> Any:
@@ -603,8 +614,8 @@ def test_reports_that_cannot_be_joined(one_of_each: Model):
         ValidationReport.concat([])
 
 
-def test_it_can_be_printed_and_saved(one_of_each: Model, tmp_path):
-    report = validate(*traced(one_of_each), n_features=10)
+def test_it_can_be_printed_and_saved(session_models, tmp_path):
+    report = validate(*traced(session_models("hooked-gpt2")), n_features=10)
     text = str(report)
     assert "1 prompts" in text and "constrained" in text and "spearman" in text and "controls" in text
     assert "above_random" in text and "above_shuffled" in text and "intervals none: 1 prompts" in text
@@ -621,9 +632,9 @@ def test_it_can_be_printed_and_saved(one_of_each: Model, tmp_path):
 
 
 def test_figures_have_constrained_on_the_left_iterative_beside_it_and_model_on_the_right(
-    one_of_each: Model, as_users_run_it
+    session_models, as_users_run_it
 ):
-    report = validate(*traced(one_of_each), n_features=8)
+    report = validate(*traced(session_models("bridge-llama")), n_features=8)
     for name in FIGURES:
         titles = [axes.get_title() for axes in report.plot(name).axes[:3]]
         assert all(title.startswith(kind) for title, kind in zip(titles, KINDS, strict=True))

@@ -309,6 +309,14 @@ def list_edges(adjacency: Adjacency, rows: Int[Tensor, " n"]) -> EdgeList:
     return EdgeList(row, cols[at].long(), values[at])
 
 
+def take_rows(adjacency: Adjacency, rows: Int[Tensor, " n"]) -> Float[Tensor, "n n_nodes"]:
+    """Some rows, dense."""
+    if not is_sparse(adjacency):
+        return adjacency[rows]
+    row, col, value = list_edges(adjacency, rows)
+    return value.new_zeros(len(rows), adjacency.shape[1]).index_put_((row, col), value, accumulate=True)
+
+
 def list_all_edges(adjacency: Adjacency) -> EdgeList:
     """All edges."""
     everything = torch.arange(adjacency.shape[0], device=adjacency.device)

@@ -319,8 +319,8 @@ class LocalReplacementModel:
             hooks.append((block_hook(t, cfg.output_hook), partial(change, by=on_mlp or write_mlp, layer=t)))
             if on_mlp_written is not None and cfg.output_hook == MLP_OUT:
                 hooks.append((block_hook(t, "hook_mlp_out"), partial(change, by=on_mlp_written, layer=t)))
-        with user_hooks_aside(self.model), tap_unembedding(self.model) as tap:
-            run_with_hooks(self.model, self.tokens[None], hooks)
+        with user_hooks_aside(self.model) as known, tap_unembedding(self.model) as tap:
+            run_with_hooks(self.model, self.tokens[None], hooks, known)
         seen = tap.get()
         values = [points[name] for name in names]
         values.insert(self.n_layers, seen.final[0].to(dtype))
@@ -374,7 +374,7 @@ def build_local_model(
     norms &= set(known)
     start = block_hook(0, "hook_resid_pre")
     wanted = {"hook_embed", "hook_pos_embed", start, *in_hooks, *out_hooks, *attn_hooks, *norms, *extra_points}
-    with user_hooks_aside(model), tap_unembedding(model) as tap:
+    with user_hooks_aside(model, known), tap_unembedding(model) as tap:
         logits, cache = run_with_cache(model, tokens[None], lambda n: n in wanted or is_frozen_hook(n))
     seen = tap.get()
 

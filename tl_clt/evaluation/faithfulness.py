@@ -238,8 +238,8 @@ def _changes(
     move = (block_hook(layer, "hook_resid_post"), add)
     record = [(block_hook(t, "hook_resid_post"), partial(keep, at=t)) for t in later]
     # Without the unembedding, which takes most of a pass where vocabularies are large.
-    with user_hooks_aside(model), suppress(_LastBlock):
-        run_with_hooks(model, batch, [*hooks, move, *record])
+    with user_hooks_aside(model) as known, suppress(_LastBlock):
+        run_with_hooks(model, batch, [*hooks, move, *record], known)
     return torch.stack([seen[t][1:] - seen[t][:1] for t in later])
 
 

@@ -14,7 +14,6 @@ from tl_clt.attribution.local import Bos, skipped_positions
 from tl_clt.errors import ConfigError, InterventionError, ModelUnsupported
 from tl_clt.interventions.intervention import (
     AnyIntervention,
-    DirectionIntervention,
     Intervention,
     Place,
     as_interventions,
@@ -26,6 +25,7 @@ from tl_clt.lens import (
     CleanRun,
     Freeze,
     FwdHook,
+    HookDict,
     HookedModel,
     HookPoint,
     PromptBatch,
@@ -103,9 +103,9 @@ def intervention_hooks(
         ModelUnsupported: with freeze="attention" or "all", hooks do not hold this model's patterns (GPT-J, GPT-Neo and
             OPT as bridges).
     """
-    check_fit(model, clt)
+    known = check_fit(model, clt)
     prompts = to_token_batch(model, prompt, attention_mask)
-    steering = Steering(model, clt, prompts, interventions, through_layer, freeze, bos=bos)
+    steering = Steering(model, known, clt, prompts, interventions, through_layer, freeze, bos=bos)
     return plain_hooks(model, steering.hooks)
 
 
@@ -124,6 +124,7 @@ class Steering:
     def __init__(
         self,
         model: HookedModel,
+        known: HookDict,
         clt: CrossLayerTranscoder,
         prompts: PromptRows,
         interventions: AnyIntervention | Iterable[AnyIntervention],
@@ -158,7 +159,7 @@ class Steering:
         self.first_skipped = skipped_positions(bos).start
         """First position of a prompt where the skip connection reads the changed run."""
         names = [hook(t) for t in clt.layers for hook in (self._in, self._out)]
-        self.clean = CleanRun(model, [*names, *record], freeze)
+        self.clean = CleanRun(model, [*names, *record], freeze, known)
         self.inputs: dict[int, Tensor] = {}
         self.written: dict[int, Tensor] = {}
         """Sum of what changed features of the layers so far write to each later one."""
@@ -166,7 +167,7 @@ class Steering:
     @property
     def hooks(self) -> list[FwdHook]:
         """All hooks, in the order in which they must be added."""
-        hooks = [*self.clean.begin, *map(self._direction_hook, self.directions), *self.clean.frozen]
+        hooks = [*self.clean.begin, *self._direction_hooks(), *self.clean.frozen]
         for t in self.steered:
             hooks.append((self._in(t), at_layer(self._read, t)))
             hooks.append((self._out(t), at_layer(self._write, t)))
@@ -273,20 +274,22 @@ class Steering:
         if change is not None and bool(change.detach().any()):
             self.clt.add_written(self.written, change, layer, active_only=True)
 
-    def _direction_hook(self, what: DirectionIntervention) -> FwdHook:
-        name = block_hook(0, "hook_resid_pre") if what.layer == -1 else block_hook(what.layer, "hook_resid_post")
+    def _direction_hooks(self) -> Iterator[FwdHook]:
+        """One for each block, whatever the number of directions there, which act one after another."""
+        for layer in dict.fromkeys(what.layer for what in self.directions):
+            name = block_hook(0, "hook_resid_pre") if layer == -1 else block_hook(layer, "hook_resid_post")
+            yield name, at_layer(self._write_directions, layer)
 
-        def write_direction(x: Stream, hook: HookPoint) -> Stream | None:
-            places = self.places(what, x.shape[1])
-            if not places:
-                return None
-            x = x.clone()
-            for place in places:
-                at = place.index(x.device)
-                x[at] += what.change(x[at], place)
-            return x
-
-        return name, write_direction
+    def _write_directions(self, x: Stream, layer: int) -> Stream | None:
+        here = [what for what in self.directions if what.layer == layer]
+        acting = [(what, place) for what in here for place in self.places(what, x.shape[1])]
+        if not acting:
+            return None
+        x = x.clone()
+        for what, place in acting:
+            at = place.index(x.device)
+            x[at] += what.change(x[at], place)
+        return x
 
     def _in(self, layer: int) -> str:
         return block_hook(layer, self.clt.cfg.input_hook)

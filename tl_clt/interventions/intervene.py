@@ -70,9 +70,9 @@ def intervene(
     Raises:
         InterventionError, CLTMismatch, HookNotFound, PromptError, TokenizerMissing, ConfigError: as there.
     """
-    check_fit(model, clt)
+    known = check_fit(model, clt)
     prompts = to_token_batch(model, prompt, attention_mask)
-    steering = Steering(model, clt, prompts, interventions, through_layer, freeze, record, bos)
+    steering = Steering(model, known, clt, prompts, interventions, through_layer, freeze, record, bos)
     call = {} if prompts.mask is None else {"attention_mask": prompts.mask}
     seen: dict[str, Tensor] = {}
 
@@ -85,8 +85,8 @@ def intervene(
     names = [block_hook(t, clt.cfg.input_hook) for t in clt.layers]
     recording: list[FwdHook] = [(name, keep(name)) for name in dict.fromkeys([*names, *record])]
     try:
-        with user_hooks_aside(model):
-            logits = run_with_hooks(model, prompts.tokens, [*steering.hooks, *recording], **call)
+        with user_hooks_aside(model, known):
+            logits = run_with_hooks(model, prompts.tokens, [*steering.hooks, *recording], known, **call)
     finally:
         steering.clean.close()
     dtype = clt.W_enc.dtype

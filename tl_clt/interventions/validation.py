@@ -59,6 +59,7 @@ from tl_clt.attribution import (
     TokenTarget,
     attribute,
 )
+from tl_clt.attribution.edges import sum_inputs_from, take_rows
 from tl_clt.attribution.influence import sum_inputs, top_down
 from tl_clt.attribution.targets import NamedTarget
 from tl_clt.errors import CLTMismatch, ConfigError, MemoryLimit, TargetError
@@ -386,7 +387,7 @@ def _table(measure: _Measurement, sample: Sample, predicted: Predictions, measur
     whole = graph.logit_weights.sum()
     influence = graph.influence() / whole
     errors = nodes.is_kind(NodeKind.ERROR)
-    error_share = torch.tensor([float(graph.input_shares(t)[errors].sum()) for t in targets.tolist()])
+    error_share = (sum_inputs_from(graph.adjacency, targets, errors) / sum_inputs(graph)[targets]).float().cpu()
     logit = nodes.kind[targets] == int(NodeKind.LOGIT)
     reached = (nodes.layer[targets] > nodes.layer[sample.node, None]) & (
         nodes.pos[targets] >= nodes.pos[sample.node, None]
@@ -541,7 +542,7 @@ def _carried(
     found = graph.adjacency.new_zeros(len(graph.nodes), len(sources), layout=torch.strided)
     for layer in reversed(list(top_down(graph.nodes))):
         for rows in layer.split(ROWS_AT_ONCE):
-            edges = torch.stack([graph.in_edges(int(row)) for row in rows])
+            edges = take_rows(graph.adjacency, rows)
             edges = (edges.abs() if absolute else edges) * scale[rows, None]
             found[rows] = edges[:, sources] + (edges * through) @ found
     return found

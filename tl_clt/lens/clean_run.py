@@ -15,6 +15,7 @@ from tl_clt.errors import ModelUnsupported, PromptError
 from tl_clt.lens.freezing import FROZEN_HOOKS, PinnedNorms, for_each_head, hold, is_frozen_hook, norm_outputs
 from tl_clt.lens.hooks import (
     FwdHook,
+    HookDict,
     HookedModel,
     HookedTransformer,
     HookPoint,
@@ -45,22 +46,22 @@ class CleanRun:
         model: what runs; a CLT that is attached to it stays in place.
         names: hooks to keep, beside those that are held.
         freeze: what `frozen` will hold: "attention" the patterns, "all" also the scales of norms, "none".
+        known: the model's hooks. They are read again in each pass: a CLT may have been attached since.
 
     Raises:
         HookNotFound: the model lacks one of the hooks.
     """
 
-    def __init__(self, model: HookedModel, names: Collection[str], freeze: Freeze) -> None:
+    def __init__(self, model: HookedModel, names: Collection[str], freeze: Freeze, known: HookDict) -> None:
         with mlp_hook_points(model):
-            require_hooks(model, [START, FIRST_PATTERN, *names])
-        known = model.hook_dict
+            require_hooks(model, [START, FIRST_PATTERN, *names], known)
         patterns = [n for n in known if n.endswith(FROZEN_HOOKS[0])]
         # Norms of queries and keys act on patterns only, which are held themselves.
         scales = [n for n in known if is_frozen_hook(n) and n not in patterns and ".attn." not in n]
         self.model = model
         self.patterns = patterns if freeze != "none" else []
         self.scales = scales if freeze == "all" else []
-        self.norm_outs = norm_outputs(model, self.scales)
+        self.norm_outs = norm_outputs(known, self.scales)
         self.wanted = {*names, *self.patterns, *self.scales, *self.norm_outs}
         self.logits = torch.empty(0)
         """Of the whole text so far, [batch, pos, d_vocab]."""
@@ -132,13 +133,13 @@ class CleanRun:
         tokens = torch.full(text.shape[:2], _plain_token(self.model), device=text.device)
         call = {"attention_mask": self._mask, "position_ids": self._position_ids}
         call = {name: value for name, value in call.items() if value is not None}
-        with user_hooks_aside(self.model), _reading(self.model, text):
+        with user_hooks_aside(self.model) as known, _reading(known, self.model, text):
             self.logits, cache = run_with_cache(self.model, tokens, lambda name: name in self.wanted, **call)
             self._kept = {name: cache[name] for name in cache.keys()}
             if self.norm_outs:
                 held = [(name, hold(self._kept[name])) for name in (*self.patterns, *self.scales)]
                 self._norms = PinnedNorms({name: self._kept[name] for name in self.norm_outs})
-                run_with_hooks(self.model, tokens, [*held, *self._norms.note()], **call)
+                run_with_hooks(self.model, tokens, [*held, *self._norms.note()], known, **call)
 
     def _check_cache(self, pattern: Tensor, hook: HookPoint) -> None:
         """Compare what the attention sees with the text that these hooks have seen."""
@@ -202,12 +203,12 @@ def _plain_token(model: HookedModel) -> int:
 
 
 @contextmanager
-def _reading(model: HookedModel, text: Tensor) -> Iterator[None]:
+def _reading(known: HookDict, model: HookedModel, text: Tensor) -> Iterator[None]:
     """Within, every pass has this residual stream before block 0, whatever tokens it is given.
 
     By a hook of torch's own, which stays where users' hooks are set aside (as an attached CLT does by itself).
     """
-    handle = find_hook(model, START).register_forward_hook(lambda *_: text.clone(), prepend=True)
+    handle = find_hook(model, START, known).register_forward_hook(lambda *_: text.clone(), prepend=True)
     outermost = id(model) not in _CLEAN
     _CLEAN.add(id(model))
     try:

@@ -12,7 +12,7 @@ from transformer_lens import ActivationCache
 
 from tl_clt.arguments import as_switch, shown
 from tl_clt.errors import ConfigError, HookNotFound, ModelUnsupported, PromptError
-from tl_clt.lens.hooks import FwdHook, HookedModel, HookPoint, block_hook, model_name, user_hooks_aside
+from tl_clt.lens.hooks import FwdHook, HookDict, HookedModel, HookPoint, block_hook, model_name, user_hooks_aside
 from tl_clt.lens.running import run_with_cache, run_with_hooks, tap_unembedding
 from tl_clt.shapes import TokenBatch
 
@@ -123,9 +123,8 @@ class PinnedNorms:
         return self.clean[name].clone()
 
 
-def norm_outputs(model: HookedModel, scales: Collection[str]) -> list[str]:
-    """The hooks, where the model has them (as bridges do), at the outputs of norms whose scales are named."""
-    known = model.hook_dict
+def norm_outputs(known: HookDict, scales: Collection[str]) -> list[str]:
+    """Those of a model's hooks, where it has them (as bridges do), at the outputs of norms whose scales are named."""
     return [out for scale in scales if (out := scale.removesuffix("hook_scale") + "hook_out") in known]
 
 
@@ -152,14 +151,15 @@ def require_held(model: HookedModel, tokens: TokenBatch, *, anew: bool = False) 
     blocks = range(model.cfg.n_layers)
     start, attn_outs = block_hook(0, "hook_resid_pre"), [block_hook(t, "hook_attn_out") for t in blocks]
     mlp_outs = [block_hook(t, "hook_mlp_out") for t in blocks]
-    missing = [name for name in (start, *attn_outs, *mlp_outs) if name not in model.hook_dict]
+    known = model.hook_dict
+    missing = [name for name in (start, *attn_outs, *mlp_outs) if name not in known]
     if missing:
         raise ModelUnsupported(f"{model_name(model)} has no {missing[0]}, without which its MLPs cannot be held.")
-    with user_hooks_aside(model):
+    with user_hooks_aside(model, known):
         wanted = {start, *mlp_outs}
         _, cache = run_with_cache(model, tokens.to(model.W_E.device), lambda n: n in wanted or is_frozen_hook(n))
         held = [(name, hold(cache[name])) for name in cache.keys() if name != start]
-        outcomes = [_moved(model, tokens, held, cache[start], strength, attn_outs) for strength in range(3)]
+        outcomes = [_moved(model, known, tokens, held, cache[start], strength, attn_outs) for strength in range(3)]
     for place in (*attn_outs, UNEMBEDDING):
         first, second = (outcomes[k + 1][place] - outcomes[k][place] for k in range(2))
         allowed = max(NOT_LINEAR, 16 * torch.finfo(cache[start].dtype).eps) * first.abs().max()
@@ -178,7 +178,13 @@ UNEMBEDDING = "the unembedding's input"
 
 
 def _moved(
-    model: HookedModel, tokens: TokenBatch, held: list[FwdHook], x: Tensor, strength: int, places: list[str]
+    model: HookedModel,
+    known: HookDict,
+    tokens: TokenBatch,
+    held: list[FwdHook],
+    x: Tensor,
+    strength: int,
+    places: list[str],
 ) -> dict[str, Tensor]:
     """What passes some places when a number of steps of noise, as large as the residual stream, go into block 0."""
     # A generator of its own: a caller's random numbers stay as they were.
@@ -191,5 +197,6 @@ def _moved(
 
     record = [(name, partial(keep, name=name)) for name in places]
     with tap_unembedding(model) as tap:
-        run_with_hooks(model, tokens.to(x.device), [*held, (block_hook(0, "hook_resid_pre"), hold(into)), *record])
+        hooks = [*held, (block_hook(0, "hook_resid_pre"), hold(into)), *record]
+        run_with_hooks(model, tokens.to(x.device), hooks, known)
     return {**seen, UNEMBEDDING: tap.get().final.double()}

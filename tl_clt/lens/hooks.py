@@ -28,6 +28,13 @@ from tl_clt.errors import HookNotFound, ModelUnsupported, nearest
 HookedModel: TypeAlias = HookedTransformer | TransformerBridge
 """The two kinds of model that TransformerLens gives its users; both are first class here."""
 
+HookDict: TypeAlias = dict[str, HookPoint]
+"""A model's hook points by name, as `model.hook_dict` gives them.
+
+A bridge makes it anew at each access, which takes longer than a small model's pass. So what reads it more than once
+reads it once, for no longer than a pass, and hands it on as `known`; where that is left out it is read.
+"""
+
 FwdHook = tuple[str, Callable]
 """(hook name, function(tensor, hook) -> tensor or None), as `run_with_hooks` takes them."""
 
@@ -70,13 +77,13 @@ def require_model(model: object) -> None:
             )
 
 
-def find_hook(model: HookedModel, name: str) -> HookPoint:
+def find_hook(model: HookedModel, name: str, known: HookDict | None = None) -> HookPoint:
     """The hook point of a name or of a bridge's alias.
 
     Raises:
         HookNotFound: the model has no such hook; the message gives the nearest name.
     """
-    known = model.hook_dict
+    known = model.hook_dict if known is None else known
     if name not in known:
         raise HookNotFound(
             f"'{name}' is no hook of {model_name(model)} ({model.cfg.n_layers} layers).{nearest(name, known)}"
@@ -84,12 +91,12 @@ def find_hook(model: HookedModel, name: str) -> HookPoint:
     return known[name]
 
 
-def require_hooks(model: HookedModel, names: Iterable[str]) -> None:
+def require_hooks(model: HookedModel, names: Iterable[str], known: HookDict | None = None) -> None:
     """Raise `HookNotFound` for the first name that the model lacks."""
-    known = model.hook_dict
+    known = model.hook_dict if known is None else known
     for name in names:
         if name not in known:
-            find_hook(model, name)
+            find_hook(model, name, known)
 
 
 def add_hook_points(model: HookedModel, parent: str, child: str, points: nn.Module) -> None:
@@ -128,15 +135,19 @@ def _registry(model: HookedModel) -> dict[str, HookPoint]:
 
 
 @contextmanager
-def user_hooks_aside(model: HookedModel) -> Iterator[None]:
-    """Within, hooks that were added through TransformerLens do not run; afterwards they are as before."""
-    points = list(dict.fromkeys(model.hook_dict.values()))
+def user_hooks_aside(model: HookedModel, known: HookDict | None = None) -> Iterator[HookDict]:
+    """Within, hooks that were added through TransformerLens do not run; afterwards they are as before.
+
+    Gives the model's hook points, for what runs within.
+    """
+    known = model.hook_dict if known is None else known
+    points = list(dict.fromkeys(known.values()))
     saved = [(point, point._forward_hooks) for point in points if point.fwd_hooks]
     try:
         for point, hooks in saved:
             theirs = {handle.hook.id for handle in point.fwd_hooks}
             point._forward_hooks = OrderedDict((k, v) for k, v in hooks.items() if k not in theirs)
-        yield
+        yield known
     finally:
         for point, hooks in saved:
             point._forward_hooks = hooks

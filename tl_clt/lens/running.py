@@ -15,7 +15,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from tl_clt.errors import ModelUnsupported
-from tl_clt.lens.hooks import FwdHook, HookedModel, mlp_hook_points, model_name, names_mlp_points
+from tl_clt.lens.hooks import FwdHook, HookDict, HookedModel, mlp_hook_points, model_name, names_mlp_points
 from tl_clt.shapes import Logits, TokenBatch
 
 
@@ -96,16 +96,18 @@ def run_with_cache(
     return logits, cache  # type: ignore[return-value]
 
 
-def run_with_hooks(model: HookedModel, tokens: TokenBatch, hooks: Sequence[FwdHook], **call: Tensor) -> Logits:
+def run_with_hooks(
+    model: HookedModel, tokens: TokenBatch, hooks: Sequence[FwdHook], known: HookDict | None = None, **call: Tensor
+) -> Logits:
     """As `model.run_with_hooks`, with gradients where the caller has them on; hooks may be at `mlp.hook_in` and
     `mlp.hook_out` of a HookedTransformer too; `call` goes to the model (`attention_mask`).
 
     A bridge's own builds its dictionary of hooks anew for each hook in the list, which takes longer than the pass;
-    here it is built once. A bridge warns that norms with held scales round otherwise than its own; that is known
-    to callers here.
+    here it is built once, or not at all where it is handed in as `known`. A bridge warns that norms with held scales
+    round otherwise than its own; that is no news to callers here.
     """
     with mlp_hook_points(model) if names_mlp_points(name for name, _ in hooks) else nullcontext():
-        known = model.hook_dict
+        known = model.hook_dict if known is None else known
         points = [known[name] for name, _ in hooks]
         model.context_level += 1
         try:

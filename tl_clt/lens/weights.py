@@ -17,7 +17,7 @@ from transformer_lens.components.rms_norm_pre import RMSNormPre
 from transformer_lens.model_bridge.generalized_components import NormalizationBridge
 
 from tl_clt.errors import ModelUnsupported
-from tl_clt.lens.hooks import HookedModel, HookedTransformer, model_name
+from tl_clt.lens.hooks import HookDict, HookedModel, HookedTransformer, model_name
 
 
 def unembedding_directions(model: HookedModel, token_ids: Int[Tensor, " n"]) -> Float[Tensor, "n d_model"]:
@@ -129,16 +129,16 @@ class MLPNorms(NamedTuple):
 def mlp_norms(model: HookedModel, layer: int) -> MLPNorms:
     """The norms in front of and behind one layer's MLP, as far as they have a scale to hold."""
     known = model.hook_dict
-    before = ("ln2", "ln1") if is_parallel(model) else ("ln2",)
+    before = ("ln2", "ln1") if is_parallel(model, known) else ("ln2",)
     names = [f"blocks.{layer}.{name}" for name in (*before, "ln2_post")]
     found = [name for name in names if f"{name}.hook_scale" in known]
     behind = found.pop() if found and found[-1].endswith("ln2_post") else None
     return MLPNorms(found[0] if found else None, behind)
 
 
-def is_parallel(model: HookedModel) -> bool:
+def is_parallel(model: HookedModel, known: HookDict | None = None) -> bool:
     """Whether attention and MLP of a block both read its input."""
-    return "blocks.0.hook_resid_mid" not in model.hook_dict
+    return "blocks.0.hook_resid_mid" not in (model.hook_dict if known is None else known)
 
 
 def _part(model: HookedModel, name: str) -> Any:

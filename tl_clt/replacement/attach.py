@@ -147,15 +147,15 @@ def attach(model: HookedModel, clt: CrossLayerTranscoder, mode: Mode = "observe"
         CLTMismatch, HookNotFound: the CLT is of another model.
     """
     mode = as_choice("mode", mode, get_args(Mode))
-    check_fit(model, clt)
+    known = check_fit(model, clt)
     require_free(model)
     attachment = Attachment(model, clt, mode)
     with ExitStack() as undo:
         if names_mlp_points(block_hook(0, name) for name in (clt.cfg.input_hook, clt.cfg.output_hook)):
             undo.enter_context(mlp_hook_points(model))
         for layer in clt.layers:
-            reads = find_hook(model, block_hook(layer, clt.cfg.input_hook))
-            writes = find_hook(model, block_hook(layer, clt.cfg.output_hook))
+            reads = find_hook(model, block_hook(layer, clt.cfg.input_hook), known)
+            writes = find_hook(model, block_hook(layer, clt.cfg.output_hook), known)
             add_hook_points(model, f"blocks.{layer}", CHILD, attachment.points[layer])
             undo.callback(remove_hook_points, model, f"blocks.{layer}", CHILD)
             _run_last(reads, partial(attachment.read, layer=layer), undo)

@@ -9,6 +9,7 @@ from tl_clt.errors import CLTMismatch
 from tl_clt.lens import (
     MLP_IN,
     MLP_OUT,
+    HookDict,
     HookedModel,
     block_hook,
     mlp_hook_points,
@@ -26,8 +27,11 @@ FOLDED = ("LNPre", "RMSPre")
 """Kinds of norms without a gain, of models whose weights were processed."""
 
 
-def check_fit(model: HookedModel, clt: CrossLayerTranscoder) -> None:
+def check_fit(model: HookedModel, clt: CrossLayerTranscoder) -> HookDict:
     """Raise unless depth, width, hooks and device of the CLT are the model's.
+
+    Returns:
+        The model's hook points, for what comes next.
 
     Raises:
         ModelUnsupported: the model is none, or is compiled.
@@ -53,8 +57,9 @@ def check_fit(model: HookedModel, clt: CrossLayerTranscoder) -> None:
             f"The CLT is on {clt.W_enc.device}, but {name} is on {model.W_E.device}."
             f" Move it: clt.to('{model.W_E.device}')."
         )
+    known = model.hook_dict
     with mlp_hook_points(model):
-        require_hooks(model, [block_hook(t, h) for t in clt.layers for h in (cfg.input_hook, cfg.output_hook)])
+        require_hooks(model, [block_hook(t, h) for t in clt.layers for h in (cfg.input_hook, cfg.output_hook)], known)
     for verb, place, places in (("reads", cfg.input_hook, READ_PLACES), ("writes", cfg.output_hook, WRITE_PLACES)):
         if place not in places:
             raise CLTMismatch(
@@ -69,6 +74,7 @@ def check_fit(model: HookedModel, clt: CrossLayerTranscoder) -> None:
             " HookedTransformer.from_pretrained_no_processing, or tl_clt.load_model.",
             stacklevel=3,
         )
+    return known
 
 
 def not_read(cfg: CrossLayerTranscoderConfig, layer: int) -> CLTMismatch:
