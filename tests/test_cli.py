@@ -163,6 +163,20 @@ def test_bad_training_options_are_one_message_and_no_file(tmp_path, small_run, a
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--lr", "1e30"), "NotFinite: Training stopped at step"),
+        (("--dtype", "float16"), "ConfigError: CLTTrainingRunnerConfig: dtype is 'float16'"),
+    ],
+)
+def test_training_that_goes_out_of_bounds_ends_with_one_message_and_saves_no_clt(tmp_path, small_run, options, words):
+    written = ("--output", str(tmp_path / "clt"), "--checkpoints", str(tmp_path / "s"))
+    output = run(*small_run, *written, *options, status=1)
+    assert words in output and "float32" in output and "Traceback" not in output
+    assert not (tmp_path / "clt").exists() and not (tmp_path / "s").exists()
+
+
 BAD = {
     "model": ({"--model": "atlass"}, "ModelNotFound", "Nearest|bundled organism"),
     "clt": ({"--clt": "no/such/clt"}, "FormatError", "neither a folder here nor a hub repository"),

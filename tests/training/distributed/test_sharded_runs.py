@@ -85,6 +85,16 @@ def test_errors_of_the_main_process_are_raised_on_all(processes: Processes, tmp_
     assert messages[0] == messages[1] and "2 processes cannot share equally" in messages[0]
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_loss_that_is_not_finite_stops_all_processes_alike(processes: Processes, tmp_path: Path, grid: str) -> None:
+    n, n_data_parallel = GRIDS[grid]
+    written = {"output_path": str(tmp_path / "clt"), "checkpoint_path": str(tmp_path / "steps"), "checkpoint_every": 6}
+    changes = written | {"lr": 1e300, "n_data_parallel": n_data_parallel, "dtype": "float32"}
+    messages = processes.run(n, runs.refused, changes)
+    assert len(set(messages)) == 1 and messages[0].startswith("NotFinite: Training stopped at step")
+    assert "Lower lr (now 1e+300)" in messages[0] and not list(tmp_path.iterdir())
+
+
 def test_torchrun_trains_a_clt_and_only_the_main_process_speaks(tmp_path: Path) -> None:
     output = tmp_path / "clt"
     text = tmp_path / "text.txt"

@@ -38,7 +38,7 @@ from tl_clt.training.clt import TrainingCLT
 from tl_clt.training.data.batches import ActivationScale, DataCounts, Place, Position
 from tl_clt.training.parallel import SINGLE, ProcessGrid, is_shared
 from tl_clt.training.run.config import CLTTrainingRunnerConfig
-from tl_clt.training.run.trainer import CLTTrainer
+from tl_clt.training.run.trainer import CLTTrainer, require_finite_weights
 
 # -- from the shares that several ranks hold to the whole CLT, and back
 
@@ -600,7 +600,9 @@ class CheckpointWriter:
         cfg = self._cfg
         if cfg.checkpoint_path is None or step % cfg.checkpoint_every != 0:
             return
-        state, grid = capture(trainer, self._position()), trainer.sae.grid
+        grid = trainer.sae.grid
+        grid.everywhere(lambda: require_finite_weights(trainer.sae.state_dict(), f"After step {step}", cfg))
+        state = capture(trainer, self._position())
         grid.on_main(lambda: None if state is None else self._write(step, state))
 
     def _write(self, step: int, state: TrainingState) -> None:

@@ -298,6 +298,11 @@ def _check_values(cfg: CLTTrainingRunnerConfig) -> None:
         "cache_dtype": get_args(CacheDtype),
     }.items():
         as_choice(f"CLTTrainingRunnerConfig: {name}", getattr(cfg, name), choices)
+    require(
+        cfg.clt.dtype != "float16",
+        "dtype is 'float16': Adam's updates and the losses of training leave its range. Give 'bfloat16', which takes as"
+        " little room, or 'float32'.",
+    )
     mix = cfg.data.activations_mixing_fraction
     require(0 <= mix <= 1, f"activations_mixing_fraction is {mix}: give 0 to 1.")
     ratio = cfg.data.max_norm_ratio

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -20,7 +21,7 @@ from sae_lens.saes.sae import SAEMetadata, TrainStepInput
 from torch import Tensor
 
 from tl_clt.arguments import shown
-from tl_clt.errors import ConfigError
+from tl_clt.errors import ConfigError, NotFinite
 from tl_clt.files import new_folder, require_new
 from tl_clt.lens import HookedModel, load_model, mlp_hook_points, model_fingerprint, model_name, require_model
 from tl_clt.training.clt import Step, TrainingCLT, TrainingCLTConfig, init_decoder_biases, init_encoder_biases
@@ -54,7 +55,7 @@ from tl_clt.training.run.checkpoints import (
 )
 from tl_clt.training.run.config import CLTTrainingRunnerConfig
 from tl_clt.training.run.memory import MemoryEstimate, estimate_memory, require_memory
-from tl_clt.training.run.trainer import CLTTrainer, CLTTrainerConfig
+from tl_clt.training.run.trainer import CLTTrainer, CLTTrainerConfig, mend_of_growth, require_finite_weights
 from tl_clt.transcoder import CrossLayerTranscoder, explained_variance
 from tl_clt.transcoder.formats import native
 
@@ -269,6 +270,7 @@ class CLTTrainingRunner:
             CheckpointError: the checkpoint is damaged, or of another run.
             HookNotFound, DatasetError, TokenizerMissing, ConfigError, ModelNotFound, ModelUnsupported,
                 NotEnoughMemory: before training; nothing is written.
+            NotFinite: a loss, gradient or weight is infinite or no number; nothing is written.
             NotWritten: a disk is full. Checkpoints and cached activations from before stay good.
         """
         with process_grid(self.cfg.n_data_parallel, self.cfg.device) as grid:
@@ -385,7 +387,9 @@ class CLTTrainingRunner:
             coefficients=trainer.get_coefficients(),
             metrics=metrics,
         )
-        return export(gather_clt(sae))
+        clt = export(gather_clt(sae))
+        grid.on_main(lambda: _require_finite(clt, metrics, cfg))
+        return clt
 
     def _new_clt(
         self, start: Start, raw: ActivationBatches | None, grid: ProcessGrid
@@ -457,6 +461,21 @@ class CLTTrainingRunner:
             "logger": LoggingConfig(**_of_same_name(cfg, LoggingConfig)),
         }
         return CLTTrainerConfig(**(_of_same_name(cfg, CLTTrainerConfig) | ours))
+
+
+def _require_finite(clt: CrossLayerTranscoder, metrics: Metrics, cfg: CLTTrainingRunnerConfig) -> None:
+    """Raise where a CLT, or what was measured of it, is infinite or no number.
+
+    Raises:
+        NotFinite: with the weight, or the layers.
+    """
+    require_finite_weights(clt.state_dict(), "At the end of training", cfg)
+    layers = [layer for layer, ev in enumerate(metrics.explained_variance_per_layer) if not math.isfinite(ev)]
+    if layers:
+        raise NotFinite(
+            f"At the end of training, the error of the reconstruction of layers {', '.join(map(str, layers))} is"
+            f" infinite or no number. Nothing is saved of these weights. {mend_of_growth(cfg)}"
+        )
 
 
 def _of_same_name(cfg: CLTTrainingRunnerConfig, kind: type) -> dict[str, Any]:
