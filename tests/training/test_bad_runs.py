@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +11,12 @@ import pytest
 import torch
 
 from tests.training.conftest import tiny_model
-from tl_clt.errors import ConfigError, NotFinite
+from tl_clt.errors import ConfigError, NotFinite, NotWritten
 from tl_clt.training import CLTTrainingRunner
+from tl_clt.training.run import runner
 from tl_clt.training.run.trainer import CLTTrainer, require_finite_weights
+from tl_clt.transcoder import CrossLayerTranscoder
+from tl_clt.transcoder.formats import native
 
 # -- infinities, and what is no number
 
@@ -91,3 +96,80 @@ def test_weights_in_float16_are_refused_with_the_mend(make_config) -> None:
     with pytest.raises(ConfigError, match="dtype is 'float16': .* Give 'bfloat16', .* or 'float32'"):
         make_config(dtype="float16")
     assert make_config(model_dtype="float16").model_dtype == "float16"
+
+
+# -- folders that cannot be written to
+
+
+def no_work(*args: object, **kwargs: object) -> None:
+    pytest.fail("the model was loaded")
+
+
+@pytest.mark.parametrize("which", ["output_path", "checkpoint_path"])
+@pytest.mark.parametrize("place", ["below a file", "where the system keeps all", "read-only"])
+def test_a_folder_that_takes_nothing_is_found_before_the_model_is_loaded(
+    tokens, make_config, tmp_path: Path, monkeypatch, which: str, place: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    folders = {"below a file": tmp_path / "file" / "clt", "where the system keeps all": Path("/proc/clt/new")}
+    cfg = make_config(model_name="tiny", **{which: str(folders.get(place, tmp_path / "new" / "clt"))})
+
+    def denied(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(runner, "load_model", no_work)
+    with monkeypatch.context() as patched:
+        if place == "read-only":  # nothing is forbidden to root, who may run this
+            patched.setattr(Path, "mkdir", denied)
+        with pytest.raises(NotWritten, match="is no folder. Give another path|takes nothing .* Give another path"):
+            CLTTrainingRunner(cfg, dataset=tokens).run()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("beside", ["checkpoints", "temporary files"])
+def test_a_trained_clt_is_not_lost_where_its_disk_is_full(
+    model, tokens, make_config, tmp_path: Path, monkeypatch, beside: str
+) -> None:
+    full, roomy, temporary = (tmp_path / name for name in ("full", "roomy", "temporary"))
+    temporary.mkdir()
+    monkeypatch.setattr(runner.tempfile, "gettempdir", lambda: str(temporary))
+    real, refused = native.save, [full] if beside == "checkpoints" else [full, roomy]
+
+    def save(weights: object, folder: Path) -> None:
+        if any(place in folder.parents for place in refused):
+            (folder / "half").write_text("half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(weights, folder)
+
+    monkeypatch.setattr(runner.native, "save", save)
+    cfg = make_config(output_path=str(full / "clt"), checkpoint_path=str(roomy / "checkpoints"))
+    run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
+    with pytest.raises(
+        NotWritten, match="'.*full/clt' could not be written .No space left.* is not lost: it is in "
+    ) as e:
+        run.run()
+    where = roomy / "checkpoints" if beside == "checkpoints" else temporary
+    (found,) = [path for path in where.iterdir() if path.name.startswith("clt-")]
+    assert f"CrossLayerTranscoder.from_pretrained('{found}')" in str(e.value)
+    loaded = CrossLayerTranscoder.from_pretrained(found)
+    assert run.clt is not None and (found / "training.json").is_file()
+    for name, value in run.clt.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    assert not full.exists() and not list(tmp_path.rglob("half"))
+
+
+def test_where_there_is_no_room_at_all_the_clt_is_still_in_memory(
+    model, tokens, make_config, tmp_path: Path, monkeypatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(runner.native, "save", full)
+    monkeypatch.setattr(runner.tempfile, "gettempdir", lambda: str(tmp_path))
+    run = CLTTrainingRunner(make_config(output_path=str(tmp_path / "clt")), model=model, dataset=tokens)
+    with pytest.raises(NotWritten, match="Nor could it be written .*No space left.* is runner.clt: runner.clt"):
+        run.run()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    run.clt.save_pretrained(tmp_path / "clt")
+    assert CrossLayerTranscoder.from_pretrained(tmp_path / "clt").cfg == run.clt.cfg

@@ -192,6 +192,7 @@ def test_nothing_is_written_when_saving_breaks_off(model, tokens, make_config, t
         raise OSError("no space left")
 
     monkeypatch.setattr(runner.json, "dumps", full)
+    monkeypatch.setattr(runner.tempfile, "gettempdir", lambda: str(tmp_path))
     with pytest.raises(OSError, match="no space left"):
         CLTTrainingRunner(make_config(output_path=str(tmp_path / "clt")), model=model, dataset=tokens).run()
     assert not list(tmp_path.iterdir())

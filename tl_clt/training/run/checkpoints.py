@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tl_clt.errors import CheckpointError, NotWritten, TlCltError
-from tl_clt.files import READING_ERRORS, read_json, require_new
+from tl_clt.files import READING_ERRORS, read_json, require_file, require_new
 from tl_clt.training.clt import TrainingCLT
 from tl_clt.training.data.batches import ActivationScale, DataCounts, Place, Position
 from tl_clt.training.parallel import SINGLE, ProcessGrid, is_shared
@@ -563,11 +563,14 @@ def require_checkpoint_folder(cfg: CLTTrainingRunnerConfig, resumed: Checkpoint 
 
     Raises:
         OutputNotEmpty: it holds something else.
+        NotWritten: it cannot be written to.
     """
     if cfg.checkpoint_path is not None:
         folder = Path(cfg.checkpoint_path)
         if resumed is None or resumed.folder.parent.resolve() != folder.resolve():
             require_new(folder)
+        else:
+            require_file(folder / MANIFEST)  # new ones can come beside it
         remove_unfinished(folder)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -21,7 +23,7 @@ from sae_lens.saes.sae import SAEMetadata, TrainStepInput
 from torch import Tensor
 
 from tl_clt.arguments import shown
-from tl_clt.errors import ConfigError, NotFinite
+from tl_clt.errors import ConfigError, NotFinite, NotWritten, OutputNotEmpty
 from tl_clt.files import new_folder, require_new
 from tl_clt.lens import HookedModel, load_model, mlp_hook_points, model_fingerprint, model_name, require_model
 from tl_clt.training.clt import Step, TrainingCLT, TrainingCLTConfig, init_decoder_biases, init_encoder_biases
@@ -212,6 +214,9 @@ class CLTTrainingRunner:
     record: TrainingRecord | None = None
     """What `training.json` holds; set when `run` is done."""
 
+    clt: CrossLayerTranscoder | None = None
+    """What `run` gives; set when training is done, before anything is written."""
+
     def __init__(
         self,
         cfg: CLTTrainingRunnerConfig,
@@ -271,7 +276,9 @@ class CLTTrainingRunner:
             HookNotFound, DatasetError, TokenizerMissing, ConfigError, ModelNotFound, ModelUnsupported,
                 NotEnoughMemory: before training; nothing is written.
             NotFinite: a loss, gradient or weight is infinite or no number; nothing is written.
-            NotWritten: a disk is full. Checkpoints and cached activations from before stay good.
+            NotWritten: a folder cannot be written to (found before any work), or a disk is full. Checkpoints and cached
+                activations from before stay good. A trained CLT that could not be written is in `clt`, and where there
+                was room, in a folder that the error names.
         """
         with process_grid(self.cfg.n_data_parallel, self.cfg.device) as grid:
             return self._run_on(grid, resume)
@@ -308,6 +315,7 @@ class CLTTrainingRunner:
                 )
                 raw = opened.enter_context(closing(batches))
             clt = self._train(start, raw, grid, started, state)
+        self.clt = clt
         if grid.is_main:
             self._save(clt)
         return clt
@@ -411,11 +419,42 @@ class CLTTrainingRunner:
         return TrainingCLT(self._clt_config(start, scale), grid=grid), scale
 
     def _save(self, clt: CrossLayerTranscoder) -> None:
+        """Write the CLT to `output_path`, or where that fails, to another place, which the error names."""
+        if self.cfg.output_path is None:
+            return
+        output = Path(self.cfg.output_path)
+        try:
+            self._write(clt, output)
+        except (NotWritten, OutputNotEmpty) as error:
+            raise NotWritten(f"{error} {self._write_elsewhere(clt, output)}") from error
+
+    def _write(self, clt: CrossLayerTranscoder, folder: Path) -> None:
         assert self.record is not None
-        if self.cfg.output_path is not None:
-            with new_folder(Path(self.cfg.output_path)) as unfinished:
-                native.save(clt.weights, unfinished)
-                (unfinished / RECORD).write_text(json.dumps(self.record.to_dict(), indent=2) + "\n")
+        with new_folder(folder) as unfinished:
+            native.save(clt.weights, unfinished)
+            (unfinished / RECORD).write_text(json.dumps(self.record.to_dict(), indent=2) + "\n")
+
+    def _write_elsewhere(self, clt: CrossLayerTranscoder, output: Path) -> str:
+        """Write the CLT to the disk of the checkpoints, or of temporary files; what to tell of it."""
+        checkpoints = self.cfg.checkpoint_path
+        places = [] if checkpoints is None else [Path(checkpoints).absolute()]
+        failed = []
+        for place in (*places, Path(tempfile.gettempdir())):
+            folder = place / f"{output.name}-{secrets.token_hex(4)}"
+            try:
+                self._write(clt, folder)
+            except (NotWritten, OutputNotEmpty) as error:
+                failed.append(f"{place} ({error.__cause__ or error})")
+            else:
+                return (
+                    f"The trained CLT is not lost: it is in '{folder}'. Copy that folder to where there is room, or"
+                    f" load it from there: CrossLayerTranscoder.from_pretrained('{folder}')."
+                )
+        resume = "" if checkpoints is None else f" Resuming from '{checkpoints}' makes it again without training anew."
+        return (
+            f"Nor could it be written elsewhere: {', '.join(failed)}. In Python the trained CLT is runner.clt:"
+            f" runner.clt.save_pretrained(folder).{resume}"
+        )
 
     def _for_training(self, raw: ActivationBatches, trainer: CLTTrainer) -> Iterator[Batch]:
         """The batches, the last cut to the tokens that are left, with a call of `on_progress` between steps."""
