@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -316,6 +316,63 @@ def test_a_run_stopped_while_a_checkpoint_is_written_keeps_the_earlier_one(
     assert [path.name for path in folder.iterdir()] == ["step_00000005"]
     run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
     assert_same(run, run.run(resume=folder), uninterrupted(cfg, model, tokens))
+
+
+@pytest.fixture
+def handler() -> Iterator[None]:
+    """Ctrl-C as Python has it: runs started in the background of a shell leave it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def press_at(step: int) -> Callable[[TrainingProgress], None]:
+    return lambda progress: os.kill(os.getpid(), signal.SIGINT) if progress.step == step else None
+
+
+@pytest.mark.usefixtures("handler")
+@pytest.mark.parametrize("at", [7, 9])
+def test_ctrl_c_ends_the_step_and_writes_a_checkpoint(cfg, model, tokens, at: int) -> None:
+    """It is pressed before step 8, or before step 10, at which there is a checkpoint anyway."""
+    with pytest.raises(KeyboardInterrupt):
+        CLTTrainingRunner(cfg, model=model, dataset=tokens, on_progress=press_at(at)).run()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    folder = Path(cfg.checkpoint_path)
+    assert steps_in(folder) == [5, at + 1]
+    run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
+    assert_same(run, run.run(resume=folder), uninterrupted(cfg, model, tokens))
+
+
+@pytest.mark.usefixtures("handler")
+def test_without_checkpoints_ctrl_c_is_heeded_at_once(cfg, model, tokens) -> None:
+    told: list[int] = []
+
+    def press(progress: TrainingProgress) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        told.append(progress.step)
+
+    with pytest.raises(KeyboardInterrupt):
+        CLTTrainingRunner(replace(cfg, checkpoint_path=None), model=model, dataset=tokens, on_progress=press).run()
+    assert told == []
+
+
+@pytest.mark.usefixtures("handler")
+def test_a_second_ctrl_c_while_a_checkpoint_is_written_leaves_none_of_it(cfg, model, tokens, monkeypatch) -> None:
+    real, calls = checkpoints._flush, []
+
+    def press(path: Path) -> None:
+        if ".step_00000008." in str(path):
+            calls.append(path)
+            os.kill(os.getpid(), signal.SIGINT)
+        real(path)
+
+    monkeypatch.setattr(checkpoints, "_flush", press)
+    monkeypatch.setattr(checkpoints, "SAME_PRESS_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        CLTTrainingRunner(cfg, model=model, dataset=tokens, on_progress=press_at(7)).run()
+    folder = Path(cfg.checkpoint_path)
+    assert len(calls) == 1 and [path.name for path in folder.iterdir()] == ["step_00000005"]
+    assert checkpoints.find(folder).step == 5
 
 
 def test_leftovers_of_a_killed_run_are_removed_on_resuming(cfg, model, tokens) -> None:

@@ -6,6 +6,8 @@ import ast
 import inspect
 import json
 import os
+import shlex
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields, replace
@@ -208,9 +210,18 @@ def _kept(output: Path, checkpoint_path: str | None, cache: Path | None) -> str:
     cached = "" if cache is None or not cache.exists() else f" Cached activations stay in {cache}."
     written = sorted(Path(checkpoint_path).glob("step_*")) if checkpoint_path is not None else []
     if not written:
-        return "No CLT and no checkpoint was written." + cached
-    step = int(written[-1].name.removeprefix("step_"))
-    return (
-        f"The newest checkpoint is of step {step}: the same command with --resume {written[-1].parent} goes on."
-        + cached
-    )
+        how = " With --checkpoints FOLDER a run that is stopped can go on." if checkpoint_path is None else ""
+        return "No CLT and no checkpoint was written." + how + cached
+    step, folder = int(written[-1].name.removeprefix("step_")), written[-1].parent
+    in_full = "" if "LOCAL_RANK" in os.environ else f" In full: {_command_to_go_on(sys.argv[1:], folder)}"
+    return f"The newest checkpoint is of step {step}: the same command with --resume {folder} goes on.{cached}{in_full}"
+
+
+def _command_to_go_on(arguments: list[str], folder: Path) -> str:
+    """The command line that was given, with `--resume`, as one types it."""
+    kept, skip = [], False
+    for one in arguments:
+        if not skip and one != "--resume" and not one.startswith("--resume="):
+            kept.append(one)
+        skip = one == "--resume"
+    return shlex.join(["tl-clt", *kept, "--resume", str(folder)])

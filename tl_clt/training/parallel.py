@@ -157,6 +157,14 @@ class ProcessGrid:
                 raise one
         return outcomes
 
+    def anywhere(self, holds: bool, device: torch.device) -> bool:
+        """Whether something holds on any rank; known to all."""
+        if self.n_processes == 1:
+            return holds
+        flag = torch.tensor(int(holds), device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
     def on_main(self, work: Callable[[], Value]) -> Value:
         """What `work` gives on the main rank, on every rank. It is not called on others; errors are raised on all."""
         return self.everywhere(work if self.is_main else lambda: None)[0]  # type: ignore[return-value]

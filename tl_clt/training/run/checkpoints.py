@@ -18,11 +18,14 @@ import math
 import os
 import secrets
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -581,8 +584,17 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     return kept | {"cache_dtype": None if config["cache_path"] is None else config["cache_dtype"]}
 
 
+SAME_PRESS_SECONDS = 1.0
+"""A Ctrl-C so soon after another is taken for the same one: torchrun passes it on to processes that the terminal told
+already."""
+
+
 class CheckpointWriter:
-    """Writes a checkpoint every `cfg.checkpoint_every` steps. Call it after each step."""
+    """Writes a checkpoint every `cfg.checkpoint_every` steps. Call it after each step.
+
+    Within `with writer:`, where checkpoints are written at all, Ctrl-C waits for the end of the step that it falls
+    into, after which there is one more; the next Ctrl-C is heeded at once.
+    """
 
     def __init__(
         self,
@@ -595,15 +607,58 @@ class CheckpointWriter:
         self._about = about
         self._position = position
         self._started = started
+        self._interrupted_at: float | None = None
+        self._interrupt: Callable[[int, FrameType | None], Any] | None = None
+
+    def __enter__(self) -> CheckpointWriter:
+        before = signal.getsignal(signal.SIGINT)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        # Where Ctrl-C is ignored, as in the background of a shell, it stays so.
+        if self._cfg.checkpoint_path is not None and in_main_thread and callable(before):
+            self._interrupt = before
+            signal.signal(signal.SIGINT, self._put_off)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._interrupt is not None:
+            signal.signal(signal.SIGINT, self._interrupt)
+            if self._interrupted_at is not None and kind is None:
+                self._interrupt(signal.SIGINT, None)
+
+    def _put_off(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._interrupted_at is None:
+            self._interrupted_at = now
+        elif now - self._interrupted_at > SAME_PRESS_SECONDS and self._interrupt is not None:
+            self._interrupt(number, frame)
 
     def __call__(self, trainer: CLTTrainer) -> None:
-        """Write one where it is due."""
+        """Write one where it is due, or where Ctrl-C was pressed.
+
+        Raises:
+            KeyboardInterrupt: it was, on this rank or another; or whatever else Ctrl-C did before.
+        """
         # SAELens counts the step after this call.
         step = trainer.n_training_steps + 1
         cfg = self._cfg
-        if cfg.checkpoint_path is None or step % cfg.checkpoint_every != 0:
+        if cfg.checkpoint_path is None:
             return
-        grid = trainer.sae.grid
+        due = step % cfg.checkpoint_every == 0
+        if due:
+            self._make(trainer, step)
+        pressed = self._interrupted_at is not None
+        interrupted = trainer.sae.grid.anywhere(pressed, trainer.sae.device)
+        if interrupted and not due:
+            self._make(trainer, step)
+        if interrupted:
+            self._interrupted_at = None
+            if pressed and self._interrupt is not None:
+                self._interrupt(signal.SIGINT, None)
+            else:
+                raise KeyboardInterrupt
+
+    def _make(self, trainer: CLTTrainer, step: int) -> None:
+        cfg, grid = self._cfg, trainer.sae.grid
         grid.everywhere(lambda: require_finite_weights(trainer.sae.state_dict(), f"After step {step}", cfg))
         state = capture(trainer, self._position())
         grid.on_main(lambda: None if state is None else self._write(step, state))

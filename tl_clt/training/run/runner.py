@@ -382,8 +382,10 @@ class CLTTrainingRunner:
 
         trainer.data_provider = own_part(None if raw is None else self._for_training(raw, trainer))
         about = {"model_fingerprint": start.fingerprint}
-        trainer.after_step = CheckpointWriter(cfg, about, lambda: None if raw is None else raw.position, started)
-        trainer.fit()
+        checkpoints = CheckpointWriter(cfg, about, lambda: None if raw is None else raw.position, started)
+        trainer.after_step = checkpoints
+        with checkpoints:
+            trainer.fit()
         last = islice(own_part(raw), cfg.n_eval_batches)
         metrics = measure(sae, last, trainer.dead_neurons, cfg.dead_window_steps, trainer.fast_step)
         self.record = TrainingRecord(
