@@ -134,9 +134,10 @@ def small_run(tmp_path) -> list[str]:
 
 
 def test_train_resumes_and_reads_its_cache(tmp_path, small_run):
-    writing = ("--checkpoints", str(tmp_path / "checkpoints"), "--checkpoint-every", "3")
+    writing = ("--checkpoints", str(tmp_path / "checkpoints"), "--checkpoint-every", "3", "--keep-checkpoints", "3")
     run(*small_run, "--output", str(tmp_path / "whole"), *writing)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
+    names = [f"step_0000000{step}" for step in (3, 6, 8)]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == names
     cached = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
     for given, name in (("checkpoints", "newest"), ("checkpoints/step_00000003", "older")):
         run(*small_run, "--output", str(tmp_path / name), "--resume", str(tmp_path / given), "--checkpoint-every", "3")

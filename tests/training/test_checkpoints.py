@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from tests.conftest import small_disk
 from tests.training.conftest import tiny_model
-from tl_clt.errors import CheckpointError, DatasetError, NotWritten, OutputNotEmpty
+from tl_clt.errors import CheckpointError, DatasetError, NotWritten, OutputNotEmpty, TrainingWarning
 from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig, TrainingProgress
-from tl_clt.training.run import checkpoints
+from tl_clt.training.run import checkpoints, runner
+from tl_clt.training.run.trainer import CLTTrainer
 from tl_clt.transcoder import CrossLayerTranscoder
 
 STEPS = 24
@@ -184,7 +185,7 @@ def good_steps(folder: Path) -> list[int]:
 
 def test_the_last_checkpoints_are_kept_and_nothing_else(cfg, model, tokens) -> None:
     CLTTrainingRunner(replace(cfg, keep_checkpoints=3), model=model, dataset=tokens).run()
-    assert steps_in(Path(cfg.checkpoint_path)) == [10, 15, 20]
+    assert steps_in(Path(cfg.checkpoint_path)) == [15, 20, 24]
 
 
 def test_weights_and_moments_are_plain_files_by_parameter(cfg, model, tokens) -> None:
@@ -219,10 +220,11 @@ def test_damaged_checkpoint_is_refused_by_name_and_the_newest_good_one_is_offere
         with pytest.raises(CheckpointError, match=f"step_00000015' is damaged: .*{message}") as caught:
             CLTTrainingRunner(cfg, model=model, dataset=tokens).run(resume=given)
         assert f"The newest good one is '{folder / 'step_00000010'}'" in str(caught.value)
-    run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
+    run = CLTTrainingRunner(replace(cfg, keep_checkpoints=3), model=model, dataset=tokens)
     clt = run.run(resume=folder / "step_00000010")
     assert_same(run, clt, uninterrupted(cfg, model, tokens))
-    assert steps_in(folder) == [15, 20]  # the damaged one was made again
+    assert steps_in(folder) == [15, 20, 24]  # the damaged one was made again
+    assert checkpoints.find(folder / "step_00000015").step == 15
 
 
 def test_without_a_good_checkpoint_that_is_said(cfg, model, tokens, tmp_path: Path) -> None:
@@ -239,7 +241,7 @@ def test_without_a_good_checkpoint_that_is_said(cfg, model, tokens, tmp_path: Pa
     ("changes", "field"),
     [
         ({"lr": 0.5}, "lr"),
-        ({"training_tokens": 64 * 99}, "training_tokens"),
+        ({"training_tokens": 64 * 20}, "training_tokens"),
         ({"seed": 7}, "seed"),
         ({"d_transcoder": 25}, "d_transcoder"),
         ({"exclude_special_tokens": (3,)}, "exclude_special_tokens"),
@@ -259,7 +261,7 @@ def test_what_changes_no_step_may_differ(cfg, model, tokens, tmp_path: Path) -> 
     )
     run = CLTTrainingRunner(changed, model=model, dataset=tokens)
     assert_same(run, run.run(resume=folder), uninterrupted(cfg, model, tokens))
-    assert steps_in(tmp_path / "elsewhere") == [9, 18] and steps_in(folder) == [5]
+    assert steps_in(tmp_path / "elsewhere") == [18, 24] and steps_in(folder) == [5]
 
 
 def test_another_model_or_dataset_is_refused(cfg, model, tokens) -> None:
@@ -316,6 +318,78 @@ def test_a_run_stopped_while_a_checkpoint_is_written_keeps_the_earlier_one(
     assert [path.name for path in folder.iterdir()] == ["step_00000005"]
     run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
     assert_same(run, run.run(resume=folder), uninterrupted(cfg, model, tokens))
+
+
+class Courses(CLTTrainer):
+    """Notes the learning rate and lambda of each step."""
+
+    seen: list[tuple[float, float]]
+
+    def _train_step(self, sae, sae_in):
+        self.seen.append((self.optimizer.param_groups[0]["lr"], self.get_coefficients()["sparsity"]))
+        return super()._train_step(sae, sae_in)
+
+
+@pytest.mark.parametrize("stopped_at", [None, 12])
+@pytest.mark.parametrize("scheduler", ["cosineannealing", "constant"])
+def test_a_run_goes_on_with_more_tokens_on_the_schedules_of_its_new_length(
+    cfg, model, tokens, monkeypatch, scheduler: str, stopped_at: int | None
+) -> None:
+    monkeypatch.setattr(runner, "CLTTrainer", Courses)
+    cfg = replace(cfg, lr_scheduler_name=scheduler)
+    longer = replace(cfg, training_tokens=64 * 40)
+    Courses.seen = whole = []
+    CLTTrainingRunner(replace(longer, checkpoint_path=None), model=model, dataset=tokens).run()
+    Courses.seen = []
+    if stopped_at is None:
+        CLTTrainingRunner(cfg, model=model, dataset=tokens).run()
+        start = STEPS
+    else:
+        interrupted(cfg, model, tokens, stopped_at)
+        start = 10
+    Courses.seen = rest = []
+    run = CLTTrainingRunner(longer, model=model, dataset=tokens)
+    run.run(resume=cfg.checkpoint_path)
+    assert run.record.tokens_seen == 64 * 40 and len(rest) == 40 - start
+    # The course of a cosine is computed from step to step, and rounds.
+    for now, expected in zip(rest, whole[start:], strict=True):
+        assert now == pytest.approx(expected, rel=1e-9)
+    assert steps_in(Path(cfg.checkpoint_path)) == [35, 40]
+
+
+def test_a_lengthened_run_resumes_to_the_bit(cfg, model, tokens) -> None:
+    CLTTrainingRunner(cfg, model=model, dataset=tokens).run()
+    longer = replace(cfg, training_tokens=64 * 40 - 5, keep_checkpoints=5)
+    expected = CLTTrainingRunner(longer, model=model, dataset=tokens)
+    expected.result = expected.run(resume=cfg.checkpoint_path)
+    run = CLTTrainingRunner(longer, model=model, dataset=tokens)
+    assert_same(run, run.run(resume=Path(cfg.checkpoint_path) / "step_00000030"), expected)
+    with pytest.raises(
+        CheckpointError, match="training_tokens=2555, but .* training_tokens=1536: give the same or more"
+    ):
+        CLTTrainingRunner(cfg, model=model, dataset=tokens).run(resume=cfg.checkpoint_path)
+
+
+def test_the_checkpoint_of_the_end_gives_the_same_clt_without_a_step(cfg, model, tokens) -> None:
+    CLTTrainingRunner(cfg, model=model, dataset=tokens).run()
+    told: list[TrainingProgress] = []
+    run = CLTTrainingRunner(cfg, model=model, dataset=tokens, on_progress=told.append)
+    assert_same(run, run.run(resume=cfg.checkpoint_path), uninterrupted(cfg, model, tokens))
+    assert told == []
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_warned_of_and_the_clt_is_kept(
+    cfg, model, tokens, tmp_path: Path, monkeypatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    cfg = replace(cfg, checkpoint_every=99, output_path=str(tmp_path / "clt"))
+    with pytest.warns(TrainingWarning, match="without its last checkpoint.*no space left"):
+        CLTTrainingRunner(cfg, model=model, dataset=tokens).run()
+    assert CrossLayerTranscoder.from_pretrained(tmp_path / "clt").cfg.d_transcoder == 24
+    assert steps_in(Path(cfg.checkpoint_path)) == []
 
 
 @pytest.fixture
@@ -380,7 +454,7 @@ def test_leftovers_of_a_killed_run_are_removed_on_resuming(cfg, model, tokens) -
     (folder / ".step_00000010.abc").mkdir()
     (folder / ".step_00000010.abc" / "weights.safetensors").write_bytes(b"half")
     CLTTrainingRunner(cfg, model=model, dataset=tokens).run(resume=folder)
-    assert steps_in(folder) == [15, 20]
+    assert steps_in(folder) == [20, 24]
 
 
 def test_wandb_run_goes_on(cfg, model, tokens, monkeypatch) -> None:

@@ -90,6 +90,10 @@ class CLTTrainingRunnerConfig:
     """A text file, a folder (data files, or saved with `save_to_disk`) or a hub dataset. May be left out
     where the runner is given a dataset."""
 
+    init_from: str | None = None
+    """A CLT whose weights the run begins with, as a folder or a name by which CLTs are loaded. It must have the run's
+    shape, hooks and activation. Random weights where left out."""
+
     output_path: str | None = None
     """New or empty folder for the CLT and `training.json`; nothing is written where left out."""
 
@@ -138,7 +142,8 @@ class CLTTrainingRunnerConfig:
     """Batches after training on which the final metrics are measured."""
 
     checkpoint_path: str | None = None
-    """New or empty folder, outside of output_path, for checkpoints to resume from; none are written where left out."""
+    """New or empty folder, outside of output_path, for checkpoints to resume from, the last one when training is done;
+    none are written where left out."""
 
     checkpoint_every: int = 1000
     """Steps between them."""

@@ -40,7 +40,7 @@ from tl_clt.training.data.batches import (
     without_store_noise,
 )
 from tl_clt.training.data.dataset import AnyDataset, DatasetSource, open_dataset
-from tl_clt.training.export import export
+from tl_clt.training.export import export, require_same_kind, take_over
 from tl_clt.training.parallel import ProcessGrid, only_main_shows, own_device, process_grid
 from tl_clt.training.run.checkpoints import (
     Checkpoint,
@@ -48,6 +48,7 @@ from tl_clt.training.run.checkpoints import (
     TrainingState,
     find_checkpoint,
     gather_clt,
+    has_more_tokens,
     position_of,
     read_checkpoint,
     require_checkpoint_folder,
@@ -59,6 +60,7 @@ from tl_clt.training.run.config import CLTTrainingRunnerConfig
 from tl_clt.training.run.memory import MemoryEstimate, estimate_memory, require_memory
 from tl_clt.training.run.trainer import CLTTrainer, CLTTrainerConfig, mend_of_growth, require_finite_weights
 from tl_clt.transcoder import CrossLayerTranscoder, explained_variance
+from tl_clt.transcoder.decoders import Weights
 from tl_clt.transcoder.formats import native
 
 
@@ -268,7 +270,10 @@ class CLTTrainingRunner:
         Args:
             resume: a checkpoint, or a `checkpoint_path` whose newest to take: the run goes on from there, and on the
                 CPU ends with the same weights, to the bit, as if it had never stopped. The config must be the same in
-                all that decides the weights, and model and dataset must hold the same.
+                all that decides the weights, and model and dataset must hold the same. `training_tokens` alone may be
+                more than they were, also after a run that came to its end: from that step on schedules are those of
+                the new length. The result is then not that of one run of this length, whose schedules would have been
+                others before that step.
 
         Raises:
             OutputNotEmpty: the output or checkpoint folder holds something (found before any work).
@@ -289,6 +294,8 @@ class CLTTrainingRunner:
         source: list[tuple[HookedModel, AnyDataset]] = []
         start = grid.on_main(lambda: self._prepare(resume, source))
         grid.everywhere(lambda: self._check_memory(start, grid))
+        first: list[Weights] = []
+        grid.everywhere(lambda: self._read_first(start, first))
         state = None
         if start.checkpoint is not None:
             state = read_checkpoint(start.checkpoint, cfg.device, grid)
@@ -314,7 +321,7 @@ class CLTTrainingRunner:
                     position=None if state is None else position_of(state),
                 )
                 raw = opened.enter_context(closing(batches))
-            clt = self._train(start, raw, grid, started, state)
+            clt = self._train(start, raw, grid, started, state, first)
         self.clt = clt
         if grid.is_main:
             self._save(clt)
@@ -356,6 +363,14 @@ class CLTTrainingRunner:
             self.on_start(estimate)
         require_memory(estimate, torch.device(self.cfg.device))
 
+    def _read_first(self, start: Start, first: list[Weights]) -> None:
+        """Add the weights that the run is to begin with, if any, to `first`; decoders stay on disk until then."""
+        name = self.cfg.init_from
+        if name is not None and start.checkpoint is None:
+            weights = CrossLayerTranscoder.from_pretrained(name, lazy_decoder=True).weights
+            require_same_kind(TrainingCLT(replace(self._clt_config(start, None), device="meta")), weights, name)
+            first.append(weights)
+
     def _load_model(self) -> HookedModel:
         cfg = self.cfg
         assert cfg.model_name is not None
@@ -369,12 +384,15 @@ class CLTTrainingRunner:
         grid: ProcessGrid,
         started: float,
         state: TrainingState | None,
+        first: list[Weights],
     ) -> CrossLayerTranscoder:
         cfg = self.cfg
         sae, scale = self._new_clt(start, raw, grid) if state is None else self._clt_to_restore(start, state, grid)
+        for weights in first:
+            scale = take_over(sae, weights)
         trainer = CLTTrainer(cfg=self._trainer_config(), sae=sae, data_provider=None)
         if state is not None:
-            restore(trainer, state)
+            restore(trainer, state, longer=start.checkpoint is not None and has_more_tokens(cfg, start.checkpoint))
 
         def own_part(batches: Iterator[Batch] | None) -> Iterator[Batch]:
             handed_out = Handout(batches, grid, (2, start.n_layers, start.d_model), sae.dtype, sae.device)
@@ -382,10 +400,12 @@ class CLTTrainingRunner:
 
         trainer.data_provider = own_part(None if raw is None else self._for_training(raw, trainer))
         about = {"model_fingerprint": start.fingerprint}
-        checkpoints = CheckpointWriter(cfg, about, lambda: None if raw is None else raw.position, started)
+        resumed_at = None if state is None else trainer.n_training_steps
+        checkpoints = CheckpointWriter(cfg, about, lambda: None if raw is None else raw.position, started, resumed_at)
         trainer.after_step = checkpoints
         with checkpoints:
             trainer.fit()
+            checkpoints.write_last(trainer)
         last = islice(own_part(raw), cfg.n_eval_batches)
         metrics = measure(sae, last, trainer.dead_neurons, cfg.dead_window_steps, trainer.fast_step)
         self.record = TrainingRecord(
