@@ -154,6 +154,10 @@ def test_train_resumes_and_reads_its_cache(tmp_path, small_run):
         (("--cache-dtype", "int4"), "ConfigError", "give one of float16, int8"),
         (("--max-norm-ratio", "0.5"), "ConfigError", "max_norm_ratio is 0.5"),
         (("--checkpoint-every", "0"), "ConfigError", "checkpoint_every is 0"),
+        (("--device", "gpu"), "ConfigError", "device is 'gpu', which is not here: give one of cpu"),
+        (("--seed", "-1"), "ConfigError", "seed is -1"),
+        (("--adam-beta1", "1.5"), "ConfigError", "adam_beta1 is 1.5"),
+        (("--far-rank", "999"), "ConfigError", "far_rank is 999"),
         (("--n-data-parallel", "2"), "ConfigError", "the number of processes 1: start a multiple of 2"),
     ],
 )

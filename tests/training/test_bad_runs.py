@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from tests.training.conftest import tiny_model
-from tl_clt.errors import ConfigError, NotFinite, NotWritten
+from tl_clt.errors import ConfigError, NotFinite, NotWritten, TrainingWarning
 from tl_clt.training import CLTTrainingRunner
 from tl_clt.training.run import runner
 from tl_clt.training.run.trainer import CLTTrainer, require_finite_weights
@@ -173,3 +174,31 @@ def test_where_there_is_no_room_at_all_the_clt_is_still_in_memory(
     monkeypatch.undo()
     run.clt.save_pretrained(tmp_path / "clt")
     assert CrossLayerTranscoder.from_pretrained(tmp_path / "clt").cfg == run.clt.cfg
+
+
+# -- data of which little can be learned, and devices that are not there
+
+
+def test_outputs_that_do_not_vary_are_warned_of(make_config, tokens) -> None:
+    silent = tiny_model()
+    silent.blocks[1].mlp.W_out.data.zero_()
+    silent.blocks[1].mlp.b_out.data.fill_(0.5)
+    with pytest.warns(TrainingWarning, match="The output of layers 1 is the same at every token .* Give more varied"):
+        CLTTrainingRunner(make_config(training_tokens=64 * 3), model=silent, dataset=tokens).run()
+
+
+def test_a_text_that_is_read_many_times_is_warned_of_once(model, make_config, tokens) -> None:
+    with pytest.warns(TrainingWarning, match=r"The dataset is read about \d+ times for 5120 training_tokens") as caught:
+        CLTTrainingRunner(make_config(training_tokens=64 * 80), model=model, dataset=tokens[:30]).run()
+    assert len([warning for warning in caught if warning.category is TrainingWarning]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TrainingWarning)
+        CLTTrainingRunner(make_config(), model=model, dataset=tokens).run()
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda", "cuda:99", "meta", "xpu", "cpu:x"])
+def test_a_device_that_is_not_here_is_refused_with_those_that_are(model, make_config, tokens, device: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one here")
+    with pytest.raises(ConfigError, match=f"device is '{device}', which is not here: give one of cpu"):
+        CLTTrainingRunner(make_config(device=device), model=model, dataset=tokens)

@@ -227,6 +227,17 @@ def test_damaged_checkpoint_is_refused_by_name_and_the_newest_good_one_is_offere
     assert checkpoints.find(folder / "step_00000015").step == 15
 
 
+@pytest.mark.parametrize("key", ["config", "seconds", "model_fingerprint", "wandb_run_id", "step", "format", "files"])
+def test_a_manifest_that_lacks_something_is_damaged(cfg, model, tokens, key: str) -> None:
+    folder = interrupted(cfg, model, tokens, 6)
+    path = folder / "step_00000005" / "checkpoint.json"
+    manifest = json.loads(path.read_text())
+    for damaged in ({k: v for k, v in manifest.items() if k != key}, {**manifest, key: [1]}):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(CheckpointError, match="step_00000005' is damaged"):
+            CLTTrainingRunner(cfg, model=model, dataset=tokens).run(resume=folder)
+
+
 def test_without_a_good_checkpoint_that_is_said(cfg, model, tokens, tmp_path: Path) -> None:
     folder = interrupted(cfg, model, tokens, 6)
     (folder / "step_00000005" / "random.safetensors").unlink()

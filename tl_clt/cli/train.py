@@ -123,7 +123,10 @@ def _with_options(train_with: Callable[[Path | None, dict[str, Any]], None]) -> 
     options = {name: options[name] for name in REQUIRED} | options
     options["resume"] = Annotated[
         Optional[Path],
-        typer.Option(help="Checkpoint, or folder of them, of a run that was cut off; give its other options again."),
+        typer.Option(
+            help="Checkpoint, or folder of them, of a run that was cut off, or is to have more training tokens; give"
+            " its other options again."
+        ),
     ]
     command.__annotations__ = options
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

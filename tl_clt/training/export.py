@@ -10,7 +10,6 @@ from torch import Tensor
 
 from tl_clt.errors import ConfigError, TrainingWarning
 from tl_clt.training.clt import InferenceCLT, TrainingCLT
-from tl_clt.training.data.batches import ActivationScale
 from tl_clt.transcoder import CrossLayerTranscoder
 from tl_clt.transcoder.decoders import DenseDecoders, Weights
 
@@ -109,7 +108,7 @@ def require_same_kind(clt: TrainingCLT, weights: Weights, name: str) -> None:
 
 
 @torch.no_grad()
-def take_over(clt: TrainingCLT, weights: Weights) -> ActivationScale:
+def take_over(clt: TrainingCLT, weights: Weights) -> None:
     """Give a CLT in training the weights of one on raw activations; on a grid, each rank its features. The inverse of
     `export`, which gives that CLT back, up to rounding:
 
@@ -118,22 +117,19 @@ def take_over(clt: TrainingCLT, weights: Weights) -> ActivationScale:
 
     Where k features are kept, training ranks them by hidden_pre * ||W_dec,i||, and the other CLT by hidden_pre, or
     compares it with thresholds. With the scales that it was trained with the two are the same, for which reason such a
-    run takes them over from it; where they still differ, a warning says so. `score_threshold`, one a layer, is the mean
-    of threshold * ||W_dec,i||.
+    run takes them over from it into its config; where they still differ, a warning says so. `score_threshold`, one a
+    layer, is the mean of threshold * ||W_dec,i||.
 
     Args:
         clt: changed in place.
         weights: such as `require_same_kind` lets pass.
-
-    Returns:
-        The scales that the run is to have, which are in clt's config.
     """
     cfg, theirs = clt.cfg, weights.cfg
     if cfg.selects and theirs.input_scale is not None and theirs.output_scale is not None:
         cfg.input_scale, cfg.output_scale = theirs.input_scale, theirs.output_scale
-    scale = ActivationScale(*(tuple(s or [1.0] * cfg.n_layers) for s in (cfg.input_scale, cfg.output_scale)))
     kind = {"dtype": torch.float64, "device": clt.b_dec.device}
-    s_in, s_out = (torch.tensor(side, **kind) for side in scale)
+    s_in = torch.tensor(cfg.input_scale or [1.0] * cfg.n_layers, **kind)
+    s_out = torch.tensor(cfg.output_scale or [1.0] * cfg.n_layers, **kind)
     own, ranked_anew = clt.grid.own(cfg.d_transcoder), []
     for source, targets in enumerate(clt.targets):
         W_dec = weights.W_dec[source].to(**kind) * s_out[targets.start : targets.stop, None]
@@ -164,4 +160,3 @@ def take_over(clt: TrainingCLT, weights: Weights) -> ActivationScale:
             TrainingWarning,
             stacklevel=2,
         )
-    return scale

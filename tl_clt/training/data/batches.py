@@ -46,7 +46,7 @@ from tl_clt.lens import (
 )
 from tl_clt.training.clt import CLTSettings, CLTShape
 from tl_clt.training.data.cache import ActivationCache, Activations, CacheDtype, Prompts
-from tl_clt.training.data.dataset import AnyDataset
+from tl_clt.training.data.dataset import AnyDataset, join_prompts
 from tl_clt.training.parallel import ProcessGrid
 
 Batch = Float[Tensor, "batch 2 n_layers d_model"]
@@ -448,7 +448,7 @@ def check_fits(model: HookedModel, clt: CLTShape, data: DataSettings) -> None:
 
     Raises:
         HookNotFound: it lacks a hook.
-        ConfigError: context_size or span is more than the model's.
+        ConfigError: context_size, span or far_rank is more than the model's.
         TokenizerMissing: special tokens are to be left out, and there is no tokenizer to name them.
     """
     hook_names(model, clt)
@@ -459,6 +459,11 @@ def check_fits(model: HookedModel, clt: CLTShape, data: DataSettings) -> None:
         )
     if clt.span is not None and clt.span > n_layers:
         raise ConfigError(f"span is {clt.span}, but {name} has {n_layers} layers: give 1 (PLT) to {n_layers} (CLT).")
+    if clt.far_rank is not None and clt.far_rank > model.cfg.d_model:
+        raise ConfigError(
+            f"far_rank is {clt.far_rank}, but d_model of {name} is {model.cfg.d_model}, above which no rank is lower:"
+            " give less, or leave far_rank out for full decoders."
+        )
     if data.exclude_special_tokens is True:
         require_tokenizer(model, "name its special tokens, which exclude_special_tokens=True leaves out,")
 
@@ -543,7 +548,7 @@ def _chunks(
         return pack([activations[name].flatten(0, 1).to(device) for name in names], names, model.cfg.d_model)
 
     def one_pass() -> Iterator[Prompts]:
-        return _prompts(_store(model, dataset, data, names, device), data.store_batch_size_prompts)
+        return _prompts(_store(model, dataset, data, names, device), data, model.cfg.d_vocab)
 
     rules = Rules(data.seqpos_slice, _excluded(model, data, device), data.max_norm_ratio)
     full = data.store_batch_size_prompts * data.context_size
@@ -571,19 +576,30 @@ def _store(
     )
 
 
-def _prompts(store: ActivationsStore, n: int) -> Iterator[Prompts]:
-    """One pass over the store's dataset, n prompts at a time and the rest at its end."""
+def _prompts(store: ActivationsStore, data: DataSettings, d_vocab: int) -> Iterator[Prompts]:
+    """One pass over the store's dataset, the prompts of a forward pass at a time and the rest at its end.
+
+    Raises:
+        DatasetError: a row of token ids is not like the first, which `open_dataset` has checked.
+    """
     prompts: list[Prompts] = []
+    n, start = data.store_batch_size_prompts, 0
     while True:
         try:
             prompts.append(store.get_batch_tokens(1, raise_at_epoch_end=True))
         except StopIteration:
             break
+        except (TypeError, ValueError, OverflowError) as error:
+            if not store.is_dataset_tokenized:
+                raise
+            raise DatasetError(
+                f"Row {start + len(prompts)} of the dataset is no list of token ids ({error}): mend it or leave it out."
+            ) from error
         if len(prompts) == n:
-            yield torch.cat(prompts)
-            prompts = []
+            yield join_prompts(prompts, start, data.context_size, d_vocab)
+            prompts, start = [], start + n
     if prompts:
-        yield torch.cat(prompts)
+        yield join_prompts(prompts, start, data.context_size, d_vocab)
 
 
 def pack(activations: list[Tensor], names: list[str], d_model: int) -> Batch:

@@ -560,6 +560,8 @@ def find_checkpoint(cfg: CLTTrainingRunnerConfig, folder: Path) -> Checkpoint:
     with readable(checkpoint.folder):
         if not isinstance(about["model_fingerprint"], str) or not 0 <= about["seconds"] < math.inf:
             raise ValueError(f"{MANIFEST} has no model_fingerprint, or no seconds")
+        if not isinstance(about["wandb_run_id"], str | None):
+            raise ValueError(f"{MANIFEST} has the wandb_run_id {about['wandb_run_id']!r}")
         before, now = _comparable(about["config"]), _comparable(cfg.to_dict())
         longer = has_more_tokens(cfg, checkpoint)
     for name in sorted(before.keys() | now.keys()):

@@ -218,7 +218,7 @@ POSITIVE = (
     *("checkpoint_every", "keep_checkpoints", "n_data_parallel"),
 )
 NOT_NEGATIVE = (
-    *("lr_warm_up_steps", "lr_decay_steps", "lr_end", "k_anneal_steps", "dead_feature_density"),
+    *("lr_warm_up_steps", "lr_decay_steps", "lr_end", "k_anneal_steps", "dead_feature_density", "seed"),
     *(f.name for f in fields(CLTSettings) if f.name.endswith("_coefficient")),
 )
 
@@ -308,6 +308,8 @@ def _check_values(cfg: CLTTrainingRunnerConfig) -> None:
         "dtype is 'float16': Adam's updates and the losses of training leave its range. Give 'bfloat16', which takes as"
         " little room, or 'float32'.",
     )
+    for name in ("adam_beta1", "adam_beta2"):
+        require(0 <= getattr(cfg, name) < 1, f"{name} is {getattr(cfg, name)}: give 0 or more, and less than 1.")
     mix = cfg.data.activations_mixing_fraction
     require(0 <= mix <= 1, f"activations_mixing_fraction is {mix}: give 0 to 1.")
     ratio = cfg.data.max_norm_ratio

@@ -7,7 +7,8 @@ import math
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, fields, replace
 from itertools import islice
@@ -23,7 +24,7 @@ from sae_lens.saes.sae import SAEMetadata, TrainStepInput
 from torch import Tensor
 
 from tl_clt.arguments import shown
-from tl_clt.errors import ConfigError, NotFinite, NotWritten, OutputNotEmpty
+from tl_clt.errors import ConfigError, NotFinite, NotWritten, OutputNotEmpty, TrainingWarning
 from tl_clt.files import new_folder, require_new
 from tl_clt.lens import HookedModel, load_model, mlp_hook_points, model_fingerprint, model_name, require_model
 from tl_clt.training.clt import Step, TrainingCLT, TrainingCLTConfig, init_decoder_biases, init_encoder_biases
@@ -388,8 +389,11 @@ class CLTTrainingRunner:
     ) -> CrossLayerTranscoder:
         cfg = self.cfg
         sae, scale = self._new_clt(start, raw, grid) if state is None else self._clt_to_restore(start, state, grid)
+        if raw is not None and state is None:
+            _warn_of_constant_outputs(raw.peek(cfg.data.n_batches_for_scale))
         for weights in first:
-            scale = take_over(sae, weights)
+            take_over(sae, weights)
+            scale = ActivationScale(tuple(sae.cfg.input_scale), tuple(sae.cfg.output_scale))
         trainer = CLTTrainer(cfg=self._trainer_config(), sae=sae, data_provider=None)
         if state is not None:
             restore(trainer, state, longer=start.checkpoint is not None and has_more_tokens(cfg, start.checkpoint))
@@ -480,9 +484,10 @@ class CLTTrainingRunner:
 
     def _for_training(self, raw: ActivationBatches, trainer: CLTTrainer) -> Iterator[Batch]:
         """The batches, the last cut to the tokens that are left, with a call of `on_progress` between steps."""
-        cfg, resumed_at = self.cfg, trainer.n_training_steps
+        cfg, resumed_at, repeats_told = self.cfg, trainer.n_training_steps, False
         for step, batch in enumerate(raw, start=resumed_at):
             tokens = trainer.n_training_samples
+            repeats_told = repeats_told or _warn_of_repeats(raw.position.counts, cfg.data.training_tokens)
             if self.on_progress is not None and step > resumed_at and step % cfg.wandb_log_frequency == 0:
                 losses = {name: float(value) for name, value in trainer.sae.last_losses.items()}
                 with raw.paused():
@@ -536,6 +541,47 @@ def _require_finite(clt: CrossLayerTranscoder, metrics: Metrics, cfg: CLTTrainin
         raise NotFinite(
             f"At the end of training, the error of the reconstruction of layers {', '.join(map(str, layers))} is"
             f" infinite or no number. Nothing is saved of these weights. {mend_of_growth(cfg)}"
+        )
+
+
+MANY_PASSES = 16
+"""Times that a run reads its dataset, from which on a warning says so."""
+
+
+def _warn_of_repeats(counts: DataCounts, training_tokens: int) -> bool:
+    """Warn, from the second pass over the dataset on, where there will be many; whether that was so."""
+    if counts.epochs == 0 or counts.kept == 0:
+        return False
+    per_pass = counts.kept // counts.epochs
+    passes = max(counts.epochs, training_tokens // max(1, per_pass))
+    if passes < MANY_PASSES:
+        return False
+    warnings.warn(
+        f"The dataset is read about {passes} times for {training_tokens} training_tokens: a pass over it gives at most"
+        f" {per_pass}. The CLT will fit this text better than any other. Give more text, or fewer training_tokens.",
+        TrainingWarning,
+        stacklevel=2,
+    )
+    return True
+
+
+CONSTANT_BELOW = 1e-10
+"""Share of outputs' squares that varies, below which it is taken for rounding."""
+
+
+def _warn_of_constant_outputs(batches: Sequence[Batch]) -> None:
+    """Warn where some layer's outputs are the same at all tokens."""
+    constant = []
+    for layer in range(batches[0].shape[2]):
+        y = torch.cat([batch[:, 1, layer] for batch in batches]).double()
+        if float((y - y.mean(dim=0)).square().sum()) <= CONSTANT_BELOW * float(y.square().sum()):
+            constant.append(layer)
+    if constant:
+        warnings.warn(
+            f"The output of layers {', '.join(map(str, constant))} is the same at every token of the first batches:"
+            " biases alone can write it, and features have nothing to learn. Give more varied data, or check hooks.",
+            TrainingWarning,
+            stacklevel=2,
         )
 
 
