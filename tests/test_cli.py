@@ -134,9 +134,10 @@ def small_run(tmp_path) -> list[str]:
 
 
 def test_train_resumes_and_reads_its_cache(tmp_path, small_run):
-    writing = ("--checkpoints", str(tmp_path / "checkpoints"), "--checkpoint-every", "3")
+    writing = ("--checkpoints", str(tmp_path / "checkpoints"), "--checkpoint-every", "3", "--keep-checkpoints", "3")
     run(*small_run, "--output", str(tmp_path / "whole"), *writing)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
+    names = [f"step_0000000{step}" for step in (3, 6, 8)]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == names
     cached = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
     for given, name in (("checkpoints", "newest"), ("checkpoints/step_00000003", "older")):
         run(*small_run, "--output", str(tmp_path / name), "--resume", str(tmp_path / given), "--checkpoint-every", "3")
@@ -153,6 +154,10 @@ def test_train_resumes_and_reads_its_cache(tmp_path, small_run):
         (("--cache-dtype", "int4"), "ConfigError", "give one of float16, int8"),
         (("--max-norm-ratio", "0.5"), "ConfigError", "max_norm_ratio is 0.5"),
         (("--checkpoint-every", "0"), "ConfigError", "checkpoint_every is 0"),
+        (("--device", "gpu"), "ConfigError", "device is 'gpu', which is not here: give one of cpu"),
+        (("--seed", "-1"), "ConfigError", "seed is -1"),
+        (("--adam-beta1", "1.5"), "ConfigError", "adam_beta1 is 1.5"),
+        (("--far-rank", "999"), "ConfigError", "far_rank is 999"),
         (("--n-data-parallel", "2"), "ConfigError", "the number of processes 1: start a multiple of 2"),
     ],
 )
@@ -161,6 +166,20 @@ def test_bad_training_options_are_one_message_and_no_file(tmp_path, small_run, a
     output = run(*small_run, "--output", str(tmp_path / "clt"), *options, status=1)
     assert error in output and words in output.replace("\n", " ") and "Traceback" not in output
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--lr", "1e30"), "NotFinite: Training stopped at step"),
+        (("--dtype", "float16"), "ConfigError: CLTTrainingRunnerConfig: dtype is 'float16'"),
+    ],
+)
+def test_training_that_goes_out_of_bounds_ends_with_one_message_and_saves_no_clt(tmp_path, small_run, options, words):
+    written = ("--output", str(tmp_path / "clt"), "--checkpoints", str(tmp_path / "s"))
+    output = run(*small_run, *written, *options, status=1)
+    assert words in output and "float32" in output and "Traceback" not in output
+    assert not (tmp_path / "clt").exists() and not (tmp_path / "s").exists()
 
 
 BAD = {

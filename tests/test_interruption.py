@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -129,11 +130,23 @@ def test_training_says_how_it_goes_on_and_does(tmp_path, text):
     said = check_end(process.returncode, stderr[stderr.index("Interrupted") :])
     assert "Traceback" not in stderr
     newest = max(checkpoints.iterdir())
-    assert f"step {int(newest.name[5:])}: the same command with --resume {checkpoints} goes on." in said
+    step = int(newest.name[5:])
+    assert f"step {step}: the same command with --resume {checkpoints} goes on." in said
+    given = shlex.split(said.partition("In full: ")[2])
+    assert given == ["tl-clt", *command[3:], "--checkpoints", str(checkpoints), "--resume", str(checkpoints)]
     assert not (tmp_path / "clt").exists() and all(p.name.startswith("step_") for p in checkpoints.iterdir())
-    # It does go on; here to be cut off again, at its next checkpoint.
-    resumed = interrupted_at(
-        "os.rename", "step_", "train", *options, "--checkpoint-every", "5", "--resume", str(checkpoints)
+    # It does go on; here to be cut off again while its next checkpoint is written, which comes to its end.
+    resumed = interrupted_at("os.rename", "step_", *given[1:])
+    last = max(checkpoints.iterdir())
+    assert f"step {int(last.name[5:])}:" in resumed and step < int(last.name[5:]) <= step + 5
+    assert json.loads((last / "checkpoint.json").read_text())["step"] == int(last.name[5:])
+
+
+def test_training_without_checkpoints_says_how_to_have_them(tmp_path, text):
+    sizes = ("--d-transcoder", "8", "--batch-size", "256", "--context-size", "32", "--training-tokens", "2048")
+    options = ("--model", "atlas", "--dataset", text, "--output", str(tmp_path / "clt"), *sizes)
+    said = interrupted_at("open", "training.json", "train", *options)
+    assert said == (
+        "Interrupted. No CLT and no checkpoint was written. With --checkpoints FOLDER a run that is stopped can go on."
     )
-    assert f"step {int(newest.name[5:])}:" in resumed
-    assert json.loads((newest / "checkpoint.json").read_text())["step"] == int(newest.name[5:])
+    assert list(tmp_path.iterdir()) == []

@@ -224,6 +224,27 @@ def as_device(name: str, value: object) -> torch.device:
         raise ConfigError(f"{name} is {shown(value)}: give a device of torch's, such as 'cpu' or 'cuda'.") from None
 
 
+def require_device(name: str, device: str) -> None:
+    """Raise unless tensors can be made on a device.
+
+    Args:
+        name: of the argument.
+        device: as torch names it.
+
+    Raises:
+        ConfigError: with the devices that there are.
+    """
+    try:
+        is_here = torch.empty(0, device=device).device.type != "meta"
+    # Of a kind that it was built without torch says so by an assertion.
+    except (RuntimeError, AssertionError, TypeError, ValueError, OverflowError, ImportError):
+        is_here = False
+    if not is_here:
+        gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        apple = ["mps"] if torch.backends.mps.is_available() else []
+        raise ConfigError(f"{name} is '{device}', which is not here: give one of {', '.join(['cpu', *gpus, *apple])}.")
+
+
 def as_dtype(name: str, value: object) -> torch.dtype:
     """A floating number type of torch's, by name or as it is."""
     named = str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else None

@@ -82,6 +82,14 @@ class NotEnoughMemory(TlCltError, MemoryError):
     """A training run that would not fit on its device."""
 
 
+class TrainingWarning(UserWarning):
+    """Something that a training run goes on with, but that its user should know, with the mend."""
+
+
+class NotFinite(TlCltError, ArithmeticError):
+    """A loss, gradient or weight of training that is infinite or no number; nothing is saved of it."""
+
+
 class CheckpointError(TlCltError, ValueError):
     """A training checkpoint that is damaged, or belongs to another run."""
 

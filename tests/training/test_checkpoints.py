@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from tests.conftest import small_disk
 from tests.training.conftest import tiny_model
-from tl_clt.errors import CheckpointError, DatasetError, NotWritten, OutputNotEmpty
+from tl_clt.errors import CheckpointError, DatasetError, NotWritten, OutputNotEmpty, TrainingWarning
 from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig, TrainingProgress
-from tl_clt.training.run import checkpoints
+from tl_clt.training.run import checkpoints, runner
+from tl_clt.training.run.trainer import CLTTrainer
 from tl_clt.transcoder import CrossLayerTranscoder
 
 STEPS = 24
@@ -184,7 +185,7 @@ def good_steps(folder: Path) -> list[int]:
 
 def test_the_last_checkpoints_are_kept_and_nothing_else(cfg, model, tokens) -> None:
     CLTTrainingRunner(replace(cfg, keep_checkpoints=3), model=model, dataset=tokens).run()
-    assert steps_in(Path(cfg.checkpoint_path)) == [10, 15, 20]
+    assert steps_in(Path(cfg.checkpoint_path)) == [15, 20, 24]
 
 
 def test_weights_and_moments_are_plain_files_by_parameter(cfg, model, tokens) -> None:
@@ -219,10 +220,22 @@ def test_damaged_checkpoint_is_refused_by_name_and_the_newest_good_one_is_offere
         with pytest.raises(CheckpointError, match=f"step_00000015' is damaged: .*{message}") as caught:
             CLTTrainingRunner(cfg, model=model, dataset=tokens).run(resume=given)
         assert f"The newest good one is '{folder / 'step_00000010'}'" in str(caught.value)
-    run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
+    run = CLTTrainingRunner(replace(cfg, keep_checkpoints=3), model=model, dataset=tokens)
     clt = run.run(resume=folder / "step_00000010")
     assert_same(run, clt, uninterrupted(cfg, model, tokens))
-    assert steps_in(folder) == [15, 20]  # the damaged one was made again
+    assert steps_in(folder) == [15, 20, 24]  # the damaged one was made again
+    assert checkpoints.find(folder / "step_00000015").step == 15
+
+
+@pytest.mark.parametrize("key", ["config", "seconds", "model_fingerprint", "wandb_run_id", "step", "format", "files"])
+def test_a_manifest_that_lacks_something_is_damaged(cfg, model, tokens, key: str) -> None:
+    folder = interrupted(cfg, model, tokens, 6)
+    path = folder / "step_00000005" / "checkpoint.json"
+    manifest = json.loads(path.read_text())
+    for damaged in ({k: v for k, v in manifest.items() if k != key}, {**manifest, key: [1]}):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(CheckpointError, match="step_00000005' is damaged"):
+            CLTTrainingRunner(cfg, model=model, dataset=tokens).run(resume=folder)
 
 
 def test_without_a_good_checkpoint_that_is_said(cfg, model, tokens, tmp_path: Path) -> None:
@@ -239,7 +252,7 @@ def test_without_a_good_checkpoint_that_is_said(cfg, model, tokens, tmp_path: Pa
     ("changes", "field"),
     [
         ({"lr": 0.5}, "lr"),
-        ({"training_tokens": 64 * 99}, "training_tokens"),
+        ({"training_tokens": 64 * 20}, "training_tokens"),
         ({"seed": 7}, "seed"),
         ({"d_transcoder": 25}, "d_transcoder"),
         ({"exclude_special_tokens": (3,)}, "exclude_special_tokens"),
@@ -259,7 +272,7 @@ def test_what_changes_no_step_may_differ(cfg, model, tokens, tmp_path: Path) -> 
     )
     run = CLTTrainingRunner(changed, model=model, dataset=tokens)
     assert_same(run, run.run(resume=folder), uninterrupted(cfg, model, tokens))
-    assert steps_in(tmp_path / "elsewhere") == [9, 18] and steps_in(folder) == [5]
+    assert steps_in(tmp_path / "elsewhere") == [18, 24] and steps_in(folder) == [5]
 
 
 def test_another_model_or_dataset_is_refused(cfg, model, tokens) -> None:
@@ -318,12 +331,141 @@ def test_a_run_stopped_while_a_checkpoint_is_written_keeps_the_earlier_one(
     assert_same(run, run.run(resume=folder), uninterrupted(cfg, model, tokens))
 
 
+class Courses(CLTTrainer):
+    """Notes the learning rate and lambda of each step."""
+
+    seen: list[tuple[float, float]]
+
+    def _train_step(self, sae, sae_in):
+        self.seen.append((self.optimizer.param_groups[0]["lr"], self.get_coefficients()["sparsity"]))
+        return super()._train_step(sae, sae_in)
+
+
+@pytest.mark.parametrize("stopped_at", [None, 12])
+@pytest.mark.parametrize("scheduler", ["cosineannealing", "constant"])
+def test_a_run_goes_on_with_more_tokens_on_the_schedules_of_its_new_length(
+    cfg, model, tokens, monkeypatch, scheduler: str, stopped_at: int | None
+) -> None:
+    monkeypatch.setattr(runner, "CLTTrainer", Courses)
+    cfg = replace(cfg, lr_scheduler_name=scheduler)
+    longer = replace(cfg, training_tokens=64 * 40)
+    Courses.seen = whole = []
+    CLTTrainingRunner(replace(longer, checkpoint_path=None), model=model, dataset=tokens).run()
+    Courses.seen = []
+    if stopped_at is None:
+        CLTTrainingRunner(cfg, model=model, dataset=tokens).run()
+        start = STEPS
+    else:
+        interrupted(cfg, model, tokens, stopped_at)
+        start = 10
+    Courses.seen = rest = []
+    run = CLTTrainingRunner(longer, model=model, dataset=tokens)
+    run.run(resume=cfg.checkpoint_path)
+    assert run.record.tokens_seen == 64 * 40 and len(rest) == 40 - start
+    # The course of a cosine is computed from step to step, and rounds.
+    for now, expected in zip(rest, whole[start:], strict=True):
+        assert now == pytest.approx(expected, rel=1e-9)
+    assert steps_in(Path(cfg.checkpoint_path)) == [35, 40]
+
+
+def test_a_lengthened_run_resumes_to_the_bit(cfg, model, tokens) -> None:
+    CLTTrainingRunner(cfg, model=model, dataset=tokens).run()
+    longer = replace(cfg, training_tokens=64 * 40 - 5, keep_checkpoints=5)
+    expected = CLTTrainingRunner(longer, model=model, dataset=tokens)
+    expected.result = expected.run(resume=cfg.checkpoint_path)
+    run = CLTTrainingRunner(longer, model=model, dataset=tokens)
+    assert_same(run, run.run(resume=Path(cfg.checkpoint_path) / "step_00000030"), expected)
+    with pytest.raises(
+        CheckpointError, match="training_tokens=2555, but .* training_tokens=1536: give the same or more"
+    ):
+        CLTTrainingRunner(cfg, model=model, dataset=tokens).run(resume=cfg.checkpoint_path)
+
+
+def test_the_checkpoint_of_the_end_gives_the_same_clt_without_a_step(cfg, model, tokens) -> None:
+    CLTTrainingRunner(cfg, model=model, dataset=tokens).run()
+    told: list[TrainingProgress] = []
+    run = CLTTrainingRunner(cfg, model=model, dataset=tokens, on_progress=told.append)
+    assert_same(run, run.run(resume=cfg.checkpoint_path), uninterrupted(cfg, model, tokens))
+    assert told == []
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_warned_of_and_the_clt_is_kept(
+    cfg, model, tokens, tmp_path: Path, monkeypatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    cfg = replace(cfg, checkpoint_every=99, output_path=str(tmp_path / "clt"))
+    with pytest.warns(TrainingWarning, match="without its last checkpoint.*no space left"):
+        CLTTrainingRunner(cfg, model=model, dataset=tokens).run()
+    assert CrossLayerTranscoder.from_pretrained(tmp_path / "clt").cfg.d_transcoder == 24
+    assert steps_in(Path(cfg.checkpoint_path)) == []
+
+
+@pytest.fixture
+def handler() -> Iterator[None]:
+    """Ctrl-C as Python has it: runs started in the background of a shell leave it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def press_at(step: int) -> Callable[[TrainingProgress], None]:
+    return lambda progress: os.kill(os.getpid(), signal.SIGINT) if progress.step == step else None
+
+
+@pytest.mark.usefixtures("handler")
+@pytest.mark.parametrize("at", [7, 9])
+def test_ctrl_c_ends_the_step_and_writes_a_checkpoint(cfg, model, tokens, at: int) -> None:
+    """It is pressed before step 8, or before step 10, at which there is a checkpoint anyway."""
+    with pytest.raises(KeyboardInterrupt):
+        CLTTrainingRunner(cfg, model=model, dataset=tokens, on_progress=press_at(at)).run()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    folder = Path(cfg.checkpoint_path)
+    assert steps_in(folder) == [5, at + 1]
+    run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
+    assert_same(run, run.run(resume=folder), uninterrupted(cfg, model, tokens))
+
+
+@pytest.mark.usefixtures("handler")
+def test_without_checkpoints_ctrl_c_is_heeded_at_once(cfg, model, tokens) -> None:
+    told: list[int] = []
+
+    def press(progress: TrainingProgress) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        told.append(progress.step)
+
+    with pytest.raises(KeyboardInterrupt):
+        CLTTrainingRunner(replace(cfg, checkpoint_path=None), model=model, dataset=tokens, on_progress=press).run()
+    assert told == []
+
+
+@pytest.mark.usefixtures("handler")
+def test_a_second_ctrl_c_while_a_checkpoint_is_written_leaves_none_of_it(cfg, model, tokens, monkeypatch) -> None:
+    real, calls = checkpoints._flush, []
+
+    def press(path: Path) -> None:
+        if ".step_00000008." in str(path):
+            calls.append(path)
+            os.kill(os.getpid(), signal.SIGINT)
+        real(path)
+
+    monkeypatch.setattr(checkpoints, "_flush", press)
+    monkeypatch.setattr(checkpoints, "SAME_PRESS_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        CLTTrainingRunner(cfg, model=model, dataset=tokens, on_progress=press_at(7)).run()
+    folder = Path(cfg.checkpoint_path)
+    assert len(calls) == 1 and [path.name for path in folder.iterdir()] == ["step_00000005"]
+    assert checkpoints.find(folder).step == 5
+
+
 def test_leftovers_of_a_killed_run_are_removed_on_resuming(cfg, model, tokens) -> None:
     folder = interrupted(cfg, model, tokens, 6)
     (folder / ".step_00000010.abc").mkdir()
     (folder / ".step_00000010.abc" / "weights.safetensors").write_bytes(b"half")
     CLTTrainingRunner(cfg, model=model, dataset=tokens).run(resume=folder)
-    assert steps_in(folder) == [15, 20]
+    assert steps_in(folder) == [20, 24]
 
 
 def test_wandb_run_goes_on(cfg, model, tokens, monkeypatch) -> None:

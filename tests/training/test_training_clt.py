@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from sae_lens import registry
 from sae_lens.saes.sae import SAE, TrainCoefficientConfig, TrainingSAE
 
 from tests.training.small_clts import BATCH, N_LAYERS, D, F, build, raw_batch, scale_of, step_input
-from tl_clt.errors import ConfigError
+from tl_clt.errors import ConfigError, TrainingWarning
 from tl_clt.training import clt as clt_module
 from tl_clt.training.clt import (
     ARCHITECTURE,
@@ -23,8 +24,9 @@ from tl_clt.training.clt import (
     initial_firing_rate,
 )
 from tl_clt.training.data.batches import apply_scale, estimate_scale
-from tl_clt.training.export import export
+from tl_clt.training.export import export, require_same_kind, take_over
 from tl_clt.training.fast.step import FastStep
+from tl_clt.transcoder import CrossLayerTranscoder
 
 EVERY_KIND = list(product(["relu", "jumprelu", "topk"], [1, 2, 3]))
 SHAPES = {"full": {}, "skip": {"skip": True}, "low rank": {"far_rank": 2}, "both": {"far_rank": 3, "skip": True}}
@@ -237,3 +239,69 @@ def test_fresh_weights_are_within_the_bounds_of_the_paper() -> None:
 def test_bad_config_is_refused(changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(**changes)
+
+
+def other_scales() -> dict[str, tuple[float, ...]]:
+    return {"input_scale": (0.3, 4.0, 1.7), "output_scale": (2.0, 0.05, 9.0)}
+
+
+@pytest.mark.parametrize("span", [1, N_LAYERS])
+@pytest.mark.parametrize(
+    ("activation", "changes"),
+    [
+        ("relu", {"skip": True}),
+        ("jumprelu", {}),
+        ("topk", {"skip": True}),
+        ("batchtopk", {}),
+        ("topk", {"topk_across": "all_layers"}),
+    ],
+)
+def test_a_run_that_begins_with_a_clt_begins_with_the_same_function(activation: str, span: int, changes: dict) -> None:
+    first = build(activation, span, **changes)
+    if first.cfg.has_score_threshold:
+        first.score_threshold.copy_(torch.tensor([0.5, 0.1, 0.7]))
+    exported = export(first)
+    fresh = build(activation, span, **(changes | other_scales()))
+    with torch.no_grad():
+        for weight in fresh.parameters():
+            weight.uniform_()
+    take_over(fresh, exported.weights)
+    again = export(fresh)
+    # A run that ranks features has the scales with which they were ranked.
+    assert (again.cfg.input_scale == exported.cfg.input_scale) == first.cfg.selects
+    for name, value in exported.state_dict().items():
+        # Each weight was multiplied and divided by a scale, or a norm.
+        torch.testing.assert_close(again.state_dict()[name], value, rtol=1e-12, atol=1e-14, msg=name)
+
+
+def test_features_that_are_ranked_otherwise_are_warned_of() -> None:
+    exported = export(build("topk"))
+    foreign = CrossLayerTranscoder(replace(exported.cfg, input_scale=None, output_scale=None), exported.W_dec)
+    with pytest.warns(TrainingWarning, match="chose them otherwise in layers 0, 1, where others fire at first"):
+        take_over(build("topk", **other_scales()), foreign.weights)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_layers": 2, "span": 2}, "n_layers 2, but this run has 3: give a CLT of the same model"),
+        ({"d_model": 4}, "d_model 4, but this run has 8: give a CLT of the same model"),
+        ({"d_transcoder": 11}, "d_transcoder 11, but this run has 10: give d_transcoder=11, or leave init_from out"),
+        ({"span": 2}, "span 2, but this run has 3"),
+        ({"skip": True}, "skip True, but this run has False"),
+        ({"input_hook": "hook_resid_pre"}, "input_hook 'hook_resid_pre', but this run has 'hook_resid_mid'"),
+        ({"output_hook": "mlp.hook_out"}, "output_hook 'mlp.hook_out', but this run has 'hook_mlp_out'"),
+        ({"activation": "relu"}, "activation 'relu', but this run has 'jumprelu': give activation='relu'"),
+    ],
+)
+def test_a_run_begins_with_no_clt_of_another_kind(changes: dict, message: str) -> None:
+    cfg = replace(build("jumprelu").transcoder_config, input_scale=None, output_scale=None)
+    require_same_kind(build("jumprelu"), CrossLayerTranscoder(cfg).weights, "old")
+    with pytest.raises(ConfigError, match=f"init_from is 'old', which has {message}"):
+        require_same_kind(build("jumprelu"), CrossLayerTranscoder(replace(cfg, **changes)).weights, "old")
+    below = CrossLayerTranscoder(cfg)
+    below.threshold.data[1, 2] = -1
+    with pytest.raises(ConfigError, match="thresholds below 0"):
+        require_same_kind(build("jumprelu"), below.weights, "old")
+    with pytest.raises(ConfigError, match="far_rank is 2 with init_from"):
+        require_same_kind(build("jumprelu", far_rank=2), CrossLayerTranscoder(cfg).weights, "old")

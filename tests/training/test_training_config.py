@@ -142,6 +142,10 @@ def test_is_frozen(make_config) -> None:
         ({"checkpoint_every": 0}, "checkpoint_every is 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints is 0"),
         ({"max_norm_ratio": 1.0}, "max_norm_ratio is 1.0: give more than 1"),
+        ({"adam_beta1": 1.5}, "adam_beta1 is 1.5: give 0 or more, and less than 1"),
+        ({"adam_beta2": 1.0}, "adam_beta2 is 1.0: give 0 or more, and less than 1"),
+        ({"adam_beta1": -0.1}, "adam_beta1 is -0.1: give 0 or more"),
+        ({"seed": -1}, "seed is -1: give 0 or more"),
     ],
 )
 def test_bad_value_names_field_and_mend(make_config, changes: dict, message: str) -> None:
@@ -165,3 +169,11 @@ def test_bad_value_names_field_and_mend(make_config, changes: dict, message: str
 def test_bad_choice_names_the_nearest(as_users_run_it, field: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"{field} is '{value}'.*Nearest"):
         CLTTrainingRunnerConfig(d_transcoder=4, **{field: value})
+
+
+@pytest.mark.parametrize("value", ["abc", "1e-3", float("nan"), float("inf"), None, [1e-3]])
+def test_a_learning_rate_that_is_no_number_is_refused(as_users_run_it, value: object) -> None:
+    with pytest.raises(ConfigError, match="lr is .*: give a finite number"):
+        CLTTrainingRunnerConfig(d_transcoder=4, lr=value)
+    with pytest.raises(ConfigError, match="lr is .*: give a finite number"):
+        CLTTrainingRunnerConfig.from_dict({"d_transcoder": 4, "lr": value})

@@ -9,11 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from tests.training.conftest import batches_of, opened
-from tl_clt.errors import ConfigError, DatasetError, HookNotFound, ModelUnsupported, TokenizerMissing
+from tl_clt.errors import (
+    ConfigError,
+    DatasetError,
+    HookNotFound,
+    ModelUnsupported,
+    TokenizerMissing,
+    TrainingWarning,
+)
 from tl_clt.training.data.batches import check_fits, estimate_scale, without_store_noise
+from tl_clt.training.data.dataset import SAME_ROWS
 
 LINES = [
     f"the {colour} {animal} sees a {other} ."
@@ -191,6 +199,7 @@ def test_text_needs_a_beginning_token_to_prepend(model_with_tokenizer, make_conf
         ({"output_hook": "hook_mlp_ot"}, HookNotFound, "Nearest: 'blocks.0.hook_mlp_out'"),
         ({"context_size": 9}, ConfigError, "takes 8 tokens: give at most 8"),
         ({"span": 4}, ConfigError, "has 3 layers"),
+        ({"far_rank": 17}, ConfigError, "far_rank is 17, but d_model of .* is 16"),
     ],
 )
 def test_model_that_does_not_fit_is_told(model, make_config, changes: dict, error: type, message: str) -> None:
@@ -213,3 +222,53 @@ def test_silent_layer_is_told() -> None:
     batch[:, 0, 0] = float("nan")
     with pytest.raises(ModelUnsupported, match="The input of layer 0 has median norm nan"):
         estimate_scale([batch])
+
+
+def rows_with(row: object, at: int) -> list[list[int]]:
+    rows = [[i % 7, 3, 1, 4, 1, 5, 9, 2] for i in range(30)]
+    rows[at] = row
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["kept", "stream"])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            [1, 2, 3, 4, 5, 30, 7, 8],
+            "Row 10 of the dataset has token id 30 at position 5, .* ids 0 to 29",
+        ),
+        ([1, 2, 3, -4, 5, 6, 7, 8], "Row 10 of the dataset has token id -4 at position 3"),
+        ([1, 2, 3], "Row 10 of the dataset has 3 tokens, but context_size is 8"),
+        (None, "Row 10 of the dataset is no list of token ids .*: mend it or leave it out"),
+    ],
+)
+def test_a_later_row_of_tokens_is_checked_as_it_is_read(model, make_config, kind: str, row, message: str) -> None:
+    dataset = Dataset.from_dict({"tokens": rows_with(row, at=10)})
+    dataset = dataset.to_iterable_dataset() if kind == "stream" else dataset
+    cfg = make_config()
+    with pytest.raises(DatasetError, match=message):
+        first_batch(model, opened(dataset, model, cfg), cfg)
+
+
+def test_what_is_not_read_is_not_checked(model, make_config) -> None:
+    read: list[int] = []
+
+    def rows():
+        for index, row in enumerate(rows_with([99] * 8, at=SAME_ROWS)):
+            read.append(index)
+            yield {"tokens": row}
+
+    cfg = make_config()
+    opened(IterableDataset.from_generator(rows), model, cfg)
+    assert max(read) < SAME_ROWS
+
+
+@pytest.mark.parametrize(
+    "dataset", [torch.full((20, 8), 3), Dataset.from_dict({"text": ["the cat sees a dog ."] * 40})]
+)
+def test_rows_that_are_all_the_same_are_warned_of(model_with_tokenizer, make_config, dataset) -> None:
+    with pytest.warns(
+        TrainingWarning, match="The first 16 rows of .* are all the same: .* give data with different rows"
+    ):
+        opened(dataset, model_with_tokenizer, make_config())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from sae_lens.training import sae_trainer
 from sae_lens.training.activations_store import ActivationsStore
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tl_clt.errors import ConfigError, DatasetError, HookNotFound, OutputNotEmpty
+from tl_clt.errors import ConfigError, DatasetError, FormatError, HookNotFound, OutputNotEmpty
 from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig, TrainingProgress
 from tl_clt.training.data import batches
 from tl_clt.training.run import runner
@@ -195,6 +196,7 @@ def test_nothing_is_written_when_saving_breaks_off(model, tokens, make_config, t
         raise OSError("no space left")
 
     monkeypatch.setattr(runner.json, "dumps", full)
+    monkeypatch.setattr(runner.tempfile, "gettempdir", lambda: str(tmp_path))
     with pytest.raises(OSError, match="no space left"):
         CLTTrainingRunner(make_config(output_path=str(tmp_path / "clt")), model=model, dataset=tokens).run()
     assert not list(tmp_path.iterdir())
@@ -240,3 +242,26 @@ def test_dead_share_counts_features_silent_for_the_window(model, tokens, make_co
     never = (clt.encode(x) > 0).flatten(1).sum(dim=0) == 0
     assert run.record.metrics.dead_share == pytest.approx(float(never.double().mean()), abs=0.02)
     assert run.record.metrics.dead_share > 0
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "topk", "batchtopk"])
+def test_a_run_begins_with_a_clt(model, tokens, make_config, tmp_path: Path, activation: str, monkeypatch) -> None:
+    cfg = make_config(activation=activation, dtype="float64", output_path=str(tmp_path / "first"))
+    first = CLTTrainingRunner(cfg, model=model, dataset=tokens)
+    clt = first.run()
+    # On other data, whose scales are others.
+    cfg = replace(cfg, output_path=None, init_from=str(tmp_path / "first"), seqpos_slice=(4, None), k_aux=3)
+    with monkeypatch.context() as patched:
+        patched.setattr(CLTTrainer, "fit", lambda self: None)
+        begun = CLTTrainingRunner(cfg, model=model, dataset=tokens).run()
+    for name, value in clt.state_dict().items():
+        torch.testing.assert_close(begun.state_dict()[name], value, rtol=1e-12, atol=1e-14, msg=name)
+    second = CLTTrainingRunner(replace(cfg, seqpos_slice=(None,)), model=model, dataset=tokens)
+    trained = second.run()
+    assert not torch.allclose(trained.W_enc, clt.W_enc, rtol=1e-3)
+    assert second.record.metrics.explained_variance > first.record.metrics.explained_variance - 0.05
+    assert second.record.config["init_from"] == str(tmp_path / "first")
+    with pytest.raises(ConfigError, match="which has d_transcoder 24, but this run has 25: give d_transcoder=24"):
+        CLTTrainingRunner(replace(cfg, d_transcoder=25), model=model, dataset=tokens).run()
+    with pytest.raises(FormatError, match="nowhere"):
+        CLTTrainingRunner(replace(cfg, init_from=str(tmp_path / "nowhere")), model=model, dataset=tokens).run()

@@ -6,6 +6,8 @@ import ast
 import inspect
 import json
 import os
+import shlex
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields, replace
@@ -97,7 +99,7 @@ def run(resume: Path | None, settings: dict[str, Any]) -> None:
                 device = own_device(cfg.device)
                 hooked = load_model(cfg.model_name, backend=cfg.backend, device=device)  # type: ignore[arg-type]
             if "context_size" not in settings:
-                cfg = replace(cfg, context_size=min(cfg.data.context_size, hooked.cfg.n_ctx))
+                cfg = cfg.changed(context_size=min(cfg.data.context_size, hooked.cfg.n_ctx))
         runner = CLTTrainingRunner(cfg, model=hooked, on_start=lambda memory: console.print(f"Memory: about {memory}"))
         runner.run(resume)
         console.print(
@@ -121,7 +123,10 @@ def _with_options(train_with: Callable[[Path | None, dict[str, Any]], None]) -> 
     options = {name: options[name] for name in REQUIRED} | options
     options["resume"] = Annotated[
         Optional[Path],
-        typer.Option(help="Checkpoint, or folder of them, of a run that was cut off; give its other options again."),
+        typer.Option(
+            help="Checkpoint, or folder of them, of a run that was cut off, or is to have more training tokens; give"
+            " its other options again."
+        ),
     ]
     command.__annotations__ = options
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -208,9 +213,18 @@ def _kept(output: Path, checkpoint_path: str | None, cache: Path | None) -> str:
     cached = "" if cache is None or not cache.exists() else f" Cached activations stay in {cache}."
     written = sorted(Path(checkpoint_path).glob("step_*")) if checkpoint_path is not None else []
     if not written:
-        return "No CLT and no checkpoint was written." + cached
-    step = int(written[-1].name.removeprefix("step_"))
-    return (
-        f"The newest checkpoint is of step {step}: the same command with --resume {written[-1].parent} goes on."
-        + cached
-    )
+        how = " With --checkpoints FOLDER a run that is stopped can go on." if checkpoint_path is None else ""
+        return "No CLT and no checkpoint was written." + how + cached
+    step, folder = int(written[-1].name.removeprefix("step_")), written[-1].parent
+    in_full = "" if "LOCAL_RANK" in os.environ else f" In full: {_command_to_go_on(sys.argv[1:], folder)}"
+    return f"The newest checkpoint is of step {step}: the same command with --resume {folder} goes on.{cached}{in_full}"
+
+
+def _command_to_go_on(arguments: list[str], folder: Path) -> str:
+    """The command line that was given, with `--resume`, as one types it."""
+    kept, skip = [], False
+    for one in arguments:
+        if not skip and one != "--resume" and not one.startswith("--resume="):
+            kept.append(one)
+        skip = one == "--resume"
+    return shlex.join(["tl-clt", *kept, "--resume", str(folder)])

@@ -1,15 +1,17 @@
-"""From a CLT in training, on scaled activations, to a `CrossLayerTranscoder` on raw ones."""
+"""From a CLT in training, on scaled activations, to a `CrossLayerTranscoder` on raw ones, and back."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from tl_clt.errors import ConfigError, TrainingWarning
 from tl_clt.training.clt import InferenceCLT, TrainingCLT
 from tl_clt.transcoder import CrossLayerTranscoder
-from tl_clt.transcoder.decoders import DenseDecoders
+from tl_clt.transcoder.decoders import DenseDecoders, Weights
 
 
 @torch.no_grad()
@@ -64,3 +66,97 @@ def _moved_norms(clt: TrainingCLT | InferenceCLT) -> Tensor:
 
 def _stacked(per_layer: torch.nn.ParameterList) -> Tensor:
     return torch.stack([p.double() for p in per_layer])
+
+
+# -- and back: a run that begins with the weights of a CLT
+
+LIKE_EACH_OTHER = 0.01
+"""Features of a layer whose factors differ by less are ranked as before, but for near-ties."""
+
+OF_MODEL = ("n_layers", "d_model")
+KIND = (*OF_MODEL, "d_transcoder", "span", "skip", "input_hook", "output_hook", "activation")
+"""What the CLT that a run begins with must have as the run has it."""
+
+
+def require_same_kind(clt: TrainingCLT, weights: Weights, name: str) -> None:
+    """Raise where a CLT in training cannot begin with some weights.
+
+    Args:
+        clt: may be on the "meta" device.
+        weights: of a CLT on raw activations.
+        name: of those, for messages.
+
+    Raises:
+        ConfigError: shape, hooks or activation differ, with the field; or thresholds are below 0.
+    """
+    ours, theirs, trained = clt.transcoder_config, weights.cfg, clt.cfg.activation
+    if clt.cfg.far_rank is not None:
+        raise ConfigError(f"far_rank is {clt.cfg.far_rank} with init_from, whose decoders are full: leave one out.")
+    # What compares with thresholds does the same by either name.
+    activations = ("jumprelu", "batchtopk") if ours.has_threshold else (ours.activation,)
+    for field in KIND:
+        given, wanted = getattr(theirs, field), getattr(ours, field)
+        if given == wanted or (field == "activation" and given in activations):
+            continue
+        mend = "give a CLT of the same model" if field in OF_MODEL else f"give {field}={given!r}"
+        raise ConfigError(
+            f"init_from is '{name}', which has {field} {given!r}, but this run has"
+            f" {trained if field == 'activation' else wanted!r}: {mend}, or leave init_from out."
+        )
+    if weights.threshold is not None and bool((weights.threshold < 0).any()):
+        raise ConfigError(f"init_from is '{name}', which has thresholds below 0, as training has not: leave it out.")
+
+
+@torch.no_grad()
+def take_over(clt: TrainingCLT, weights: Weights) -> None:
+    """Give a CLT in training the weights of one on raw activations; on a grid, each rank its features. The inverse of
+    `export`, which gives that CLT back, up to rounding:
+
+        W_enc[s].T / s_in[s],   W_dec[s -> t] * s_out[t],   b_dec[t] * s_out[t],   W_skip[t] * s_out[t] / s_in[t],
+        log(threshold);   b_enc stays.
+
+    Where k features are kept, training ranks them by hidden_pre * ||W_dec,i||, and the other CLT by hidden_pre, or
+    compares it with thresholds. With the scales that it was trained with the two are the same, for which reason such a
+    run takes them over from it into its config; where they still differ, a warning says so. `score_threshold`, one a
+    layer, is the mean of threshold * ||W_dec,i||.
+
+    Args:
+        clt: changed in place.
+        weights: such as `require_same_kind` lets pass.
+    """
+    cfg, theirs = clt.cfg, weights.cfg
+    if cfg.selects and theirs.input_scale is not None and theirs.output_scale is not None:
+        cfg.input_scale, cfg.output_scale = theirs.input_scale, theirs.output_scale
+    kind = {"dtype": torch.float64, "device": clt.b_dec.device}
+    s_in = torch.tensor(cfg.input_scale or [1.0] * cfg.n_layers, **kind)
+    s_out = torch.tensor(cfg.output_scale or [1.0] * cfg.n_layers, **kind)
+    own, ranked_anew = clt.grid.own(cfg.d_transcoder), []
+    for source, targets in enumerate(clt.targets):
+        W_dec = weights.W_dec[source].to(**kind) * s_out[targets.start : targets.stop, None]
+        clt.W_enc[source].copy_((weights.W_enc[source].to(**kind) / s_in[source]).T[own])
+        clt.b_enc[source].copy_(weights.b_enc[source][own])
+        clt.W_dec[source].copy_(W_dec[own].flatten(start_dim=1))
+        factors = W_dec.flatten(start_dim=1).norm(dim=1)
+        writes = factors > 0
+        if weights.threshold is not None:
+            threshold = weights.threshold[source].to(**kind)
+            factors = factors * threshold
+            if clt.log_threshold is not None:
+                clt.log_threshold[source].copy_(threshold.clamp(min=torch.finfo(clt.dtype).tiny).log()[own])
+        if cfg.selects and writes.any():
+            if cfg.has_score_threshold:
+                clt.score_threshold[source] = factors[writes].mean()
+            if factors[writes].max() > (1 + LIKE_EACH_OTHER) * factors[writes].min():
+                ranked_anew.append(source)
+    clt.b_dec.copy_(weights.b_dec.to(**kind) * s_out[:, None])
+    if clt.W_skip is not None and weights.W_skip is not None:
+        for layer, W_skip in enumerate(clt.W_skip):
+            W_skip.copy_(weights.W_skip[layer].to(**kind) * s_out[layer] / s_in[layer])
+    if ranked_anew:
+        warnings.warn(
+            f"{cfg.activation} ranks features by activation times decoder norm in training. The CLT that this run"
+            f" begins with chose them otherwise in layers {', '.join(map(str, ranked_anew))}, where others fire at"
+            " first. Begin with one that was trained with this activation, or train with the other's.",
+            TrainingWarning,
+            stacklevel=2,
+        )

@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from tl_clt.arguments import require_device
 from tl_clt.errors import ConfigError, TlCltError
 
 Value = TypeVar("Value")
@@ -157,6 +158,14 @@ class ProcessGrid:
                 raise one
         return outcomes
 
+    def anywhere(self, holds: bool, device: torch.device) -> bool:
+        """Whether something holds on any rank; known to all."""
+        if self.n_processes == 1:
+            return holds
+        flag = torch.tensor(int(holds), device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
     def on_main(self, work: Callable[[], Value]) -> Value:
         """What `work` gives on the main rank, on every rank. It is not called on others; errors are raised on all."""
         return self.everywhere(work if self.is_main else lambda: None)[0]  # type: ignore[return-value]
@@ -189,13 +198,15 @@ def own_device(device: str) -> str:
     """The device of this process: under torchrun, "cuda" is the GPU of its local rank.
 
     Raises:
-        ConfigError: one GPU is named for several processes.
+        ConfigError: one GPU is named for several processes, or the device is not here.
     """
     if not under_torchrun() or not device.startswith("cuda"):
+        require_device("device", device)
         return device
     own = f"cuda:{os.environ['LOCAL_RANK']}"
     if device not in ("cuda", own):
         raise ConfigError(f"device is '{device}' for every process that torchrun started: give 'cuda', one GPU each.")
+    require_device("device", own)
     return own
 
 

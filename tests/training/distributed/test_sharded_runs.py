@@ -53,7 +53,8 @@ def test_copies_in_bfloat16_end_with_the_same_weights(processes: Processes) -> N
 def test_checkpoints_are_taken_up_on_another_number_of_processes(
     processes: Processes, tmp_path: Path, kind: str
 ) -> None:
-    with_checkpoints = KINDS[kind] | {"checkpoint_every": 5, "training_tokens": 64 * 12 + 32}
+    often = {"checkpoint_every": 5, "keep_checkpoints": 3}
+    with_checkpoints = KINDS[kind] | often | {"training_tokens": 64 * 12 + 32}
     for made_on, (n, n_data_parallel) in {"1 x 1": (1, 1), "4 x 1": (4, 1), "2 x 2": (4, 2)}.items():
         folder = tmp_path / made_on
         changes = with_checkpoints | {"checkpoint_path": str(folder), "n_data_parallel": n_data_parallel}
@@ -68,11 +69,21 @@ def test_checkpoints_are_taken_up_on_another_number_of_processes(
 
 
 def test_resuming_on_the_same_processes_gives_the_same_weights_to_the_bit(processes: Processes, tmp_path: Path) -> None:
-    changes = KINDS["topk"] | {"n_data_parallel": 2, "checkpoint_every": 5}
+    changes = KINDS["topk"] | {"n_data_parallel": 2, "checkpoint_every": 5, "keep_checkpoints": 3}
     want = processes.run(4, runs.run, changes | {"checkpoint_path": str(tmp_path / "checkpoints")})[0]
     got = processes.run(4, runs.run, changes, str(tmp_path / "checkpoints" / "step_00000005"))[0]
     for name, value in want["weights"].items():
         assert np.array_equal(got["weights"][name], value), name
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "batchtopk"])
+def test_a_run_that_begins_with_a_clt_is_that_of_one_process(processes: Processes, tmp_path: Path, kind: str) -> None:
+    first, changes = str(tmp_path / "first"), KINDS[kind] | {"far_rank": None}
+    processes.run(1, runs.run, changes | {"output_path": first})
+    want = processes.run(1, runs.run, changes | {"init_from": first})[0]
+    got = processes.run(4, runs.run, changes | {"init_from": first, "n_data_parallel": 2})[0]
+    for name, value in want["weights"].items():
+        np.testing.assert_allclose(got["weights"][name], value, rtol=1e-7, atol=1e-9, err_msg=name)
 
 
 def test_errors_of_the_main_process_are_raised_on_all(processes: Processes, tmp_path: Path) -> None:
@@ -83,6 +94,16 @@ def test_errors_of_the_main_process_are_raised_on_all(processes: Processes, tmp_
     assert messages[0] == messages[1] and messages[0].startswith("HookNotFound")
     messages = processes.run(2, runs.refused, {"d_transcoder": 7})
     assert messages[0] == messages[1] and "2 processes cannot share equally" in messages[0]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_loss_that_is_not_finite_stops_all_processes_alike(processes: Processes, tmp_path: Path, grid: str) -> None:
+    n, n_data_parallel = GRIDS[grid]
+    written = {"output_path": str(tmp_path / "clt"), "checkpoint_path": str(tmp_path / "steps"), "checkpoint_every": 6}
+    changes = written | {"lr": 1e300, "n_data_parallel": n_data_parallel, "dtype": "float32"}
+    messages = processes.run(n, runs.refused, changes)
+    assert len(set(messages)) == 1 and messages[0].startswith("NotFinite: Training stopped at step")
+    assert "Lower lr (now 1e+300)" in messages[0] and not list(tmp_path.iterdir())
 
 
 def test_torchrun_trains_a_clt_and_only_the_main_process_speaks(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
@@ -46,7 +46,7 @@ from tl_clt.lens import (
 )
 from tl_clt.training.clt import CLTSettings, CLTShape
 from tl_clt.training.data.cache import ActivationCache, Activations, CacheDtype, Prompts
-from tl_clt.training.data.dataset import AnyDataset
+from tl_clt.training.data.dataset import AnyDataset, require_known_tokens
 from tl_clt.training.parallel import ProcessGrid
 
 Batch = Float[Tensor, "batch 2 n_layers d_model"]
@@ -471,7 +471,7 @@ def check_fits(model: HookedModel, clt: CLTShape, data: DataSettings) -> None:
 
     Raises:
         HookNotFound: it lacks a hook.
-        ConfigError: context_size or span is more than the model's.
+        ConfigError: context_size, span or far_rank is more than the model's.
     """
     hook_names(model, clt)
     name, n_ctx, n_layers = model_name(model), model.cfg.n_ctx, model.cfg.n_layers
@@ -481,6 +481,11 @@ def check_fits(model: HookedModel, clt: CLTShape, data: DataSettings) -> None:
         )
     if clt.span is not None and clt.span > n_layers:
         raise ConfigError(f"span is {clt.span}, but {name} has {n_layers} layers: give 1 (PLT) to {n_layers} (CLT).")
+    if clt.far_rank is not None and clt.far_rank > model.cfg.d_model:
+        raise ConfigError(
+            f"far_rank is {clt.far_rank}, but d_model of {name} is {model.cfg.d_model}, above which no rank is lower:"
+            " give less, or leave far_rank out for full decoders."
+        )
 
 
 class ActivationBatches(Iterator[Batch]):
@@ -577,7 +582,7 @@ def _chunks(
     read = _reader(model, dataset, clt, data, device, model_name)
 
     def one_pass() -> Iterator[Prompts]:
-        prompts = _prompts(_store(model, dataset, clt, data, device))
+        prompts = _prompts(_store(model, dataset, clt, data, device), data, model.cfg.d_vocab)
         wanted = (prompt for i, prompt in enumerate(prompts) if not _is_held_out(i))
         return _in_groups(wanted, data.store_batch_size_prompts)
 
@@ -591,7 +596,7 @@ def _held_out(
     n, read = data.n_eval_prompts, _reader(model, dataset, clt, data, device, model_name)
     first: list[Prompts] = []
     found: list[Prompts] = []
-    for i, prompt in enumerate(_prompts(_store(model, dataset, clt, data, device))):
+    for i, prompt in enumerate(_prompts(_store(model, dataset, clt, data, device), data, model.cfg.d_vocab)):
         if i < n:
             first.append(prompt)
         if _is_held_out(i):
@@ -649,14 +654,24 @@ def _store(
     )
 
 
-def _prompts(store: ActivationsStore) -> Iterator[Prompts]:
-    """One pass over the store's dataset, a prompt [1, context_size] at a time."""
-    while True:
+def _prompts(store: ActivationsStore, data: DataSettings, d_vocab: int) -> Iterator[Prompts]:
+    """One pass over the store's dataset, a prompt [1, context_size] at a time.
+
+    Raises:
+        DatasetError: a row of token ids is not like the first, which `open_dataset` has checked.
+    """
+    for row in count():
         try:
             prompt = store.get_batch_tokens(1, raise_at_epoch_end=True)
         except StopIteration:
             return
-        yield prompt
+        except (TypeError, ValueError, OverflowError) as error:
+            if not store.is_dataset_tokenized:
+                raise
+            raise DatasetError(
+                f"Row {row} of the dataset is no list of token ids ({error}): mend it or leave it out."
+            ) from error
+        yield require_known_tokens(prompt, row, data.context_size, d_vocab)
 
 
 def _in_groups(prompts: Iterator[Prompts], n: int) -> Iterator[Prompts]:

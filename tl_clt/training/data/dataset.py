@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+import numpy as np
 import torch
 from datasets import (
     Dataset,
@@ -17,9 +20,10 @@ from datasets import (
 )
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from jaxtyping import Int
 from torch import Tensor
 
-from tl_clt.errors import ConfigError, DatasetError
+from tl_clt.errors import ConfigError, DatasetError, TrainingWarning
 from tl_clt.lens import HookedModel, model_name, require_tokenizer
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
@@ -58,7 +62,8 @@ def open_dataset(
         ConfigError: it is text, and the tokenizer has no beginning-of-sequence token to prepend.
     """
     dataset, name = _as_dataset(source, streaming)
-    row = next(iter(dataset), None)
+    first_rows = list(islice(dataset, SAME_ROWS))
+    row = next(iter(first_rows), None)
     if row is None:
         raise DatasetError(f"{name} is empty. Give a dataset with at least one row.")
     column = next((c for c in TOKEN_COLUMNS + TEXT_COLUMNS if c in row), None)
@@ -72,8 +77,10 @@ def open_dataset(
         _check_bos(model, prepend_bos)
         dataset = dataset.select_columns([column])
         _check_text_size(dataset, column, name, model, context_size, batch_size)
+        _warn_of_same_rows(first_rows, column, name)
         return dataset
     _check_token_row(row[column], column, name, model, context_size)
+    _warn_of_same_rows(first_rows, column, name)
     if isinstance(dataset, Dataset):
         _check_size(len(dataset) * context_size, name, context_size, batch_size)
         return dataset.select_columns([column]).with_format("torch")
@@ -169,6 +176,47 @@ def _check_token_row(row: Any, column: str, name: str, model: HookedModel, conte
         raise DatasetError(
             f"{name} has token id {low if low < 0 else high}, but {model_name(model)} has ids 0 to"
             f" {model.cfg.d_vocab - 1}. Was it tokenised for another model?"
+        )
+
+
+def require_known_tokens(prompt: Int[Tensor, "1 _"], row: int, context_size: int, d_vocab: int) -> Int[Tensor, "1 pos"]:
+    """A prompt as it was read, if a model can take it.
+
+    Args:
+        prompt: of token ids, a row of the dataset.
+        row: which.
+        context_size: tokens that it must have.
+        d_vocab: of the model.
+
+    Raises:
+        DatasetError: it is shorter, or has a token id that the model does not know.
+    """
+    if prompt.shape[1] < context_size:
+        raise DatasetError(
+            f"Row {row} of the dataset has {prompt.shape[1]} tokens, but context_size is {context_size}: give rows"
+            " as long, or a smaller context_size."
+        )
+    unknown = ((prompt < 0) | (prompt >= d_vocab))[0].nonzero()
+    if len(unknown) > 0:
+        pos = int(unknown[0])
+        raise DatasetError(
+            f"Row {row} of the dataset has token id {int(prompt[0, pos])} at position {pos}, but the model"
+            f" has ids 0 to {d_vocab - 1}. Was it tokenised for another model?"
+        )
+    return prompt
+
+
+SAME_ROWS = 16
+"""First rows of a dataset, which are not all to be the same."""
+
+
+def _warn_of_same_rows(rows: list[dict[str, Any]], column: str, name: str) -> None:
+    if len(rows) > 1 and all(np.array_equal(row[column], rows[0][column]) for row in rows):
+        warnings.warn(
+            f"The first {len(rows)} rows of {name} are all the same: a CLT learns from what varies. Check the column,"
+            " or give data with different rows.",
+            TrainingWarning,
+            stacklevel=3,
         )
 
 

@@ -18,11 +18,15 @@ import math
 import os
 import secrets
 import shutil
+import signal
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -32,13 +36,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tl_clt.errors import CheckpointError, NotWritten, TlCltError
-from tl_clt.files import READING_ERRORS, read_json, require_new
+from tl_clt.errors import CheckpointError, NotWritten, TlCltError, TrainingWarning
+from tl_clt.files import READING_ERRORS, read_json, require_file, require_new
 from tl_clt.training.clt import TrainingCLT
 from tl_clt.training.data.batches import ActivationScale, DataCounts, Place, Position
 from tl_clt.training.parallel import SINGLE, ProcessGrid, is_shared
 from tl_clt.training.run.config import CLTTrainingRunnerConfig
-from tl_clt.training.run.trainer import CLTTrainer
+from tl_clt.training.run.trainer import CLTTrainer, require_finite_weights
 
 # -- from the shares that several ranks hold to the whole CLT, and back
 
@@ -173,8 +177,15 @@ def capture(trainer: CLTTrainer, position: Position | None) -> TrainingState | N
     )
 
 
-def restore(trainer: CLTTrainer, state: TrainingState) -> None:
+def restore(trainer: CLTTrainer, state: TrainingState, longer: bool = False) -> None:
     """Bring a new trainer of the same run, and torch's random numbers, to a state.
+
+    Args:
+        trainer: with nothing trained.
+        state: of a checkpoint.
+        longer: this run has more tokens than the one that made the checkpoint. The learning rate is then where a run of
+            this length has it at that step, and what was seen of dead features, in a window of another length, is
+            forgotten; lambda follows its own new course from the value it had.
 
     Raises:
         CheckpointError: the weights are of another shape, or something else is not what such a trainer has.
@@ -192,9 +203,13 @@ def restore(trainer: CLTTrainer, state: TrainingState) -> None:
         _of_shape("density", fired, empty["fired"])
         tokens = _of_shape("density's tokens", torch.tensor(density["tokens"]), empty["tokens"])
         n_steps = _like("density's n_steps", density["n_steps"], empty["n_steps"])
-        trainer.density.load_state_dict({"n_steps": n_steps, "fired": fired, "tokens": tokens})
-        trainer.optimizer.load_state_dict(_optimizer_state(trainer, state))
-        _load_scheduler("lr_scheduler", trainer.lr_scheduler, values["lr_scheduler"])
+        if longer:
+            _advance(trainer.lr_scheduler, trainer.n_training_steps)
+        else:
+            trainer.density.load_state_dict({"n_steps": n_steps, "fired": fired, "tokens": tokens})
+        trainer.optimizer.load_state_dict(_optimizer_state(trainer, state, longer))
+        if not longer:
+            _load_scheduler("lr_scheduler", trainer.lr_scheduler, values["lr_scheduler"])
         for name, scheduler in trainer.coefficient_schedulers.items():
             _load_scheduler(name, scheduler, values["coefficient_schedulers"][name])
         # After its first step a run's gradients are zeros, not None, and sums then round in another order: `products`.
@@ -299,7 +314,15 @@ def _split_moments(
     return moments, {names[index]: float(of_weight["step"]) for index, of_weight in state.items()}
 
 
-def _optimizer_state(trainer: CLTTrainer, state: TrainingState) -> dict[str, Any]:
+def _advance(scheduler: Any, n_steps: int) -> None:
+    """Bring a new scheduler of a learning rate, and its optimiser, to a step."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        for _ in range(n_steps):
+            scheduler.step()
+
+
+def _optimizer_state(trainer: CLTTrainer, state: TrainingState, longer: bool) -> dict[str, Any]:
     weights = list(trainer.sae.named_parameters())
     steps = state.values["optimizer_steps"]
     per_weight = {
@@ -318,7 +341,7 @@ def _optimizer_state(trainer: CLTTrainer, state: TrainingState) -> dict[str, Any
         settings = {key: list(v) if isinstance(v, tuple) else v for key, v in group.items() if key != "params"}
         kept = _like_state("optimizer_groups", old, settings)
         as_they_were.append({**group, **{key: tuple(v) if isinstance(v, list) else v for key, v in kept.items()}})
-    return {"state": per_weight, "param_groups": as_they_were}
+    return {"state": per_weight, "param_groups": groups if longer else as_they_were}
 
 
 @torch.no_grad()
@@ -518,6 +541,7 @@ def _flush(path: Path) -> None:
 
 MAY_DIFFER = (
     *("model_name", "dataset_path", "streaming", "output_path", "device", "prefetch", "cache_path", "n_data_parallel"),
+    "init_from",
     *("checkpoint_path", "checkpoint_every", "keep_checkpoints"),
     *("log_to_wandb", "wandb_project", "wandb_entity", "run_name", "wandb_log_frequency"),
 )
@@ -528,21 +552,31 @@ def find_checkpoint(cfg: CLTTrainingRunnerConfig, folder: Path) -> Checkpoint:
     """The checkpoint to resume from: `folder`, or the newest in it.
 
     Raises:
-        CheckpointError: it is damaged, or of a run with another config; the message names the first field.
+        CheckpointError: it is damaged, or of a run with another config; the message names the first field. More
+            training_tokens than it had are no fault, nor is what a config chooses where it is left out.
     """
     checkpoint = find(folder)
     about = checkpoint.about
     with readable(checkpoint.folder):
         if not isinstance(about["model_fingerprint"], str) or not 0 <= about["seconds"] < math.inf:
             raise ValueError(f"{MANIFEST} has no model_fingerprint, or no seconds")
+        if not isinstance(about["wandb_run_id"], str | None):
+            raise ValueError(f"{MANIFEST} has the wandb_run_id {about['wandb_run_id']!r}")
         before, now = _comparable(about["config"]), _comparable(cfg.to_dict())
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
+        longer = has_more_tokens(cfg, checkpoint)
+    for name in sorted((before.keys() | now.keys()) - cfg.chosen.keys()):
+        if before.get(name) != now.get(name) and not (longer and name == "training_tokens"):
+            more = " or more" if name == "training_tokens" else ""
             raise CheckpointError(
                 f"'{checkpoint.folder}' was made with {name}={before.get(name)!r}, but this run has"
-                f" {name}={now.get(name)!r}: give the same, or start a new run without resume."
+                f" {name}={now.get(name)!r}: give the same{more}, or start a new run without resume."
             )
     return checkpoint
+
+
+def has_more_tokens(cfg: CLTTrainingRunnerConfig, checkpoint: Checkpoint) -> bool:
+    """Whether a run is to be longer than the one that made a checkpoint."""
+    return cfg.data.training_tokens > checkpoint.about["config"]["training_tokens"]
 
 
 def require_same_model(checkpoint: Checkpoint, fingerprint: str) -> None:
@@ -563,11 +597,14 @@ def require_checkpoint_folder(cfg: CLTTrainingRunnerConfig, resumed: Checkpoint 
 
     Raises:
         OutputNotEmpty: it holds something else.
+        NotWritten: it cannot be written to.
     """
     if cfg.checkpoint_path is not None:
         folder = Path(cfg.checkpoint_path)
         if resumed is None or resumed.folder.parent.resolve() != folder.resolve():
             require_new(folder)
+        else:
+            require_file(folder / MANIFEST)  # new ones can come beside it
         remove_unfinished(folder)
 
 
@@ -578,8 +615,17 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     return kept | {"cache_dtype": None if config["cache_path"] is None else config["cache_dtype"]}
 
 
+SAME_PRESS_SECONDS = 1.0
+"""A Ctrl-C so soon after another is taken for the same one: torchrun passes it on to processes that the terminal told
+already."""
+
+
 class CheckpointWriter:
-    """Writes a checkpoint every `cfg.checkpoint_every` steps. Call it after each step."""
+    """Writes a checkpoint every `cfg.checkpoint_every` steps. Call it after each step.
+
+    Within `with writer:`, where checkpoints are written at all, Ctrl-C waits for the end of the step that it falls
+    into, after which there is one more; the next Ctrl-C is heeded at once.
+    """
 
     def __init__(
         self,
@@ -587,21 +633,81 @@ class CheckpointWriter:
         about: dict[str, Any],
         position: Callable[[], Position | None],
         started: float,
+        resumed_at: int | None = None,
     ) -> None:
         self._cfg = cfg
         self._about = about
         self._position = position
         self._started = started
+        self._newest = resumed_at
+        self._interrupted_at: float | None = None
+        self._interrupt: Callable[[int, FrameType | None], Any] | None = None
+
+    def __enter__(self) -> CheckpointWriter:
+        before = signal.getsignal(signal.SIGINT)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        # Where Ctrl-C is ignored, as in the background of a shell, it stays so.
+        if self._cfg.checkpoint_path is not None and in_main_thread and callable(before):
+            self._interrupt = before
+            signal.signal(signal.SIGINT, self._put_off)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._interrupt is not None:
+            signal.signal(signal.SIGINT, self._interrupt)
+            if self._interrupted_at is not None and kind is None:
+                self._interrupt(signal.SIGINT, None)
+
+    def _put_off(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._interrupted_at is None:
+            self._interrupted_at = now
+        elif now - self._interrupted_at > SAME_PRESS_SECONDS and self._interrupt is not None:
+            self._interrupt(number, frame)
 
     def __call__(self, trainer: CLTTrainer) -> None:
-        """Write one where it is due."""
+        """Write one where it is due, or where Ctrl-C was pressed.
+
+        Raises:
+            KeyboardInterrupt: it was, on this rank or another; or whatever else Ctrl-C did before.
+        """
         # SAELens counts the step after this call.
         step = trainer.n_training_steps + 1
         cfg = self._cfg
-        if cfg.checkpoint_path is None or step % cfg.checkpoint_every != 0:
+        if cfg.checkpoint_path is None:
             return
-        state, grid = capture(trainer, self._position()), trainer.sae.grid
+        due = step % cfg.checkpoint_every == 0
+        if due:
+            self._make(trainer, step)
+        pressed = self._interrupted_at is not None
+        interrupted = trainer.sae.grid.anywhere(pressed, trainer.sae.device)
+        if interrupted and not due:
+            self._make(trainer, step)
+        if interrupted:
+            self._interrupted_at = None
+            if pressed and self._interrupt is not None:
+                self._interrupt(signal.SIGINT, None)
+            else:
+                raise KeyboardInterrupt
+
+    def write_last(self, trainer: CLTTrainer) -> None:
+        """Write one when training is done, which a run of more tokens can go on from. The CLT itself is still to be
+        written: where this checkpoint cannot be, a warning says so."""
+        if self._cfg.checkpoint_path is None or trainer.n_training_steps == self._newest:
+            return
+        try:
+            self._make(trainer, trainer.n_training_steps)
+        except NotWritten as error:
+            warnings.warn(
+                f"The run goes on to its end without its last checkpoint. {error}", TrainingWarning, stacklevel=2
+            )
+
+    def _make(self, trainer: CLTTrainer, step: int) -> None:
+        cfg, grid = self._cfg, trainer.sae.grid
+        grid.everywhere(lambda: require_finite_weights(trainer.sae.state_dict(), f"After step {step}", cfg))
+        state = capture(trainer, self._position())
         grid.on_main(lambda: None if state is None else self._write(step, state))
+        self._newest = step
 
     def _write(self, step: int, state: TrainingState) -> None:
         cfg = self._cfg

@@ -98,6 +98,10 @@ class CLTTrainingRunnerConfig:
     """A text file, a folder (data files, or saved with `save_to_disk`) or a hub dataset. May be left out
     where the runner is given a dataset."""
 
+    init_from: str | None = None
+    """A CLT whose weights the run begins with, as a folder or a name by which CLTs are loaded. It must have the run's
+    shape, hooks and activation. Random weights where left out."""
+
     output_path: str | None = None
     """New or empty folder for the CLT and `training.json`; nothing is written where left out."""
 
@@ -144,7 +148,8 @@ class CLTTrainingRunnerConfig:
     """Steps over which the density of features is measured, which tells the dead ones; a quarter of the run at most."""
 
     checkpoint_path: str | None = None
-    """New or empty folder, outside of output_path, for checkpoints to resume from; none are written where left out."""
+    """New or empty folder, outside of output_path, for checkpoints to resume from, the last one when training is done;
+    none are written where left out."""
 
     checkpoint_every: int = 1000
     """Steps between them."""
@@ -170,6 +175,12 @@ class CLTTrainingRunnerConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "chosen", {})
         check(self)
+
+    def changed(self, **values: Any) -> CLTTrainingRunnerConfig:
+        """This config with other values, as `dataclasses.replace` gives it, which still knows what was chosen."""
+        other = replace(self, **values)
+        object.__setattr__(other, "chosen", {k: v for k, v in self.chosen.items() if k not in values})
+        return other
 
     @property
     def n_steps(self) -> int:
@@ -275,7 +286,7 @@ FOR_RANKS = ("auxk_coefficient", "k_aux")
 """Settings that have a part only there."""
 
 NOT_NEGATIVE = (
-    *("lr_warm_up_steps", "lr_decay_steps", "lr_end", "k_anneal_steps", "dead_feature_density"),
+    *("lr_warm_up_steps", "lr_decay_steps", "lr_end", "k_anneal_steps", "dead_feature_density", "seed"),
     *(f.name for f in fields(CLTSettings) if f.name.endswith("_coefficient")),
 )
 
@@ -362,6 +373,13 @@ def _check_values(cfg: CLTTrainingRunnerConfig) -> None:
         "cache_dtype": get_args(CacheDtype),
     }.items():
         as_choice(f"CLTTrainingRunnerConfig: {name}", getattr(cfg, name), choices)
+    require(
+        cfg.clt.dtype != "float16",
+        "dtype is 'float16': Adam's updates and the losses of training leave its range. Give 'bfloat16', which takes as"
+        " little room, or 'float32'.",
+    )
+    for name in ("adam_beta1", "adam_beta2"):
+        require(0 <= getattr(cfg, name) < 1, f"{name} is {getattr(cfg, name)}: give 0 or more, and less than 1.")
     mix = cfg.data.activations_mixing_fraction
     require(0 <= mix <= 1, f"activations_mixing_fraction is {mix}: give 0 to 1.")
     ratio = cfg.data.max_norm_ratio

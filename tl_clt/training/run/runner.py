@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import secrets
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from itertools import islice
@@ -18,7 +22,7 @@ from sae_lens.config import LoggingConfig
 from sae_lens.saes.sae import SAEMetadata
 
 from tl_clt.arguments import shown
-from tl_clt.errors import ConfigError
+from tl_clt.errors import ConfigError, NotFinite, NotWritten, OutputNotEmpty, TrainingWarning
 from tl_clt.files import new_folder, require_new
 from tl_clt.lens import HookedModel, load_model, mlp_hook_points, model_fingerprint, model_name, require_model
 from tl_clt.training.clt import TrainingCLT, TrainingCLTConfig, init_from_tokens
@@ -35,7 +39,7 @@ from tl_clt.training.data.batches import (
     without_store_noise,
 )
 from tl_clt.training.data.dataset import AnyDataset, DatasetSource, open_dataset
-from tl_clt.training.export import export
+from tl_clt.training.export import export, require_same_kind, take_over
 from tl_clt.training.parallel import ProcessGrid, only_main_shows, own_device, process_grid
 from tl_clt.training.run.checkpoints import (
     Checkpoint,
@@ -43,6 +47,7 @@ from tl_clt.training.run.checkpoints import (
     TrainingState,
     find_checkpoint,
     gather_clt,
+    has_more_tokens,
     position_of,
     read_checkpoint,
     require_checkpoint_folder,
@@ -53,8 +58,9 @@ from tl_clt.training.run.checkpoints import (
 from tl_clt.training.run.config import CLTTrainingRunnerConfig
 from tl_clt.training.run.memory import MemoryEstimate, estimate_memory, require_memory
 from tl_clt.training.run.metrics import Metrics, cut_alike, fit_thresholds, measure, sets_thresholds
-from tl_clt.training.run.trainer import CLTTrainer, CLTTrainerConfig
+from tl_clt.training.run.trainer import CLTTrainer, CLTTrainerConfig, mend_of_growth, require_finite_weights
 from tl_clt.transcoder import CrossLayerTranscoder
+from tl_clt.transcoder.decoders import Weights
 from tl_clt.transcoder.formats import native
 
 
@@ -137,6 +143,9 @@ class CLTTrainingRunner:
     record: TrainingRecord | None = None
     """What `training.json` holds; set when `run` is done."""
 
+    clt: CrossLayerTranscoder | None = None
+    """What `run` gives; set when training is done, before anything is written."""
+
     def __init__(
         self,
         cfg: CLTTrainingRunnerConfig,
@@ -170,7 +179,7 @@ class CLTTrainingRunner:
             raise ConfigError(
                 "CLTTrainingRunner: there is no dataset. Set dataset_path in the config, or pass dataset=."
             )
-        self.cfg = replace(cfg, device=own_device(cfg.device))
+        self.cfg = cfg.changed(device=own_device(cfg.device))
         self.model = model
         self.dataset = dataset
         self.on_progress = on_progress
@@ -188,14 +197,20 @@ class CLTTrainingRunner:
         Args:
             resume: a checkpoint, or a `checkpoint_path` whose newest to take: the run goes on from there, and on the
                 CPU ends with the same weights, to the bit, as if it had never stopped. The config must be the same in
-                all that decides the weights, and model and dataset must hold the same.
+                all that decides the weights, and model and dataset must hold the same. `training_tokens` alone may be
+                more than they were, also after a run that came to its end: from that step on schedules are those of
+                the new length. The result is then not that of one run of this length, whose schedules would have been
+                others before that step.
 
         Raises:
             OutputNotEmpty: the output or checkpoint folder holds something (found before any work).
             CheckpointError: the checkpoint is damaged, or of another run.
             HookNotFound, DatasetError, TokenizerMissing, ConfigError, ModelNotFound, ModelUnsupported,
                 NotEnoughMemory: before training; nothing is written.
-            NotWritten: a disk is full. Checkpoints and cached activations from before stay good.
+            NotFinite: a loss, gradient or weight is infinite or no number; nothing is written.
+            NotWritten: a folder cannot be written to (found before any work), or a disk is full. Checkpoints and cached
+                activations from before stay good. A trained CLT that could not be written is in `clt`, and where there
+                was room, in a folder that the error names.
         """
         with process_grid(self.cfg.n_data_parallel, self.cfg.device) as grid:
             return self._run_on(grid, resume)
@@ -205,7 +220,13 @@ class CLTTrainingRunner:
         cfg = self.cfg
         source: list[tuple[HookedModel, AnyDataset]] = []
         start = grid.on_main(lambda: self._prepare(resume, source))
+        if start.checkpoint is not None:
+            # What this run chose by itself, for another number of tokens perhaps, is as it was.
+            before = start.checkpoint.about["config"]
+            self.cfg = cfg = cfg.changed(**{name: before[name] for name in cfg.chosen if name in before})
         grid.everywhere(lambda: self._check_memory(start, grid))
+        first: list[Weights] = []
+        grid.everywhere(lambda: self._read_first(start, first))
         state = None
         if start.checkpoint is not None:
             state = read_checkpoint(start.checkpoint, cfg.device, grid)
@@ -231,7 +252,8 @@ class CLTTrainingRunner:
                     position=None if state is None else position_of(state),
                 )
                 raw = opened.enter_context(closing(batches))
-            clt = self._train(start, raw, grid, started, state)
+            clt = self._train(start, raw, grid, started, state, first)
+        self.clt = clt
         if grid.is_main:
             self._save(clt)
         return clt
@@ -272,6 +294,14 @@ class CLTTrainingRunner:
             self.on_start(estimate)
         require_memory(estimate, torch.device(self.cfg.device))
 
+    def _read_first(self, start: Start, first: list[Weights]) -> None:
+        """Add the weights that the run is to begin with, if any, to `first`; decoders stay on disk until then."""
+        name = self.cfg.init_from
+        if name is not None and start.checkpoint is None:
+            weights = CrossLayerTranscoder.from_pretrained(name, lazy_decoder=True).weights
+            require_same_kind(TrainingCLT(replace(self._clt_config(start, None), device="meta")), weights, name)
+            first.append(weights)
+
     def _load_model(self) -> HookedModel:
         cfg = self.cfg
         assert cfg.model_name is not None
@@ -285,12 +315,18 @@ class CLTTrainingRunner:
         grid: ProcessGrid,
         started: float,
         state: TrainingState | None,
+        first: list[Weights],
     ) -> CrossLayerTranscoder:
         cfg = self.cfg
         sae, scale = self._new_clt(start, raw, grid) if state is None else self._clt_to_restore(start, state, grid)
+        if raw is not None and state is None:
+            _warn_of_constant_outputs(raw.peek(cfg.data.n_batches_for_scale))
+        for weights in first:
+            take_over(sae, weights)
+            scale = ActivationScale(tuple(sae.cfg.input_scale), tuple(sae.cfg.output_scale))
         trainer = CLTTrainer(cfg=self._trainer_config(), sae=sae, data_provider=None)
         if state is not None:
-            restore(trainer, state)
+            restore(trainer, state, longer=start.checkpoint is not None and has_more_tokens(cfg, start.checkpoint))
 
         def own_part(batches: Iterator[Batch] | None) -> Iterator[Batch]:
             handed_out = Handout(batches, grid, (2, start.n_layers, start.d_model), sae.dtype, sae.device)
@@ -298,8 +334,12 @@ class CLTTrainingRunner:
 
         trainer.data_provider = own_part(None if raw is None else self._for_training(raw, trainer))
         about = {"model_fingerprint": start.fingerprint}
-        trainer.after_step = CheckpointWriter(cfg, about, lambda: None if raw is None else raw.position, started)
-        trainer.fit()
+        resumed_at = None if state is None else trainer.n_training_steps
+        checkpoints = CheckpointWriter(cfg, about, lambda: None if raw is None else raw.position, started, resumed_at)
+        trainer.after_step = checkpoints
+        with checkpoints:
+            trainer.fit()
+            checkpoints.write_last(trainer)
         metrics = self._measure(raw, own_part, trainer)
         self.record = TrainingRecord(
             config={k: v for k, v in cfg.to_dict().items() if k not in OWN_PATHS},
@@ -310,7 +350,9 @@ class CLTTrainingRunner:
             coefficients=trainer.get_coefficients(),
             metrics=metrics,
         )
-        return export(gather_clt(sae))
+        clt = export(gather_clt(sae))
+        grid.on_main(lambda: _require_finite(clt, metrics, cfg))
+        return clt
 
     def _measure(
         self,
@@ -362,17 +404,49 @@ class CLTTrainingRunner:
         return TrainingCLT(self._clt_config(start, scale), grid=grid), scale
 
     def _save(self, clt: CrossLayerTranscoder) -> None:
+        """Write the CLT to `output_path`, or where that fails, to another place, which the error names."""
+        if self.cfg.output_path is None:
+            return
+        output = Path(self.cfg.output_path)
+        try:
+            self._write(clt, output)
+        except (NotWritten, OutputNotEmpty) as error:
+            raise NotWritten(f"{error} {self._write_elsewhere(clt, output)}") from error
+
+    def _write(self, clt: CrossLayerTranscoder, folder: Path) -> None:
         assert self.record is not None
-        if self.cfg.output_path is not None:
-            with new_folder(Path(self.cfg.output_path)) as unfinished:
-                native.save(clt.weights, unfinished)
-                (unfinished / RECORD).write_text(json.dumps(self.record.to_dict(), indent=2) + "\n")
+        with new_folder(folder) as unfinished:
+            native.save(clt.weights, unfinished)
+            (unfinished / RECORD).write_text(json.dumps(self.record.to_dict(), indent=2) + "\n")
+
+    def _write_elsewhere(self, clt: CrossLayerTranscoder, output: Path) -> str:
+        """Write the CLT to the disk of the checkpoints, or of temporary files; what to tell of it."""
+        checkpoints = self.cfg.checkpoint_path
+        places = [] if checkpoints is None else [Path(checkpoints).absolute()]
+        failed = []
+        for place in (*places, Path(tempfile.gettempdir())):
+            folder = place / f"{output.name}-{secrets.token_hex(4)}"
+            try:
+                self._write(clt, folder)
+            except (NotWritten, OutputNotEmpty) as error:
+                failed.append(f"{place} ({error.__cause__ or error})")
+            else:
+                return (
+                    f"The trained CLT is not lost: it is in '{folder}'. Copy that folder to where there is room, or"
+                    f" load it from there: CrossLayerTranscoder.from_pretrained('{folder}')."
+                )
+        resume = "" if checkpoints is None else f" Resuming from '{checkpoints}' makes it again without training anew."
+        return (
+            f"Nor could it be written elsewhere: {', '.join(failed)}. In Python the trained CLT is runner.clt:"
+            f" runner.clt.save_pretrained(folder).{resume}"
+        )
 
     def _for_training(self, raw: ActivationBatches, trainer: CLTTrainer) -> Iterator[Batch]:
         """The batches, the last cut to the tokens that are left, with a call of `on_progress` between steps."""
-        cfg, resumed_at = self.cfg, trainer.n_training_steps
+        cfg, resumed_at, repeats_told = self.cfg, trainer.n_training_steps, False
         for step, batch in enumerate(raw, start=resumed_at):
             tokens = trainer.n_training_samples
+            repeats_told = repeats_told or _warn_of_repeats(raw.position.counts, cfg.data.training_tokens)
             if self.on_progress is not None and step > resumed_at and step % cfg.wandb_log_frequency == 0:
                 losses = {name: float(value) for name, value in trainer.sae.last_losses.items()}
                 with raw.paused():
@@ -412,6 +486,62 @@ class CLTTrainingRunner:
             "logger": LoggingConfig(**_of_same_name(cfg, LoggingConfig)),
         }
         return CLTTrainerConfig(**(_of_same_name(cfg, CLTTrainerConfig) | ours))
+
+
+def _require_finite(clt: CrossLayerTranscoder, metrics: Metrics, cfg: CLTTrainingRunnerConfig) -> None:
+    """Raise where a CLT, or what was measured of it, is infinite or no number.
+
+    Raises:
+        NotFinite: with the weight, or the layers.
+    """
+    require_finite_weights(clt.state_dict(), "At the end of training", cfg)
+    layers = [layer for layer, ev in enumerate(metrics.explained_variance_per_layer) if not math.isfinite(ev)]
+    if layers:
+        raise NotFinite(
+            f"At the end of training, the error of the reconstruction of layers {', '.join(map(str, layers))} is"
+            f" infinite or no number. Nothing is saved of these weights. {mend_of_growth(cfg)}"
+        )
+
+
+MANY_PASSES = 16
+"""Times that a run reads its dataset, from which on a warning says so."""
+
+
+def _warn_of_repeats(counts: DataCounts, training_tokens: int) -> bool:
+    """Warn, from the second pass over the dataset on, where there will be many; whether that was so."""
+    if counts.epochs == 0 or counts.kept == 0:
+        return False
+    per_pass = counts.kept // counts.epochs
+    passes = max(counts.epochs, training_tokens // max(1, per_pass))
+    if passes < MANY_PASSES:
+        return False
+    warnings.warn(
+        f"The dataset is read about {passes} times for {training_tokens} training_tokens: a pass over it gives at most"
+        f" {per_pass}. The CLT will fit this text better than any other. Give more text, or fewer training_tokens.",
+        TrainingWarning,
+        stacklevel=2,
+    )
+    return True
+
+
+CONSTANT_BELOW = 1e-10
+"""Share of outputs' squares that varies, below which it is taken for rounding."""
+
+
+def _warn_of_constant_outputs(batches: Sequence[Batch]) -> None:
+    """Warn where some layer's outputs are the same at all tokens."""
+    constant = []
+    for layer in range(batches[0].shape[2]):
+        y = torch.cat([batch[:, 1, layer] for batch in batches]).double()
+        if float((y - y.mean(dim=0)).square().sum()) <= CONSTANT_BELOW * float(y.square().sum()):
+            constant.append(layer)
+    if constant:
+        warnings.warn(
+            f"The output of layers {', '.join(map(str, constant))} is the same at every token of the first batches:"
+            " biases alone can write it, and features have nothing to learn. Give more varied data, or check hooks.",
+            TrainingWarning,
+            stacklevel=2,
+        )
 
 
 def _of_same_name(cfg: CLTTrainingRunnerConfig, kind: type) -> dict[str, Any]:

@@ -7,7 +7,8 @@ with the probability that the position between two neighbours gives, it is right
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from tl_clt.errors import NotFinite
 from tl_clt.training.clt import TrainingCLT, TrainingCLTConfig
 from tl_clt.training.fast.step import FastStep
 from tl_clt.training.losses import L0Controller
@@ -121,7 +123,9 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
             output = self._forward(sae, step_input)
         output.loss.backward()
         combine_gradients(sae, sae.grid)
-        clip_gradients(sae, MAX_NORM, sae.grid)
+        norm = clip_gradients(sae, MAX_NORM, sae.grid)
+        output = self._with_losses_of_whole_batch(output)
+        self._require_finite_step(output, norm, sae_in)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         self.lr_scheduler.step()
@@ -129,7 +133,44 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
             scheduler.step()
         # SAELens has counted the tokens of this rank.
         self.n_training_samples += len(sae_in) * (sae.grid.n_data_parallel - 1)
-        return self._with_losses_of_whole_batch(output)
+        return output
+
+    def _require_finite_step(self, output: TrainStepOutput, norm: Tensor, sae_in: Tensor) -> None:
+        """Raise, on all ranks alike, where the loss or the norm of the gradients is infinite or no number: before the
+        weights change.
+
+        Raises:
+            NotFinite: with the step, the term and the layers.
+        """
+        # One number is read from the device. Loss and norm are those of all ranks.
+        if math.isfinite(float(output.loss + norm)):
+            return
+        sae, cfg = self.sae, self.cfg
+        by_layer = output.sae_out.unflatten(1, (sae.cfg.n_layers, -1))
+        gradients = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
+        found = sae.grid.everywhere(
+            lambda: (
+                bool(sae_in.isfinite().all()),
+                [layer for layer in range(sae.cfg.n_layers) if not by_layer[:, layer].isfinite().all()],
+                not_finite(gradients),
+            )
+        )
+        step = f"Training stopped at step {self.n_training_steps + 1} of {cfg.total_training_steps}:"
+        if not all(finite for finite, _, _ in found):
+            raise NotFinite(
+                f"{step} the model's activations are infinite or no number at some token. Nothing is saved. Load the"
+                " model in float32 (model_dtype), or check its weights."
+            )
+        terms = [f"{name} is {float(value)}" for name, value in output.losses.items() if not value.isfinite()]
+        layers = sorted({layer for _, of_rank, _ in found for layer in of_rank})
+        if layers:
+            terms.append(f"the reconstruction of layers {', '.join(map(str, layers))} is not finite")
+        if not terms:
+            names = sorted({name for _, _, of_rank in found for name in of_rank})
+            # What is no number has spread to all gradients when they were clipped; infinities have not.
+            source = f", from {', '.join(names)}" if 0 < len(names) < len(gradients) else ""
+            terms = [f"the gradient's norm is {float(norm)}{source}"]
+        raise NotFinite(f"{step} {'; '.join(terms)}. Nothing is saved of these weights. {mend_of_growth(cfg)}")
 
     @torch.no_grad()
     def _with_losses_of_whole_batch(self, output: TrainStepOutput) -> TrainStepOutput:
@@ -165,6 +206,40 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
         self.density.add(fired, n_tokens)
         if self.controller is not None:
             self.controller.observe(fired.unflatten(0, (self.sae.cfg.n_layers, -1)).sum(dim=1) / n_tokens)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold infinities, or what is no number."""
+    return [name for name, value in tensors.items() if not value.isfinite().all()]
+
+
+def mend_of_growth(cfg: Any) -> str:
+    """What to do where numbers grew out of bounds.
+
+    Args:
+        cfg: of a run or of a trainer.
+    """
+    precise = " without autocast" if cfg.autocast else ""
+    return f"Lower lr (now {cfg.lr:g}), lengthen lr_warm_up_steps, or train with dtype='float32'{precise}."
+
+
+def require_finite_weights(weights: Mapping[str, Tensor], when: str, cfg: Any) -> None:
+    """Raise where weights are infinite or no number.
+
+    Args:
+        weights: by name.
+        when: in training, for the message: "After step 3".
+        cfg: of the run or of its trainer.
+
+    Raises:
+        NotFinite: with their names.
+    """
+    names = not_finite(weights)
+    if names:
+        raise NotFinite(
+            f"{when}, these weights hold infinities, or what is no number: {', '.join(names)}. Nothing is saved of"
+            f" them. {mend_of_growth(cfg)}"
+        )
 
 
 LOW_BITS = 16
