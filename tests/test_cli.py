@@ -136,14 +136,15 @@ def small_run(tmp_path) -> list[str]:
 def test_train_resumes_and_reads_its_cache(tmp_path, small_run):
     writing = ("--checkpoints", str(tmp_path / "checkpoints"), "--checkpoint-every", "3")
     run(*small_run, "--output", str(tmp_path / "whole"), *writing)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
+    files = ["progress.csv", "step_00000003", "step_00000006"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == files
     cached = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
     for given, name in (("checkpoints", "newest"), ("checkpoints/step_00000003", "older")):
         run(*small_run, "--output", str(tmp_path / name), "--resume", str(tmp_path / given), "--checkpoint-every", "3")
         for file in ("clt.safetensors", "cfg.json"):
             assert (tmp_path / name / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == cached
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    assert len(list((tmp_path / "checkpoints").glob("step_*"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ def config(**changes: object) -> CLTTrainingRunnerConfig:
         "n_batches_for_scale": 2,
         "n_eval_batches": 2,
         "lr": 1e-2,
+        "log_every": 10,
     }
     values |= changes
     if values["activation"] not in ("topk", "batchtopk"):
