@@ -60,6 +60,7 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
     """That all steps took."""
 
     def __init__(self, cfg: SAETrainerConfig, sae: TrainingCLT, data_provider: Any, **options: Any) -> None:
+        sae.in_own_trainer = True
         super().__init__(cfg, sae, data_provider, **options)
         self.fast_step = FastStep()
         self.density = RunningDensity(sae.cfg.d_sae, cfg.dead_feature_window, cfg.device)
