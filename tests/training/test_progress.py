@@ -78,7 +78,7 @@ def test_time_in_words(seconds: float, words: str) -> None:
     [
         ({"log_every": 15}, [15, 30, 40]),
         ({"log_every": None}, list(range(1, 41))),
-        ({"log_every": None, "training_tokens": 64 * 120}, list(range(2, 121, 2))),
+        ({"log_every": None, "training_tokens": 64 * 120}, list(range(3, 121, 3))),
         ({"log_every": 100}, [40]),
     ],
 )

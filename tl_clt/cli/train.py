@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import logging
 import os
 import textwrap
 import warnings
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union, get_
 
 import typer
 import yaml
+from rich.text import Text
 from typer.core import TyperCommand
 
 from tl_clt.cli.app import app, console, errors, plain_errors
@@ -103,16 +105,9 @@ def run(resume: Path | None, settings: dict[str, Any]) -> None:
                 hooked = load_model(cfg.model_name, backend=cfg.backend, device=device)  # type: ignore[arg-type]
             if "context_size" not in settings:
                 cfg = replace(cfg, context_size=min(cfg.data.context_size, hooked.cfg.n_ctx))
-        runner = CLTTrainingRunner(
-            cfg,
-            model=hooked,
-            on_start=lambda memory: console.print(f"Memory: about {memory}"),
-            on_progress=ProgressLines(),
-        )
-        with plain_warnings():
+        runner = CLTTrainingRunner(cfg, model=hooked, on_start=lambda memory: console.print(f"Memory: about {memory}"))
+        with progress_shown(), plain_warnings():
             runner.run(resume)
-        if runner.record is not None:
-            console.print(str(runner.record.times))
         console.print(
             f"CLT written to {output}. Trace with it: tl-clt trace --model {cfg.model_name} --clt {output} --prompt ..."
         )
@@ -121,23 +116,32 @@ def run(resume: Path | None, settings: dict[str, Any]) -> None:
 LINES_PER_HEADER = 25
 
 
-class ProgressLines:
-    """Prints a run's progress, a line at a time, as a table of 80 columns."""
+class ProgressLines(logging.Handler):
+    """Prints what a run's logger is told: its progress, a line at a time, as a table of 80 columns, and sentences."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._n_printed = 0
         self._losses: list[str] = []
 
-    def __call__(self, line: TrainingProgress) -> None:
+    def emit(self, record: logging.LogRecord) -> None:
         """Print one."""
+        from tl_clt.training import TrainingProgress
+
+        said = record.args[0] if isinstance(record.args, tuple) and record.args else None
+        if isinstance(said, TrainingProgress):
+            self._print_line(said)
+        else:
+            console.print(record.getMessage(), markup=False)
+
+    def _print_line(self, line: TrainingProgress) -> None:
         from tl_clt.training.run.progress import in_words, shorten
 
         if self._n_printed == 0:
             console.print(
                 "Of the last batch of each interval: the terms of the loss, explained variance (EV, mean over layers;"
                 " 1 is all), active features per layer and token (L0: mean, least and greatest layer). Dead: share of"
-                " features that hardly ever fire.",
-                soft_wrap=not console.is_terminal,
+                " features that hardly ever fire."
             )
         steps, new = f"{line.step}/{line.n_steps}", [name for name in line.losses if name not in self._losses]
         # A term may come later, and go: AuxK's, where no feature is dead.
@@ -176,6 +180,20 @@ def _thousands(number: float) -> str:
 
 
 @contextmanager
+def progress_shown() -> Iterator[None]:
+    """Within, lines of training are printed."""
+    logger, lines = logging.getLogger("tl_clt.training"), ProgressLines()
+    level = logger.level
+    logger.addHandler(lines)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(lines)
+
+
+@contextmanager
 def plain_warnings() -> Iterator[None]:
     """Within, warnings of layers that do not learn are a line each, without a place in the code."""
     from tl_clt.errors import LayerWarning
@@ -186,8 +204,7 @@ def plain_warnings() -> Iterator[None]:
         if not issubclass(category, LayerWarning):
             before(message, category, *where, **options)
             return
-        errors.print("[bold yellow]Warning[/]: ", end="")
-        errors.print(str(message), markup=False)
+        errors.print(Text.assemble(("Warning", "bold yellow"), f": {message}"))
 
     warnings.showwarning = show
     try:

@@ -176,8 +176,8 @@ class CLTTrainingRunnerConfig:
 
     @property
     def steps_per_line(self) -> int:
-        """`log_every`, or as many steps as make about 50 lines a run."""
-        return self.log_every or max(1, self.n_steps // 50)
+        """`log_every`, or as many steps as make 50 lines a run at most."""
+        return self.log_every or -(-self.n_steps // 50)
 
     @property
     def dead_window_steps(self) -> int:

@@ -3,9 +3,9 @@
 A line is measured on the batch just trained on, from what its step made anyway: the reconstruction, and how often each
 feature fired.
 
-Three ways to see lines in Python: `on_progress=print` of the runner prints them, any other function is told each as a
-`TrainingProgress`, and the logger "tl_clt.training" has them at level INFO. Where none of these is used, SAELens's
-progress bar is shown; with lines it would stand in their way.
+In Python, the logger "tl_clt.training" has the lines at level INFO (`logging.basicConfig(level="INFO")` shows them),
+and the runner's `on_progress` is told each as a `TrainingProgress`, which `print` prints. Where neither is used,
+SAELens's progress bar is shown; with lines it would stand in their way.
 """
 
 from __future__ import annotations
@@ -454,25 +454,38 @@ def draw_progress(
         title: above it all.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, PercentFormatter
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     (losses, explained), (l0, dead) = figure.subplots(2, 2, sharex=True)
     tokens = [line.tokens for line in lines]
     _draw_losses(losses, tokens, lines)
     _draw_by_layer(explained, tokens, [line.explained_variance_per_layer for line in lines], "C0")
-    explained.set(title="Explained variance of the last batch", ylim=(min(0.0, _low_end(lines)), 1.0))
+    explained.axhline(0, color="grey", linewidth=0.8)
+    explained.set(title="Explained variance of the last batch", ylim=(_low_end(lines), 1.0))
     _draw_by_layer(l0, tokens, [line.l0_per_layer for line in lines], "C2")
     if target_l0 is not None:
         l0.axhline(target_l0, color="black", linestyle="--", linewidth=0.9, label=f"asked for: {target_l0:g}")
-    l0.set(title="L0: active features per layer and token", yscale="log", xlabel="tokens trained on")
-    dead.plot(tokens, [line.dead_share for line in lines], color="C3", marker=_marker(lines))
-    dead.set(title="Dead features", ylim=(0, None), xlabel="tokens trained on")
-    dead.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+    greatest = max(line.l0_greatest for line in lines)
+    l0.set(title="L0: active features per layer and token", yscale="log", ylim=(LEAST_L0_SHOWN, max(2 * greatest, 1)))
+    shares = [line.dead_share for line in lines]
+    dead.plot(tokens, shares, color="C3", marker=_marker(lines))
+    dead.set(title="Share of dead features", ylim=(0, max(0.05, 1.1 * max(shares))))
+    dead.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    for axes in (l0, dead):
+        axes.set_xlabel("tokens trained on")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in (losses, explained, l0):
         axes.legend(fontsize="small")
+    for axes in figure.axes:
+        axes.grid(alpha=0.25)
     if title is not None:
         figure.suptitle(title)
     return figure
+
+
+LEAST_L0_SHOWN = 0.05
+"""Where the axis of L0 ends: a silent layer is at its foot."""
 
 
 def _draw_losses(axes: Axes, tokens: list[int], lines: Sequence[TrainingProgress]) -> None:
@@ -493,7 +506,8 @@ def _draw_by_layer(axes: Axes, tokens: list[int], values: list[list[float]], col
 def _low_end(lines: Sequence[TrainingProgress]) -> float:
     """Where the axis of explained variance ends: the first lines may be far below 0."""
     late = lines[len(lines) // 4 :]
-    return max(-1.0, min(min(line.explained_variance_per_layer) for line in late))
+    least = min(min(line.explained_variance_per_layer) for line in late)
+    return max(-1.0, min(-0.05, 1.1 * least))
 
 
 def _marker(lines: Sequence[TrainingProgress]) -> str | None:

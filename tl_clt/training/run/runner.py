@@ -231,7 +231,9 @@ class CLTTrainingRunner:
             model: used in place of loading `cfg.model_name`.
             dataset: used in place of `cfg.dataset_path`; see `open_dataset` for what it may be.
             on_progress: called every `cfg.log_every` steps and after the last, in the place of SAELens's progress bar.
-                `print` prints a line; the logger "tl_clt.training" has the same lines at level INFO.
+                `print` prints a line. It may use the model: running it for the next batches is paused, which may
+                have to wait for a forward pass. The logger "tl_clt.training" has the same lines, at level INFO,
+                without.
             on_start: told what memory the run will need, before any activations are made.
 
         Raises:
@@ -410,7 +412,8 @@ class CLTTrainingRunner:
             metrics=metrics,
             times=times,
         )
-        logger.info("%s", times)
+        if grid.is_main:
+            logger.info("%s", times)
         return export(gather_clt(sae))
 
     def _new_clt(
