@@ -5,7 +5,7 @@
     export.py     to a `CrossLayerTranscoder`, with the scaling of training folded into the weights
     fast/         the same step in less time and memory: step, products, selection
     data/         from a dataset to shuffled batches of scaled activations: dataset, batches, cache
-    run/          config, runner, trainer, checkpoints, memory
+    run/          config, runner, trainer, progress, checkpoints, memory
     parallel.py   the processes of a run, and what they tell each other
 
 Of SAELens a run uses as they are: its `ActivationsStore`, which makes prompts of a dataset and runs the model over

@@ -129,7 +129,9 @@ class TrainingProgress(NamedTuple):
             return [float(value) for name, value in row.items() if name.startswith(prefix)]
 
         return cls(
-            **{name: int(row[name]) for name in ("step", "n_steps", "tokens")},
+            step=int(row["step"]),
+            n_steps=int(row["n_steps"]),
+            tokens=int(row["tokens"]),
             losses={name: float(value) for name, value in row.items() if name.endswith("_loss") and value != ""},
             **{name: float(row[name]) for name in NUMBERS},
             explained_variance_per_layer=by_layer(EV_OF_LAYER),
