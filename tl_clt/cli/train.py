@@ -183,13 +183,16 @@ def _thousands(number: float) -> str:
 def progress_shown() -> Iterator[None]:
     """Within, lines of training are printed."""
     logger, lines = logging.getLogger("tl_clt.training"), ProgressLines()
-    level = logger.level
+    level, propagate = logger.level, logger.propagate
     logger.addHandler(lines)
     logger.setLevel(logging.INFO)
+    # Libraries set up handlers of their own, which would say it all once more.
+    logger.propagate = False
     try:
         yield
     finally:
         logger.setLevel(level)
+        logger.propagate = propagate
         logger.removeHandler(lines)
 
 
