@@ -22,6 +22,7 @@ from tl_clt import (
     load_organism,
 )
 from tl_clt.cli import app
+from tl_clt.cli.train import ProgressLines
 from tl_clt.evaluation.tradeoff import compare
 from tl_clt.organisms import organism_folder
 
@@ -136,15 +137,15 @@ def small_run(tmp_path) -> list[str]:
 def test_train_resumes_and_reads_its_cache(tmp_path, small_run):
     writing = ("--checkpoints", str(tmp_path / "checkpoints"), "--checkpoint-every", "3", "--keep-checkpoints", "3")
     run(*small_run, "--output", str(tmp_path / "whole"), *writing)
-    names = [f"step_0000000{step}" for step in (3, 6, 8)]
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == names
+    files = ["progress.csv", *(f"step_0000000{step}" for step in (3, 6, 8))]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == files
     cached = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
     for given, name in (("checkpoints", "newest"), ("checkpoints/step_00000003", "older")):
         run(*small_run, "--output", str(tmp_path / name), "--resume", str(tmp_path / given), "--checkpoint-every", "3")
         for file in ("clt.safetensors", "cfg.json"):
             assert (tmp_path / name / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == cached
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    assert len(list((tmp_path / "checkpoints").glob("step_*"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -343,3 +344,54 @@ def test_what_a_field_may_be_its_option_says(tmp_path, small_run, option, field,
     run(*small_run, "--output", str(tmp_path / "clt"), *given)
     config = json.loads((tmp_path / "clt" / "training.json").read_text())["config"]
     assert config[option.removeprefix("--no-").removeprefix("--").replace("-", "_")] == value
+
+
+def test_train_shows_its_progress_in_80_columns_and_warns_in_one_line(tmp_path, small_run):
+    from rich.text import Text
+
+    options = ("--output", str(tmp_path / "clt"), "--log-every", "3", "--sparsity", "1e6", "--activation", "relu")
+    result = CliRunner().invoke(app, [*small_run, *options], env={"COLUMNS": "80", "TERM": "dumb"})
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    shown = [line for line in lines if re.match(r" *\d/8 ", line)]
+    assert [line.split()[0] for line in shown] == ["3/8", "6/8", "8/8"]
+    header = next(line for line in lines if line.lstrip().startswith("step"))
+    names = ["step", "mse", "sparsity", "deadloss", "EV", "L0", "least", "most", "dead", "tok/s", "left"]
+    assert header.split() == names and len(shown[0].split()) == len(names)
+    assert all(Text(line).cell_len <= 80 for line in shown)
+    assert "Training took" in result.output and "Training SAE" not in result.output
+    warning = " ".join(result.output.split()).partition("Warning: ")[2]
+    assert "worse than a constant" in warning and "Lower sparsity_coefficient (now 1e+06)" in warning
+    assert "train.py" not in result.output and "LayerWarning" not in result.output
+    rows = (tmp_path / "clt" / "progress.csv").read_text().splitlines()
+    assert len(rows) == 4
+
+
+def test_train_says_it_once_and_leaves_logging_and_warnings_as_they_were(tmp_path, small_run, caplog):
+    import logging
+    import warnings
+
+    logger, before = logging.getLogger("tl_clt.training"), warnings.showwarning
+    run(*small_run, "--output", str(tmp_path / "clt"))
+    # Nothing went to the handlers that others have set up.
+    assert not [record for record in caplog.records if record.name == logger.name]
+    assert (logger.handlers, logger.level, logger.propagate) == ([], logging.NOTSET, True)
+    assert warnings.showwarning is before
+
+
+def test_a_table_keeps_its_columns_where_a_term_of_the_loss_comes_and_goes(capsys):
+    import logging
+
+    from tests.training.test_progress import line
+
+    lines = ProgressLines()
+    for losses in ({"mse_loss": 9.0}, {"mse_loss": 8.0, "auxk_loss": 0.5}, {"mse_loss": 7.0}):
+        lines.emit(logging.LogRecord("", logging.INFO, "", 0, "%s", (line(losses=losses),), None))
+    shown = [text for text in capsys.readouterr().out.splitlines() if text.lstrip()[:1] in "s5"]
+    assert [text.split()[:3] for text in shown[:4]] == [
+        ["step", "mse", "EV"],
+        ["5/10", "9", "0.500"],
+        ["step", "mse", "auxk"],
+        ["5/10", "8", "0.5"],
+    ]
+    assert len(shown) == 5 and len(shown[4]) == len(shown[3]) == len(shown[2])

@@ -98,6 +98,10 @@ class NotWritten(TlCltError, OSError):
     """A file that could not be written, a full disk above all; nothing of it is left."""
 
 
+class LayerWarning(UserWarning):
+    """A layer of a CLT in training that falls silent, or that is worse than a constant. Training goes on."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`" Nearest: 'x'."` for the known name most like `name`, or nothing where none is alike."""
     close = get_close_matches(name, list(known), n=1)

@@ -85,6 +85,7 @@ def config(**changes: object) -> CLTTrainingRunnerConfig:
         "exclude_special_tokens": False,
         "max_norm_ratio": None,
         "lr": 1e-2,
+        "log_every": 10,
     }
     values |= changes
     if values["activation"] not in ("topk", "batchtopk") and "k" not in changes:

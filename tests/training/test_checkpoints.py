@@ -34,7 +34,7 @@ def cfg(make_config, tmp_path: Path) -> CLTTrainingRunnerConfig:
         training_tokens=64 * STEPS,
         checkpoint_path=str(tmp_path / "checkpoints"),
         checkpoint_every=5,
-        wandb_log_frequency=1,
+        log_every=1,
         lr_warm_up_steps=4,
         lr_decay_steps=8,
         lr_scheduler_name="cosineannealing",
@@ -78,7 +78,7 @@ def assert_same(run: CLTTrainingRunner, clt: CrossLayerTranscoder, expected: CLT
 
 
 def steps_in(folder: Path) -> list[int]:
-    return [int(path.name.removeprefix("step_")) for path in sorted(folder.iterdir())]
+    return [int(path.name.removeprefix("step_")) for path in sorted(folder.glob("step_*"))]
 
 
 @pytest.mark.parametrize("at", [5, 6, 14, 21, 23])
@@ -91,7 +91,7 @@ def test_resumed_run_ends_with_the_same_weights_to_the_bit(cfg, model, tokens, a
     run = CLTTrainingRunner(cfg, model=model, dataset=tokens, on_progress=told.append)
     clt = run.run(resume=folder)
     assert_same(run, clt, expected)
-    assert [p.step for p in told] == list(range(at // 5 * 5 + 1, STEPS))
+    assert [p.step for p in told] == list(range(at // 5 * 5 + 1, STEPS + 1))
     assert told[0].tokens == 64 * told[0].step
     assert run.record.seconds >= 0
 

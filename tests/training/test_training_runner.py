@@ -65,8 +65,8 @@ def test_training_learns_the_mlps(model, tokens, make_config, activation: str, s
     )
     run = CLTTrainingRunner(cfg, model=model, dataset=tokens, on_progress=seen.append)
     clt = run.run()
-    assert [p.step for p in seen] == list(range(10, 200, 10))
-    assert seen[-1].tokens == 64 * 190 and seen[-1].n_steps == 200
+    assert [p.step for p in seen] == list(range(10, 201, 10))
+    assert seen[-1].tokens == 64 * 200 and seen[-1].n_steps == 200
     assert seen[-1].losses["mse_loss"] < 0.5 * seen[0].losses["mse_loss"]
     assert ("sparsity_loss" in seen[0].losses) == ("topk" not in activation)
     metrics = run.record.metrics

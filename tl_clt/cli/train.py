@@ -5,23 +5,30 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import logging
 import os
 import shlex
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, Field, fields, replace
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, fields
 from functools import cached_property
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
 import typer
 import yaml
+from rich.text import Text
 from typer.core import TyperCommand
 
 from tl_clt.cli.app import app, console, errors, plain_errors
 from tl_clt.cli.interruption import interruption
+
+if TYPE_CHECKING:
+    from tl_clt.training import TrainingProgress
 
 SHORT = {
     **{"model_name": "model", "dataset_path": "dataset", "output_path": "output", "cache_path": "cache"},
@@ -101,10 +108,114 @@ def run(resume: Path | None, settings: dict[str, Any]) -> None:
             if "context_size" not in settings:
                 cfg = cfg.changed(context_size=min(cfg.data.context_size, hooked.cfg.n_ctx))
         runner = CLTTrainingRunner(cfg, model=hooked, on_start=lambda memory: console.print(f"Memory: about {memory}"))
-        runner.run(resume)
+        with progress_shown(), plain_warnings():
+            runner.run(resume)
         console.print(
             f"CLT written to {output}. Trace with it: tl-clt trace --model {cfg.model_name} --clt {output} --prompt ..."
         )
+
+
+LINES_PER_HEADER = 25
+
+
+class ProgressLines(logging.Handler):
+    """Prints what a run's logger is told: its progress, a line at a time, as a table of 80 columns, and sentences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._n_printed = 0
+        self._losses: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one."""
+        from tl_clt.training import TrainingProgress
+
+        said = record.args[0] if isinstance(record.args, tuple) and record.args else None
+        if isinstance(said, TrainingProgress):
+            self._print_line(said)
+        else:
+            console.print(record.getMessage(), markup=False)
+
+    def _print_line(self, line: TrainingProgress) -> None:
+        from tl_clt.training.run.progress import in_words, shorten
+
+        if self._n_printed == 0:
+            console.print(
+                "Of the last batch of each interval: the terms of the loss, explained variance (EV, mean over layers;"
+                " 1 is all), active features per layer and token (L0: mean, least and greatest layer). Dead: share of"
+                " features that hardly ever fire."
+            )
+        steps, new = f"{line.step}/{line.n_steps}", [name for name in line.losses if name not in self._losses]
+        # A term may come later, and go: AuxK's, where no feature is dead.
+        self._losses += new
+        cells = {
+            "step": f"{steps:>{2 * len(str(line.n_steps)) + 1}}",
+            **{LOSSES.get(name, shorten(name)): _loss(line.losses.get(name)) for name in self._losses},
+            "EV": f"{line.explained_variance:6.3f}",
+            "L0": f"{line.l0_mean:5.3g}",
+            "least": f"{line.l0_least:5.2g}",
+            "most": f"{line.l0_greatest:5.3g}",
+            "dead": f"{line.dead_share:4.0%}",
+            "tok/s": f"{_thousands(line.tokens_per_second):>5}",
+            "left": f"{in_words(line.seconds_left):>6}",
+        }
+        if self._n_printed % LINES_PER_HEADER == 0 or new:
+            header = " ".join(f"{name:>{len(cell)}}" for name, cell in cells.items())
+            console.print(f"[bold]{header}[/]", soft_wrap=True)
+        console.print(" ".join(cells.values()), markup=False, soft_wrap=True)
+        self._n_printed += 1
+
+
+LOSSES = {"mse_loss": "mse", "sparsity_loss": "sparsity", "dead_feature_loss": "deadloss", "auxk_loss": "auxk"}
+"""Names of columns, of at most 8 letters."""
+
+
+def _loss(value: float | None) -> str:
+    return " " * 8 if value is None else f"{value:8.3g}"
+
+
+def _thousands(number: float) -> str:
+    """820, 8.2k, 82k."""
+    if number < 1000:
+        return f"{number:.0f}"
+    return f"{number / 1000:.1f}k" if number < 10_000 else f"{number / 1000:.0f}k"
+
+
+@contextmanager
+def progress_shown() -> Iterator[None]:
+    """Within, lines of training are printed."""
+    logger, lines = logging.getLogger("tl_clt.training"), ProgressLines()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(lines)
+    logger.setLevel(logging.INFO)
+    # Libraries set up handlers of their own, which would say it all once more.
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.propagate = propagate
+        logger.removeHandler(lines)
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Within, warnings of layers that do not learn are a line each, without a place in the code."""
+    from tl_clt.errors import LayerWarning
+
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+        if not issubclass(category, LayerWarning):
+            before(message, category, *where, **options)
+            return
+        errors.print(Text.assemble(("Warning", "bold yellow"), f": {message}"))
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def _with_options(train_with: Callable[[Path | None, dict[str, Any]], None]) -> Callable[..., None]:

@@ -5,7 +5,7 @@
     export.py     to a `CrossLayerTranscoder`, with the scaling of training folded into the weights
     fast/         the same step in less time and memory: step, products, selection
     data/         from a dataset to shuffled batches of scaled activations: dataset, batches, cache
-    run/          config, runner, trainer, checkpoints, memory
+    run/          config, runner, trainer, progress, checkpoints, memory
     parallel.py   the processes of a run, and what they tell each other
 
 Of SAELens a run uses as they are: its `ActivationsStore`, which makes prompts of a dataset and runs the model over
@@ -30,16 +30,25 @@ In the place of SAELens's stand:
                          weights, and each file with its checksum. SAELens's say how far the dataset was read, but not
                          what waits in the shuffling buffer, nor where random numbers were; its `save_checkpoint` and
                          `load_trainer_state` work, and are not used.
+    the bar              lines of what a person wants to know (`run.progress`), where somebody takes them.
     mixing               `MixedBatches` shuffles as SAELens's `mixing_buffer` does, with random numbers of its own and a
                          position that can be taken up again.
 """
 
-from tl_clt.training.clt import CLTSettings
-from tl_clt.training.data.batches import DataSettings
+from tl_clt.training.clt import (
+    CLTSettings,
+    TrainingCLT,
+    TrainingCLTConfig,
+    init_decoder_biases,
+    init_encoder_biases,
+)
+from tl_clt.training.data.batches import DataSettings, apply_scale, estimate_scale, hook_names, pack
+from tl_clt.training.export import clt_disk_loader
 from tl_clt.training.parallel import own_device
 from tl_clt.training.run.config import CLTTrainingRunnerConfig
 from tl_clt.training.run.memory import MemoryEstimate
-from tl_clt.training.run.runner import CLTTrainingRunner, TrainingProgress
+from tl_clt.training.run.progress import TrainingProgress, TrainingTimes, draw_progress
+from tl_clt.training.run.runner import CLTTrainingRunner
 
 __all__ = [
     "CLTSettings",
@@ -47,6 +56,17 @@ __all__ = [
     "CLTTrainingRunnerConfig",
     "DataSettings",
     "MemoryEstimate",
+    "TrainingCLT",
+    "TrainingCLTConfig",
     "TrainingProgress",
+    "TrainingTimes",
+    "apply_scale",
+    "clt_disk_loader",
+    "draw_progress",
+    "estimate_scale",
+    "hook_names",
+    "init_decoder_biases",
+    "init_encoder_biases",
     "own_device",
+    "pack",
 ]

@@ -731,6 +731,9 @@ class TrainingCLT(CLTWeights, TrainingSAE[TrainingCLTConfig]):
     sparsity_shares: Float[Tensor, " n_layers"] | None = None
     """mu of `losses`: by what each layer's lambda differs from the mean; the trainer sets them."""
 
+    in_own_trainer: bool = False
+    """Whether `CLTTrainer` trains it, which does more for it than SAELens's own trainer."""
+
     def __init__(self, cfg: TrainingCLTConfig, use_error_term: bool = False, grid: ProcessGrid = SINGLE) -> None:
         """Make a CLT with fresh weights.
 
@@ -772,7 +775,13 @@ class TrainingCLT(CLTWeights, TrainingSAE[TrainingCLTConfig]):
         return self.step_output(step, step_input, acts, torch.cat(step.hidden_pre, dim=1))
 
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
-        """lambda and lambda_P for SAELens's schedulers, or the weight of AuxK."""
+        """lambda and lambda_P for SAELens's schedulers, or the weight of AuxK.
+
+        Raises:
+            ConfigError: the config asks for what SAELens's own trainer would leave undone.
+        """
+        if not self.in_own_trainer:
+            _require_plain_training(self.cfg)
         if self.cfg.selects:
             return {"auxk": self.cfg.auxk_coefficient}
         return {
@@ -846,6 +855,24 @@ class TrainingCLT(CLTWeights, TrainingSAE[TrainingCLTConfig]):
             NotImplementedError: always.
         """
         raise NotImplementedError("A CLT's decoder norms are not folded: export a CrossLayerTranscoder instead.")
+
+
+def _require_plain_training(cfg: TrainingCLTConfig) -> None:
+    """Raise where a config asks for what `CLTTrainer` alone does."""
+    mend = "or train with tl_clt's CLTTrainingRunner."
+    if cfg.target_l0 is not None and not cfg.selects and cfg.sparsity_loss != "quadratic_l0":
+        raise ConfigError(
+            f"target_l0 is {cfg.target_l0:g}, which SAELens's SAETrainer would ignore: it does not adjust lambda. Leave"
+            " target_l0 out and set sparsity_coefficient, use sparsity_loss='quadratic_l0' (with jumprelu) or a topk"
+            f" activation, {mend}"
+        )
+    density = CLTSettings.dead_feature_density
+    if cfg.dead_feature_density != density:
+        raise ConfigError(
+            f"dead_feature_density is {cfg.dead_feature_density:g}, which SAELens's SAETrainer would ignore: it counts"
+            " as dead what has not fired for dead_feature_window steps of its own config. Leave dead_feature_density"
+            f" out, {mend}"
+        )
 
 
 def register() -> None:

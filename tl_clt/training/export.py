@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 from tl_clt.errors import ConfigError, TrainingWarning
-from tl_clt.training.clt import InferenceCLT, TrainingCLT
+from tl_clt.training.clt import InferenceCLT, InferenceCLTConfig, TrainingCLT
 from tl_clt.transcoder import CrossLayerTranscoder
 from tl_clt.transcoder.decoders import DenseDecoders, Weights
 
@@ -159,4 +162,74 @@ def take_over(clt: TrainingCLT, weights: Weights) -> None:
             " first. Begin with one that was trained with this activation, or train with the other's.",
             TrainingWarning,
             stacklevel=2,
+        )
+
+
+# -- the other way, for SAELens's loader
+
+UNIT_NORM_WITHIN = 0.02
+"""How far from 1 the norm of an exported decoder may be: bfloat16 rounds each weight by up to 0.4%."""
+
+
+@torch.no_grad()
+def clt_disk_loader(
+    path: str | Path, device: str = "cpu", cfg_overrides: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A saved `CrossLayerTranscoder` for SAELens: `SAE.load_from_disk(folder, converter=clt_disk_loader)`.
+
+    What it gives is an `InferenceCLT`, on the scaled inputs that it was trained on: `cfg.input_scale` times raw ones.
+    This undoes `export`, up to rounding, with decoders of full rank.
+
+    Args:
+        path: a folder that `CrossLayerTranscoder.from_pretrained` takes, such as a runner's output.
+        device: for the weights.
+        cfg_overrides: changes of the config: SAELens gives the dtype that was asked for.
+
+    Returns:
+        SAELens's config as a dict, and the weights by name.
+
+    Raises:
+        FormatError: it holds no CLT.
+        ConfigError: SAELens's CLTs have no such thresholds, or rank features otherwise: it was not trained here.
+    """
+    overrides = cfg_overrides or {}
+    clt = CrossLayerTranscoder.from_pretrained(str(path), device=device, dtype=overrides.get("dtype"))
+    cfg, layers = clt.cfg, range(clt.cfg.n_layers)
+    kind = {"dtype": torch.float64, "device": clt.b_dec.device}
+    s_in = torch.tensor(cfg.input_scale or [1.0] * cfg.n_layers, **kind)
+    s_out = torch.tensor(cfg.output_scale or [1.0] * cfg.n_layers, **kind)
+    weights = {"b_dec": clt.b_dec * s_out[:, None]}
+    for s in layers:
+        W_dec = clt.W_dec[s].double() * s_out[list(cfg.targets(s))][:, None]
+        if cfg.activation == "topk":
+            _require_unit_norms(W_dec, s)
+        weights |= {f"W_enc.{s}": (clt.W_enc[s] / s_in[s]).mT, f"b_enc.{s}": clt.b_enc[s]}
+        weights[f"W_dec.{s}"] = W_dec.flatten(start_dim=1)
+        if clt.threshold is not None:
+            if (clt.threshold[s] < 0).any():
+                raise ConfigError(
+                    f"Layer {s} has thresholds below 0, which SAELens's CLTs cannot have: use a CrossLayerTranscoder."
+                )
+            weights[f"log_threshold.{s}"] = clt.threshold[s].double().log()
+        if clt.W_skip is not None:
+            weights[f"W_skip.{s}"] = clt.W_skip[s] * (s_out[s] / s_in[s])
+    own_dtype = getattr(torch, cfg.dtype)
+    values = {
+        **{name: getattr(cfg, name) for name in ("n_layers", "d_transcoder", "span", "activation", "k", "skip")},
+        **{name: getattr(cfg, name) for name in ("input_hook", "output_hook", "model_name", "dtype")},
+        **{"input_scale": cfg.input_scale, "output_scale": cfg.output_scale, "device": device},
+        **{"d_in": cfg.d_model, "d_sae": cfg.n_layers * cfg.d_transcoder},
+        "metadata": SAEMetadata(model_name=cfg.model_name, hook_name=cfg.input_hook, hook_name_out=cfg.output_hook),
+    }
+    as_dict = InferenceCLTConfig(**(values | overrides)).to_dict()
+    return as_dict, {name: value.to(own_dtype).contiguous() for name, value in weights.items()}
+
+
+def _require_unit_norms(W_dec: Tensor, layer: int) -> None:
+    norms = W_dec.flatten(start_dim=1).norm(dim=1)
+    if ((norms - 1).abs() > UNIT_NORM_WITHIN).any():
+        raise ConfigError(
+            f"Features of layer {layer} have decoders of norm {float(norms.min()):.3g} to {float(norms.max()):.3g}, in"
+            " units of training: SAELens's CLTs rank features by activation times that norm, this one by activation"
+            " alone. Use a CrossLayerTranscoder."
         )

@@ -18,6 +18,7 @@ are more than about 3 * N_clt / N_model ranks, and then cached activations take 
 from __future__ import annotations
 
 import hashlib
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -283,6 +284,8 @@ class Chunks:
         self._read = read
         self._rules = rules
         self._full = full
+        self.seconds = 0.0
+        """That reading activations took."""
 
     def after(self, place: Place | None, tokens_digest: str | None = None) -> Iterator[Chunk]:
         """The chunks that follow a place, without end; all of them where place is None.
@@ -335,8 +338,11 @@ class Chunks:
         raise DatasetError(_OTHER_TOKENS)
 
     def _chunk(self, place: Place, tokens: Prompts, digest: str, new_epoch: bool) -> Chunk:
+        began = time.monotonic()
         activations = self._read(tokens)
+        # Numbers come off the device here, which waits until it has made them.
         kept, counts = self._rules.choose(tokens.to(activations.device), activations)
+        self.seconds += time.monotonic() - began
         ids = place.index * self._full + kept.cpu()
         return Chunk(place, activations[kept], ids, counts + DataCounts(epochs=int(new_epoch)), digest)
 
@@ -518,7 +524,7 @@ class ActivationBatches(Iterator[Batch]):
         model_name: str,
         position: Position | None = None,
     ) -> None:
-        source = _chunks(model, dataset, clt, data, device, model_name)
+        source = self._source = _chunks(model, dataset, clt, data, device, model_name)
         buffer = data.n_batches_in_buffer * len(range(data.context_size)[slice(*data.seqpos_slice)])
         kept = int(buffer * data.activations_mixing_fraction)
         rows = source.find(position.ids) if position is not None and len(position.ids) > 0 else None
@@ -551,6 +557,11 @@ class ActivationBatches(Iterator[Batch]):
     def held_out(self) -> HeldOutActivations:
         """Prompts that are kept out of training, and what the model makes of them. To be used within `paused()`."""
         return self._held_out()
+
+    @property
+    def seconds_in_model(self) -> float:
+        """That the model's forward passes took so far, or reading the cache; on a thread of their own with prefetch."""
+        return self._source.seconds
 
     def paused(self) -> AbstractContextManager[None]:
         """Within, no other thread runs the model."""

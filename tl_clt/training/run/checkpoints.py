@@ -542,7 +542,7 @@ def _flush(path: Path) -> None:
 MAY_DIFFER = (
     *("model_name", "dataset_path", "streaming", "output_path", "device", "prefetch", "cache_path", "n_data_parallel"),
     "init_from",
-    *("checkpoint_path", "checkpoint_every", "keep_checkpoints"),
+    *("checkpoint_path", "checkpoint_every", "keep_checkpoints", "log_every"),
     *("log_to_wandb", "wandb_project", "wandb_entity", "run_name", "wandb_log_frequency"),
 )
 """Fields that a resumed run may change: none changes a step. Model and data are compared by what they hold."""

@@ -103,7 +103,8 @@ class CLTTrainingRunnerConfig:
     shape, hooks and activation. Random weights where left out."""
 
     output_path: str | None = None
-    """New or empty folder for the CLT and `training.json`; nothing is written where left out."""
+    """New or empty folder for the CLT, `training.json`, `progress.csv` and `progress.png`; nothing is written where
+    left out."""
 
     # -- optimisation
 
@@ -147,6 +148,10 @@ class CLTTrainingRunnerConfig:
     dead_feature_window: int = 1000
     """Steps over which the density of features is measured, which tells the dead ones; a quarter of the run at most."""
 
+    log_every: int | None = None
+    """Steps between lines of progress: what the runner's `on_progress` is told, the command line prints, and
+    `progress.csv` holds. About 50 lines a run where left out."""
+
     checkpoint_path: str | None = None
     """New or empty folder, outside of output_path, for checkpoints to resume from, the last one when training is done;
     none are written where left out."""
@@ -170,7 +175,7 @@ class CLTTrainingRunnerConfig:
     """Name of the run there."""
 
     wandb_log_frequency: int = 10
-    """Steps between logs there, and between calls of the runner's `on_progress`."""
+    """Steps between logs there."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "chosen", {})
@@ -186,6 +191,11 @@ class CLTTrainingRunnerConfig:
     def n_steps(self) -> int:
         """Training steps; the last may be on fewer tokens."""
         return -(-self.data.training_tokens // self.data.train_batch_size_tokens)
+
+    @property
+    def steps_per_line(self) -> int:
+        """`log_every`, or as many steps as make 50 lines a run at most."""
+        return self.log_every or -(-self.n_steps // 50)
 
     @property
     def dead_window_steps(self) -> int:
@@ -361,6 +371,8 @@ def _check_values(cfg: CLTTrainingRunnerConfig) -> None:
         require(getattr(cfg, name) > 0, f"{name} is {getattr(cfg, name)}: give more than 0.")
     for name in NOT_NEGATIVE:
         require((getattr(cfg, name) or 0) >= 0, f"{name} is {getattr(cfg, name)}: give 0 or more.")
+    every = cfg.log_every
+    require(every is None or every > 0, f"log_every is {every}: give more than 0, or leave it out.")
     for name, choices in {
         "backend": get_args(Backend),
         "activation": get_args(TrainedActivation),

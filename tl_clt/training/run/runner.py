@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import secrets
 import tempfile
@@ -23,7 +24,7 @@ from sae_lens.saes.sae import SAEMetadata
 
 from tl_clt.arguments import shown
 from tl_clt.errors import ConfigError, NotFinite, NotWritten, OutputNotEmpty, TrainingWarning
-from tl_clt.files import new_folder, require_new
+from tl_clt.files import files_into, new_folder, require_new
 from tl_clt.lens import HookedModel, load_model, mlp_hook_points, model_fingerprint, model_name, require_model
 from tl_clt.training.clt import TrainingCLT, TrainingCLTConfig, init_from_tokens
 from tl_clt.training.data.batches import (
@@ -58,6 +59,20 @@ from tl_clt.training.run.checkpoints import (
 from tl_clt.training.run.config import CLTTrainingRunnerConfig
 from tl_clt.training.run.memory import MemoryEstimate, estimate_memory, require_memory
 from tl_clt.training.run.metrics import Metrics, cut_alike, fit_thresholds, measure, sets_thresholds
+from tl_clt.training.run.progress import (
+    FIGURE,
+    TABLE,
+    LayerWatch,
+    ProgressMeter,
+    ProgressTable,
+    TrainingProgress,
+    TrainingTimes,
+    Waiting,
+    bar,
+    draw_progress,
+    logger,
+    read_lines,
+)
 from tl_clt.training.run.trainer import CLTTrainer, CLTTrainerConfig, mend_of_growth, require_finite_weights
 from tl_clt.transcoder import CrossLayerTranscoder
 from tl_clt.transcoder.decoders import Weights
@@ -88,30 +103,18 @@ class TrainingRecord(NamedTuple):
     metrics: Metrics
     """After training."""
 
+    times: TrainingTimes
+    """Where the time of training went."""
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return self._asdict() | {"metrics": self.metrics._asdict(), "data": asdict(self.data)}
+        parts = {"metrics": self.metrics._asdict(), "data": asdict(self.data), "times": self.times._asdict()}
+        return self._asdict() | parts
 
 
 RECORD = "training.json"
 OWN_PATHS = ("output_path", "checkpoint_path", "cache_path")
 """Left out of the record: where a run was written says nothing of it, and folders move."""
-
-
-class TrainingProgress(NamedTuple):
-    """What `on_progress` is told."""
-
-    step: int
-    """Steps done."""
-
-    n_steps: int
-    """Steps of the whole run."""
-
-    tokens: int
-    """Tokens trained on so far."""
-
-    losses: dict[str, float]
-    """Terms of the last step's loss, coefficients included."""
 
 
 class Start(NamedTuple):
@@ -146,6 +149,8 @@ class CLTTrainingRunner:
     clt: CrossLayerTranscoder | None = None
     """What `run` gives; set when training is done, before anything is written."""
 
+    _table: ProgressTable | None = None
+
     def __init__(
         self,
         cfg: CLTTrainingRunnerConfig,
@@ -160,7 +165,10 @@ class CLTTrainingRunner:
             cfg: the run.
             model: used in place of loading `cfg.model_name`.
             dataset: used in place of `cfg.dataset_path`; see `open_dataset` for what it may be.
-            on_progress: called every `cfg.wandb_log_frequency` steps.
+            on_progress: called every `cfg.log_every` steps and after the last, in the place of SAELens's progress bar.
+                `print` prints a line. It may use the model: running it for the next batches is paused, which may
+                have to wait for a forward pass. The logger "tl_clt.training" has the same lines, at level INFO,
+                without.
             on_start: told what memory the run will need, before any activations are made.
 
         Raises:
@@ -184,6 +192,11 @@ class CLTTrainingRunner:
         self.dataset = dataset
         self.on_progress = on_progress
         self.on_start = on_start
+
+    @property
+    def progress(self) -> Sequence[TrainingProgress]:
+        """The lines of the run so far, on the main process: what `progress.csv` holds."""
+        return () if self._table is None else tuple(self._table.lines)
 
     def run(self, resume: str | Path | None = None) -> CrossLayerTranscoder:
         """Train, save to `cfg.output_path` where given, and return the CLT, which takes raw activations.
@@ -332,14 +345,26 @@ class CLTTrainingRunner:
             handed_out = Handout(batches, grid, (2, start.n_layers, start.d_model), sae.dtype, sae.device)
             return (apply_scale(batch, scale) for batch in handed_out)
 
-        trainer.data_provider = own_part(None if raw is None else self._for_training(raw, trainer))
+        waiting = Waiting(own_part(None if raw is None else self._for_training(raw, trainer)))
+        trainer.data_provider = waiting
         about = {"model_fingerprint": start.fingerprint}
         resumed_at = None if state is None else trainer.n_training_steps
         checkpoints = CheckpointWriter(cfg, about, lambda: None if raw is None else raw.position, started, resumed_at)
         trainer.after_step = checkpoints
-        with checkpoints:
-            trainer.fit()
-            checkpoints.write_last(trainer)
+        table = self._table = self._progress_table(start, sae)
+        meter = trainer.progress = ProgressMeter(
+            cfg.steps_per_line, cfg.n_steps, cfg.data.training_tokens, started, self._teller(table, raw)
+        )
+        in_model = 0.0 if raw is None else raw.seconds_in_model
+        meter.begin(trainer.n_training_samples)
+        try:
+            with checkpoints, bar(shown=self.on_progress is None and not logger.isEnabledFor(logging.INFO)):
+                trainer.fit()
+                checkpoints.write_last(trainer)
+        finally:
+            table.write_beside_checkpoints()
+        in_model = 0.0 if raw is None else raw.seconds_in_model - in_model
+        times = meter.times(trainer.seconds_in_steps, waiting.seconds, in_model)
         metrics = self._measure(raw, own_part, trainer)
         self.record = TrainingRecord(
             config={k: v for k, v in cfg.to_dict().items() if k not in OWN_PATHS},
@@ -349,7 +374,10 @@ class CLTTrainingRunner:
             sae_lens_version=sae_lens.__version__,
             coefficients=trainer.get_coefficients(),
             metrics=metrics,
+            times=times,
         )
+        if grid.is_main:
+            logger.info("%s", times)
         clt = export(gather_clt(sae))
         grid.on_main(lambda: _require_finite(clt, metrics, cfg))
         return clt
@@ -414,10 +442,16 @@ class CLTTrainingRunner:
             raise NotWritten(f"{error} {self._write_elsewhere(clt, output)}") from error
 
     def _write(self, clt: CrossLayerTranscoder, folder: Path) -> None:
-        assert self.record is not None
+        assert self.record is not None and self._table is not None
         with new_folder(folder) as unfinished:
             native.save(clt.weights, unfinished)
             (unfinished / RECORD).write_text(json.dumps(self.record.to_dict(), indent=2) + "\n")
+            self._table.write(unfinished / TABLE)
+        # Apart from the CLT, which is not to be lost for a figure.
+        with files_into(folder) as unfinished:
+            target = self.cfg.clt.target_l0 if self.cfg.clt.k is None else self.cfg.clt.k
+            figure = draw_progress(self.progress, target, f"Training of a CLT of {clt.cfg.model_name}")
+            figure.savefig(unfinished / FIGURE, dpi=120)
 
     def _write_elsewhere(self, clt: CrossLayerTranscoder, output: Path) -> str:
         """Write the CLT to the disk of the checkpoints, or of temporary files; what to tell of it."""
@@ -441,17 +475,36 @@ class CLTTrainingRunner:
             f" runner.clt.save_pretrained(folder).{resume}"
         )
 
-    def _for_training(self, raw: ActivationBatches, trainer: CLTTrainer) -> Iterator[Batch]:
-        """The batches, the last cut to the tokens that are left, with a call of `on_progress` between steps."""
-        cfg, resumed_at, repeats_told = self.cfg, trainer.n_training_steps, False
-        for step, batch in enumerate(raw, start=resumed_at):
-            tokens = trainer.n_training_samples
-            repeats_told = repeats_told or _warn_of_repeats(raw.position.counts, cfg.data.training_tokens)
-            if self.on_progress is not None and step > resumed_at and step % cfg.wandb_log_frequency == 0:
-                losses = {name: float(value) for name, value in trainer.sae.last_losses.items()}
+    def _progress_table(self, start: Start, clt: TrainingCLT) -> ProgressTable:
+        before: list[TrainingProgress] = []
+        if start.checkpoint is not None and clt.grid.is_main:
+            before = read_lines(start.checkpoint.folder.parent / TABLE, start.checkpoint.step)
+        beside = self.cfg.checkpoint_path if clt.grid.is_main else None
+        losses = ["mse_loss", *(f"{name}_loss" for name in clt.get_coefficients())]
+        return ProgressTable(losses, None if beside is None else Path(beside), before)
+
+    def _teller(self, table: ProgressTable, raw: ActivationBatches | None) -> Callable[[TrainingProgress], None]:
+        """What becomes of each line: nothing but on the main process."""
+        watch = LayerWatch(self.cfg.clt)
+
+        def tell(line: TrainingProgress) -> None:
+            if raw is None:
+                return
+            table.add(line)
+            logger.info("%s", line)
+            if self.on_progress is not None:
                 with raw.paused():
-                    self.on_progress(TrainingProgress(step, cfg.n_steps, tokens, losses))
-            yield batch[: cfg.data.training_tokens - tokens]
+                    self.on_progress(line)
+            watch.look(line)
+
+        return tell
+
+    def _for_training(self, raw: ActivationBatches, trainer: CLTTrainer) -> Iterator[Batch]:
+        """The batches, the last cut to the tokens that are left."""
+        repeats_told = False
+        for batch in raw:
+            repeats_told = repeats_told or _warn_of_repeats(raw.position.counts, self.cfg.data.training_tokens)
+            yield batch[: self.cfg.data.training_tokens - trainer.n_training_samples]
 
     def _clt_config(self, start: Start, scale: ActivationScale | None) -> TrainingCLTConfig:
         cfg = self.cfg

@@ -8,6 +8,7 @@ with the probability that the position between two neighbours gives, it is right
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,7 @@ from tl_clt.training.clt import TrainingCLT, TrainingCLTConfig
 from tl_clt.training.fast.step import FastStep
 from tl_clt.training.losses import L0Controller
 from tl_clt.training.parallel import clip_gradients, combine_gradients
+from tl_clt.training.run.progress import ProgressMeter
 
 CONTROLLER_START = 0.01
 """Share of `sparsity_coefficient` that the controller of `target_l0` begins with."""
@@ -58,7 +60,14 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
     after_step: Callable[[CLTTrainer], None] | None = None
     """Called after every step, before it is counted in `n_training_steps`."""
 
+    progress: ProgressMeter | None = None
+    """Told of every step."""
+
+    seconds_in_steps: float = 0.0
+    """That all steps took."""
+
     def __init__(self, cfg: SAETrainerConfig, sae: TrainingCLT, data_provider: Any, **options: Any) -> None:
+        sae.in_own_trainer = True
         super().__init__(cfg, sae, data_provider, **options)
         self.fast_step = FastStep()
         self.density = RunningDensity(sae.cfg.d_sae, cfg.dead_feature_window, cfg.device)
@@ -111,6 +120,7 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
         )
 
     def _train_step(self, sae: TrainingCLT, sae_in: Tensor) -> TrainStepOutput:
+        began = time.monotonic()
         sae.train()
         step_input = TrainStepInput(
             sae_in=sae_in,
@@ -133,6 +143,7 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
             scheduler.step()
         # SAELens has counted the tokens of this rank.
         self.n_training_samples += len(sae_in) * (sae.grid.n_data_parallel - 1)
+        self.seconds_in_steps += time.monotonic() - began
         return output
 
     def _require_finite_step(self, output: TrainStepOutput, norm: Tensor, sae_in: Tensor) -> None:
@@ -184,7 +195,10 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
         if self.controller is not None:
             sae.sparsity_shares = self.controller.shares.to(sae.device)
         step = sae.step(step_input, self.fast_step)
-        self._count(sae.count_firing(step), len(step.recons) * sae.grid.n_data_parallel)
+        fired = sae.count_firing(step)
+        self._count(fired, len(step.recons) * sae.grid.n_data_parallel)
+        if self.progress is not None:
+            self.progress.see(sae, step, step_input, fired)
         if step_input.is_logging_step:
             acts = torch.cat([f.dense() for f in step.features], dim=1)
             hidden_pre = torch.cat(step.hidden_pre, dim=1)
@@ -195,6 +209,8 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
     def _checkpoint_if_needed(self) -> None:
         if self.after_step is not None:
             self.after_step(self)
+        if self.progress is not None:
+            self.progress.done(self)
 
     @torch.no_grad()
     def _count(self, fired: Tensor, n_tokens: int) -> None:
