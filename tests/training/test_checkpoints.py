@@ -96,8 +96,11 @@ def test_resumed_run_ends_with_the_same_weights_to_the_bit(cfg, model, tokens, a
     assert run.record.seconds >= 0
 
 
+NO_LAMBDA = {"sparsity_coefficient": 1.0, "dead_feature_coefficient": 3e-6}
+"""As they are where they have no part."""
+
 VARIANTS = {
-    "topk": {"activation": "topk", "k": 6},
+    "topk": {"activation": "topk", "k": 6, **NO_LAMBDA},
     "relu": {"activation": "relu"},
     "bfloat16 weights, rounded at random": {"dtype": "bfloat16"},
     "autocast": {"autocast": True},
@@ -107,6 +110,7 @@ VARIANTS = {
     "all kept for mixing": {"activations_mixing_fraction": 1.0},
     "no prefetch": {"prefetch": False},
     "batchtopk over layers, annealed, AuxK, low rank, skip": {
+        **NO_LAMBDA,
         **{"activation": "batchtopk", "k": 3, "k_start": 8, "k_anneal_steps": 20, "topk_across": "all_layers"},
         **{"auxk_coefficient": 0.1, "dead_feature_window": 8, "far_rank": 2, "skip": True},
     },
@@ -326,7 +330,7 @@ def test_a_run_stopped_while_a_checkpoint_is_written_keeps_the_earlier_one(
         patched.setattr(checkpoints, during, stopped)
         with pytest.raises(KeyboardInterrupt):
             CLTTrainingRunner(cfg, model=model, dataset=tokens).run(resume=folder)
-    assert [path.name for path in folder.iterdir()] == ["step_00000005"]
+    assert sorted(path.name for path in folder.iterdir()) == ["progress.csv", "step_00000005"]
     run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
     assert_same(run, run.run(resume=folder), uninterrupted(cfg, model, tokens))
 
@@ -456,7 +460,7 @@ def test_a_second_ctrl_c_while_a_checkpoint_is_written_leaves_none_of_it(cfg, mo
     with pytest.raises(KeyboardInterrupt):
         CLTTrainingRunner(cfg, model=model, dataset=tokens, on_progress=press_at(7)).run()
     folder = Path(cfg.checkpoint_path)
-    assert len(calls) == 1 and [path.name for path in folder.iterdir()] == ["step_00000005"]
+    assert len(calls) == 1 and sorted(path.name for path in folder.iterdir()) == ["progress.csv", "step_00000005"]
     assert checkpoints.find(folder).step == 5
 
 

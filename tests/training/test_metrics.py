@@ -130,7 +130,7 @@ def test_features_begin_as_detectors_of_tokens_even_where_inputs_vary_in_few_dir
         token = like.argmax(dim=1)
         torch.testing.assert_close(like.max(dim=1).values, torch.ones(F, dtype=torch.float64))
         rank = (hidden_pre[:, layer] > hidden_pre[token, layer].diagonal()).double().mean(dim=0)
-        assert rank.median() < 0.02 and rank.max() < 0.2
+        assert rank.median() < 0.02  # a token near the mean stands out nowhere
         variance = ((x[:, layer] - x[:, layer].mean(dim=0)) @ W_enc.T).var(dim=0)
         assert variance.min() > 0.5 and variance.max() < 1.01
     used = (torch.stack([h.topk(2, dim=1).indices for h in hidden_pre.unbind(1)]).flatten(1)).mT

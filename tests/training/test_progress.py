@@ -234,7 +234,7 @@ def told_by(watch: LayerWatch, one: TrainingProgress) -> list[str]:
 
 
 def test_a_layer_that_falls_silent_is_told_once_with_the_mend() -> None:
-    watch = LayerWatch(CLTSettings(d_transcoder=8, target_l0=16.0, dead_feature_coefficient=0.5))
+    watch = LayerWatch(CLTSettings(d_transcoder=8, activation="jumprelu", target_l0=16.0, dead_feature_coefficient=0.5))
     assert told_by(watch, line()) == []
     (message,) = told_by(watch, line(2, l0_per_layer=[3.0, 0.0, 0.02]))
     assert message == (
@@ -247,7 +247,10 @@ def test_a_layer_that_falls_silent_is_told_once_with_the_mend() -> None:
 
 
 def test_a_layer_worse_than_a_constant_is_told_late_in_the_run_only() -> None:
-    watch, bad = LayerWatch(CLTSettings(d_transcoder=8, sparsity_coefficient=2.0)), [0.5, -0.25, 0.5]
+    watch, bad = (
+        LayerWatch(CLTSettings(d_transcoder=8, activation="jumprelu", sparsity_coefficient=2.0)),
+        [0.5, -0.25, 0.5],
+    )
     assert told_by(watch, line(5, explained_variance_per_layer=bad)) == []
     (message,) = told_by(watch, line(6, explained_variance_per_layer=bad))
     assert "layer 1 is worse than a constant (explained variance -0.25)" in message
@@ -263,7 +266,7 @@ def test_the_mend_of_topk_is_k(across: str, words: str) -> None:
 
 
 def test_few_features_that_were_asked_for_are_no_silence() -> None:
-    watch = LayerWatch(CLTSettings(d_transcoder=8, target_l0=0.3))
+    watch = LayerWatch(CLTSettings(d_transcoder=8, activation="jumprelu", target_l0=0.3))
     assert told_by(watch, line(l0_per_layer=[0.2, 0.3, 0.05])) == []
     assert len(told_by(watch, line(l0_per_layer=[0.2, 0.3, 0.01]))) == 1
 

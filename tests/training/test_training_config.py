@@ -171,7 +171,7 @@ def test_bad_choice_names_the_nearest(as_users_run_it, field: str, value: str) -
         CLTTrainingRunnerConfig(d_transcoder=4, **{field: value})
 
 
-@pytest.mark.parametrize("value", ["abc", "1e-3", float("nan"), float("inf"), None, [1e-3]])
+@pytest.mark.parametrize("value", ["abc", "1e-3", float("nan"), float("inf"), [1e-3]])
 def test_a_learning_rate_that_is_no_number_is_refused(as_users_run_it, value: object) -> None:
     with pytest.raises(ConfigError, match="lr is .*: give a finite number"):
         CLTTrainingRunnerConfig(d_transcoder=4, lr=value)

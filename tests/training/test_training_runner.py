@@ -72,7 +72,8 @@ def test_training_learns_the_mlps(model, tokens, make_config, activation: str, s
     metrics = run.record.metrics
     assert metrics.explained_variance > 0.6
     if cfg.k is not None:
-        assert metrics.l0_mean_per_layer == pytest.approx(6, rel=0.2)
+        # Thresholds are set on 11 tokens here, and L0 is counted on 10.
+        assert metrics.l0_mean_per_layer == pytest.approx(6, rel=0.3)
     by_score = activation == "batchtopk" or "topk_across" in changes
     assert clt.cfg.span == span and clt.cfg.activation == ("jumprelu" if by_score else activation)
     # The record is that of the CLT handed out, on raw activations.
@@ -113,9 +114,13 @@ def test_sparsity_coefficient_lowers_l0(model, tokens, make_config) -> None:
 
 def test_l0_is_what_was_asked_for(model, tokens, make_config) -> None:
     cfg = make_config(activation="jumprelu", target_l0=5.0, training_tokens=64 * 250, lr_decay_steps=50)
-    run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
+    many = torch.randint(0, 30, (800, 8), generator=torch.Generator().manual_seed(7))
+    run = CLTTrainingRunner(replace(cfg, n_eval_prompts=50), model=model, dataset=many)
     run.run()
-    assert run.record.metrics.l0_mean_per_layer == pytest.approx(5.0, rel=0.15)
+    metrics = run.record.metrics
+    # Thresholds are set on half of the held-out tokens, and L0 is counted on the other half, 175 tokens.
+    assert metrics.l0_per_layer == pytest.approx([5.0] * 3, rel=0.1)
+    assert len(metrics.l0_before_thresholds) == 3
     assert run.record.coefficients["sparsity"] not in (0.0, cfg.sparsity_coefficient)
 
 
@@ -149,7 +154,7 @@ def test_output_is_a_native_clt_with_a_record(model, tokens, make_config, tmp_pa
     assert record["sae_lens_version"] == sae_lens.__version__
     metrics = record["metrics"]
     assert metrics["l0_sum_over_layers"] == pytest.approx(sum(metrics["l0_per_layer"]))
-    assert 0 <= metrics["dead_share"] <= 1 and metrics["dead_window_steps"] == 10 and metrics["n_tokens"] == 128
+    assert 0 <= metrics["dead_share"] <= 1 and metrics["dead_window_steps"] == 10 and metrics["n_tokens"] == 21
     assert list(tmp_path.iterdir()) == [tmp_path / "clt"]
 
 
@@ -160,7 +165,8 @@ def test_output_is_a_native_clt_with_a_record(model, tokens, make_config, tmp_pa
     ids=["float64", "autocast", "bfloat16"],
 )
 def test_every_precision_trains(model, tokens, make_config, activation: str, precision: dict) -> None:
-    cfg = make_config(activation=activation, training_tokens=64 * 200, sparsity_coefficient=0.1, **precision)
+    sparsity = {} if activation == "topk" else {"sparsity_coefficient": 0.1}
+    cfg = make_config(activation=activation, training_tokens=64 * 200, **sparsity, **precision)
     run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
     assert run.run().W_enc.dtype == getattr(torch, cfg.dtype)
     assert run.record.metrics.explained_variance > 0.5
@@ -240,8 +246,8 @@ def test_dead_share_counts_features_silent_for_the_window(model, tokens, make_co
     clt = run.run()
     x, _ = layer_io(model, tokens)
     never = (clt.encode(x) > 0).flatten(1).sum(dim=0) == 0
-    assert run.record.metrics.dead_share == pytest.approx(float(never.double().mean()), abs=0.02)
-    assert run.record.metrics.dead_share > 0
+    assert run.record.metrics.dead_share_in_training == pytest.approx(float(never.double().mean()), abs=0.02)
+    assert run.record.metrics.dead_share >= run.record.metrics.dead_share_in_training > 0
 
 
 @pytest.mark.parametrize("activation", ["relu", "jumprelu", "topk", "batchtopk"])
@@ -250,7 +256,7 @@ def test_a_run_begins_with_a_clt(model, tokens, make_config, tmp_path: Path, act
     first = CLTTrainingRunner(cfg, model=model, dataset=tokens)
     clt = first.run()
     # On other data, whose scales are others.
-    cfg = replace(cfg, output_path=None, init_from=str(tmp_path / "first"), seqpos_slice=(4, None), k_aux=3)
+    cfg = replace(cfg, output_path=None, init_from=str(tmp_path / "first"), seqpos_slice=(4, None), lr_warm_up_steps=3)
     with monkeypatch.context() as patched:
         patched.setattr(CLTTrainer, "fit", lambda self: None)
         begun = CLTTrainingRunner(cfg, model=model, dataset=tokens).run()

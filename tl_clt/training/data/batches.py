@@ -187,6 +187,18 @@ class DataCounts:
     outliers: int = 0
     """Tokens left out by `max_norm_ratio`."""
 
+    def in_words(self) -> str:
+        """What was read and left out."""
+        left_out = {
+            "at other positions": self.other_positions,
+            "special tokens": self.special_tokens,
+            "of outlying norm": self.outliers,
+        }
+        said = ", ".join(f"{n:,} {what}" for what, n in left_out.items() if n > 0)
+        return f"Of {self.prompts:,} prompts {self.kept:,} tokens were kept" + (
+            f", and {said} left out." if said else "."
+        )
+
     def __add__(self, other: DataCounts) -> DataCounts:
         """Both together."""
         mine, theirs = asdict(self), asdict(other)

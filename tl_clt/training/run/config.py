@@ -13,7 +13,7 @@ from tl_clt.arguments import as_choice, as_number, as_several, as_switch, as_who
 from tl_clt.errors import ConfigError, nearest
 from tl_clt.lens import Backend
 from tl_clt.training.clt import CLTSettings
-from tl_clt.training.data.batches import CHOSEN, DataSettings, NumberOrChosen, WholeOrChosen
+from tl_clt.training.data.batches import CHOSEN, HELD_OUT_EVERY, DataSettings, NumberOrChosen, WholeOrChosen
 from tl_clt.training.data.cache import CacheDtype
 from tl_clt.training.losses import Across, SparsityKind, StraightThrough, TrainedActivation
 from tl_clt.transcoder.config import DTYPES
@@ -186,6 +186,28 @@ class CLTTrainingRunnerConfig:
         other = replace(self, **values)
         object.__setattr__(other, "chosen", {k: v for k, v in self.chosen.items() if k not in values})
         return other
+
+    def in_words(self) -> str:
+        """What was chosen where nothing was said, and why; and what of the text is left out."""
+        data = self.data
+        said = [f"{name} = {getattr(self, name)} ({reason})" for name, reason in self.chosen.items()]
+        rules = []
+        if data.exclude_special_tokens is not False:
+            rules.append("special tokens")
+        if data.max_norm_ratio is not None:
+            rules.append(f"tokens of a norm above {data.max_norm_ratio:g} times the median (max_norm_ratio)")
+        rules.append(f"every {HELD_OUT_EVERY}th prompt, to measure on")
+        chosen = f"Chosen: {'; '.join(said)}. " if said else ""
+        clt = self.clt
+        kept = f", {clt.k} features a layer and token" if clt.selects else ""
+        return f"Activation {clt.activation}{kept}. {chosen}Left out of training: {', '.join(rules)}."
+
+    @property
+    def l0_asked_for(self) -> float | None:
+        """Active features per token that each layer is to have; None where a lambda is given, or layers share them."""
+        if self.clt.topk_across == "all_layers":
+            return None
+        return self.clt.target_l0 if self.clt.k is None else self.clt.k
 
     @property
     def n_steps(self) -> int:

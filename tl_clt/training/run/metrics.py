@@ -63,6 +63,46 @@ class Metrics(NamedTuple):
     """Features that fired at a token of each layer before thresholds were set by `fit_thresholds`; None where they were
     not."""
 
+    def in_words(self, asked: float | None) -> str:
+        """What a newcomer should know of the CLT.
+
+        Args:
+            asked: active features per token that each layer was to have; None where a lambda was given.
+        """
+        ev, l0 = self.explained_variance_per_layer, self.l0_per_layer
+        worst = min(range(len(ev)), key=ev.__getitem__)
+        text = "text kept out of training" if self.held_out else "text that was trained on, too short to keep any out"
+        wanted = "" if asked is None else f"; {asked:g} were asked for"
+        said = [
+            f"On {self.n_tokens:,} tokens of {text}, the CLT explains {self.explained_variance:.0%} of the variance of"
+            f" MLP outputs, mean over layers ({ev[worst]:.0%} in layer {worst}, the least).",
+            f"{self.l0_mean_per_layer:.3g} features of a layer are active at a token (by layer {min(l0):.3g} to"
+            f" {max(l0):.3g}{wanted}), and {self.dead_share:.0%} of all features at none of them.",
+        ]
+        silent = [layer for layer, of_layer in enumerate(l0) if of_layer == 0]
+        if silent:
+            said.append(f"Layers {_joined(silent)} are silent: lower sparsity_coefficient or raise lr.")
+        if asked is not None:
+            missed = [s for s, of_layer in enumerate(l0) if of_layer > 0 and abs(of_layer / asked - 1) > MISSED_BY]
+            if missed:
+                said.append(f"The L0 that was asked for was missed by more than a tenth in layers {_joined(missed)}:")
+                few = all(l0[s] < asked for s in missed)
+                said.append(
+                    "fewer features than that are positive at their tokens. Give more features or training_tokens."
+                    if few
+                    else "thresholds were set on other text, or there are none (relu): give more n_eval_prompts, or"
+                    " activation='topk'."
+                )
+        return " ".join(said)
+
+
+MISSED_BY = 0.1
+"""Share by which L0 may be off what was asked for before a run says so."""
+
+
+def _joined(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
 
 @torch.no_grad()
 def measure(
@@ -120,7 +160,7 @@ def measure(
 def _look(clt: TrainingCLT, batch: Batch, step: Step) -> CLTStep:
     """A forward pass as at inference, with the k that training ended with."""
     clt.eval()
-    without_penalties = dict.fromkeys(clt.get_coefficients(), 0.0)
+    without_penalties = dict.fromkeys(("sparsity", "dead_feature", "auxk"), 0.0)
     return clt.step(TrainStepInput(batch, without_penalties, None, clt.cfg.k_anneal_steps, False), step)
 
 

@@ -356,6 +356,8 @@ class CLTTrainingRunner:
             cfg.steps_per_line, cfg.n_steps, cfg.data.training_tokens, started, self._teller(table, raw)
         )
         in_model = 0.0 if raw is None else raw.seconds_in_model
+        if grid.is_main:
+            logger.info("%s", cfg.in_words())
         meter.begin(trainer.n_training_samples)
         try:
             with checkpoints, bar(shown=self.on_progress is None and not logger.isEnabledFor(logging.INFO)):
@@ -378,6 +380,7 @@ class CLTTrainingRunner:
         )
         if grid.is_main:
             logger.info("%s", times)
+            logger.info("%s", f"{self.record.data.in_words()} {metrics.in_words(cfg.l0_asked_for)}")
         clt = export(gather_clt(sae))
         grid.on_main(lambda: _require_finite(clt, metrics, cfg))
         return clt
@@ -393,9 +396,9 @@ class CLTTrainingRunner:
         with nullcontext() if raw is None else raw.paused():
             held = None if raw is None else raw.held_out()
             n_tokens, kept_out = sae.grid.on_main(lambda: (0, False) if held is None else held[:2])
-            # At least two, one for each half.
-            size = max(1, min(cfg.data.train_batch_size_tokens, n_tokens // 2))
-            size = max(1, size // sae.grid.n_data_parallel) * sae.grid.n_data_parallel
+            # An even number of equal batches, of which thresholds may take half.
+            n_batches = 2 * -(-n_tokens // (2 * cfg.data.train_batch_size_tokens))
+            size = max(1, -(-n_tokens // max(1, n_batches) // sae.grid.n_data_parallel)) * sae.grid.n_data_parallel
             batches = own_part(None if held is None else cut_alike(held.batches, size, sae.grid))
             n_batches = n_tokens // size + int(n_tokens % size >= sae.grid.n_data_parallel)
             before = None
@@ -449,8 +452,7 @@ class CLTTrainingRunner:
             self._table.write(unfinished / TABLE)
         # Apart from the CLT, which is not to be lost for a figure.
         with files_into(folder) as unfinished:
-            target = self.cfg.clt.target_l0 if self.cfg.clt.k is None else self.cfg.clt.k
-            figure = draw_progress(self.progress, target, f"Training of a CLT of {clt.cfg.model_name}")
+            figure = draw_progress(self.progress, self.cfg.l0_asked_for, f"Training of a CLT of {clt.cfg.model_name}")
             figure.savefig(unfinished / FIGURE, dpi=120)
 
     def _write_elsewhere(self, clt: CrossLayerTranscoder, output: Path) -> str:
