@@ -533,7 +533,7 @@ def a_run(folder: Path) -> Run:
         training_tokens=48,
         train_batch_size_tokens=16,
         checkpoint_every=1,
-        n_eval_batches=1,
+        n_eval_prompts=2,
         n_batches_in_buffer=4,
         store_batch_size_prompts=4,
         checkpoint_path=str(folder),

@@ -207,7 +207,7 @@ class CLTTrainingRunnerConfig:
         """Active features per token that each layer is to have; None where a lambda is given, or layers share them."""
         if self.clt.topk_across == "all_layers":
             return None
-        return self.clt.target_l0 if self.clt.k is None else self.clt.k
+        return self.clt.target_l0 if self.clt.k is None else float(self.clt.k)
 
     @property
     def n_steps(self) -> int:
