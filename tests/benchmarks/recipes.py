@@ -1,8 +1,9 @@
 """What training recipes reach: `python -m tests.benchmarks.recipes --model M --text F --held-out F` prints a table.
 
 Each recipe is trained by `CLTTrainingRunner` with what it chooses by itself, but for the budget, the features and the
-activation, and measured by `evaluate` on other text. Rows are added to `--rows`, a file of JSON lines, as they are done,
-so that a run that is cut off keeps them; the table is of all its rows. With `--cache` the model runs over the text once.
+activation, and measured by `evaluate` on other text. Rows are added to `--rows`, a file of JSON lines, as they are
+done, so that a run that is cut off keeps them; the table is of all its rows. With `--cache` the model runs over the text
+once.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ def measure(model: Any, settings: dict[str, Any], start: str, held_out: Path, n_
         if start == "random":
             patched.enter_context(mock.patch.object(runner_module, "init_from_tokens", start_at_random))
         clt = run.run()
+    record = run.record
+    assert record is not None
     report = evaluate(model, clt, held_out, max_tokens=n_tokens, n_graphs=n_graphs, max_unexplored=0.1, progress=False)
     l0 = report.l0_per_layer
     silenced = (report.cross_entropy_ablated or 0.0) - (report.cross_entropy or 0.0)
@@ -65,8 +68,8 @@ def measure(model: Any, settings: dict[str, Any], start: str, held_out: Path, n_
         for name in ("explained_variance", "nmse", "dead_share", "top1_agreement_uncertain", "kl_divergence")
     }
     row |= {"l0": sum(l0) / len(l0), "l0_least": min(l0), "l0_most": max(l0)}
-    row |= {"recovered": 1 - lost / silenced if silenced else None, "seconds": run.record.seconds}
-    row |= {"tokens_per_second": run.record.tokens_seen / run.record.times.seconds}
+    row |= {"recovered": 1 - lost / silenced if silenced else None, "seconds": record.seconds}
+    row |= {"tokens_per_second": record.tokens_seen / record.times.seconds}
     if n_graphs > 0 and report.graphs:
         means = report.graph_means
         row |= {name: getattr(means, name) for name in ("replacement", "completeness", "path_length")}

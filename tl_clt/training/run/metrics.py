@@ -160,7 +160,7 @@ def measure(
 def _look(clt: TrainingCLT, batch: Batch, step: Step) -> CLTStep:
     """A forward pass as at inference, with the k that training ended with."""
     clt.eval()
-    without_penalties = dict.fromkeys(("sparsity", "dead_feature", "auxk"), 0.0)
+    without_penalties: dict[str, float] = {"sparsity": 0.0, "dead_feature": 0.0, "auxk": 0.0}
     return clt.step(TrainStepInput(batch, without_penalties, None, clt.cfg.k_anneal_steps, False), step)
 
 
