@@ -2,8 +2,8 @@
 
 Each recipe is trained by `CLTTrainingRunner` with what it chooses by itself, but for the budget, the features and the
 activation, and measured by `evaluate` on other text. Rows are added to `--rows`, a file of JSON lines, as they are
-done, so that a run that is cut off keeps them; the table is of all its rows. With `--cache` the model runs over the text
-once.
+done, so that a run that is cut off keeps them; the table is of all its rows. With `--cache` the model runs over the
+text once.
 """
 
 from __future__ import annotations
