@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from tests.training.conftest import batches_of, opened
+from tests.training.conftest import batches_of, opened, tiny_model
 from tl_clt.errors import (
     ConfigError,
     DatasetError,
@@ -272,3 +272,19 @@ def test_rows_that_are_all_the_same_are_warned_of(model_with_tokenizer, make_con
         TrainingWarning, match="The first 16 rows of .* are all the same: .* give data with different rows"
     ):
         opened(dataset, model_with_tokenizer, make_config())
+
+
+def test_hooks_of_the_users_own_change_no_activations_and_stay(make_config, tokens) -> None:
+    model, cfg = tiny_model(), make_config()
+    plain = first_batch(model, opened(tokens, model, cfg), cfg)
+    called: list[str] = []
+
+    def silence(x: torch.Tensor, hook: object) -> torch.Tensor:
+        called.append("here")
+        return torch.zeros_like(x)
+
+    model.add_hook("blocks.0.hook_resid_mid", silence)
+    assert torch.equal(first_batch(model, opened(tokens, model, cfg), cfg), plain)
+    assert not called
+    model(tokens[:1])
+    assert called

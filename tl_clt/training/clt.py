@@ -486,6 +486,8 @@ def initial_firing_rate(n_features: int) -> float:
 def init_encoder_biases(clt: TrainingCLT, inputs: Float[Tensor, "batch n_layers d_model"]) -> None:
     """Set b_enc to theta minus a quantile of `x @ W_enc.T`, so that each feature fires at `initial_firing_rate`.
 
+    The quantile lies between two tokens, so that rounding does not decide whether one of them fires.
+
     Args:
         clt: changed in place.
         inputs: scaled inputs of some tokens, on a grid the same for every rank. The fewer there are, the coarser
@@ -499,7 +501,8 @@ def init_encoder_biases(clt: TrainingCLT, inputs: Float[Tensor, "batch n_layers 
         x = inputs[:, layer]
         for start in range(0, clt.n_own_features, width):
             part = slice(start, start + width)
-            quantile = (x @ clt.W_enc[layer][part].T).kthvalue(rank, dim=0).values
+            h = x @ clt.W_enc[layer][part].T
+            quantile = (h.kthvalue(rank, dim=0).values + h.kthvalue(min(rank + 1, n_tokens), dim=0).values) / 2
             clt.b_enc[layer][part] = threshold[part] - quantile
 
 

@@ -44,6 +44,7 @@ from tl_clt.lens import (
     model_fingerprint,
     model_name,
     require_hooks,
+    user_hooks_aside,
 )
 from tl_clt.training.clt import CLTSettings, CLTShape
 from tl_clt.training.data.cache import ActivationCache, Activations, CacheDtype, Prompts
@@ -509,9 +510,10 @@ def check_fits(model: HookedModel, clt: CLTShape, data: DataSettings) -> None:
 class ActivationBatches(Iterator[Batch]):
     """Endless, shuffled batches of raw inputs and outputs [batch, 2, n_layers, d_model] in the CLT's dtype.
 
-    Prompts and activations are SAELens's store's. With `data.prefetch` a thread of its own runs the model for the next
-    fill of the buffer while a step is made, in the same order: close the batches when done, and use the model
-    elsewhere only within `paused()`.
+    Prompts and activations are SAELens's store's. Hooks of the user's own are set aside, as in `attribute`: the model
+    itself is read, whether or not its activations are cached. With `data.prefetch` a thread of its own runs the model
+    for the next fill of the buffer while a step is made, in the same order: close the batches when done, and use the
+    model elsewhere only within `paused()`.
 
     Args:
         model: run over the dataset.
@@ -649,7 +651,8 @@ def _reader(
     store = _store(model, dataset, clt, data, device)
 
     def run(tokens: Prompts) -> Activations:
-        activations = store.get_multi_hook_activations(tokens)
+        with user_hooks_aside(model):
+            activations = store.get_multi_hook_activations(tokens)
         return pack([activations[name].flatten(0, 1).to(device) for name in names], names, model.cfg.d_model)
 
     if data.cache_path is None:
