@@ -32,8 +32,9 @@ from tl_clt.training.run.progress import ProgressMeter
 CONTROLLER_START = 0.01
 """Share of `sparsity_coefficient` that the controller of `target_l0` begins with."""
 
-CONTROLLER_GAINS = (2.0, 20.0)
-"""Its K_p, and its K_i times the steps of the run."""
+CONTROLLER_GAINS = (4.0, 10.0)
+"""Its K_p, and its K_i times the steps of the run. With twice the K_i, L0 is nearer its target where runs are long, and
+falls far below it in runs of a hundred steps, from where thresholds cannot bring it back."""
 
 LEAST_LAMBDA, GREATEST_SHARE = 1e-4, 10.0
 """Bounds of its lambdas: the least; and the greatest over n_layers * d_model / target_l0, which is what one
