@@ -12,8 +12,9 @@ from tests.training.small_clts import BATCH, N_LAYERS, D, F, build
 from tl_clt.evaluation import evaluate
 from tl_clt.training import CLTTrainingRunner
 from tl_clt.training.clt import define_step, init_encoder_biases, init_from_tokens
+from tl_clt.training.data.batches import DataCounts
 from tl_clt.training.parallel import SINGLE
-from tl_clt.training.run.metrics import cut_alike, fit_thresholds, measure
+from tl_clt.training.run.metrics import Metrics, cut_alike, fit_thresholds, measure
 
 ROUNDING = 1e-4
 """Of float32 sums over some thousand terms, twice."""
@@ -135,3 +136,35 @@ def test_features_begin_as_detectors_of_tokens_even_where_inputs_vary_in_few_dir
         assert variance.min() > 0.5 and variance.max() < 1.01
     used = (torch.stack([h.topk(2, dim=1).indices for h in hidden_pre.unbind(1)]).flatten(1)).mT
     assert all(len(used[:, layer].unique()) == F for layer in range(N_LAYERS))
+
+
+def test_what_is_said_at_the_end_names_what_was_missed_and_the_mend() -> None:
+    good = Metrics(
+        explained_variance=0.5,
+        explained_variance_per_layer=[0.25, 0.75],
+        nmse=0.4,
+        l0_sum_over_layers=16.0,
+        l0_mean_per_layer=8.0,
+        l0_per_layer=[8.1, 7.9],
+        dead_share=0.125,
+        dead_share_in_training=0.0,
+        dead_window_steps=10,
+        n_tokens=1234,
+        held_out=True,
+        l0_before_thresholds=None,
+    )
+    said = good.in_words(8.0)
+    assert "On 1,234 tokens of text kept out of training, the CLT explains 50% of the variance" in said
+    assert "25% in layer 0, the least" in said and "by layer 7.9 to 8.1; 8 were asked for" in said
+    assert "12% of all features" in said and "missed" not in said and "silent" not in said
+    assert "asked for" not in good.in_words(None)
+    few = good._replace(l0_per_layer=[8.0, 6.0], held_out=False).in_words(8.0)
+    assert "missed by more than a tenth in layers 1: fewer features than that are positive" in few
+    assert "text that was trained on" in few
+    many = good._replace(l0_per_layer=[8.0, 16.0]).in_words(8.0)
+    assert "missed by more than a tenth in layers 1: thresholds were set on other text" in many
+    assert "Layers 1 are silent: lower sparsity_coefficient" in good._replace(l0_per_layer=[8.0, 0.0]).in_words(8.0)
+    assert DataCounts(prompts=2, kept=5, special_tokens=2, outliers=1).in_words() == (
+        "Of 2 prompts 5 tokens were kept, and 2 special tokens, 1 of outlying norm left out."
+    )
+    assert DataCounts(prompts=2, kept=5).in_words() == "Of 2 prompts 5 tokens were kept."

@@ -84,6 +84,9 @@ def test_what_is_left_out_is_chosen_from_the_budget_and_says_why(tokens: int, ba
     assert 16 <= cfg.n_eval_prompts <= 256 and 0 < cfg.lr < 0.1
     of_data = {"train_batch_size_tokens", "n_eval_prompts", "n_batches_for_scale"}
     assert set(cfg.chosen) == {"k", "lr", "lr_warm_up_steps", "lr_decay_steps", *of_data} and all(cfg.chosen.values())
+    assert all(f"{name} = {getattr(cfg, name)}: {reason}" in cfg.in_words() for name, reason in cfg.chosen.items())
+    assert "Activation topk, 8 features" in cfg.in_words() and "above 10 times the median" in cfg.in_words()
+    assert cfg.changed(lr=0.5).chosen.keys() == cfg.chosen.keys() - {"lr"}
     given = CLTTrainingRunnerConfig(d_transcoder=64, k=3, lr=0.5, train_batch_size_tokens=256, lr_warm_up_steps=390)
     assert (given.k, given.lr, given.train_batch_size_tokens, given.lr_warm_up_steps) == (3, 0.5, 256, 390)
     assert not {"k", "lr", "train_batch_size_tokens", "lr_warm_up_steps"} & set(given.chosen)

@@ -190,17 +190,17 @@ class CLTTrainingRunnerConfig:
     def in_words(self) -> str:
         """What was chosen where nothing was said, and why; and what of the text is left out."""
         data = self.data
-        said = [f"{name} = {getattr(self, name)} ({reason})" for name, reason in self.chosen.items()]
+        said = [f"  {name} = {getattr(self, name)}: {reason}" for name, reason in self.chosen.items()]
         rules = []
         if data.exclude_special_tokens is not False:
             rules.append("special tokens")
         if data.max_norm_ratio is not None:
             rules.append(f"tokens of a norm above {data.max_norm_ratio:g} times the median (max_norm_ratio)")
         rules.append(f"every {HELD_OUT_EVERY}th prompt, to measure on")
-        chosen = f"Chosen: {'; '.join(said)}. " if said else ""
-        clt = self.clt
-        kept = f", {clt.k} features a layer and token" if clt.selects else ""
-        return f"Activation {clt.activation}{kept}. {chosen}Left out of training: {', '.join(rules)}."
+        chosen = ["Chosen, where nothing was said:", *said] if said else []
+        kept = f", {self.clt.k} features a layer and token" if self.clt.selects else ""
+        first, last = f"Activation {self.clt.activation}{kept}.", f"Left out of training: {', '.join(rules)}."
+        return "\n".join([first, *chosen, last])
 
     @property
     def l0_asked_for(self) -> float | None:
