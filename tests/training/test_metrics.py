@@ -162,8 +162,9 @@ def test_what_is_said_at_the_end_names_what_was_missed_and_the_mend() -> None:
     assert "missed by more than a tenth in layers 1: fewer features than that are positive" in few
     assert "text that was trained on" in few
     many = good._replace(l0_per_layer=[8.0, 16.0]).in_words(8.0)
-    assert "missed by more than a tenth in layers 1: thresholds were set on other text" in many
-    assert "Layers 1 are silent: lower sparsity_coefficient" in good._replace(l0_per_layer=[8.0, 0.0]).in_words(8.0)
+    assert "missed by more than a tenth in layers 1: the text by which thresholds were set is another" in many
+    assert "Layers 1 are silent: ask for a higher L0" in good._replace(l0_per_layer=[8.0, 0.0]).in_words(8.0)
+    assert "Layers 1 are silent: lower sparsity_coefficient" in good._replace(l0_per_layer=[8.0, 0.0]).in_words(None)
     assert DataCounts(prompts=2, kept=5, special_tokens=2, outliers=1).in_words() == (
         "Of 2 prompts 5 tokens were kept, and 2 special tokens, 1 of outlying norm left out."
     )

@@ -1,6 +1,13 @@
 """What an engine is, and the definition of one: run the local replacement model once with gradients on, then one
 backward pass a target.
 
+    edge(feature i of layer s at pos p -> feature j of layer l at pos q)
+        = a_i * sum over targets t of W_dec[s -> t]_i . J(t, p -> l, q) . W_enc[l]_j
+
+(Methods, "Constructing an Attribution Graph for a Prompt"), with W_dec and W_enc [d_model] and J [d_model, d_model] as
+`local` has it; other nodes write other vectors in the place of a_i W_dec, and other targets read other vectors in that
+of W_enc.
+
 An engine finds rows of the adjacency: the in-edges of target nodes, by what they read. All engines give the same
 numbers. The adjoint of a target is the gradient of what it reads with respect to each place that is written into, which
 autograd gives for a batch of targets at a time; its products with the source vectors are the edges.

@@ -2,7 +2,8 @@
 
 Nodes stand in a fixed order: features, errors, tokens, positions, biases, logits. Edges are an adjacency matrix
 [target, source]. It is a strided tensor, or torch's CSR tensor where a graph keeps the strongest edges alone; the few
-sums over its rows that influence, scores and pruning are made of stand here for both.
+sums over its rows that influence, scores and pruning are made of stand here for both. What an edge is, by its formula,
+stands in `autograd`.
 """
 
 from __future__ import annotations

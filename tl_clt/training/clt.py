@@ -138,8 +138,8 @@ class CLTSettings(CLTShape):
 
     target_l0: float | None = None
     """Active features per token to ask for, in every layer. For topk and batchtopk it is k. For jumprelu and relu it
-    stands in place of a lambda: each layer's is adjusted during training until they are reached ("quadratic_l0" leaves
-    lambda as it is), and jumprelu's thresholds are set by held-out text at the end."""
+    stands in place of a lambda: each layer's is adjusted during training until that many are active ("quadratic_l0"
+    leaves lambda as it is), and jumprelu's thresholds are set by held-out text at the end."""
 
     tanh_scale: float = 4.0
     """c of the tanh sparsity loss."""
@@ -214,7 +214,7 @@ class TrainingCLTConfig(CLTSettings, OfModel, TrainingSAEConfig):
     """Always False: outputs are not inputs."""
 
     decoder_init_norm: float | None = None
-    """Always None: the decoder starts uniform."""
+    """Always None: decoders start uniform, and a run's as `init_from_tokens` has it."""
 
     sparsity_warm_up_steps: int = 0
     """Steps over which lambda rises linearly from 0, or the controller's L0 falls to its target."""
@@ -313,7 +313,9 @@ class CLTWeights:
     score_threshold: Any
 
     def initialize_weights(self) -> None:
-        """W_enc ~ U(+-1/sqrt(d_transcoder)), W_dec ~ U(+-1/sqrt(n_layers * d_model)), biases and W_skip 0.
+        """W_enc ~ U(+-1/sqrt(d_transcoder)), W_dec ~ U(+-1/sqrt(n_layers * d_model)), biases and W_skip 0 (Methods).
+
+        A run then begins with what `init_from_tokens` makes of that.
 
         W_far ~ U(+-sqrt(3 / far_rank)), so that the decoders it makes have W_dec's variance.
 
@@ -419,7 +421,8 @@ class CLTWeights:
         return self.training
 
 
-# -- the start: every feature stands for a token, all fire at the same, known rate, and the CLT writes the mean output
+# -- the start: every feature stands for a token, hidden_pre of all is above theta at the same, known rate, and b_dec is
+# the mean output
 
 COVARIANCE_FLOOR = 0.1
 """What is added to the variance of inputs in every direction, as a share of the mean variance."""
@@ -433,13 +436,14 @@ def init_from_tokens(
 ) -> None:
     """Begin each feature as a detector of one token, which writes what the model writes there; then set the biases.
 
-        W_enc,i  proportional to (C + floor)^-1 (x_n - mean x),   so that hidden_pre_i has variance 1
+        W_enc,i  proportional to C^-1 (x_n - mean x),   such that W_enc,i C W_enc,i^T = 1
         W_dec,i  proportional to y_n - mean y,   side by side for all layers that it writes to, as long as it was
 
-    with C the covariance of the layer's inputs and n a token drawn for the feature. Of all directions this one tells
-    the token best from the others (Fisher's discriminant). Inputs vary in a few directions far more than in the
-    others: with random encoders the same few features win at every token, and most die before they learn anything.
-    Features for which no token is left get one that another has, and random directions besides.
+    with C the covariance of the layer's inputs plus a floor in every direction, and n a token drawn for the feature; so
+    all hidden_pre vary alike. Of all directions this one tells the token best from the others (Fisher's discriminant).
+    Inputs vary in a few directions far more than in the others: with random encoders the same few features win at every
+    token, and most die before they learn anything. Features for which no token is left get one that another has, and
+    random directions besides. With `far_rank`, what is written to later layers stays random.
 
     Args:
         clt: changed in place.
@@ -455,7 +459,7 @@ def init_from_tokens(
         covariance.diagonal().add_(COVARIANCE_FLOOR * covariance.diagonal().mean())
         drawn = torch.randperm(n)[torch.arange(n_features) % n][own].to(x.device)
         noise = torch.randn(n_features, x.shape[1], dtype=torch.float64)[own].to(x.device)
-        noise[: max(0, min(n - (own.start or 0), len(noise)))] = 0.0
+        noise[: max(0, min(n - (own.start or 0), len(noise)))] = 0.0  # features past the n-th alone have some
         factor = torch.linalg.cholesky(covariance)
         # C^-1 (x_n + C^1/2 noise): the noise is as large as a token's own deviation from the mean.
         W_enc = torch.cholesky_solve((x[drawn] + noise @ factor.T).T, factor).T
@@ -732,7 +736,7 @@ class TrainingCLT(CLTWeights, TrainingSAE[TrainingCLTConfig]):
     """Terms of the last step's loss, without gradients."""
 
     sparsity_shares: Float[Tensor, " n_layers"] | None = None
-    """mu of `losses`: by what each layer's lambda differs from the mean; the trainer sets them."""
+    """mu of `losses`: each layer's lambda over their mean; the trainer sets them."""
 
     in_own_trainer: bool = False
     """Whether `CLTTrainer` trains it, which does more for it than SAELens's own trainer."""

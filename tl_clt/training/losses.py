@@ -1,14 +1,15 @@
 """The terms of the training loss, and phi with gradients for training.
 
 phi's forward values are those of `tl_clt.transcoder.transcoder`. The terms (Methods, "Building an Interpretable
-Replacement Model"): inputs and outputs come scaled so that each layer's mean norm is sqrt(d_model) (see
+Replacement Model"): inputs and outputs come scaled so that each layer's median norm is sqrt(d_model) (see
 `estimate_scale`). Every term is a sum over layers and features or coordinates and a mean over tokens, so that the MSE
 of a CLT that writes nothing is about n_layers * d_model, and `sparsity_coefficient` is what one strongly active
 feature costs at one token, in the same units. SAELens's trainer clips the gradient's norm to 1 and uses Adam: the
 overall scale of the loss makes no difference, only the ratio of its terms does.
 
-Sparsity has three forms, with lambda = `sparsity_coefficient`, n_i(x) what feature i counts for at a token, N_l(x) the
-sum of n_i(x) over the features of layer l, and mu_l = 1, but with `target_l0` what `L0Controller` makes of it:
+Sparsity has three forms, with n_i(x) what feature i counts for at a token and N_l(x) the sum of n_i(x) over the features
+of layer l. lambda rises to `sparsity_coefficient`, and mu_l = 1; with `target_l0` both are what `L0Controller` makes of
+them:
     "tanh"          lambda * sum_l mu_l N_l(x),   n_i = tanh(c * ||W_dec,i|| * a_i)                (Methods)
     "l0"            lambda * sum_l mu_l N_l(x),   n_i = 1[h_i > theta_i], straight-through         (Rajamanoharan 2024)
     "quadratic_l0"  lambda * sum_l mu_l (N_l(x) / target_l0 - 1)^2,   n_i as for "l0"              (the same, section 5)
@@ -208,9 +209,9 @@ class L0Controller:
     After each step, for each layer:
         log lambda <- log lambda + K_p * (e - e_before) + K_i * e,   e = log(L0 / course), held to [-1, 1]
         course = L0_first^(1 - p) * target^p,   p = min(1, step / ramp_steps)
-    and lambda stays within `bounds`. L0 is a running mean. L0 answers to lambda with a delay, which is the time that
-    Adam takes to move biases: the term with K_p answers to where L0 is going, and the bounds keep what was summed up
-    meanwhile from being more than can be taken back.
+    and lambda stays within `bounds`. L0 is a running mean, and L0_first its first value, or the target if that is more.
+    L0 answers to lambda with a delay, which is the time that Adam takes to move biases: the term with K_p answers to
+    where L0 is going, and the bounds limit what the other one sums up meanwhile. Gains and bounds: `run.trainer`.
     """
 
     def __init__(

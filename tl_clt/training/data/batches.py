@@ -112,8 +112,9 @@ class DataSettings:
     Gemma 3 270M, of 1,024 tokens 10 leaves out 6%, 30 2%."""
 
     n_eval_prompts: WholeOrChosen = CHOSEN
-    """Prompts that the final metrics are measured on. Every 16th prompt of the dataset is kept out of training for
-    them. Where left out: 1 for every 16 that are trained on, and at least 16, at most 256."""
+    """Prompts that the final metrics are measured on; where thresholds are set at the end, half of them are for that.
+    Every 16th prompt of the dataset is kept out of training for them. Where left out: 1 for every 16 that are trained
+    on, and at least 16, at most 256."""
 
     cache_path: str | None = None
     """Folder of cached activations: what is in it is read, what is not is added. Any run of the same model and hooks

@@ -100,7 +100,8 @@ class CLTTrainingRunnerConfig:
 
     init_from: str | None = None
     """A CLT whose weights the run begins with, as a folder or a name by which CLTs are loaded. It must have the run's
-    shape, hooks and activation. Random weights where left out."""
+    shape, hooks and activation. Where left out, they start from
+    the run's first batches (`init_from_tokens`)."""
 
     output_path: str | None = None
     """New or empty folder for the CLT, `training.json`, `progress.csv` and `progress.png`; nothing is written where
@@ -188,15 +189,16 @@ class CLTTrainingRunnerConfig:
         return other
 
     def in_words(self) -> str:
-        """What was chosen where nothing was said, and why; and what of the text is left out."""
+        """The activation, what was chosen where nothing was said, and why, and what of the text is left out."""
         data = self.data
         said = [f"  {name} = {getattr(self, name)}: {reason}" for name, reason in self.chosen.items()]
         rules = []
         if data.exclude_special_tokens is not False:
-            rules.append("special tokens")
+            named = data.exclude_special_tokens is True
+            rules.append("special tokens, where the tokenizer names any" if named else "the token ids that were given")
         if data.max_norm_ratio is not None:
             rules.append(f"tokens of a norm above {data.max_norm_ratio:g} times the median (max_norm_ratio)")
-        rules.append(f"every {HELD_OUT_EVERY}th prompt, to measure on")
+        rules.append(f"every {HELD_OUT_EVERY}th prompt, to measure on, where there are so many")
         chosen = ["Chosen, where nothing was said:", *said] if said else []
         kept = f", {self.clt.k} features a layer and token" if self.clt.selects else ""
         first, last = f"Activation {self.clt.activation}{kept}.", f"Left out of training: {', '.join(rules)}."
@@ -260,7 +262,7 @@ class CLTTrainingRunnerConfig:
 
 STEPS_WANTED, SMALLEST_BATCH, LARGEST_BATCH = 300, 128, 4096
 LR_TIMES_ROOT_OF_STEPS, SMALLEST_LR, LARGEST_LR = 0.045, 2e-4, 4e-3
-TOKENS_PER_EVAL_TOKEN, FEWEST_EVAL_PROMPTS, MOST_EVAL_PROMPTS = 16, 16, 256
+PROMPTS_PER_EVAL_PROMPT, FEWEST_EVAL_PROMPTS, MOST_EVAL_PROMPTS = 16, 16, 256
 FEWEST_FIRST_TOKENS, MOST_FIRST_TOKENS = 4096, 16_384
 MOST_WARM_UP_STEPS = 1000
 
@@ -284,16 +286,15 @@ def choose(cfg: CLTTrainingRunnerConfig) -> None:
     wanted = 2 ** round(math.log2(max(1.0, tokens / STEPS_WANTED)))
     parts = max(1, cfg.n_data_parallel)
     batch = min(max(SMALLEST_BATCH, min(LARGEST_BATCH, wanted)), tokens)
-    fill(data, "train_batch_size_tokens", batch // parts * parts, f"about {STEPS_WANTED} steps of {tokens:,} tokens")
-    n_prompts = -(-tokens // max(1, data.context_size)) // TOKENS_PER_EVAL_TOKEN
+    steps = f"{-(-tokens // max(1, batch)):,} steps: {STEPS_WANTED} or so of {SMALLEST_BATCH} to {LARGEST_BATCH} tokens"
+    fill(data, "train_batch_size_tokens", batch // parts * parts, steps)
+    n_prompts = -(-tokens // max(1, data.context_size)) // PROMPTS_PER_EVAL_PROMPT
     few, most = FEWEST_EVAL_PROMPTS, MOST_EVAL_PROMPTS
-    fill(data, "n_eval_prompts", min(max(n_prompts, few), most), "one prompt for every 16 that are trained on")
+    fill(data, "n_eval_prompts", min(max(n_prompts, few), most), f"one for every 16 trained on, from {few} to {most}")
     n_steps = -(-tokens // max(1, data.train_batch_size_tokens))
-    n_first = min(max(FEWEST_FIRST_TOKENS, 2 * clt.d_transcoder), MOST_FIRST_TOKENS)
-    n_first = min(n_steps, -(-n_first // max(1, data.train_batch_size_tokens)))
-    fill(
-        data, "n_batches_for_scale", n_first, "tokens enough to tell their spread, and two for each feature of a layer"
-    )
+    first_tokens = min(max(FEWEST_FIRST_TOKENS, 2 * clt.d_transcoder), MOST_FIRST_TOKENS)
+    n_first = min(n_steps, -(-first_tokens // max(1, data.train_batch_size_tokens)))
+    fill(data, "n_batches_for_scale", n_first, f"{first_tokens:,} tokens, by which to begin, if the run has as many")
     lr = min(max(LR_TIMES_ROOT_OF_STEPS / max(1, n_steps) ** 0.5, SMALLEST_LR), LARGEST_LR)
     fill(cfg, "lr", float(f"{lr:.1e}"), f"the fewer steps the larger; there are {n_steps}")
     rising = min(n_steps // 20, MOST_WARM_UP_STEPS, n_steps - (cfg.lr_decay_steps or 0))

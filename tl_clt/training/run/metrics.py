@@ -81,17 +81,18 @@ class Metrics(NamedTuple):
         ]
         silent = [layer for layer, of_layer in enumerate(l0) if of_layer == 0]
         if silent:
-            said.append(f"Layers {_joined(silent)} are silent: lower sparsity_coefficient or raise lr.")
+            mend = "lower sparsity_coefficient" if asked is None else "ask for a higher L0"
+            said.append(f"Layers {_joined(silent)} are silent: {mend}, or give more training_tokens.")
         if asked is not None:
             missed = [s for s, of_layer in enumerate(l0) if of_layer > 0 and abs(of_layer / asked - 1) > MISSED_BY]
             if missed:
                 said.append(f"The L0 that was asked for was missed by more than a tenth in layers {_joined(missed)}:")
-                few = all(l0[s] < asked for s in missed)
+                few = self.l0_before_thresholds is None and all(l0[s] < asked for s in missed)
                 said.append(
                     "fewer features than that are positive at their tokens. Give more features or training_tokens."
                     if few
-                    else "thresholds were set on other text, or there are none (relu): give more n_eval_prompts, or"
-                    " activation='topk'."
+                    else "the text by which thresholds were set is another, or too few features are positive. Give more"
+                    " n_eval_prompts or training_tokens, or activation='topk'."
                 )
         return " ".join(said)
 
@@ -138,8 +139,8 @@ def measure(
         total += y.sum(dim=0)
         fired += clt.count_firing(result)
         n += len(y)
-    variance = squared - total.square().sum(dim=1) / max(n, 1)
-    explained = explained_variance(error, variance, squared)
+    centred = squared - total.square().sum(dim=1) / max(n, 1)
+    explained = explained_variance(error, centred, squared)
     l0 = fired.unflatten(0, (n_layers, -1)).sum(dim=1).double() / max(n, 1)
     return Metrics(
         explained_variance=explained.mean,
@@ -171,7 +172,8 @@ def sets_thresholds(clt: TrainingCLT) -> bool:
 
 
 MORE_THAN_WANTED = 4
-"""Times the scores that a batch should keep, the largest of which are looked at."""
+"""Largest scores of a batch and layer that are looked at, as a multiple of those to keep. Where layers compete, one may
+keep what all are to keep together."""
 
 
 @torch.no_grad()
@@ -199,6 +201,8 @@ def fit_thresholds(clt: TrainingCLT, batches: Iterable[Batch], step: Step) -> li
     norms = [norm.clamp(min=SMALLEST_NORM) for norm in clt.norms()]
     thetas = clt.thresholds()
     largest: list[list[Tensor]] = [[] for _ in layers]
+    together = cfg.topk_across == "all_layers"
+    multiple = max(MORE_THAN_WANTED, cfg.n_layers) if together else MORE_THAN_WANTED
     fired, n = torch.zeros(cfg.d_sae, dtype=torch.long, device=clt.device), 0
     for batch in batches:
         result = _look(clt, batch, step)
@@ -209,12 +213,11 @@ def fit_thresholds(clt: TrainingCLT, batches: Iterable[Batch], step: Step) -> li
             scores = (h if cfg.selects else h - thetas[s]) * norms[s]
             # A feature with a negative hidden_pre must not fire.
             scores = torch.where(h > 0, scores, -torch.inf).flatten()
-            most = min(len(scores), MORE_THAN_WANTED * max(1, round(wanted * len(batch))))
+            most = min(len(scores), multiple * max(1, round(wanted * len(batch))))
             largest[s].append(torch.topk(scores, most, sorted=False).values)
     before = (fired.unflatten(0, (cfg.n_layers, -1)).sum(dim=1) / max(n, 1)).tolist()
     if n == 0:
         return before
-    together = cfg.topk_across == "all_layers"
     for group in [list(layers)] if together else [[s] for s in layers]:
         own = torch.cat([scores for s in group for scores in largest[s]])
         t = _between(clt.grid.all_of_any_length(own), round(wanted * n * len(group)))
