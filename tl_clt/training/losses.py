@@ -7,9 +7,9 @@ of a CLT that writes nothing is about n_layers * d_model, and `sparsity_coeffici
 feature costs at one token, in the same units. SAELens's trainer clips the gradient's norm to 1 and uses Adam: the
 overall scale of the loss makes no difference, only the ratio of its terms does.
 
-Sparsity has three forms, with n_i(x) what feature i counts for at a token and N_l(x) the sum of n_i(x) over the features
-of layer l. lambda rises to `sparsity_coefficient`, and mu_l = 1; with `target_l0` both are what `L0Controller` makes of
-them:
+Sparsity has three forms, with n_i(x) what feature i counts for at a token and N_l(x) the sum of n_i(x) over the
+features of layer l. lambda rises to `sparsity_coefficient`, and mu_l = 1; with `target_l0` both are what
+`L0Controller` makes of them:
     "tanh"          lambda * sum_l mu_l N_l(x),   n_i = tanh(c * ||W_dec,i|| * a_i)                (Methods)
     "l0"            lambda * sum_l mu_l N_l(x),   n_i = 1[h_i > theta_i], straight-through         (Rajamanoharan 2024)
     "quadratic_l0"  lambda * sum_l mu_l (N_l(x) / target_l0 - 1)^2,   n_i as for "l0"              (the same, section 5)
