@@ -10,10 +10,11 @@ import torch
 from tests.training.conftest import N_CTX, batches_of, opened
 from tests.training.small_clts import BATCH, N_LAYERS, D, F, build
 from tl_clt.evaluation import evaluate
-from tl_clt.training import CLTTrainingRunner
+from tl_clt.training import CLTTrainingRunner, TrainingProgress
 from tl_clt.training.clt import define_step, init_encoder_biases, init_from_tokens
 from tl_clt.training.data.batches import DataCounts
 from tl_clt.training.parallel import SINGLE
+from tl_clt.training.run import runner
 from tl_clt.training.run.metrics import Metrics, cut_alike, fit_thresholds, measure
 
 ROUNDING = 1e-4
@@ -169,3 +170,37 @@ def test_what_is_said_at_the_end_names_what_was_missed_and_the_mend() -> None:
         "Of 2 prompts 5 tokens were kept, and 2 special tokens, 1 of outlying norm left out."
     )
     assert DataCounts(prompts=2, kept=5).in_words() == "Of 2 prompts 5 tokens were kept."
+
+
+def test_a_short_last_batch_is_told_with_the_numbers_of_the_one_before(model, tokens, make_config) -> None:
+    lines: list[TrainingProgress] = []
+    cfg = make_config(training_tokens=64 * 10 + 1, log_every=5)
+    CLTTrainingRunner(cfg, model=model, dataset=tokens, on_progress=lines.append).run()
+    assert [line.step for line in lines] == [5, 10, 11] and lines[2].tokens == 641
+    assert lines[2].explained_variance == lines[1].explained_variance > -1
+
+
+def test_what_fails_after_training_leaves_the_clt(model, tokens, make_config, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("the stream broke off")
+
+    monkeypatch.setattr(runner, "measure", fail)
+    run = CLTTrainingRunner(make_config(training_tokens=64 * 4), model=model, dataset=tokens)
+    with pytest.raises(OSError, match="broke off"):
+        run.run()
+    assert run.clt is not None and run.clt.W_enc.isfinite().all()
+
+
+def test_thresholds_of_few_tokens_are_measured_on_the_same(model, make_config) -> None:
+    one = torch.randint(0, 30, (15, N_CTX), generator=torch.Generator().manual_seed(5))
+    cfg = make_config(activation="batchtopk", training_tokens=64 * 2, n_eval_prompts=1, train_batch_size_tokens=64)
+    run = CLTTrainingRunner(cfg, model=model, dataset=one)
+    run.run()
+    assert run.record.metrics.n_tokens > 0
+
+
+def test_inputs_that_never_vary_give_weights_that_are_finite() -> None:
+    clt = build("topk")
+    x, y = torch.ones(20, N_LAYERS, D, dtype=torch.float64), torch.zeros(20, N_LAYERS, D, dtype=torch.float64)
+    init_from_tokens(clt, x, y)
+    assert all(parameter.isfinite().all() for parameter in clt.parameters())

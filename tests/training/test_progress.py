@@ -117,7 +117,9 @@ def test_a_logger_has_the_lines_and_by_default_nothing_is_said(model, tokens, ma
     assert "Training SAE" in capsys.readouterr().err and not caplog.records
     with caplog.at_level(logging.INFO, logger="tl_clt.training"):
         run.run()
-    assert [r.message for r in caplog.records] == [*map(str, run.progress), str(run.record.times)]
+    first, *lines, times, last = [record.message for record in caplog.records]
+    assert (first, lines, times) == (run.cfg.in_words(), [*map(str, run.progress)], str(run.record.times))
+    assert last == f"{run.record.data.in_words()} {run.record.metrics.in_words(6.0)}"
     assert len(run.progress) == 4
     assert "Training SAE" not in capsys.readouterr().err
 

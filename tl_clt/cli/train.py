@@ -106,7 +106,8 @@ def run(resume: Path | None, settings: dict[str, Any]) -> None:
                 device = own_device(cfg.device)
                 hooked = load_model(cfg.model_name, backend=cfg.backend, device=device)  # type: ignore[arg-type]
             if "context_size" not in settings:
-                cfg = cfg.changed(context_size=min(cfg.data.context_size, hooked.cfg.n_ctx))
+                shorter = {"context_size": min(cfg.data.context_size, hooked.cfg.n_ctx)}
+                cfg = CLTTrainingRunnerConfig.from_dict(values | shorter)
         runner = CLTTrainingRunner(cfg, model=hooked, on_start=lambda memory: console.print(f"Memory: about {memory}"))
         with progress_shown(), plain_warnings():
             runner.run(resume)

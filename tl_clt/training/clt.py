@@ -456,7 +456,7 @@ def init_from_tokens(
         x = inputs[:, layer].double()
         x = x - x.mean(dim=0)
         covariance = x.T @ x / n
-        covariance.diagonal().add_(COVARIANCE_FLOOR * covariance.diagonal().mean())
+        covariance.diagonal().add_((COVARIANCE_FLOOR * covariance.diagonal().mean()).clamp(min=SMALLEST_NORM))
         drawn = torch.randperm(n)[torch.arange(n_features) % n][own].to(x.device)
         noise = torch.randn(n_features, x.shape[1], dtype=torch.float64)[own].to(x.device)
         noise[: max(0, min(n - (own.start or 0), len(noise)))] = 0.0  # features past the n-th alone have some

@@ -143,14 +143,15 @@ class ActivationScale(NamedTuple):
 
 
 def estimate_scale(batches: Sequence[Batch]) -> ActivationScale:
-    """sqrt(d_model) / median norm, for the inputs and the outputs of each layer.
+    """sqrt(d_model) / median norm over tokens, for the inputs and the outputs of each layer.
 
     The median, because a few tokens of huge norm would make all others small.
 
     Raises:
         ModelUnsupported: most of a layer's activations are zero, or not finite.
     """
-    norms = torch.cat([b.double().norm(dim=-1) for b in batches]).median(dim=0).values
+    each = torch.cat([b.double().norm(dim=-1) for b in batches])
+    norms = torch.where(each.isfinite().all(dim=0), each.median(dim=0).values, torch.nan)
     for side, values in zip(("input", "output"), norms.tolist(), strict=True):
         for layer, norm in enumerate(values):
             if not 0 < norm < float("inf"):
@@ -633,7 +634,8 @@ def _held_out(
     wanted = torch.ones(len(chosen), data.context_size, dtype=torch.bool)
     wanted[:, : min(1, data.context_size - 1)] = False  # a prompt of one token has but its position 0
     if excluded is not None:
-        wanted &= ~torch.isin(torch.cat(chosen), excluded).cpu()
+        ordinary = wanted & ~torch.isin(torch.cat(chosen).cpu(), excluded.cpu())
+        wanted = ordinary if ordinary.any() else wanted
     masks = wanted.split(data.store_batch_size_prompts)
     groups = _in_groups(iter(chosen), data.store_batch_size_prompts)
     batches = (read(p)[mask.flatten().to(device)] for p, mask in zip(groups, masks, strict=True))

@@ -285,7 +285,9 @@ def choose(cfg: CLTTrainingRunnerConfig) -> None:
     tokens = max(1, data.training_tokens)
     wanted = 2 ** round(math.log2(max(1.0, tokens / STEPS_WANTED)))
     parts = max(1, cfg.n_data_parallel)
-    batch = min(max(SMALLEST_BATCH, min(LARGEST_BATCH, wanted)), tokens)
+    positions = range(data.context_size)[slice(*data.seqpos_slice[:2])]
+    in_buffer = data.n_batches_in_buffer * len(positions[:: (*data.seqpos_slice, None, None, None)[2] or 1])
+    batch = max(1, min(max(SMALLEST_BATCH, min(LARGEST_BATCH, wanted)), tokens, in_buffer))
     steps = f"{-(-tokens // max(1, batch)):,} steps: {STEPS_WANTED} or so of {SMALLEST_BATCH} to {LARGEST_BATCH} tokens"
     fill(data, "train_batch_size_tokens", batch // parts * parts, steps)
     n_prompts = -(-tokens // max(1, data.context_size)) // PROMPTS_PER_EVAL_PROMPT

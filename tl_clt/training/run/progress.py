@@ -210,6 +210,7 @@ class ProgressMeter:
         self._every, self._n_steps, self._n_tokens = every, n_steps, n_tokens
         self._started, self._tell = started, tell
         self._first = self._last = (started, 0)
+        self._most_tokens = 0
 
     def begin(self, tokens: int) -> None:
         """Training begins, with so many tokens done before."""
@@ -217,8 +218,12 @@ class ProgressMeter:
 
     def see(self, clt: TrainingCLT, step: CLTStep, step_input: TrainStepInput, fired: Tensor) -> None:
         """A step's forward pass, and at how many tokens of the whole batch each feature fired."""
-        if self._is_due(step_input.n_training_steps + 1):
+        n, n_tokens = step_input.n_training_steps + 1, len(step.recons)
+        # The variance of a few tokens says nothing: a short last batch has the numbers of the one before.
+        short = n == self._n_steps and 2 * n_tokens < self._most_tokens
+        if not short and (self._is_due(n) or n == self._n_steps - 1):
             self._measured = measure_batch(clt, step, step_input.sae_in[:, 1], fired)
+        self._most_tokens = max(self._most_tokens, n_tokens)
 
     def done(self, trainer: CLTTrainer) -> None:
         """A step, before it is counted in `n_training_steps`."""

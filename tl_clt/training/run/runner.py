@@ -367,6 +367,8 @@ class CLTTrainingRunner:
             table.write_beside_checkpoints()
         in_model = 0.0 if raw is None else raw.seconds_in_model - in_model
         times = meter.times(trainer.seconds_in_steps, waiting.seconds, in_model)
+        # Before held-out text is read, which may fail: the CLT is not to be lost for it.
+        self.clt = clt = export(gather_clt(sae))
         metrics = self._measure(raw, own_part, trainer)
         self.record = TrainingRecord(
             config={k: v for k, v in cfg.to_dict().items() if k not in OWN_PATHS},
@@ -381,7 +383,8 @@ class CLTTrainingRunner:
         if grid.is_main:
             logger.info("%s", times)
             logger.info("%s", f"{self.record.data.in_words()} {metrics.in_words(cfg.l0_asked_for)}")
-        clt = export(gather_clt(sae))
+        if sets_thresholds(sae):
+            self.clt = clt = export(gather_clt(sae))
         grid.on_main(lambda: _require_finite(clt, metrics, cfg))
         return clt
 
@@ -402,13 +405,14 @@ class CLTTrainingRunner:
             batches = own_part(None if held is None else cut_alike(held.batches, size, sae.grid))
             n_batches = n_tokens // size + int(n_tokens % size >= sae.grid.n_data_parallel)
             before = None
+            to_measure = islice(batches, n_batches)
             if sets_thresholds(sae):
-                n_first = (n_batches + 1) // 2
-                before = fit_thresholds(sae, islice(batches, n_first), trainer.fast_step)
-                n_batches -= n_first
+                first = list(islice(to_measure, (n_batches + 1) // 2))
+                before = fit_thresholds(sae, first, trainer.fast_step)
+                to_measure = to_measure if n_batches > 1 else iter(first)
             return measure(
                 sae,
-                islice(batches, n_batches),
+                to_measure,
                 trainer.fast_step,
                 dead_share_in_training=float(trainer.dead_neurons.double().mean()),
                 dead_window_steps=cfg.dead_window_steps,
@@ -449,11 +453,16 @@ class CLTTrainingRunner:
         with new_folder(folder) as unfinished:
             native.save(clt.weights, unfinished)
             (unfinished / RECORD).write_text(json.dumps(self.record.to_dict(), indent=2) + "\n")
-            self._table.write(unfinished / TABLE)
-        # Apart from the CLT, which is not to be lost for a figure.
-        with files_into(folder) as unfinished:
-            figure = draw_progress(self.progress, self.cfg.l0_asked_for, f"Training of a CLT of {clt.cfg.model_name}")
-            figure.savefig(unfinished / FIGURE, dpi=120)
+            if self.progress:
+                self._table.write(unfinished / TABLE)
+        if not self.progress:
+            return  # a run resumed at its end made no step
+        figure = draw_progress(self.progress, self.cfg.l0_asked_for, f"Training of a CLT of {clt.cfg.model_name}")
+        try:
+            with files_into(folder) as unfinished:
+                figure.savefig(unfinished / FIGURE, dpi=120)
+        except NotWritten as error:  # the CLT is there
+            warnings.warn(f"{FIGURE} is missing: {error}", TrainingWarning, stacklevel=2)
 
     def _write_elsewhere(self, clt: CrossLayerTranscoder, output: Path) -> str:
         """Write the CLT to the disk of the checkpoints, or of temporary files; what to tell of it."""
