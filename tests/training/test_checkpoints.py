@@ -489,3 +489,17 @@ def test_wandb_run_goes_on(cfg, model, tokens, monkeypatch) -> None:
     folder = interrupted(cfg, model, tokens, 6)
     CLTTrainingRunner(cfg, model=model, dataset=tokens).run(resume=folder)
     assert [(options["id"], options["resume"]) for options in asked] == [(None, None), ("abc123", "must")]
+
+
+def test_what_a_config_chose_by_itself_is_as_it_was_when_a_run_goes_on_longer(
+    model, tokens, make_config, tmp_path: Path
+) -> None:
+    given = {"activation": "topk", "checkpoint_path": str(tmp_path / "checkpoints"), "train_batch_size_tokens": None}
+    short = make_config(**given, training_tokens=128 * 20)
+    long = make_config(**given, training_tokens=128 * 40)
+    assert short.lr_decay_steps != long.lr_decay_steps and "lr_decay_steps" in long.chosen
+    CLTTrainingRunner(short, model=model, dataset=tokens).run()
+    run = CLTTrainingRunner(long, model=model, dataset=tokens)
+    run.run(resume=tmp_path / "checkpoints")
+    assert run.record.tokens_seen == 128 * 40
+    assert run.cfg.lr_decay_steps == short.lr_decay_steps and run.record.config["lr_decay_steps"] == 4
