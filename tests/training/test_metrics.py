@@ -13,7 +13,6 @@ from tl_clt.evaluation import evaluate
 from tl_clt.training import CLTTrainingRunner, TrainingProgress
 from tl_clt.training.clt import define_step, init_encoder_biases, init_from_tokens
 from tl_clt.training.data.batches import DataCounts
-from tl_clt.training.parallel import SINGLE
 from tl_clt.training.run import runner
 from tl_clt.training.run.metrics import Metrics, cut_alike, fit_thresholds, measure
 
@@ -109,7 +108,7 @@ def define_step_of(clt, batch: torch.Tensor) -> torch.Tensor:
 def test_batches_are_cut_alike_and_lose_nothing() -> None:
     sizes = [3, 0, 10, 1, 4]
     whole = torch.arange(18.0).view(18, 1, 1, 1)
-    cut = list(cut_alike(iter(whole.split(sizes)), 5, SINGLE))
+    cut = list(cut_alike(iter(whole.split(sizes)), 5))
     assert [len(c) for c in cut] == [5, 5, 5, 3] and torch.equal(torch.cat(cut), whole)
 
 

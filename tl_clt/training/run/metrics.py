@@ -17,7 +17,6 @@ from torch import Tensor
 
 from tl_clt.training.clt import SMALLEST_NORM, CLTStep, Step, TrainingCLT
 from tl_clt.training.data.batches import Batch
-from tl_clt.training.parallel import ProcessGrid
 from tl_clt.transcoder import explained_variance
 
 
@@ -120,7 +119,7 @@ def measure(
 
     Args:
         clt: the trained CLT.
-        batches: scaled inputs and outputs; on a grid, of this rank's tokens.
+        batches: scaled inputs and outputs; on a grid, the same for every rank.
         step: computes the forward pass.
         dead_share_in_training: see `Metrics`, as the rest.
         dead_window_steps: see `Metrics`.
@@ -133,11 +132,11 @@ def measure(
     fired, n = torch.zeros(clt.cfg.d_sae, dtype=torch.long, device=clt.device), 0
     for batch in batches:
         result = _look(clt, batch, step)
-        y = clt.grid.all_tokens(batch[:, 1]).double()
-        error += (clt.grid.all_tokens(result.recons) - y).square().sum(dim=(0, 2))
+        y = batch[:, 1].double()
+        error += (result.recons - y).square().sum(dim=(0, 2))
         squared += y.square().sum(dim=(0, 2))
         total += y.sum(dim=0)
-        fired += clt.count_firing(result)
+        fired += clt.count_firing(result) // clt.grid.n_data_parallel  # which counts every rank's tokens
         n += len(y)
     centred = squared - total.square().sum(dim=1) / max(n, 1)
     explained = explained_variance(error, centred, squared)
@@ -189,7 +188,7 @@ def fit_thresholds(clt: TrainingCLT, batches: Iterable[Batch], step: Step) -> li
 
     Args:
         clt: its thresholds are changed in place.
-        batches: scaled inputs and outputs of the tokens; on a grid, of this rank's.
+        batches: scaled inputs and outputs of the tokens; on a grid, the same for every rank.
         step: computes the forward pass.
 
     Returns:
@@ -206,8 +205,8 @@ def fit_thresholds(clt: TrainingCLT, batches: Iterable[Batch], step: Step) -> li
     fired, n = torch.zeros(cfg.d_sae, dtype=torch.long, device=clt.device), 0
     for batch in batches:
         result = _look(clt, batch, step)
-        fired += clt.count_firing(result)
-        n += len(batch) * clt.grid.n_data_parallel
+        fired += clt.count_firing(result) // clt.grid.n_data_parallel  # which counts every rank's tokens
+        n += len(batch)
         for s in layers:
             h = result.hidden_pre[s].float()
             scores = (h if cfg.selects else h - thetas[s]) * norms[s]
@@ -220,7 +219,9 @@ def fit_thresholds(clt: TrainingCLT, batches: Iterable[Batch], step: Step) -> li
         return before
     for group in [list(layers)] if together else [[s] for s in layers]:
         own = torch.cat([scores for s in group for scores in largest[s]])
-        t = _between(clt.grid.all_of_any_length(own), round(wanted * n * len(group)))
+        # Of data-parallel ranks each has every score once.
+        copies = clt.grid.n_data_parallel
+        t = _between(clt.grid.all_of_any_length(own), copies * round(wanted * n * len(group)))
         for s in group:
             if cfg.has_score_threshold:
                 clt.score_threshold[s] = max(t, 0.0)
@@ -239,13 +240,13 @@ def _between(scores: Float[Tensor, " n"], n_kept: int) -> float:
     return float(two.double().mean())
 
 
-def cut_alike(batches: Iterator[Batch], size: int, grid: ProcessGrid) -> Iterator[Batch]:
-    """The same tokens in batches of `size`; the last has what is left, less what cannot be split among ranks."""
+def cut_alike(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
+    """The same tokens in batches of `size`; the last has what is left."""
     rest: Tensor | None = None
     for batch in batches:
         rest = batch if rest is None or len(rest) == 0 else torch.cat([rest, batch])
         while len(rest) >= size:
             yield rest[:size]
             rest = rest[size:]
-    if rest is not None and len(rest) >= grid.n_data_parallel:
-        yield rest[: len(rest) // grid.n_data_parallel * grid.n_data_parallel]
+    if rest is not None and len(rest) > 0:
+        yield rest

@@ -369,7 +369,7 @@ class CLTTrainingRunner:
         times = meter.times(trainer.seconds_in_steps, waiting.seconds, in_model)
         # Before held-out text is read, which may fail: the CLT is not to be lost for it.
         self.clt = clt = export(gather_clt(sae))
-        metrics = self._measure(raw, own_part, trainer)
+        metrics = self._measure(raw, scale, trainer)
         self.record = TrainingRecord(
             config={k: v for k, v in cfg.to_dict().items() if k not in OWN_PATHS},
             tokens_seen=trainer.n_training_samples,
@@ -388,22 +388,27 @@ class CLTTrainingRunner:
         grid.on_main(lambda: _require_finite(clt, metrics, cfg))
         return clt
 
-    def _measure(
-        self,
-        raw: ActivationBatches | None,
-        own_part: Callable[[Iterator[Batch] | None], Iterator[Batch]],
-        trainer: CLTTrainer,
-    ) -> Metrics:
-        """Set thresholds by one half of the held-out text, where there are any to set, and measure on the other."""
+    def _measure(self, raw: ActivationBatches | None, scale: ActivationScale, trainer: CLTTrainer) -> Metrics:
+        """Set thresholds by one half of the held-out text, where there are any to set, and measure on the other.
+
+        On a grid every rank sees all of its tokens, so that the numbers are those of a single process.
+        """
         cfg, sae = self.cfg, trainer.sae
         with nullcontext() if raw is None else raw.paused():
             held = None if raw is None else raw.held_out()
             n_tokens, kept_out = sae.grid.on_main(lambda: (0, False) if held is None else held[:2])
             # An even number of equal batches, of which thresholds may take half.
             n_batches = 2 * -(-n_tokens // (2 * cfg.data.train_batch_size_tokens))
-            size = max(1, -(-n_tokens // max(1, n_batches) // sae.grid.n_data_parallel)) * sae.grid.n_data_parallel
-            batches = own_part(None if held is None else cut_alike(held.batches, size, sae.grid))
-            n_batches = n_tokens // size + int(n_tokens % size >= sae.grid.n_data_parallel)
+            size = -(-n_tokens // n_batches)
+            n_batches = -(-n_tokens // size)
+            cut = None if held is None else cut_alike(held.batches, size)
+
+            def for_everyone() -> Iterator[Batch]:
+                for _ in range(n_batches):
+                    batch = None if cut is None else next(cut)
+                    yield apply_scale(from_main(batch, sae.grid, sae.dtype, sae.device), scale)
+
+            batches = for_everyone()
             before = None
             to_measure = islice(batches, n_batches)
             if sets_thresholds(sae):
