@@ -337,7 +337,7 @@ def test_train_has_an_option_for_every_field_with_its_default_and_docstring():
         ("--exclude-special-tokens", "[3, 5]", [3, 5]),
         ("--sequence-separator-token", "eos", "eos"),
         ("--no-prefetch", None, False),
-        ("--tanh-scale", "3", 3.0),
+        ("--lr", "0.25", 0.25),
     ],
 )
 def test_what_a_field_may_be_its_option_says(tmp_path, small_run, option, field, value):

@@ -192,7 +192,7 @@ def test_saelens_saves_and_loads_it(tmp_path: Path) -> None:
 
 
 def test_scale_brings_every_median_norm_to_sqrt_d_model() -> None:
-    batches = [raw_batch(40), 2 * raw_batch(41)]
+    batches = [raw_batch(40), 2 * raw_batch(40)]
     scale = estimate_scale(batches)
     norms = torch.cat([apply_scale(b, scale) for b in batches]).norm(dim=-1).median(dim=0).values
     torch.testing.assert_close(norms, torch.full_like(norms, D**0.5), rtol=1e-12, atol=0)

@@ -83,7 +83,8 @@ def test_training_learns_the_mlps(model, tokens, make_config, activation: str, s
     # One definition, here and in evaluations: each layer counts alike.
     assert metrics.explained_variance == pytest.approx(sum(metrics.explained_variance_per_layer) / 3, abs=1e-12)
     l0 = (clt.encode(x) > 0).double().sum(dim=-1).mean(dim=0)
-    assert float(l0.sum()) == pytest.approx(metrics.l0_sum_over_layers, rel=0.15)
+    # The metrics are of 10 tokens where thresholds were set, and else of 21; here are all 480.
+    assert float(l0.sum()) == pytest.approx(metrics.l0_sum_over_layers, rel=0.3 if by_score else 0.15)
     assert metrics.l0_mean_per_layer == pytest.approx(metrics.l0_sum_over_layers / 3)
 
 
