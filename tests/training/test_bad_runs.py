@@ -56,12 +56,15 @@ def test_the_weights_of_a_step_that_is_not_finite_are_those_before_it(model, tok
 
 def test_activations_that_are_not_finite_are_told_as_the_models(tokens, make_config, monkeypatch) -> None:
     broken, calls = tiny_model(), []
+    mlp = broken.blocks[2].mlp
+    forward = mlp.forward
 
-    def spoil(value: torch.Tensor, hook: object) -> torch.Tensor:
+    def spoil(x: torch.Tensor) -> torch.Tensor:
         calls.append(1)
+        value = forward(x)
         return value.masked_fill(torch.arange(value.shape[-1]) == 3, torch.inf) if len(calls) > 6 else value
 
-    broken.blocks[2].hook_mlp_out.add_hook(spoil, is_permanent=True)
+    monkeypatch.setattr(mlp, "forward", spoil)
     with pytest.raises(NotFinite, match="the model's activations are infinite .* float32 .model_dtype."):
         CLTTrainingRunner(make_config(prefetch=False), model=broken, dataset=tokens).run()
 
