@@ -1,4 +1,4 @@
-"""What training recipes reach: `python -m tests.benchmarks.recipes --model M --text F --held-out F` prints a table.
+"""What training recipes reach: `python -m tests.benchmarks.recipes --model M --rows F` prints a table.
 
 Each recipe is trained by `CLTTrainingRunner` with what it chooses by itself, but for the budget, the features and the
 activation, and measured by `evaluate` on other text. Rows are added to `--rows`, a file of JSON lines, as they are
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tl_clt import CLTTrainingRunner, CLTTrainingRunnerConfig, evaluate, load_model
+from tl_clt.organisms.atlas.train_clt import training_tokens
 from tl_clt.training.clt import init_decoder_biases, init_encoder_biases
 from tl_clt.training.run import runner as runner_module
 
@@ -50,9 +51,11 @@ def start_at_random(clt: Any, inputs: torch.Tensor, outputs: torch.Tensor) -> No
     init_decoder_biases(clt, outputs)
 
 
-def measure(model: Any, settings: dict[str, Any], start: str, held_out: Path, n_tokens: int, n_graphs: int) -> Any:
+def measure(
+    model: Any, settings: dict[str, Any], start: str, text: Any, held_out: Any, n_tokens: int, n_graphs: int
+) -> Any:
     """Train one recipe and measure it; a row of the table."""
-    run = CLTTrainingRunner(CLTTrainingRunnerConfig(**settings), model=model)
+    run = CLTTrainingRunner(CLTTrainingRunnerConfig(**settings), model=model, dataset=text)
     with ExitStack() as patched:
         if start == "random":
             patched.enter_context(mock.patch.object(runner_module, "init_from_tokens", start_at_random))
@@ -78,9 +81,9 @@ def measure(model: Any, settings: dict[str, Any], start: str, held_out: Path, n_
 
 def main(
     model: Annotated[str, typer.Option(help="What `load_model` takes.")],
-    text: Annotated[Path, typer.Option(help="Text to train on.")],
-    held_out: Annotated[Path, typer.Option(help="Text to measure on.")],
     rows: Annotated[Path, typer.Option(help="JSON lines that rows are added to.")],
+    text: Annotated[Path | None, typer.Option(help="Text to train on; atlas has its own.")] = None,
+    held_out: Annotated[Path | None, typer.Option(help="Text to measure on; atlas has its own.")] = None,
     budget: Annotated[list[int], typer.Option(help="Tokens to train on.")] = [50_000, 200_000],  # noqa: B006
     activation: Annotated[list[str], typer.Option(help="Of the features.")] = ["topk"],  # noqa: B006
     kind: Annotated[list[str], typer.Option(help="clt or plt.")] = ["clt", "plt"],  # noqa: B006
@@ -95,11 +98,14 @@ def main(
     """Train recipes and measure them."""
     torch.set_num_threads(threads)
     loaded = load_model(model)
+    sources: list[Any] = [text, held_out]
+    if text is None or held_out is None:
+        tokens_of_atlas = training_tokens(loaded, 0)
+        sources = [tokens_of_atlas[:-400], tokens_of_atlas[-400:]]
     for tokens, phi, span, begin in itertools.product(budget, activation, kind, start):
         name = {"kind": span, "activation": phi, "start": begin, "tokens": tokens, "d_transcoder": d_transcoder}
         settings = {
             "model_name": model,
-            "dataset_path": str(text),
             "cache_path": None if cache is None else str(cache),
             "d_transcoder": d_transcoder,
             "activation": phi,
@@ -108,7 +114,7 @@ def main(
             "span": 1 if span == "plt" else None,
             "context_size": min(128, loaded.cfg.n_ctx),
         }
-        row = measure(loaded, settings, begin, held_out, n_tokens, n_graphs)
+        row = measure(loaded, settings, begin, *sources, n_tokens, n_graphs)
         with rows.open("a") as file:
             file.write(json.dumps(name | row) + "\n")
     table = Table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 
 from tl_clt.training.clt import TrainingCLT, TrainingCLTConfig
@@ -46,3 +47,23 @@ def scale_of(clt: TrainingCLT) -> ActivationScale:
 
 def step_input(clt: TrainingCLT, coefficients: dict[str, float] = COEFFICIENTS) -> TrainStepInput:
     return TrainStepInput(apply_scale(raw_batch(), scale_of(clt)), coefficients, None, 0, True)
+
+
+def trainer_config(n_tokens: int, batch: int, **changes: object) -> SAETrainerConfig:
+    """Of SAELens's trainer."""
+    values: dict = {
+        "lr": 1e-2,
+        "lr_end": 1e-3,
+        "lr_scheduler_name": "constant",
+        "lr_warm_up_steps": 0,
+        "lr_decay_steps": 0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "device": "cpu",
+        "autocast": False,
+        "dead_feature_window": 1000,
+        "n_checkpoints": 0,
+        "checkpoint_path": None,
+        "logger": LoggingConfig(log_to_wandb=False),
+    }
+    return SAETrainerConfig(total_training_samples=n_tokens, train_batch_size_samples=batch, **(values | changes))

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from sae_lens import SAE, ActivationsStore, LoggingConfig, SAETrainer
-from sae_lens.config import SAETrainerConfig
+from sae_lens import SAE, ActivationsStore, SAETrainer
 
 from tests.training.conftest import D_MODEL, N_CTX, N_LAYERS
-from tests.training.small_clts import build
+from tests.training.small_clts import build, trainer_config
 from tl_clt.errors import ConfigError
 from tl_clt.training import (
     CLTTrainingRunner,
@@ -23,8 +22,7 @@ from tl_clt.training import (
     clt_disk_loader,
     estimate_scale,
     hook_names,
-    init_decoder_biases,
-    init_encoder_biases,
+    init_from_tokens,
     pack,
 )
 from tl_clt.training.clt import InferenceCLT
@@ -54,26 +52,6 @@ assert importlib.resources.files("sae_lens").joinpath("pretrained_saes.yaml").is
 )
 def test_importing_tl_clt_alone_makes_saelens_know_clts(imports: str) -> None:
     subprocess.run([sys.executable, "-c", imports + KNOWN], check=True)
-
-
-def trainer_config(n_tokens: int, batch: int) -> SAETrainerConfig:
-    return SAETrainerConfig(
-        total_training_samples=n_tokens,
-        train_batch_size_samples=batch,
-        lr=1e-2,
-        lr_end=1e-3,
-        lr_scheduler_name="constant",
-        lr_warm_up_steps=0,
-        lr_decay_steps=0,
-        adam_beta1=0.9,
-        adam_beta2=0.999,
-        device="cpu",
-        autocast=False,
-        dead_feature_window=1000,
-        n_checkpoints=0,
-        checkpoint_path=None,
-        logger=LoggingConfig(log_to_wandb=False),
-    )
 
 
 @pytest.mark.parametrize("activation", ["topk", "jumprelu"])
@@ -106,8 +84,7 @@ def test_a_clt_trains_in_saelens_own_trainer_on_its_own_store(model, tokens, tmp
     cfg.input_scale, cfg.output_scale = scale.inputs, scale.outputs
     clt = TrainingCLT(cfg)
     inputs, outputs = apply_scale(torch.cat(first), scale).unbind(dim=1)
-    init_encoder_biases(clt, inputs)
-    init_decoder_biases(clt, outputs)
+    init_from_tokens(clt, inputs, outputs)
     trainer = SAETrainer(trainer_config(64 * 150, 64), clt, (apply_scale(batch, scale) for batch in raw))
     assert type(trainer) is SAETrainer and trainer.fit() is clt
     # It has learned the MLPs: most of what a held-out batch varies by.

@@ -6,37 +6,17 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.config import LoggingConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-from tests.training.small_clts import BATCH, N_LAYERS, D, F, build, raw_batch, scale_of
+from tests.training.small_clts import BATCH, N_LAYERS, D, F, build, raw_batch, scale_of, trainer_config
 from tl_clt.training.clt import TrainingCLT
 from tl_clt.training.data.batches import apply_scale
 from tl_clt.training.fast import step as step_module
 from tl_clt.training.run.trainer import CLTTrainer
 
 STEPS = 12
-
-
-def trainer_config(**changes: object) -> SAETrainerConfig:
-    values: dict = {
-        "total_training_samples": STEPS * BATCH,
-        "train_batch_size_samples": BATCH,
-        "lr": 1e-2,
-        "lr_end": 1e-3,
-        "lr_scheduler_name": "constant",
-        "lr_warm_up_steps": 3,
-        "lr_decay_steps": 4,
-        "adam_beta1": 0.9,
-        "adam_beta2": 0.999,
-        "device": "cpu",
-        "autocast": False,
-        "dead_feature_window": 3,
-        "n_checkpoints": 0,
-        "checkpoint_path": None,
-        "logger": LoggingConfig(log_to_wandb=False),
-    }
-    return SAETrainerConfig(**(values | changes))
+SCHEDULES = {"lr_warm_up_steps": 3, "lr_decay_steps": 4, "dead_feature_window": 3}
 
 
 def batches(clt: TrainingCLT) -> Iterator[torch.Tensor]:
@@ -49,7 +29,7 @@ def batches(clt: TrainingCLT) -> Iterator[torch.Tensor]:
 def trained(kind: type[SAETrainer], activation: str, **changes: object) -> SAETrainer:
     # Without AuxK: SAELens has another notion of dead features.
     clt = build(activation, sparsity_warm_up_steps=STEPS, auxk_coefficient=0.0)
-    trainer = kind(trainer_config(**changes), clt, batches(clt))
+    trainer = kind(trainer_config(STEPS * BATCH, BATCH, **(SCHEDULES | changes)), clt, batches(clt))
     trainer.fit()
     return trainer
 
@@ -89,7 +69,7 @@ def test_checkpoints_load_into_saelens_trainer_and_back(tmp_path) -> None:
     trainer.save_checkpoint("one", tmp_path)
     for kind in (SAETrainer, CLTTrainer):
         clt = TrainingCLT.load_from_disk(tmp_path / "one")
-        again = kind(trainer_config(total_training_samples=2 * STEPS * BATCH), clt, batches(clt))
+        again = kind(trainer_config(2 * STEPS * BATCH, BATCH, **SCHEDULES), clt, batches(clt))
         again.load_trainer_state(tmp_path / "one")
         again.fit()
         assert again.n_training_steps == 2 * STEPS
@@ -101,7 +81,7 @@ def run(activation: str, steps: int, window: int, data: Callable = batches, **ch
         with torch.no_grad():
             for W_dec in clt.W_dec:
                 W_dec[: F // 2] *= 1e-3
-    cfg = trainer_config(total_training_samples=steps * BATCH, dead_feature_window=window, lr=3e-3, lr_decay_steps=0)
+    cfg = trainer_config(steps * BATCH, BATCH, dead_feature_window=window, lr=3e-3, lr_warm_up_steps=3)
     trainer = CLTTrainer(cfg, clt, data(clt))
     trainer.fit()
     return trainer
@@ -145,5 +125,5 @@ def test_auxk_brings_features_back_that_others_crowd_out(activation: str) -> Non
 
 def test_adam_is_fused() -> None:
     clt = build("jumprelu")
-    trainer = CLTTrainer(trainer_config(), clt, batches(clt))
+    trainer = CLTTrainer(trainer_config(STEPS * BATCH, BATCH, **SCHEDULES), clt, batches(clt))
     assert all(group["fused"] for group in trainer.optimizer.param_groups)

@@ -81,7 +81,9 @@ def test_what_is_left_out_is_chosen_from_the_budget_and_says_why(tokens: int, ba
     cfg = CLTTrainingRunnerConfig(d_transcoder=64, training_tokens=tokens, target_l0=8.0)
     assert (cfg.train_batch_size_tokens, cfg.k, cfg.activation) == (batch, 8, "topk")
     assert 0 <= cfg.lr_warm_up_steps <= 1000 and cfg.lr_decay_steps == cfg.n_steps // 5
-    assert 16 <= cfg.n_eval_prompts <= 256 and 0 < cfg.lr < 0.1
+    assert 16 <= cfg.n_eval_prompts <= 256
+    # Rounded to two digits.
+    assert cfg.lr == pytest.approx(min(max(0.045 / cfg.n_steps**0.5, 2e-4), 4e-3), rel=0.05)
     of_data = {"train_batch_size_tokens", "n_eval_prompts", "n_batches_for_scale"}
     assert set(cfg.chosen) == {"k", "lr", "lr_warm_up_steps", "lr_decay_steps", *of_data} and all(cfg.chosen.values())
     assert all(f"{name} = {getattr(cfg, name)}: {reason}" in cfg.in_words() for name, reason in cfg.chosen.items())

@@ -5,7 +5,7 @@
     export.py     to a `CrossLayerTranscoder`, with the scaling of training folded into the weights
     fast/         the same step in less time and memory: step, products, selection
     data/         from a dataset to shuffled batches of scaled activations: dataset, batches, cache
-    run/          config, runner, trainer, progress, checkpoints, memory
+    run/          config, runner, trainer, progress, metrics, checkpoints, memory
     parallel.py   the processes of a run, and what they tell each other
 
 Of SAELens a run uses as they are: its `ActivationsStore`, which makes prompts of a dataset and runs the model over
@@ -35,13 +35,7 @@ In the place of SAELens's stand:
                          position that can be taken up again.
 """
 
-from tl_clt.training.clt import (
-    CLTSettings,
-    TrainingCLT,
-    TrainingCLTConfig,
-    init_decoder_biases,
-    init_encoder_biases,
-)
+from tl_clt.training.clt import CLTSettings, TrainingCLT, TrainingCLTConfig, init_from_tokens
 from tl_clt.training.data.batches import DataSettings, apply_scale, estimate_scale, hook_names, pack
 from tl_clt.training.export import clt_disk_loader
 from tl_clt.training.parallel import own_device
@@ -65,8 +59,7 @@ __all__ = [
     "draw_progress",
     "estimate_scale",
     "hook_names",
-    "init_decoder_biases",
-    "init_encoder_biases",
+    "init_from_tokens",
     "own_device",
     "pack",
 ]

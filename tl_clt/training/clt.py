@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from sae_lens import registry
 from sae_lens.saes.sae import (
     SAE,
@@ -442,7 +442,7 @@ def init_from_tokens(
     with C the covariance of the layer's inputs plus a floor in every direction, and n a token drawn for the feature; so
     all hidden_pre vary alike. Of all directions this one tells the token best from the others (Fisher's discriminant).
     Inputs vary in a few directions far more than in the others: with random encoders the same few features win at every
-    token, and most die before they learn anything. Features for which no token is left get one that another has, and
+    token, and many die before they learn anything. Features for which no token is left get one that another has, and
     random directions besides. With `far_rank`, what is written to later layers stays random.
 
     Args:
@@ -800,6 +800,15 @@ class TrainingCLT(CLTWeights, TrainingSAE[TrainingCLTConfig]):
         """Tokens of a step at which each feature fires: of all layers, all ranks' features, all ranks' tokens."""
         own = torch.stack([features.fired for features in step.features])
         return self.grid.all_features(self.grid.add_over_data(own), dim=1).flatten()
+
+    def l0_per_layer(self, fired: Int[Tensor, " d_sae"], n_tokens: int) -> Float64[Tensor, " n_layers"]:
+        """Features that fire at a token, of each layer.
+
+        Args:
+            fired: tokens at which each feature fired: see `count_firing`.
+            n_tokens: of how many.
+        """
+        return fired.unflatten(0, (self.cfg.n_layers, -1)).sum(dim=1).double() / max(n_tokens, 1)
 
     def step_output(
         self, step: CLTStep, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor

@@ -71,7 +71,7 @@ def _stacked(per_layer: torch.nn.ParameterList) -> Tensor:
     return torch.stack([p.double() for p in per_layer])
 
 
-# -- and back: a run that begins with the weights of a CLT
+# -- and back: the weights of a CLT, for a run that begins with them, and for SAELens's loader
 
 LIKE_EACH_OTHER = 0.01
 """Features of a layer whose factors differ by less are ranked as before, but for near-ties."""
@@ -111,9 +111,9 @@ def require_same_kind(clt: TrainingCLT, weights: Weights, name: str) -> None:
 
 
 @torch.no_grad()
-def take_over(clt: TrainingCLT, weights: Weights) -> None:
-    """Give a CLT in training the weights of one on raw activations; on a grid, each rank its features. The inverse of
-    `export`, which gives that CLT back, up to rounding:
+def take_over(clt: TrainingCLT | InferenceCLT, weights: Weights) -> None:
+    """Give a CLT on scaled activations the weights of one on raw ones; on a grid, each rank its features. The inverse
+    of `export`, which gives that CLT back, up to rounding:
 
         W_enc[s].T / s_in[s],   W_dec[s -> t] * s_out[t],   b_dec[t] * s_out[t],   W_skip[t] * s_out[t] / s_in[t],
         log(threshold);   b_enc stays.
@@ -165,8 +165,6 @@ def take_over(clt: TrainingCLT, weights: Weights) -> None:
         )
 
 
-# -- the other way, for SAELens's loader
-
 UNIT_NORM_WITHIN = 0.02
 """How far from 1 the norm of an exported decoder may be: bfloat16 rounds each weight by up to 0.4%."""
 
@@ -178,7 +176,7 @@ def clt_disk_loader(
     """A saved `CrossLayerTranscoder` for SAELens: `SAE.load_from_disk(folder, converter=clt_disk_loader)`.
 
     What it gives is an `InferenceCLT`, on the scaled inputs that it was trained on: `cfg.input_scale` times raw ones.
-    This undoes `export`, up to rounding, with decoders of full rank.
+    `take_over` makes it, with decoders of full rank.
 
     Args:
         path: a folder that `CrossLayerTranscoder.from_pretrained` takes, such as a runner's output.
@@ -193,43 +191,28 @@ def clt_disk_loader(
         ConfigError: SAELens's CLTs have no such thresholds, or rank features otherwise: it was not trained here.
     """
     overrides = cfg_overrides or {}
-    clt = CrossLayerTranscoder.from_pretrained(str(path), device=device, dtype=overrides.get("dtype"))
-    cfg, layers = clt.cfg, range(clt.cfg.n_layers)
-    kind = {"dtype": torch.float64, "device": clt.b_dec.device}
-    s_in = torch.tensor(cfg.input_scale or [1.0] * cfg.n_layers, **kind)
-    s_out = torch.tensor(cfg.output_scale or [1.0] * cfg.n_layers, **kind)
-    weights = {"b_dec": clt.b_dec * s_out[:, None]}
-    for s in layers:
-        W_dec = clt.W_dec[s].double() * s_out[list(cfg.targets(s))][:, None]
-        if cfg.activation == "topk":
-            _require_unit_norms(W_dec, s)
-        weights |= {f"W_enc.{s}": (clt.W_enc[s] / s_in[s]).mT, f"b_enc.{s}": clt.b_enc[s]}
-        weights[f"W_dec.{s}"] = W_dec.flatten(start_dim=1)
-        if clt.threshold is not None:
-            if (clt.threshold[s] < 0).any():
-                raise ConfigError(
-                    f"Layer {s} has thresholds below 0, which SAELens's CLTs cannot have: use a CrossLayerTranscoder."
-                )
-            weights[f"log_threshold.{s}"] = clt.threshold[s].double().log()
-        if clt.W_skip is not None:
-            weights[f"W_skip.{s}"] = clt.W_skip[s] * (s_out[s] / s_in[s])
-    own_dtype = getattr(torch, cfg.dtype)
+    given = CrossLayerTranscoder.from_pretrained(str(path), device=device, dtype=overrides.get("dtype")).weights
+    cfg = given.cfg
+    if given.threshold is not None and bool((given.threshold < 0).any()):
+        raise ConfigError("Some thresholds are below 0, which SAELens's CLTs cannot have: use a CrossLayerTranscoder.")
+    same = ("n_layers", "d_transcoder", "span", "activation", "k", "skip", "input_hook", "output_hook", "model_name")
     values = {
-        **{name: getattr(cfg, name) for name in ("n_layers", "d_transcoder", "span", "activation", "k", "skip")},
-        **{name: getattr(cfg, name) for name in ("input_hook", "output_hook", "model_name", "dtype")},
-        **{"input_scale": cfg.input_scale, "output_scale": cfg.output_scale, "device": device},
-        **{"d_in": cfg.d_model, "d_sae": cfg.n_layers * cfg.d_transcoder},
+        **{name: getattr(cfg, name) for name in (*same, "dtype", "input_scale", "output_scale")},
+        **{"d_in": cfg.d_model, "d_sae": cfg.n_layers * cfg.d_transcoder, "device": device},
         "metadata": SAEMetadata(model_name=cfg.model_name, hook_name=cfg.input_hook, hook_name_out=cfg.output_hook),
     }
-    as_dict = InferenceCLTConfig(**(values | overrides)).to_dict()
-    return as_dict, {name: value.to(own_dtype).contiguous() for name, value in weights.items()}
+    clt = InferenceCLT(InferenceCLTConfig(**(values | overrides)))
+    take_over(clt, given)
+    if cfg.activation == "topk":
+        _require_unit_norms(clt)
+    return clt.cfg.to_dict(), dict(clt.state_dict())
 
 
-def _require_unit_norms(W_dec: Tensor, layer: int) -> None:
-    norms = W_dec.flatten(start_dim=1).norm(dim=1)
+def _require_unit_norms(clt: InferenceCLT) -> None:
+    norms = torch.cat(clt.norms())
     if ((norms - 1).abs() > UNIT_NORM_WITHIN).any():
         raise ConfigError(
-            f"Features of layer {layer} have decoders of norm {float(norms.min()):.3g} to {float(norms.max()):.3g}, in"
-            " units of training: SAELens's CLTs rank features by activation times that norm, this one by activation"
-            " alone. Use a CrossLayerTranscoder."
+            f"Features have decoders of norm {float(norms.min()):.3g} to {float(norms.max()):.3g}, in units of"
+            " training: SAELens's CLTs rank features by activation times that norm, this one by activation alone. Use a"
+            " CrossLayerTranscoder."
         )

@@ -11,6 +11,7 @@ import wandb
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 
+from tests.training.small_clts import trainer_config
 from tl_clt.training.clt import TrainingCLT, TrainingCLTConfig
 from tl_clt.training.fast import step as step_module
 from tl_clt.training.fast.selection import layer_topk
@@ -125,30 +126,14 @@ def logs(kind: str, n_data_parallel: int = 1) -> tuple[list[dict[str, float]], A
             clt = build(kind, grid)
             batches = (own_tokens(batch(n), grid) for n in range(STEPS))
             logger = LoggingConfig(log_to_wandb=True, wandb_log_frequency=5)
-            CLTTrainer(replace(trainer_config(), logger=logger), clt, batches).fit()
+            CLTTrainer(replace(short_run(), logger=logger), clt, batches).fit()
             return rows, clt.log_histograms()["weights/W_dec_norms"]
     finally:
         wandb.log = log
 
 
-def trainer_config() -> SAETrainerConfig:
-    return SAETrainerConfig(
-        total_training_samples=STEPS * BATCH,
-        train_batch_size_samples=BATCH,
-        lr=1e-2,
-        lr_end=1e-3,
-        lr_scheduler_name="constant",
-        lr_warm_up_steps=2,
-        lr_decay_steps=2,
-        adam_beta1=0.9,
-        adam_beta2=0.999,
-        device="cpu",
-        autocast=False,
-        dead_feature_window=2,
-        n_checkpoints=0,
-        checkpoint_path=None,
-        logger=LoggingConfig(log_to_wandb=False),
-    )
+def short_run() -> SAETrainerConfig:
+    return trainer_config(STEPS * BATCH, BATCH, lr_warm_up_steps=2, lr_decay_steps=2, dead_feature_window=2)
 
 
 class Trained(NamedTuple):
@@ -167,7 +152,7 @@ def train(kind: str, n_data_parallel: int = 1, changes: dict[str, Any] | None = 
             for n in range(STEPS):
                 yield own_tokens(batch(n), grid).to(clt.dtype)
 
-        trainer = CLTTrainer(trainer_config(), clt, batches())
+        trainer = CLTTrainer(short_run(), clt, batches())
         trainer.fit()
         return Trained(
             weights={

@@ -131,6 +131,11 @@ class DataSettings:
     """First batches, on which scales and the first weights are set. They are trained on as well. Where left out: so
     many that they have 4,096 tokens, or two for each feature of a layer if that is more, but at most 16,384."""
 
+    @property
+    def positions_per_prompt(self) -> int:
+        """Positions of a prompt that `seqpos_slice` leaves to train on."""
+        return len(range(self.context_size)[slice(*self.seqpos_slice)])
+
 
 class ActivationScale(NamedTuple):
     """Factors that activations are multiplied by in training."""
@@ -540,8 +545,9 @@ class ActivationBatches(Iterator[Batch]):
         model_name: str,
         position: Position | None = None,
     ) -> None:
-        source = self._source = _chunks(model, dataset, clt, data, device, model_name)
-        buffer = data.n_batches_in_buffer * len(range(data.context_size)[slice(*data.seqpos_slice)])
+        read = _reader(model, dataset, clt, data, device, model_name)
+        source = self._source = _chunks(model, dataset, clt, data, device, read)
+        buffer = data.n_batches_in_buffer * data.positions_per_prompt
         kept = int(buffer * data.activations_mixing_fraction)
         rows = source.find(position.ids) if position is not None and len(position.ids) > 0 else None
         chunks = source.after(None) if position is None else source.after(position.place, position.tokens_digest)
@@ -553,7 +559,7 @@ class ActivationBatches(Iterator[Batch]):
         if position is not None:
             self._batches.go_on(position, rows)
         self._ahead: list[tuple[Batch, Position]] = []
-        self._held_out = partial(_held_out, model, dataset, clt, data, device, model_name)
+        self._held_out = partial(_held_out, model, dataset, clt, data, device, read)
         self.position = self._batches.position
         """After the last batch that was handed out."""
 
@@ -593,8 +599,8 @@ class HeldOutActivations(NamedTuple):
     """What the final metrics are measured on."""
 
     n_tokens: int
-    """Tokens of the prompts that are counted: all but position 0, as `evaluate` has it, and but special tokens, which
-    `evaluate` meets nowhere else."""
+    """Tokens of the prompts that are counted: all but position 0, as `evaluate` has it, and but those that
+    `exclude_special_tokens` names: those that stand between two rows of text, which `evaluate` does not join."""
 
     kept_out: bool
     """Whether training leaves them out. False where the dataset is too short for that: then they are its first."""
@@ -603,11 +609,13 @@ class HeldOutActivations(NamedTuple):
     """Their raw activations, some prompts at a time."""
 
 
-def _chunks(
-    model: HookedModel, dataset: AnyDataset, clt: CLTSettings, data: DataSettings, device: str, model_name: str
-) -> Chunks:
-    read = _reader(model, dataset, clt, data, device, model_name)
+Reader: TypeAlias = "Callable[[Prompts], Activations]"
+"""Gives prompts' activations [batch * pos, 2, n_layers, d_model]."""
 
+
+def _chunks(
+    model: HookedModel, dataset: AnyDataset, clt: CLTSettings, data: DataSettings, device: str, read: Reader
+) -> Chunks:
     def one_pass() -> Iterator[Prompts]:
         prompts = _prompts(_store(model, dataset, clt, data, device), data, model.cfg.d_vocab)
         wanted = (prompt for i, prompt in enumerate(prompts) if not _is_held_out(i))
@@ -618,9 +626,9 @@ def _chunks(
 
 
 def _held_out(
-    model: HookedModel, dataset: AnyDataset, clt: CLTSettings, data: DataSettings, device: str, model_name: str
+    model: HookedModel, dataset: AnyDataset, clt: CLTSettings, data: DataSettings, device: str, read: Reader
 ) -> HeldOutActivations:
-    n, read = data.n_eval_prompts, _reader(model, dataset, clt, data, device, model_name)
+    n = data.n_eval_prompts
     first: list[Prompts] = []
     found: list[Prompts] = []
     for i, prompt in enumerate(_prompts(_store(model, dataset, clt, data, device), data, model.cfg.d_vocab)):
@@ -648,8 +656,8 @@ def _is_held_out(prompt: int) -> bool:
 
 def _reader(
     model: HookedModel, dataset: AnyDataset, clt: CLTSettings, data: DataSettings, device: str, model_name: str
-) -> Callable[[Prompts], Activations]:
-    """What gives prompts' activations [batch * pos, 2, n_layers, d_model]: the model, or a cache before it."""
+) -> Reader:
+    """The model, or a cache before it."""
     names, dtype = hook_names(model, clt), getattr(torch, clt.dtype)
     store = _store(model, dataset, clt, data, device)
 

@@ -100,8 +100,7 @@ class CLTTrainingRunnerConfig:
 
     init_from: str | None = None
     """A CLT whose weights the run begins with, as a folder or a name by which CLTs are loaded. It must have the run's
-    shape, hooks and activation. Where left out, they start from
-    the run's first batches (`init_from_tokens`)."""
+    shape, hooks and activation. Where left out, weights begin from the first batches (`init_from_tokens`)."""
 
     output_path: str | None = None
     """New or empty folder for the CLT, `training.json`, `progress.csv` and `progress.png`; nothing is written where
@@ -110,8 +109,8 @@ class CLTTrainingRunnerConfig:
     # -- optimisation
 
     lr: NumberOrChosen = CHOSEN
-    """Adam's learning rate. Where left out: 0.045 / sqrt(steps), at least 2e-4 and at most
-    4e-3: short runs need large steps to get anywhere, and long ones small steps to end well."""
+    """Adam's learning rate. Where left out: 0.045 / sqrt(steps), at least 2e-4 and at most 4e-3: short runs need large
+    steps to get anywhere, and long ones small steps to end well."""
 
     lr_scheduler_name: Scheduler = "constant"
     """Its course between warm-up and decay."""
@@ -285,11 +284,10 @@ def choose(cfg: CLTTrainingRunnerConfig) -> None:
     tokens = max(1, data.training_tokens)
     wanted = 2 ** round(math.log2(max(1.0, tokens / STEPS_WANTED)))
     parts = max(1, cfg.n_data_parallel)
-    positions = range(data.context_size)[slice(*data.seqpos_slice[:2])]
-    in_buffer = data.n_batches_in_buffer * len(positions[:: (*data.seqpos_slice, None, None, None)[2] or 1])
+    in_buffer = data.n_batches_in_buffer * data.positions_per_prompt
     batch = max(1, min(max(SMALLEST_BATCH, min(LARGEST_BATCH, wanted)), tokens, in_buffer))
-    steps = f"{-(-tokens // max(1, batch)):,} steps: {STEPS_WANTED} or so of {SMALLEST_BATCH} to {LARGEST_BATCH} tokens"
-    fill(data, "train_batch_size_tokens", batch // parts * parts, steps)
+    reason = f"as near to {STEPS_WANTED} steps as {SMALLEST_BATCH} to {LARGEST_BATCH} tokens come"
+    fill(data, "train_batch_size_tokens", batch // parts * parts, reason)
     n_prompts = -(-tokens // max(1, data.context_size)) // PROMPTS_PER_EVAL_PROMPT
     few, most = FEWEST_EVAL_PROMPTS, MOST_EVAL_PROMPTS
     fill(data, "n_eval_prompts", min(max(n_prompts, few), most), f"one for every 16 trained on, from {few} to {most}")
@@ -377,6 +375,7 @@ def _make_plain(cfg: CLTTrainingRunnerConfig) -> None:
             require(None not in whole or name == "seqpos_slice", f"{name} is {value!r}: give token ids.")
             require(len(whole) <= 3 or name != "seqpos_slice", f"seqpos_slice is {value!r}: give start, stop and step.")
             object.__setattr__(data, name, tuple(whole))
+    require(0 not in data.seqpos_slice[2:], f"seqpos_slice is {data.seqpos_slice}: give a step other than 0.")
     token = plain(data.sequence_separator_token)
     require(
         token is None or is_whole(token) or token in ("bos", "eos", "sep"),
@@ -493,8 +492,7 @@ def _check_sparsity(clt: CLTSettings) -> None:
 
 
 def _check_data(data: DataSettings) -> None:
-    require(0 not in data.seqpos_slice[2:], f"seqpos_slice is {data.seqpos_slice}: give a step other than 0.")
-    per_prompt = len(range(data.context_size)[slice(*data.seqpos_slice)])
+    per_prompt = data.positions_per_prompt
     require(
         per_prompt > 0,
         f"seqpos_slice {data.seqpos_slice} leaves none of {data.context_size} positions: widen it.",

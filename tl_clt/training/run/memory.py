@@ -55,7 +55,7 @@ def estimate_memory(clt: TrainingCLT, data: DataSettings) -> MemoryEstimate:
     # Pre-activations and activations of every layer, the gradients of one layer at a time, and about four of the
     # batch: raw, scaled, reconstructed, and the gradient.
     step = batch * ((2 * n_layers + 4) * clt.n_own_features + 4 * per_token) * number
-    positions = len(range(data.context_size)[slice(*data.seqpos_slice)])
+    positions = data.positions_per_prompt
     held = data.n_batches_for_scale * data.train_batch_size_tokens
     if clt.grid.is_main:
         held += int((3 - data.activations_mixing_fraction) * data.n_batches_in_buffer * positions)

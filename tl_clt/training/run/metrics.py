@@ -1,8 +1,8 @@
 """What a trained CLT reaches on text that was kept out of training, and the thresholds that this text sets.
 
 Everything is counted as `tl_clt.evaluation.evaluate` counts it: all tokens but the first of each prompt, those of
-huge norm among them, which training left out. Special tokens within a prompt, between two rows of text, are left out:
-`evaluate` has none there.
+huge norm among them, which training left out. What `exclude_special_tokens` names is left out within a prompt too,
+where it stands between two rows of text: `evaluate` does not join rows.
 """
 
 from __future__ import annotations
@@ -80,8 +80,10 @@ class Metrics(NamedTuple):
         ]
         silent = [layer for layer, of_layer in enumerate(l0) if of_layer == 0]
         if silent:
-            mend = "lower sparsity_coefficient" if asked is None else "ask for a higher L0"
-            said.append(f"Layers {_joined(silent)} are silent: {mend}, or give more training_tokens.")
+            said.append(
+                f"Layers {_joined(silent)} are silent: raise target_l0 or k, or lower sparsity_coefficient, whichever"
+                " was set, or give more training_tokens."
+            )
         if asked is not None:
             missed = [s for s, of_layer in enumerate(l0) if of_layer > 0 and abs(of_layer / asked - 1) > MISSED_BY]
             if missed:
@@ -140,7 +142,7 @@ def measure(
         n += len(y)
     centred = squared - total.square().sum(dim=1) / max(n, 1)
     explained = explained_variance(error, centred, squared)
-    l0 = fired.unflatten(0, (n_layers, -1)).sum(dim=1).double() / max(n, 1)
+    l0 = clt.l0_per_layer(fired, n)
     return Metrics(
         explained_variance=explained.mean,
         explained_variance_per_layer=explained.per_layer,
@@ -214,7 +216,7 @@ def fit_thresholds(clt: TrainingCLT, batches: Iterable[Batch], step: Step) -> li
             scores = torch.where(h > 0, scores, -torch.inf).flatten()
             most = min(len(scores), multiple * max(1, round(wanted * len(batch))))
             largest[s].append(torch.topk(scores, most, sorted=False).values)
-    before = (fired.unflatten(0, (cfg.n_layers, -1)).sum(dim=1) / max(n, 1)).tolist()
+    before = clt.l0_per_layer(fired, n).tolist()
     if n == 0:
         return before
     for group in [list(layers)] if together else [[s] for s in layers]:

@@ -188,8 +188,7 @@ def measure_batch(
         error, centred = clt.grid.all_tokens(recons) - y, y - y.mean(dim=0)
         sums.append(torch.stack([part.square().sum(dtype=torch.float64) for part in (error, centred, y)]))
     explained = explained_variance(*torch.stack(sums, dim=1))
-    n_tokens = len(step.recons) * clt.grid.n_data_parallel
-    l0 = fired.unflatten(0, (clt.cfg.n_layers, -1)).sum(dim=1).double() / n_tokens
+    l0 = clt.l0_per_layer(fired, len(step.recons) * clt.grid.n_data_parallel)
     return _Measured(explained.mean, explained.per_layer, l0.tolist())
 
 

@@ -36,8 +36,8 @@ CONTROLLER_GAINS = (4.0, 10.0)
 """Its K_p, and its K_i times the steps of the run. With twice the K_i, L0 is nearer its target where runs are long, and
 falls far below it in runs of a hundred steps, from where thresholds cannot bring it back."""
 
-LEAST_LAMBDA, GREATEST_SHARE = 1e-4, 10.0
-"""Bounds of its lambdas: the least; and the greatest over n_layers * d_model / target_l0, which is what one
+LEAST_LAMBDA, GREATEST_TIMES = 1e-4, 10.0
+"""Bounds of its lambdas: the least; and the greatest as a multiple of n_layers * d_model / target_l0, which is what one
 feature of a layer would have to save, in the mean, if a layer's features alone explained all layers' outputs."""
 
 MAX_NORM = 1.0
@@ -83,7 +83,7 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
         clt = self.sae.cfg
         if clt.target_l0 is None or clt.selects or clt.sparsity_loss == "quadratic_l0":
             return
-        greatest = GREATEST_SHARE * clt.n_layers * clt.d_in / clt.target_l0
+        greatest = GREATEST_TIMES * clt.n_layers * clt.d_in / clt.target_l0
         start = min(max(CONTROLLER_START * clt.sparsity_coefficient, LEAST_LAMBDA), greatest)
         self.coefficient_schedulers["sparsity"] = L0Controller(  # type: ignore[assignment]
             clt.n_layers,
@@ -222,7 +222,7 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
         self.n_frac_active_samples += n_tokens
         self.density.add(fired, n_tokens)
         if self.controller is not None:
-            self.controller.observe(fired.unflatten(0, (self.sae.cfg.n_layers, -1)).sum(dim=1) / n_tokens)
+            self.controller.observe(self.sae.l0_per_layer(fired, n_tokens))
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
