@@ -667,9 +667,8 @@ def define_step(clt: TrainingCLT, step_input: TrainStepInput) -> CLTStep:
     recons = decode(clt, acts, inputs)
     losses = {"mse_loss": mse_loss(recons, outputs)}
     pre_by_layer, acts_by_layer = hidden_pre.unbind(dim=1), acts.unbind(dim=1)
-    if cfg.selects:
-        losses |= _define_auxk(clt, hidden_pre, (outputs - recons).detach(), step_input)
-    else:
+    losses |= _define_auxk(clt, hidden_pre, (outputs - recons).detach(), step_input)
+    if not cfg.selects:
         norms, thresholds = clt.norms(), [t.to(acts.dtype) for t in clt.thresholds()]
         straight = (cfg.jumprelu_bandwidth, cfg.straight_through)
         if cfg.sparsity_loss == "tanh":
@@ -789,9 +788,10 @@ class TrainingCLT(CLTWeights, TrainingSAE[TrainingCLTConfig]):
         """
         if not self.in_own_trainer:
             _require_plain_training(self.cfg)
+        auxk = {"auxk": self.cfg.auxk_coefficient}
         if self.cfg.selects:
-            return {"auxk": self.cfg.auxk_coefficient}
-        return {
+            return auxk
+        return auxk | {
             "dead_feature": self.cfg.dead_feature_coefficient,
             "sparsity": TrainCoefficientConfig(self.cfg.sparsity_coefficient, self.cfg.sparsity_warm_up_steps),
         }

@@ -96,9 +96,8 @@ class FastStep:
             recons = recons + torch.stack([decode(x, W_skip) for x, W_skip in zip(xs, clt.W_skip, strict=True)], dim=1)
         losses = {"mse_loss": mse_loss(recons, outputs)}
         hidden_pre = [one.hidden_pre for one in layers]
-        if clt.cfg.selects:
-            losses |= _auxk(clt, xs, hidden_pre, (outputs - recons).detach(), step_input)
-        else:
+        losses |= _auxk(clt, xs, hidden_pre, (outputs - recons).detach(), step_input)
+        if not clt.cfg.selects:
             losses |= _penalties(clt, layers, step_input.coefficients)
         return CLTStep(recons, losses, [one.features for one in layers], hidden_pre, smallest)
 

@@ -315,9 +315,6 @@ FOR_THRESHOLDS = (
 )
 """Settings of the CLT that have no part where features are chosen by rank."""
 
-FOR_RANKS = ("auxk_coefficient", "k_aux")
-"""Settings that have a part only there."""
-
 NOT_NEGATIVE = (
     *("lr_warm_up_steps", "lr_decay_steps", "lr_end", "k_anneal_steps", "dead_feature_density", "seed"),
     *(f.name for f in fields(CLTSettings) if f.name.endswith("_coefficient")),
@@ -468,13 +465,12 @@ def _check_sparsity(clt: CLTSettings) -> None:
         target is None or not clt.selects or clt.k == clt.k_asked_for(),
         f"target_l0 is {target} and k {clt.k} with activation {clt.activation!r}, whose L0 is k: give one of them.",
     )
-    for name in FOR_THRESHOLDS if clt.selects else FOR_RANKS:
+    for name in FOR_THRESHOLDS if clt.selects else ():
         value, default = getattr(clt, name), CLTSettings.__dataclass_fields__[name].default
-        other = "'jumprelu' or 'relu'" if clt.selects else "'topk' or 'batchtopk'"
         require(
             value == default,
             f"{name} is {value!r} with activation {clt.activation!r}, where it has no part: leave it out, or set"
-            f" activation to {other}.",
+            " activation to 'jumprelu' or 'relu'.",
         )
     require(
         clt.sparsity_loss == "tanh" or clt.activation == "jumprelu",
