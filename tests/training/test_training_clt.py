@@ -166,6 +166,7 @@ def test_coefficients_go_through_saelens_schedulers() -> None:
     assert build("relu", **cfg).get_coefficients() == {
         "sparsity": TrainCoefficientConfig(0.5, 9),
         "dead_feature": 1e-5,
+        "auxk": 1.0,
     }
     assert build("topk", **cfg, auxk_coefficient=0.1).get_coefficients() == {"auxk": 0.1}
 

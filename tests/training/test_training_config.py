@@ -122,7 +122,6 @@ def test_is_frozen(make_config) -> None:
         ({"activations_mixing_fraction": 1.5}, "activations_mixing_fraction is 1.5: give 0 to 1"),
         ({"k": 3, "activation": "jumprelu"}, "k is 3 with activation 'jumprelu': topk and batchtopk need k"),
         ({"jumprelu_bandwidth": 2.0}, "jumprelu_bandwidth is 2.0 with activation 'topk', where it has no part"),
-        ({"k_aux": 3, "activation": "relu"}, "k_aux is 3 with activation 'relu', where it has no part"),
         ({"k": 99}, "k is 99 for 24 features per layer: give 1 to 24"),
         ({"span": 0}, "span is 0"),
         ({"activation": "jumprelu", "topk_across": "all_layers"}, "only topk and batchtopk have it"),

@@ -145,11 +145,11 @@ class CLTSettings(CLTShape):
     """c of the tanh sparsity loss."""
 
     dead_feature_coefficient: float = 3e-6
-    """lambda_P. Small dictionaries with lambda near 1 need far more, 0.01 to 0.1, to keep most features alive; more
-    of it raises L0. No part for topk and batchtopk."""
+    """lambda_P. Small dictionaries with lambda near 1 need far more, 0.01 to 0.1, to keep most features alive where
+    AuxK does not; more of it raises L0. No part for topk and batchtopk."""
 
-    auxk_coefficient: float = 1 / 32
-    """Weight of AuxK, by which dead features learn what the others leave out; for topk and batchtopk."""
+    auxk_coefficient: float = 1.0
+    """Weight of AuxK, by which dead features learn what the others leave out."""
 
     k_aux: int | None = None
     """Dead features of each layer that it trains at a token; d_model / 2 where left out."""

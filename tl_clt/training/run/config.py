@@ -146,7 +146,7 @@ class CLTTrainingRunnerConfig:
     # -- records
 
     dead_feature_window: int = 1000
-    """Steps over which the density of features is measured, which tells the dead ones; a quarter of the run at most."""
+    """Steps over which the density of features is measured, which tells the dead ones; an eighth of the run at most."""
 
     log_every: int | None = None
     """Steps between lines of progress: what the runner's `on_progress` is told, the command line prints, and
@@ -222,9 +222,9 @@ class CLTTrainingRunnerConfig:
 
     @property
     def dead_window_steps(self) -> int:
-        """`dead_feature_window`, or a quarter of a shorter run: at the start every feature fires, so that a longer
-        window would find none dead."""
-        return min(self.dead_feature_window, -(-self.n_steps // 4))
+        """`dead_feature_window`, or an eighth of a shorter run: at the start every feature fires, so that a longer
+        window would find none dead, and what AuxK revives needs time."""
+        return min(self.dead_feature_window, -(-self.n_steps // 8))
 
     def __getattr__(self, name: str) -> Any:
         """A field of a part."""

@@ -49,7 +49,7 @@ class Metrics(NamedTuple):
     `dead_feature_density`; such as fired at no token of them always count."""
 
     dead_window_steps: int
-    """`dead_feature_window`, or the last quarter of a run shorter than four times that: at the start every feature
+    """`dead_feature_window`, or the last eighth of a run shorter than eight times that: at the start every feature
     fires, so a longer window would find none dead."""
 
     n_tokens: int
@@ -177,6 +177,10 @@ MORE_THAN_WANTED = 4
 keep what all are to keep together."""
 
 
+CLOSE_ENOUGH = 0.075
+"""Share by which a layer's L0 may be off before the thresholds of jumprelu are moved."""
+
+
 @torch.no_grad()
 def fit_thresholds(clt: TrainingCLT, batches: Iterable[Batch], step: Step) -> list[float]:
     """Set thresholds so that as many features fire as were asked for, in the mean over these tokens:
@@ -184,6 +188,8 @@ def fit_thresholds(clt: TrainingCLT, batches: Iterable[Batch], step: Step) -> li
         batchtopk, all_layers  score_threshold = t,   of each layer, or one for all
         jumprelu               theta_i <- max(0, theta_i + t / ||W_dec,i||),   t of each layer
 
+    A layer of jumprelu features whose L0 is within `CLOSE_ENOUGH` of what was asked for stays as it is: what training
+    found is better than a common shift, which takes the last tokens from features that fire weakly.
     t is halfway between the smallest score that is to be kept and the largest that is not. Scores are
     hidden_pre * ||W_dec,i||, and for jumprelu (hidden_pre - theta_i) * ||W_dec,i||. Features whose hidden_pre is
     negative never fire: where too few are positive, fewer fire than were asked for.
@@ -220,6 +226,8 @@ def fit_thresholds(clt: TrainingCLT, batches: Iterable[Batch], step: Step) -> li
     if n == 0:
         return before
     for group in [list(layers)] if together else [[s] for s in layers]:
+        if not cfg.has_score_threshold and abs(before[group[0]] - wanted) <= CLOSE_ENOUGH * wanted:
+            continue
         own = torch.cat([scores for s in group for scores in largest[s]])
         # Of data-parallel ranks each has every score once.
         copies = clt.grid.n_data_parallel

@@ -533,8 +533,8 @@ class CLTTrainingRunner:
             model_name=start.name,
             input_scale=None if scale is None else scale.inputs,
             output_scale=None if scale is None else scale.outputs,
-            # lambda rises over the whole run; a controller's target is kept for the last quarter.
-            sparsity_warm_up_steps=cfg.n_steps if cfg.clt.target_l0 is None else cfg.n_steps * 3 // 4,
+            # lambda rises over the whole run; a controller's target is reached half-way and kept.
+            sparsity_warm_up_steps=cfg.n_steps if cfg.clt.target_l0 is None else cfg.n_steps // 2,
             metadata=SAEMetadata(
                 model_name=start.name,
                 hook_name=cfg.clt.input_hook,

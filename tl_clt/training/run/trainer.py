@@ -32,9 +32,11 @@ from tl_clt.training.run.progress import ProgressMeter
 CONTROLLER_START = 0.01
 """Share of `sparsity_coefficient` that the controller of `target_l0` begins with."""
 
-CONTROLLER_GAINS = (4.0, 10.0)
-"""Its K_p, and its K_i times the steps of the run. With twice the K_i, L0 is nearer its target where runs are long, and
-falls far below it in runs of a hundred steps, from where thresholds cannot bring it back."""
+CONTROLLER_GAINS = (8.0, 30.0)
+"""Its K_p, and its K_i times the steps of the run."""
+
+MOST_PER_STEP = 0.1
+"""Its largest K_i: L0 answers to lambda after some ten steps, however short the run."""
 
 LEAST_LAMBDA, GREATEST_TIMES = 1e-4, 10.0
 """Bounds of its lambdas: the least; and the greatest as a multiple of n_layers * d_model / target_l0, which is what one
@@ -90,7 +92,10 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
             clt.target_l0,
             start=start,
             ramp_steps=clt.sparsity_warm_up_steps,
-            gains=(CONTROLLER_GAINS[0], CONTROLLER_GAINS[1] / self.cfg.total_training_steps),
+            gains=(
+                CONTROLLER_GAINS[0],
+                min(CONTROLLER_GAINS[1] / self.cfg.total_training_steps, MOST_PER_STEP),
+            ),
             bounds=(LEAST_LAMBDA, greatest),
         )
 
