@@ -11,11 +11,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 # Before the first import of tl_clt, and never taken down: modules imported late are checked as well.
 import jaxtyping
-from jaxtyping import install_import_hook
 
-import tests.checking
+from tests import checking
 
-install_import_hook("tl_clt", f"{tests.checking.__name__}.{tests.checking.check.__name__}")
+checking.install("tl_clt")
 
 import resource
 import signal
