@@ -18,8 +18,9 @@ import jaxtyping
 from beartype import beartype
 from beartype.roar import BeartypeCallHintViolation
 
-one_call = jaxtyping.jaxtyped
-"""`with one_call("context")`: an axis has one length within."""
+one_call = jaxtyping.jaxtyped("context")
+"""`with one_call`: an axis has one length within."""
+config = jaxtyping.config
 
 
 class Checks(NamedTuple):
@@ -59,13 +60,13 @@ def checked(function: Any = None, *, typechecker: object = None) -> Any:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal checks, made
-        if jaxtyping.config.jaxtyping_disable:
+        if config.jaxtyping_disable:
             return function(*args, **kwargs)
         if not made:
             # Before the next line: beartype imports modules, and finders of the package's own are functions too.
             made = True
             checks = checks_of(function)
-        with one_call("context"):
+        with one_call:
             try:
                 checks.arguments(*args, **kwargs)
             except BeartypeCallHintViolation as error:
