@@ -1,9 +1,9 @@
 """The check of annotations in tests: every function of the package, what it is given and what it returns.
 
-jaxtyping's import hook decorates each function with `jaxtyping.jaxtyped`, which `install` puts `checked` in place of. Both
-let beartype look at arguments and result, with one memory of axes for the two, so that "pos" is one number within a call.
-`jaxtyped` binds each call's arguments, checks them twice, and writes its checks anew each time that an inner function (a
-hook, say) is defined: in tests of hooks that took as long as what is tested.
+jaxtyping's import hook decorates each function with `jaxtyping.jaxtyped`, in whose place `install` puts `checked`. Both
+let beartype look at arguments and result, with one memory of axes for the two, so that "pos" is one number within a
+call. `jaxtyped` binds each call's arguments, checks them twice, and writes its checks anew each time that an inner
+function (a hook, say) is defined: in tests of hooks that took about as long as what is tested.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from jaxtyping import Float, TypeCheckError
 from torch import Tensor, zeros
 
-from tests.checking import checked
+from tests.checking import checked, install
 from tl_clt.lens import to_tokens
 
 
@@ -106,6 +107,28 @@ def test_what_fits_is_let_through() -> None:
 def test_what_does_not_fit_is_refused(call: Any) -> None:
     with pytest.raises(TypeCheckError):
         call()
+
+
+def test_modules_of_a_package_are_checked_as_they_are_imported(tmp_path, monkeypatch) -> None:
+    (tmp_path / "of_a_test.py").write_text(
+        "from jaxtyping import Float\nfrom torch import Tensor\n"
+        "Rows = Float[Tensor, 'pos d_model']\n"
+        "def adder(by):\n"
+        "    def add(x: Rows, y: Rows) -> Rows:\n"
+        "        return (x + y + by)[:, : x.shape[1] if by < 2 else 1]\n"
+        "    return add\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    install("of_a_test")
+    adder = importlib.import_module("of_a_test").adder
+    x = zeros(2, 3)
+    for by in (0, 1):
+        assert torch.equal(adder(by)(x, x), x + by)
+        for wrong in ((x, x[:1]), (x[0], x)):
+            with pytest.raises(TypeCheckError, match="parameter"):
+                adder(by)(*wrong)
+    with pytest.raises(TypeCheckError, match="return"):
+        adder(2)(x, x)
 
 
 def test_nothing_is_checked_where_a_test_asks_for_it(as_users_run_it: None) -> None:

