@@ -11,12 +11,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 # Before the first import of tl_clt, and never taken down: modules imported late are checked as well.
 import jaxtyping
-from jaxtyping import install_import_hook
 
-import tests.checking
+from tests import checking
 
-install_import_hook("tl_clt", f"{tests.checking.__name__}.{tests.checking.check.__name__}")
+checking.install("tl_clt")
 
+import gc
 import resource
 import signal
 import subprocess
@@ -29,6 +29,7 @@ import pytest
 import torch
 
 from tests.models import FAMILIES, HOOKED, Model, random_tokens, save_hf, tiny_bridge, tiny_hf, tiny_hooked
+from tests.warm_process import WarmProcess
 from tl_clt.lens import load_model
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "0"))
@@ -46,6 +47,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The real model's tests come first: they take longest, and at the end one worker would wait for them."""
     items.sort(key=lambda item: item.get_closest_marker("real_model") is None)
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays: collections of garbage, which some tests ask for, need not look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 ORACLES = Path(__file__).parent / "data" / "oracles"
@@ -88,6 +95,14 @@ def session_models(tmp_path_factory: pytest.TempPathFactory):
         return made[kind]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def warm_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmProcess]:
+    """Runs code in fresh processes that have torch, TransformerLens and what draws loaded."""
+    process = WarmProcess(tmp_path_factory.mktemp("streams"))
+    yield process
+    process.close()
 
 
 KINDS = (*(f"hooked-{arch}" for arch in HOOKED), *(f"bridge-{family}" for family in FAMILIES))
@@ -144,8 +159,9 @@ def small_disk() -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def modules_after(code: str) -> set[str]:
-    """Names of the top-level modules that are loaded after some code has run in a fresh interpreter."""
-    script = f"import sys\n{code}\nprint(' '.join(sorted({{m.split('.')[0] for m in sys.modules}})))"
+def modules_after(*codes: str) -> list[set[str]]:
+    """Names of the top-level modules that are loaded after each piece of code, all run in one fresh interpreter."""
+    tell = "print(' '.join(sorted({m.split('.')[0] for m in sys.modules})))"
+    script = "\n".join(["import sys", *(f"{code}\n{tell}" for code in codes)])
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return set(run.stdout.split())
+    return [set(line.split()) for line in run.stdout.splitlines()]

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.warm_process import WarmProcess
 from tl_clt import AttributionGraph
 from tl_clt.organisms import organism_folder
 
@@ -40,11 +42,15 @@ def environment() -> dict[str, str]:
     return {**os.environ, "COLUMNS": "200", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
 
 
-def interrupted_at(event: str, words: str, *arguments: str) -> str:
+@pytest.fixture
+def interrupted_at(warm_process: WarmProcess) -> Callable[..., str]:
     """What a command says on stderr that gets a SIGINT at a moment; how it must end is checked."""
-    command = [sys.executable, "-c", INTERRUPTING, event, words, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=1200)
-    return check_end(done.returncode, done.stderr)
+
+    def run(event: str, words: str, *arguments: str) -> str:
+        done = warm_process.run(INTERRUPTING, event, words, *arguments, environment=environment())
+        return check_end(done.status, done.stderr)
+
+    return run
 
 
 def check_end(status: int, stderr: str) -> str:
@@ -68,25 +74,27 @@ def text(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("module", ["typer", "rich.console", "tl_clt.cli.train", "torch", "transformer_lens"])
 def test_during_imports(tmp_path, module):
-    said = interrupted_at("import", f"('{module}'", *trace(tmp_path / "a" / "g"))
+    command = [sys.executable, "-c", INTERRUPTING, "import", f"('{module}'", *trace(tmp_path / "a" / "g")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=1200)
+    said = check_end(done.returncode, done.stderr)
     assert said == "Interrupted. Nothing was written."
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("event", "words"), [("open", "cfg.json"), ("os.rename", ".unfinished.")])
-def test_while_a_graph_is_made_and_written(tmp_path, event, words):
+def test_while_a_graph_is_made_and_written(interrupted_at, tmp_path, event, words):
     assert interrupted_at(event, words, *trace(tmp_path / "a" / "g")) == "Interrupted. Nothing was written."
     assert list(tmp_path.iterdir()) == []
 
 
-def test_while_a_graph_is_shown_it_is_kept(tmp_path):
+def test_while_a_graph_is_shown_it_is_kept(interrupted_at, tmp_path):
     path = tmp_path / "g"
     assert interrupted_at("import", "('tl_clt.viewer", *trace(path)) == f"Interrupted. The graph is in {path}."
     assert len(AttributionGraph.load(path).nodes) > 100
     assert [p.name for p in tmp_path.iterdir()] == ["g"]
 
 
-def test_while_an_evaluation_is_saved(tmp_path, text):
+def test_while_an_evaluation_is_saved(interrupted_at, tmp_path, text):
     arguments = ("--clt", ATLAS_CLT, "--dataset", text, "--output", str(tmp_path / "out"), "--max-tokens", "100")
     said = interrupted_at("open", "density.png", "evaluate", *arguments, "--n-graphs", "0")
     assert said == "Interrupted. Nothing was written." and list(tmp_path.iterdir()) == []
@@ -95,15 +103,15 @@ def test_while_an_evaluation_is_saved(tmp_path, text):
 @pytest.mark.parametrize(
     ("command", "options"), [("list", ()), ("intervene", ("--clt", ATLAS_CLT, "--prompt", PROMPT, "--add", "1:2:3=1"))]
 )
-def test_commands_that_write_nothing(command, options):
+def test_commands_that_write_nothing(interrupted_at, command, options):
     assert interrupted_at("import", "('tl_clt.transcoder.hub'", command, *options).startswith("Interrupted. ")
 
 
-def test_a_comparison_says_what_it_has_trained(tmp_path, text):
+def test_a_comparison_says_what_it_has_trained(interrupted_at, tmp_path, text):
     output = tmp_path / "out"
     said = interrupted_at(
         *("open", "tradeoff.csv", "tradeoff", "--model", "atlas", "--dataset", text, "--output", str(output)),
-        *("--train-on", text, "--d-transcoder", "8", "--l0", "2", "--training-tokens", "1024", "--max-tokens", "100"),
+        *("--train-on", text, "--d-transcoder", "8", "--l0", "2", "--training-tokens", "512", "--max-tokens", "100"),
         *("--n-graphs", "0", "--context-size", "32"),
     )
     trained = [output / "clt-8-l0-2", output / "plt-8-l0-2"]
@@ -111,7 +119,7 @@ def test_a_comparison_says_what_it_has_trained(tmp_path, text):
     assert sorted(output.iterdir()) == trained
 
 
-def test_training_says_how_it_goes_on_and_does(tmp_path, text):
+def test_training_says_how_it_goes_on_and_does(interrupted_at, tmp_path, text):
     sizes = ("--d-transcoder", "8", "--batch-size", "256", "--context-size", "32", "--training-tokens", "1000000")
     checkpoints = tmp_path / "checkpoints"
     options = ("--model", "atlas", "--dataset", text, "--output", str(tmp_path / "clt"), *sizes)
@@ -142,7 +150,7 @@ def test_training_says_how_it_goes_on_and_does(tmp_path, text):
     assert json.loads((last / "checkpoint.json").read_text())["step"] == int(last.name[5:])
 
 
-def test_training_without_checkpoints_says_how_to_have_them(tmp_path, text):
+def test_training_without_checkpoints_says_how_to_have_them(interrupted_at, tmp_path, text):
     sizes = ("--d-transcoder", "8", "--batch-size", "256", "--context-size", "32", "--training-tokens", "2048")
     options = ("--model", "atlas", "--dataset", text, "--output", str(tmp_path / "clt"), *sizes)
     said = interrupted_at("open", "training.json", "train", *options)

@@ -161,10 +161,9 @@ def test_attach_as_by_hand_and_leaving_no_trace(model: Model, tokens: Tensor, pl
 @pytest.mark.parametrize(
     ("engine", "bos", "options"),
     [
+        # Of one engine each: that the two agree is tested below.
         ("sweep", "error", {}),
-        ("sweep", "features", {"span": 2, "skip": True}),
-        ("autograd", "error", {"span": 2, "skip": True}),
-        ("autograd", "features", {}),
+        ("autograd", "features", {"span": 2, "skip": True}),
     ],
     ids=str,
 )
@@ -251,7 +250,7 @@ def test_training_reads_and_writes_there(session_models, kind: str, places: dict
     model = session_models(kind)
     tokens = random_tokens(model, batch=64, pos=8)
     before = snapshot(model)
-    cfg = config(**places, training_tokens=64 * 60, dtype="float64")
+    cfg = config(**places, training_tokens=64 * 30, dtype="float64")
     clt = CLTTrainingRunner(cfg, model=model, dataset=tokens).run()
     after = snapshot(model)
     assert all(after[key] == before[key] for key in ("hook_dict", "mod_dict", "modules", "state_dict", "forward hooks"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from transformer_lens import HookedTransformer
 from tests.models import Model, randomise, save_hf, tiny_clt, tiny_hf
 from tl_clt import Intervention, attach, intervene, intervention_hooks, load_model
 from tl_clt.errors import InterventionError, PromptError
-from tl_clt.interventions import DirectionIntervention
+from tl_clt.interventions import DirectionIntervention, Freeze, InterventionEffect
 
 PROMPTS = ["w3 w4 w5 w6 w7", "w8 w9", "w10 w11 w12 w13"]
 CHANGES = {
@@ -59,23 +61,31 @@ def padded(model: Model, side: str) -> tuple[Tensor, Tensor]:
     return tokens, mask
 
 
-def alone(changes: list, row: int) -> list:
-    """The interventions that a prompt gets when it runs by itself."""
-    kept = [c for c in changes if c.prompt in (None, row)]
-    return [type(c)(**{**vars(c), "prompt": None}) for c in kept]
+@pytest.fixture(scope="module")
+def alone(padding: Model) -> Callable[..., InterventionEffect]:
+    """What a prompt gets when it runs by itself, which knows nothing of sides: run once for both."""
+    clt = tiny_clt(padding, skip=True, dtype=torch.float32)
+
+    @functools.cache
+    def run(row: int, change: str, through_layer: int | None, freeze: Freeze) -> InterventionEffect:
+        kept = [c for c in CHANGES[change] if c.prompt in (None, row)]
+        own = [type(c)(**{**vars(c), "prompt": None}) for c in kept]
+        return intervene(padding, clt, PROMPTS[row], own, through_layer, freeze)
+
+    return run
 
 
 @pytest.mark.parametrize("freeze", ["attention", "none", "all"])
 @pytest.mark.parametrize("through_layer", [None, 1])
 @pytest.mark.parametrize("change", [name for name in CHANGES if name != "noise"])
-def test_each_prompt_of_a_batch_gets_what_it_gets_by_itself(padding: Model, side, change, through_layer, freeze):
+def test_each_prompt_of_a_batch_gets_what_it_gets_by_itself(padding: Model, alone, side, change, through_layer, freeze):
     clt = tiny_clt(padding, skip=True, dtype=torch.float32)
     tokens, mask = padded(padding, side)
     batch = intervene(padding, clt, PROMPTS, CHANGES[change], through_layer, freeze)
     given = intervene(padding, clt, tokens, CHANGES[change], through_layer, freeze, attention_mask=mask)
     assert batch.attention_mask is not None and torch.equal(batch.attention_mask, mask)
-    for row, text in enumerate(PROMPTS):
-        one = intervene(padding, clt, text, alone(CHANGES[change], row), through_layer, freeze)
+    for row in range(len(PROMPTS)):
+        one = alone(row, change, through_layer, freeze)
         own = mask[row].bool()
         for effect in (batch, given):
             torch.testing.assert_close(effect.baseline_logits[row, own], one.baseline_logits[0], **CLOSE)

@@ -17,7 +17,6 @@ from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from tests.attribution.helpers import normalised
-from tests.conftest import modules_after
 from tests.models import COMMON, Model, input_hook_of, random_tokens, randomise, tiny_clt, tiny_hooked
 from tl_clt import (
     AttributionGraph,
@@ -640,10 +639,6 @@ def test_figures_have_constrained_on_the_left_iterative_beside_it_and_model_on_t
         assert all(title.startswith(kind) for title, kind in zip(titles, KINDS, strict=True))
     with pytest.raises(ConfigError, match="no figure 'pie'"):
         report.plot("pie")  # type: ignore[arg-type]
-
-
-def test_no_plotting_library_is_loaded_before_a_figure_is_asked_for():
-    assert "matplotlib" not in modules_after("from tl_clt import validate")
 
 
 # -- errors ------------------------------------------------------------------------------------------------

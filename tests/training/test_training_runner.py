@@ -46,7 +46,7 @@ def test_store_is_saelens_own_and_the_trainer_but_for_its_step() -> None:
     [
         ("topk", 3, {}),
         ("topk", 3, {"topk_across": "all_layers"}),
-        ("batchtopk", 3, {"k_start": 20, "k_anneal_steps": 50}),
+        ("batchtopk", 3, {"k_start": 20, "k_anneal_steps": 25}),
         ("batchtopk", 3, {"topk_across": "all_layers", "far_rank": 4}),
         ("jumprelu", 3, {"skip": True}),
         ("jumprelu", 1, {"straight_through": "threshold"}),
@@ -59,14 +59,14 @@ def test_training_learns_the_mlps(model, tokens, make_config, activation: str, s
         **changes,
         activation=activation,
         span=span,
-        training_tokens=64 * 200,
-        lr_decay_steps=50,
+        training_tokens=64 * 100,
+        lr_decay_steps=25,
         **({} if "topk" in activation else {"sparsity_coefficient": 0.1}),
     )
     run = CLTTrainingRunner(cfg, model=model, dataset=tokens, on_progress=seen.append)
     clt = run.run()
-    assert [p.step for p in seen] == list(range(10, 201, 10))
-    assert seen[-1].tokens == 64 * 200 and seen[-1].n_steps == 200
+    assert [p.step for p in seen] == list(range(10, 101, 10))
+    assert seen[-1].tokens == 64 * 100 and seen[-1].n_steps == 100
     assert seen[-1].losses["mse_loss"] < 0.5 * seen[0].losses["mse_loss"]
     assert ("sparsity_loss" in seen[0].losses) == ("topk" not in activation)
     metrics = run.record.metrics
@@ -167,7 +167,7 @@ def test_output_is_a_native_clt_with_a_record(model, tokens, make_config, tmp_pa
 )
 def test_every_precision_trains(model, tokens, make_config, activation: str, precision: dict) -> None:
     sparsity = {} if activation == "topk" else {"sparsity_coefficient": 0.1}
-    cfg = make_config(activation=activation, training_tokens=64 * 200, **sparsity, **precision)
+    cfg = make_config(activation=activation, training_tokens=64 * 100, **sparsity, **precision)
     run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
     assert run.run().W_enc.dtype == getattr(torch, cfg.dtype)
     assert run.record.metrics.explained_variance > 0.5

@@ -8,7 +8,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -137,7 +137,7 @@ class Intervention(_Change):
     def of(
         cls,
         graph: AttributionGraph,
-        node: int | FeatureNode,
+        node: SupportsIndex | FeatureNode,
         scale: Number = 0,
         *,
         prompt: int | None = None,
@@ -222,6 +222,7 @@ class DirectionIntervention(_Change):
 AnyIntervention = Intervention | DirectionIntervention
 
 
+@runtime_checkable
 class FeatureNode(Protocol):
     """A node of a graph that is a feature, as `graph.nodes[i]` gives it."""
 
