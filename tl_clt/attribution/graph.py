@@ -63,6 +63,7 @@ from tl_clt.shapes import NodeValues
 
 if TYPE_CHECKING:
     from tl_clt.viewer.html import FeatureSource
+    from tl_clt.viewer.notebook import GraphView
 
 FORMAT = "tl_clt.attribution_graph"
 VERSION = 3
@@ -354,6 +355,26 @@ class AttributionGraph(WeightedGraph):
         from tl_clt.viewer.html import save_html
 
         return save_html(path, self, features, title=title)
+
+    def show(self, features: FeatureSource | None = None, **options: Any) -> GraphView:
+        """The graph as a page in a notebook, where this is the last line of a cell.
+
+        With anywidget the page is joined to the kernel; without, it stands in a frame alone; where a notebook shows
+        neither, there is a picture.
+
+        Args:
+            features: as of `save_html`; looked up as the page needs them.
+            options: `height` of the page in pixels; `model` and `clt`, to change features from the page;
+                `annotations`, a file to keep pins, groups and labels in; `display`, one of "auto", "widget", "frame"
+                and "picture".
+
+        Raises:
+            ConfigError: an argument is something else.
+            ExtraMissing, CLTMismatch, FormatError, NotWritten: as of `tl_clt.viewer.GraphView`.
+        """
+        from tl_clt.viewer.notebook import GraphView
+
+        return GraphView(self, features, **options)
 
     def save(self, path: str | Path) -> Path:
         """Write the graph to one safetensors file, all or nothing; a file that is there is replaced.

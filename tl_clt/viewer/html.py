@@ -125,6 +125,8 @@ def page_html(data: dict[str, Any], options: dict[str, Any] | None = None) -> st
         data: what `page_data` gave.
         options: for the page's `mount`, in plain values: `hash` (whether the state stands in the address), `theme`.
     """
+    # Half of a surrogate pair is no character, and could not be written.
+    title = str(data.get("title", "")).encode("utf-8", "replace").decode()
     script = (
         f"{page_script()}\n"
         'tlcltPage.mount(document.getElementById("page"),JSON.parse(document.getElementById("data").textContent),'
@@ -140,7 +142,7 @@ def page_html(data: dict[str, Any], options: dict[str, Any] | None = None) -> st
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'
-        f"<title>{html.escape(str(data.get('title', '')))}</title>\n"
+        f"<title>{html.escape(title)}</title>\n"
         f'<style>{style}</style>\n</head>\n<body class="tlclt-body">\n<div id="page"></div>\n'
         f'<script type="application/json" id="data">{as_script_json(data)}</script>\n'
         f"<script>{script}</script>\n</body>\n</html>\n"
