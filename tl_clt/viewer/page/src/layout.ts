@@ -23,7 +23,7 @@ export interface Layout {
   isLabelled: boolean;
 }
 
-const LABELLED = { across: 86, down: 48, narrow: 54, gap: 14 };
+const LABELLED = { across: 82, down: 48, narrow: 46, gap: 12 };
 const CLOSE = { across: 15, down: 15, narrow: 15, gap: 12 };
 
 /** Row of a node, counted from the bottom: positions, tokens, the layers, outputs. */
@@ -66,20 +66,27 @@ export function placeNodes(graph: Graph, visible: Visible, width: number, height
   }
   const rows = [...rowNumbers].sort((a, b) => b - a);
   const columns = [...columnNumbers].sort((a, b) => a - b);
-  const across = new Map<number, number>();
-  const widths = columns.map((column) => {
-    const own = rows.map((row) => cells.get(`${row} ${column}`) ?? []);
-    const most = Math.max(...own.map((cell) => cell.length));
-    const n = most <= 2 ? most : Math.ceil(Math.sqrt(most * (isLabelled ? 1.8 : 1)));
-    across.set(column, n);
-    const isNarrow = column >= 0 && own.every((cell) => cell.every((i) => ["token", "position", "error"].includes(graph.kind[i])));
-    return n * (isNarrow ? pitch.narrow : pitch.across) + (n > 1 && most > n ? pitch.across / 2 : 0) + pitch.gap;
+  const count = (row: number, column: number) => cells.get(`${row} ${column}`)?.length ?? 0;
+  // Cells of several nodes may be wide or deep: what lets the whole be drawn largest is taken.
+  const shapes = [3, 2, 1.2, 0.8, 0.5].map((breadth) => {
+    const across = columns.map((column) => {
+      const most = Math.max(...rows.map((row) => count(row, column)));
+      return most <= 2 && breadth > 0.5 ? most : Math.ceil(Math.sqrt(most * breadth));
+    });
+    const widths = columns.map((column, c) => {
+      const most = Math.max(...rows.map((row) => count(row, column)));
+      const own = rows.flatMap((row) => cells.get(`${row} ${column}`) ?? []);
+      const isNarrow = column >= 0 && own.every((i) => ["token", "position", "error"].includes(graph.kind[i]));
+      const stagger = across[c] > 0 && most > across[c] ? 0.5 : 0;
+      return (across[c] + stagger) * (isNarrow ? pitch.narrow : pitch.across) + pitch.gap;
+    });
+    const heights = rows.map((row) => Math.max(...columns.map((column, c) => Math.ceil(count(row, column) / across[c]))) * pitch.down + pitch.gap);
+    const scale = Math.min(width / sum(widths), height / sum(heights), 1);
+    return { across, widths, heights, scale: scale > 0 ? scale : 1 };
   });
-  const deep = (row: number, column: number) =>
-    Math.ceil((cells.get(`${row} ${column}`)?.length ?? 0) / (across.get(column) ?? 1));
-  const heights = rows.map((row) => Math.max(...columns.map((column) => deep(row, column))) * pitch.down + pitch.gap);
-  const columnBands = spread(columns.map(String), widths, width);
-  const rowBands = spread(rows.map((row) => rowName(graph, row)), heights, height);
+  const { across, widths, heights, scale } = shapes.reduce((best, shape) => (shape.scale > best.scale + 1e-9 ? shape : best));
+  const columnBands = spread(columns.map(String), widths, width / scale);
+  const rowBands = spread(rows.map((row) => rowName(graph, row)), heights, height / scale);
   const x = new Float32Array(graph.n);
   const y = new Float32Array(graph.n);
   rows.forEach((row, r) => {
@@ -87,7 +94,7 @@ export function placeNodes(graph: Graph, visible: Visible, width: number, height
       const cell = cells.get(`${row} ${column}`);
       if (!cell) return;
       cell.sort((a, b) => influence[b] - influence[a] || a - b);
-      const n = Math.min(across.get(column) ?? 1, cell.length);
+      const n = Math.min(across[c], cell.length);
       const lines = Math.ceil(cell.length / n);
       const band = columnBands[c];
       const step = Math.min((band.to - band.from - pitch.gap) / (n + (lines > 1 ? 0.5 : 0)), pitch.across * 1.5);
@@ -115,8 +122,12 @@ export function placeNodes(graph: Graph, visible: Visible, width: number, height
   };
 }
 
+function sum(values: number[]): number {
+  return values.reduce((total, value) => total + value, 0) || 1;
+}
+
 function spread(names: string[], sizes: number[], available: number): Band[] {
-  const total = sizes.reduce((sum, size) => sum + size, 0);
+  const total = sum(sizes);
   const extra = sizes.length ? Math.max(available - total, 0) / sizes.length : 0;
   let at = 0;
   return names.map((name, i) => {

@@ -14,11 +14,12 @@ export interface Palette {
   quiet: string;
   node: string;
   accent: string;
+  halo: string;
   positive: string;
   negative: string;
 }
 
-const NAMES: (keyof Palette)[] = ["back", "band", "line", "text", "quiet", "node", "accent", "positive", "negative"];
+const NAMES: (keyof Palette)[] = ["back", "band", "line", "text", "quiet", "node", "accent", "halo", "positive", "negative"];
 const FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif';
 
 /** The colours that the style sheet gives an element. */
@@ -335,7 +336,7 @@ function drawNode(painter: Painter, scene: Scene, node: number, isFaint: boolean
   if (weight) fill = weight > 0 ? palette.positive : palette.negative;
   if (shared && !shared.has(node) && graph.kind[node] === "feature") fill = palette.back;
   const alpha = isFaint ? 0.28 : 1;
-  if (isSelected || found.has(node)) painter.mark(null, x, y, r + 5, isSelected ? palette.accent : palette.back, palette.accent, 2, isSelected ? 0.35 : 0.9);
+  if (isSelected || found.has(node)) painter.mark(null, x, y, r + (isSelected ? 6 : 4), palette.halo, isSelected ? palette.accent : palette.halo, 1.5, isSelected ? 0.9 : 0.7);
   const rim = isPinned ? palette.accent : shared && !shared.has(node) ? palette.node : palette.back;
   painter.mark(shapeOf(graph.kind[node]), x, y, r, fill, rim, isPinned ? 2.6 : 1.2, alpha);
 }

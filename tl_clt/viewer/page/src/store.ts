@@ -107,7 +107,13 @@ export class Store {
     this.host = options.host ?? {};
     this.state = { ...initialState(this.graphs.length), theme: options.theme ?? "auto" };
     this.usesHash = (options.hash ?? true) && /^(file|https?):$/.test(location.protocol);
-    if (data.annotations) this.state = this.admit(data.annotations);
+    if (data.annotations) {
+      try {
+        this.state = this.admit(data.annotations);
+      } catch (error) {
+        this.said = `The annotations were left aside: ${(error as Error).message}`;
+      }
+    }
     if (this.usesHash) {
       this.readHash();
       addEventListener("hashchange", this.onHash);
@@ -186,6 +192,11 @@ export class Store {
       this.future = [];
     }
     this.become({ ...this.state, ...change });
+  }
+
+  /** The next change is undone on its own, whatever came before it. */
+  endMerge(): void {
+    this.mergeKey = "";
   }
 
   note(change: Partial<Notes>, merge = ""): void {

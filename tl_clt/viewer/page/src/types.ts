@@ -90,6 +90,8 @@ export interface InterventionData {
 export interface Steered {
   /** The most probable next tokens with the change, and how probable they were without. */
   top: { token: string; before: number; after: number }[];
+  /** Changed features that are not active there, in words. */
+  inactive?: string[];
 }
 
 /** What a shell offers; the page works without any of it. */
