@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from http.client import HTTPConnection
@@ -17,11 +19,14 @@ import torch
 
 import tl_clt.viewer.host
 from tests.conftest import small_disk
+from tests.viewer.browser import watch
 from tl_clt import AttributionGraph, CrossLayerTranscoder, Intervention, NodeKind, attribute, intervene, load_organism
 from tl_clt.errors import CLTMismatch, ConfigError, FormatError, NotWritten
 from tl_clt.viewer.server import MOST_BYTES, PageServer, serve
 
 PROMPT = "the capital of the state containing Dallas is"
+
+NASTY = "</script><img src=x onerror=alert(1)>\u2028\ud83d"
 
 
 class Record(NamedTuple):
@@ -31,7 +36,13 @@ class Record(NamedTuple):
     feature: int
 
     def to_dict(self) -> dict[str, Any]:
-        return {"layer": self.layer, "feature": self.feature, "label": f"</script>{self.feature}", "density": np.nan}
+        return {
+            **{"layer": self.layer, "feature": self.feature, "label": f"</script>{self.feature}"},
+            **{"label_score": np.nan, "label_score_random": 0.5, "density": 0.01, "max_activation": 2.0},
+            **{"histogram": {"edges": [0, 1, 2], "counts": [3, 1]}, "connected": []},
+            **{"top_logits": [(NASTY, 1.0)], "bottom_logits": [(NASTY, -1.0)]},
+            "examples": [{"quantile": "top", "tokens": [NASTY], "activations": [2.0], "position": 0}],
+        }
 
 
 class Store:
@@ -246,7 +257,8 @@ def test_it_gives_the_graphs_and_says_what_may_be_asked(server, graph, other):
 
 def test_features_are_given_one_by_one(server):
     answer = ask(server, "/features/1/12")
-    assert answer.json == {"layer": 1, "feature": 12, "label": "</script>12", "density": None}
+    assert answer.json["label"] == "</script>12" and answer.json["label_score"] is None
+    assert answer.json["top_logits"] == [[NASTY, 1.0]]
     assert ask(server, "/features/1/13").json is None
     for path in (
         "/features/x/1",
@@ -566,6 +578,94 @@ def test_no_random_request_breaks_it(server, as_users_run_it, caplog):
     assert ask(server, "/data").status == 200
 
 
+# -- in a browser ----------------------------------------------------------------------------------------------------
+
+
+def opened(browser, url: str):
+    """A page, once it is drawn, that counts alerts."""
+    watched = watch(browser)
+    watched.page.add_init_script("window.alerts = 0; window.alert = () => window.alerts++;")
+    watched.page.goto(url)
+    watched.page.wait_for_function("() => window.tlclt && tlclt.firstPaint !== null")
+    return watched
+
+
+def test_the_page_opens_and_talks_to_its_server_alone(browser, server, graph):
+    watched = opened(browser, server.url)
+    assert watched.page.evaluate("tlclt.store.graphs.map((graph) => graph.n)")[0] == len(graph.nodes)
+    assert len(watched.requests) == 5
+    assert all(url.startswith(f"http://127.0.0.1:{server.port}/") for url in watched.requests)
+    assert watched.complaints == []
+
+
+def test_the_token_is_in_no_referrer(browser, server):
+    watched = watch(browser)
+    sent: list[dict[str, str]] = []
+    watched.page.on("request", lambda request: sent.append(request.all_headers()))
+    watched.page.goto(server.url)
+    watched.page.wait_for_function("() => window.tlclt && tlclt.firstPaint !== null")
+    assert len(sent) == 5 and not [headers for headers in sent if "referer" in headers]
+
+
+def test_what_a_person_notes_is_there_when_the_page_is_opened_again(browser, pair, graph, tmp_path):
+    path = tmp_path / "notes.json"
+    for label in (None, NASTY.replace("\ud83d", "")):
+        with PageServer(graph, Store(), *pair, annotations=path) as server:
+            server.start()
+            watched = opened(browser, server.url)
+            page = watched.page
+            first = page.evaluate("tlclt.store.graph.kind.indexOf('feature')")
+            if label is None:
+                page.evaluate(f"tlclt.store.togglePin({first})")
+                page.evaluate(f"tlclt.store.relabel({first}, {json.dumps(NASTY)})")
+                with page.expect_response("**/annotations"):
+                    pass
+            assert page.evaluate("tlclt.store.pinned") == [first]
+            assert page.evaluate(f"tlclt.store.labelOf({first})").startswith(NASTY[:-1])
+            assert page.evaluate("alerts + document.querySelectorAll('img').length") == 0
+            assert watched.complaints == []
+    assert json.loads(path.read_text())["prompts"] == [graph.info["prompt"]]
+
+
+def test_features_are_loaded_and_changed_from_the_page(browser, server, graph):
+    page = opened(browser, server.url).page
+    where = strongest(graph)
+    answer = page.evaluate(f"tlclt.store.host.steer([{json.dumps({**where, 'scale': 0})}], 0)")
+    assert {row["token"].strip() for row in answer["top"]} >= {"Austin"}
+    assert page.evaluate("tlclt.store.host.loadFeature(2, 6)")["label"] == "</script>6"
+    assert page.evaluate("tlclt.store.host.loadFeature(2, 7)") is None
+    said = page.evaluate("tlclt.store.host.steer([], 0).catch((error) => error.message)")
+    assert said.startswith("InterventionError: interventions is no list")
+
+
+def test_scripts_in_tokens_reach_the_page_as_text(browser, graph):
+    tokens = [NASTY] * len(graph.prompt_tokens)
+    nasty = replace(graph, prompt_tokens=tokens, logit_tokens=[NASTY] * len(graph.logit_tokens), info={"prompt": NASTY})
+    with PageServer({NASTY: nasty}, Store()) as server:
+        server.start()
+        watched = opened(browser, server.url)
+        page = watched.page
+        for node in range(len(nasty.nodes)):
+            page.evaluate(f"tlclt.store.select({node})")
+        page.wait_for_timeout(50)
+        assert page.evaluate("alerts + document.querySelectorAll('img').length") == 0
+        assert NASTY[:-2] in page.text_content("#page") and page.title().startswith(NASTY[:20])
+        assert watched.complaints == []
+
+
+def test_a_page_whose_server_is_gone_says_so(browser, graph):
+    with PageServer(graph) as server:
+        server.start()
+        page = watch(browser).page
+        page.route("**/data", lambda route: route.abort())
+        page.goto(server.url)
+        page.wait_for_function("() => document.getElementById('page').textContent !== ''")
+        assert "The server does not answer" in page.text_content("[role=alert]")
+        page.unroute("**/data")
+        page.goto(server.url.replace("token=", "token=x"))
+        assert "The token is missing or wrong" in page.text_content("body")
+
+
 # -- starting --------------------------------------------------------------------------------------------------------
 
 
@@ -583,10 +683,9 @@ def test_what_are_no_graphs_is_told(as_users_run_it):
 
 
 def test_serve_does_not_start_within_a_notebook(graph):
-    import asyncio
-
     async def cell() -> None:
         serve(graph, open_browser=False)
 
-    with pytest.raises(ConfigError, match=r"graph\.show\(\)"):
-        asyncio.run(cell())
+    # In a thread of its own: the browser of other tests has a loop in this one.
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ConfigError, match=r"graph\.show\(\)"):
+        pool.submit(asyncio.run, cell()).result()

@@ -114,7 +114,8 @@ class GraphView:
         text = page_html(self._host.data()["data"], {"hash": False})
         return (
             f'<iframe title="{self._title}" width="100%" height="{self.height}" frameborder="0"'
-            f' referrerpolicy="no-referrer" sandbox="allow-scripts allow-downloads" srcdoc="{escape(text, quote=True)}"></iframe>'
+            ' referrerpolicy="no-referrer" sandbox="allow-scripts allow-downloads"'
+            f' srcdoc="{escape(text, quote=True)}"></iframe>'
         )
 
     @property
