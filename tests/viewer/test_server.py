@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,12 +19,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import tl_clt.viewer.host
 from tests.conftest import small_disk
+from tests.test_interruption import check_end, environment
 from tests.viewer.browser import watch
 from tl_clt import AttributionGraph, CrossLayerTranscoder, Intervention, NodeKind, attribute, intervene, load_organism
+from tl_clt.cli import app
 from tl_clt.errors import CLTMismatch, ConfigError, FormatError, NotWritten
+from tl_clt.organisms import organism_folder
 from tl_clt.viewer.server import MOST_BYTES, PageServer, serve
 
 PROMPT = "the capital of the state containing Dallas is"
@@ -689,3 +696,99 @@ def test_serve_does_not_start_within_a_notebook(graph):
     # In a thread of its own: the browser of other tests has a loop in this one.
     with ThreadPoolExecutor(1) as pool, pytest.raises(ConfigError, match=r"graph\.show\(\)"):
         pool.submit(asyncio.run, cell()).result()
+
+
+def test_features_of_another_clt_are_refused(graph):
+    store = Store()
+    store.n_layers, store.d_transcoder = 4, 99
+    with pytest.raises(CLTMismatch, match="d_transcoder is 99 there and 256 here"):
+        PageServer(graph, store)
+    store.d_transcoder = 256
+    PageServer(graph, store).close()
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def view(*arguments: str, status: int = 1) -> str:
+    """Output of `tl-clt view`, whose exit status must be as given."""
+    result = CliRunner().invoke(app, ["view", *arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == status, (result.output, result.exception)
+    return " ".join(result.output.split())
+
+
+@pytest.fixture
+def file(graph, tmp_path) -> str:
+    return str(graph.save(tmp_path / "dallas.safetensors"))
+
+
+def test_the_command_says_where_the_page_is_and_opens_it(file, other, tmp_path, monkeypatch):
+    served, opened_at = [], []
+    monkeypatch.setattr(PageServer, "run", lambda self: served.append(self))
+    monkeypatch.setattr("webbrowser.open", opened_at.append)
+    (tmp_path / "elsewhere").mkdir()
+    others = [str(other.save(tmp_path / name)) for name in ("b.safetensors", "elsewhere/b.safetensors")]
+    said = view(file, *others, status=0)
+    [server] = served
+    assert f"The page is at {server.url} Ctrl-C ends it." in said and opened_at == [server.url]
+    data = server.host.data()
+    assert [graph["name"] for graph in data["data"]["graphs"]] == ["dallas", *others]
+    assert data["can"] == {"features": False, "annotate": False, "steer": False}
+    clt = str(organism_folder("atlas") / "clt")
+    view(file, "--clt", clt, "--annotations", str(tmp_path / "n.json"), "--no-browser", status=0)
+    assert served[1].host.data()["can"] == {"features": False, "annotate": True, "steer": True} and len(opened_at) == 1
+
+
+def test_the_command_says_what_is_wrong_in_one_message(server, graph, other, file, tmp_path, as_users_run_it):
+    (tmp_path / "short").write_bytes((tmp_path / "dallas.safetensors").read_bytes()[:500])
+    tl_clt.viewer.host.Host([other], annotations=tmp_path / "other.json").annotate(export([other]))
+    shape = {"n_layers": 3, "span": 3, "input_scale": None, "output_scale": None}
+    CrossLayerTranscoder(replace(server.host.clt.cfg, **shape)).save_pretrained(tmp_path / "fewer")
+    before = sorted(tmp_path.rglob("*"))
+    for arguments, error in (
+        (("nowhere",), "FormatError: 'nowhere' does not exist"),
+        ((str(tmp_path / "short"),), "FormatError: .*short' is truncated or no graph file"),
+        ((str(tmp_path),), "FormatError: .* is a folder. Give the graph file within it"),
+        ((file, "--model", "atlas"), "ConfigError: --model is for steering.*give --clt"),
+        ((file, "--clt", "nowhere"), "FormatError: 'nowhere' is neither a folder here nor a hub repository"),
+        ((file, "--model", "atlas", "--clt", str(tmp_path / "fewer")), "CLTMismatch: .*3 layers, but atlas has 4"),
+        ((file, "--port", str(server.port)), f"ConfigError: port {server.port} of 127.0.0.1 cannot be had"),
+        ((file, "--port", "-1"), "ConfigError: port is -1"),
+        (
+            (file, "--annotations", str(tmp_path / "other.json")),
+            "ConfigError: .*annotations of another graph .*Oakland",
+        ),
+        ((file, "--annotations", file), "FormatError: .*dallas.safetensors' is truncated or no file of annotations"),
+        ((file, "--annotations", str(tmp_path)), "NotWritten: .* is a folder"),
+        ((file, "--annotations", f"{file}/n.json"), "NotWritten: .* is no folder"),
+    ):
+        said = view(*arguments, "--no-browser")
+        assert re.search(error, said) and "Traceback" not in said, said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("missing", ["starlette", "uvicorn"])
+def test_without_its_libraries_the_command_names_what_to_install(file, monkeypatch, missing):
+    for name in [name for name in sys.modules if name.split(".")[0] == missing]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, "tl_clt.viewer.server")
+    assert re.search(rf"ExtraMissing: tl-clt view needs {missing}.*: pip install starlette uvicorn", view(file))
+
+
+def test_ctrl_c_is_one_line(file, tmp_path):
+    notes = str(tmp_path / "notes.json")
+    command = [sys.executable, "-m", "tl_clt.cli", "view", file, "--no-browser", "--annotations", notes]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment(), **pipes) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        where = re.fullmatch(r"The page is at http://127\.0\.0\.1:(\d+)/\?token=([\w-]+)\n", line)
+        assert where, (line, process.communicate(timeout=60))
+        connection = HTTPConnection("127.0.0.1", int(where[1]), timeout=60)
+        connection.request("GET", f"/?token={where[2]}")
+        assert connection.getresponse().status == 200
+        process.send_signal(signal.SIGINT)
+        said, stderr = process.communicate(timeout=600)
+    assert check_end(process.returncode, stderr) == "Interrupted. Nothing was annotated."
+    assert said == "Ctrl-C ends it.\n" and not (tmp_path / "notes.json").exists()

@@ -16,19 +16,21 @@ from tl_clt.errors import ConfigError
 def view(
     graphs: Annotated[list[Path], typer.Argument(help="Graph files, as trace, demo and graph.save write them.")],
     features: Annotated[
-        Optional[Path], typer.Option(help="Folder that says what features mean, shown beside each.")
+        Optional[Path], typer.Option(help="Folder that `tl-clt features` wrote: what features mean.")
     ] = None,
     model: Annotated[
         Optional[str],
-        typer.Option(help="Model to steer from the page, with --clt. Default: the model the CLT is for."),
+        typer.Option(help="With --clt: the model to change features in. Default: the model the CLT is for."),
     ] = None,
     clt: Annotated[
         Optional[str],
         typer.Option(
-            help="CLT that the graphs were traced with, to change features from the page and see what follows."
+            help="CLT the graphs were traced with: features can be changed from the page, to see what follows."
         ),
     ] = None,
-    port: Annotated[int, typer.Option(help="Of 127.0.0.1, where the page is served. 0: one that is free.")] = 0,
+    port: Annotated[
+        int, typer.Option(help="Port of 127.0.0.1 that the page is served at; 0 for one that is free.")
+    ] = 0,
     annotations: Annotated[
         Optional[Path],
         typer.Option(help="File to keep pins, groups and labels in. Default: the page's address keeps them."),
@@ -36,14 +38,14 @@ def view(
     browser: Annotated[
         bool,
         typer.Option(
-            help="Open the page in a browser, whose command line, which others on this machine may read, has its token."
+            help="Open the page in a browser. Others on this machine may read the address in its command line."
         ),
     ] = True,
     backend: Backend = "hooked",
     device: Device = "cpu",
     lazy_decoder: LazyDecoder = False,
 ) -> None:
-    """Show graphs in the browser, served to this machine alone until Ctrl-C."""
+    """Show graphs in the browser: a page that this machine alone can open, until Ctrl-C."""
     with plain_errors():
         if model is not None and clt is None:
             raise ConfigError("--model is for steering, which takes the model's CLT as well: give --clt.")
@@ -56,11 +58,13 @@ def view(
             if annotations is not None:
                 require_file(annotations)
             read = {_name_of(path, graphs): AttributionGraph.load(path) for path in graphs}
-            store: Any = None if features is None else _open_features(features)
+            store = None if features is None else _open_features(features)
         hooked, transcoder = None, None
         if clt is not None:
             with console.status("Loading the model and the CLT"):
                 hooked, transcoder = load_pair(model, clt, backend, device, lazy_decoder)
+            if store is not None:
+                store.require_clt(transcoder)
         with PageServer(read, store, hooked, transcoder, port, annotations=annotations) as server:
             if annotations is not None:
                 interruption.kept = lambda: (

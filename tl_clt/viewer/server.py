@@ -148,11 +148,11 @@ class PageServer:
         annotations: str | Path | None = None,
     ) -> None:
         require_port(port)
-        host = Host(graphs, features, model, clt, annotations)
+        self.host = Host(graphs, features, model, clt, annotations)
         self.token = secrets.token_urlsafe(32)
         self._socket = _listen(port)
         self.port = self._socket.getsockname()[1]
-        guarded = Guard(page_app(host, self.token), self.token, self.port)
+        guarded = Guard(page_app(self.host, self.token), self.token, self.port)
         # Nothing of a request is written to a log: the token is in addresses.
         cfg = Config(
             guarded,
