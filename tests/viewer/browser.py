@@ -56,3 +56,12 @@ def watch(browser: Any, **options: Any) -> Watched:
     watched.page.on("console", note)
     watched.page.set_default_timeout(10_000)
     return watched
+
+
+def wait_until(page: Any, expression: str) -> None:
+    """Wait until JavaScript is true. Playwright's own way evaluates text, which the page's policy forbids."""
+    for _ in range(500):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(20)
+    raise AssertionError(f"never true: {expression}")

@@ -37,6 +37,18 @@ function useSize(ref: { current: HTMLElement | null }): [number, number] {
   return size;
 }
 
+/** Whether the system asks for dark colours, followed as it changes. */
+function useScheme(): boolean {
+  const query = useMemo(() => matchMedia("(prefers-color-scheme: dark)"), []);
+  const [isDark, setIsDark] = useState(query.matches);
+  useEffect(() => {
+    const follow = () => setIsDark(query.matches);
+    query.addEventListener("change", follow);
+    return () => query.removeEventListener("change", follow);
+  }, []);
+  return isDark;
+}
+
 export function GraphCanvas({ store, visible, path, found, shared, onScene }: Props) {
   const box = useRef<HTMLDivElement>(null);
   const base = useRef<HTMLCanvasElement>(null);
@@ -45,6 +57,7 @@ export function GraphCanvas({ store, visible, path, found, shared, onScene }: Pr
   const zooming = useRef<ZoomBehavior<HTMLDivElement, unknown> | null>(null);
   const [width, height] = useSize(box);
   const [view, setView] = useState<View>({ x: MARGIN.left, y: MARGIN.top, k: 1 });
+  const scheme = useScheme();
   const graph = store.graph;
   const inner = { width: width - MARGIN.left - MARGIN.right, height: height - MARGIN.top - MARGIN.bottom };
   const layout = useMemo(() => placeNodes(graph, visible, inner.width, inner.height), [graph, visible, width, height]);
@@ -82,7 +95,8 @@ export function GraphCanvas({ store, visible, path, found, shared, onScene }: Pr
     drawScene(painter, scene.current, path);
     onScene(scene.current);
     showHover();
-  });
+    // All that a picture is made of; what else changes the page does not draw it again.
+  }, [visible, layout, view, path, found, shared, width, height, scheme, store.state.selected, store.state.labels, store.state.theme, store.notes.pinned]);
 
   const showHover = () => {
     const now = scene.current;

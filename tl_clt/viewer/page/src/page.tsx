@@ -1,7 +1,7 @@
 // The page: `mount` draws a graph and all that is done with it into an element.
 
 import { render } from "preact";
-import { useEffect, useMemo, useReducer, useRef, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useMemo, useReducer, useRef, useState } from "preact/hooks";
 
 import { boundsOf, buildSubgraph, Subgraph } from "./boxes";
 import { GraphCanvas } from "./canvas";
@@ -76,7 +76,9 @@ export function mount(element: HTMLElement, data: PageData, options: Options = {
   };
   const onScene = (drawn: Scene) => {
     scene = drawn;
-    if (handle.firstPaint === null) requestAnimationFrame(() => (handle.firstPaint ??= performance.now()));
+    if (handle.firstPaint === null) {
+      requestAnimationFrame(() => setTimeout(() => (handle.firstPaint ??= performance.now())));
+    }
   };
   render(<Page store={store} element={element} onScene={onScene} ownsWindow={options.hash !== false} />, element);
   window.tlclt = handle;
@@ -113,7 +115,7 @@ function Page({ store, element, onScene, ownsWindow }: PageProps) {
   const [dialog, setDialog] = useState<"help" | "export" | null>(null);
   const [tab, setTab] = useState<Tab>("node");
   const scene = useRef<Scene | null>(null);
-  useEffect(() => store.subscribe(() => again(0)), [store]);
+  useLayoutEffect(() => store.subscribe(() => again(0)), [store]);
   const { state, graph, notes } = store;
   const visible = useMemo(
     () => findVisible(graph, state),
@@ -129,9 +131,8 @@ function Page({ store, element, onScene, ownsWindow }: PageProps) {
   if (store.graphs.length > 1) tabs.push(["compare", "Compare"]);
   if (store.host.steer) tabs.push(["steer", "Steer"]);
 
-  useEffect(() => {
-    element.dataset.theme = state.theme;
-  }, [state.theme]);
+  // Before anything is drawn, since the colours drawn with follow from it.
+  if (element.dataset.theme !== state.theme) element.dataset.theme = state.theme;
   useEffect(() => setTab("node"), [state.selected]);
 
   const latest = useRef<(event: KeyboardEvent) => void>(() => {});

@@ -90,6 +90,8 @@ export class Store {
   readonly features: Record<string, FeatureData | null>;
   private past: State[] = [];
   private future: State[] = [];
+  /** What the shell was last given to keep. */
+  private kept: Pick<State, "notes" | "labels">;
   private mergeKey = "";
   private listeners = new Set<() => void>();
   private hoverListeners = new Set<() => void>();
@@ -114,6 +116,7 @@ export class Store {
         this.said = `The annotations were left aside: ${(error as Error).message}`;
       }
     }
+    this.kept = this.state;
     if (this.usesHash) {
       this.readHash();
       addEventListener("hashchange", this.onHash);
@@ -426,6 +429,9 @@ export class Store {
   save(): void {
     clearTimeout(this.saving);
     if (this.usesHash) history.replaceState(null, "", this.toHash() || location.pathname + location.search);
+    const { notes, labels } = this.state;
+    if (notes === this.kept.notes && labels === this.kept.labels) return;
+    this.kept = { notes, labels };
     this.host.saveAnnotations?.(this.export()).catch((error) => {
       this.say(`Annotations could not be saved: ${error?.message ?? error}`);
     });

@@ -140,7 +140,7 @@ export function SubgraphPanel({ store, ask }: Props) {
               class={`box ${box.group === null ? "" : "group"} ${box.isMarked ? "marked" : ""} ${box.members.includes(store.selected ?? -1) ? "selected" : ""}`}
               data-box={box.id}
               transform={`translate(${box.x - box.width / 2},${box.y - box.height / 2})`}
-              tabIndex={0}
+              tabindex={0}
               role="button"
               aria-pressed={box.isMarked}
               aria-label={describeBox(store, box)}
@@ -168,9 +168,11 @@ export function SubgraphPanel({ store, ask }: Props) {
   );
 }
 
+/** What is written in a box, and then what it stands for in full. */
 function describeBox(store: Store, box: Box): string {
-  if (box.group !== null) return `Group ${box.title}: ${box.members.map((i) => store.nameOf(i)).join(", ")}`;
-  return `${box.title}, ${store.graph.data.nodes.label[box.members[0]]}`;
+  const written = textOf(store, box).map((line) => line.text).join(" ");
+  if (box.group !== null) return `${written}: group of ${box.members.map((i) => store.graph.data.nodes.label[i]).join(", ")}`;
+  return `${written}: ${store.graph.data.nodes.label[box.members[0]]}`;
 }
 
 /** A number, with its bounds where these differ. */
