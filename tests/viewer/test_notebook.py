@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.viewer.browser import watch
+from tests.viewer.browser import wait_until, watch
 from tl_clt import AttributionGraph, NodeKind, attribute, load_organism
 from tl_clt.errors import CLTMismatch, ConfigError, ExtraMissing
 from tl_clt.viewer import GraphView, notebook
@@ -128,7 +128,7 @@ def test_the_frame_runs_the_page_alone(browser, nasty):
     frame = nasty.show(display="frame").frame()
     watched.page.set_content(f"<body><script>var alerts = 0; alert = () => alerts++;</script>{frame}")
     within = watched.page.frames[1]
-    within.wait_for_function("window.tlclt && tlclt.firstPaint !== null")
+    wait_until(within, "window.tlclt && tlclt.firstPaint !== null")
     assert within.evaluate("tlclt.store.graph.n") == len(nasty.nodes)
     assert within.evaluate("origin") == "null", "it has nothing in common with the notebook"
     assert within.evaluate("document.querySelectorAll('img').length") == 0

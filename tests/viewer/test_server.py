@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 import tl_clt.viewer.host
 from tests.conftest import small_disk
 from tests.test_interruption import check_end, environment
-from tests.viewer.browser import watch
+from tests.viewer.browser import wait_until, watch
 from tl_clt import AttributionGraph, CrossLayerTranscoder, Intervention, NodeKind, attribute, intervene, load_organism
 from tl_clt.cli import app
 from tl_clt.errors import CLTMismatch, ConfigError, FormatError, NotWritten
@@ -593,7 +593,7 @@ def opened(browser, url: str):
     watched = watch(browser)
     watched.page.add_init_script("window.alerts = 0; window.alert = () => window.alerts++;")
     watched.page.goto(url)
-    watched.page.wait_for_function("() => window.tlclt && tlclt.firstPaint !== null")
+    wait_until(watched.page, "window.tlclt && tlclt.firstPaint !== null")
     return watched
 
 
@@ -610,7 +610,7 @@ def test_the_token_is_in_no_referrer(browser, server):
     sent: list[dict[str, str]] = []
     watched.page.on("request", lambda request: sent.append(request.all_headers()))
     watched.page.goto(server.url)
-    watched.page.wait_for_function("() => window.tlclt && tlclt.firstPaint !== null")
+    wait_until(watched.page, "window.tlclt && tlclt.firstPaint !== null")
     assert len(sent) == 5 and not [headers for headers in sent if "referer" in headers]
 
 
@@ -666,7 +666,7 @@ def test_a_page_whose_server_is_gone_says_so(browser, graph):
         page = watch(browser).page
         page.route("**/data", lambda route: route.abort())
         page.goto(server.url)
-        page.wait_for_function("() => document.getElementById('page').textContent !== ''")
+        wait_until(page, "document.getElementById('page').textContent !== ''")
         assert "The server does not answer" in page.text_content("[role=alert]")
         page.unroute("**/data")
         page.goto(server.url.replace("token=", "token=x"))
