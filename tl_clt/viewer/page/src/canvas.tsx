@@ -6,7 +6,7 @@ import Flatbush from "flatbush";
 import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 
 import { Layout, placeNodes, rowOf } from "./layout";
-import { CanvasPainter, drawHover, drawScene, MARGIN, readPalette, Scene, View } from "./picture";
+import { CanvasPainter, drawEdges, drawHover, drawScene, MARGIN, readPalette, Scene, View } from "./picture";
 import { number, Store } from "./store";
 import { Visible } from "./visible";
 
@@ -63,6 +63,8 @@ export function GraphCanvas({ store, visible, path, found, shared, onScene }: Pr
   const layout = useMemo(() => placeNodes(graph, visible, inner.width, inner.height), [graph, visible, width, height]);
   const index = useMemo(() => indexNodes(layout, visible), [layout, visible]);
   const scene = useRef<Scene | null>(null);
+  const layer = useRef<KeptEdges | null>(null);
+  const isMoving = useRef(false);
 
   // The whole graph fits at first, and again whenever it is laid out anew.
   const fit = () => {
@@ -76,6 +78,13 @@ export function GraphCanvas({ store, visible, path, found, shared, onScene }: Pr
   useEffect(() => {
     zooming.current = zoom<HTMLDivElement, unknown>()
       .scaleExtent([0.05, 12])
+      .on("start", (event) => {
+        isMoving.current = Boolean(event.sourceEvent);
+      })
+      .on("end", () => {
+        isMoving.current = false;
+        setView((last) => ({ ...last }));
+      })
       .on("zoom", (event: { transform: ZoomTransform }) => {
         const { x, y, k } = event.transform;
         setView({ x, y, k });
@@ -92,7 +101,8 @@ export function GraphCanvas({ store, visible, path, found, shared, onScene }: Pr
     const painter = prepare(base.current!, width, height);
     const palette = readPalette(box.current!);
     scene.current = { store, graph, visible, layout, view, width, height, palette, found, shared };
-    drawScene(painter, scene.current, path);
+    layer.current = keepEdges(layer.current, scene.current, isMoving.current);
+    drawScene(painter, scene.current, path, (strength) => stampEdges(painter, layer.current!, view, strength));
     onScene(scene.current);
     showHover();
     // All that a picture is made of; what else changes the page does not draw it again.
@@ -191,6 +201,33 @@ function prepare(canvas: HTMLCanvasElement, width: number, height: number): Canv
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
   context.clearRect(0, 0, width, height);
   return new CanvasPainter(context);
+}
+
+/** The edges as they were last drawn, and how they stood then. */
+interface KeptEdges {
+  canvas: HTMLCanvasElement;
+  view: View;
+  scene: Scene;
+}
+
+/** The kept edges where they still hold, or drawn anew. While the graph is moved, they move as they are. */
+function keepEdges(kept: KeptEdges | null, scene: Scene, isMoving: boolean): KeptEdges {
+  const isSame =
+    kept !== null &&
+    (["visible", "layout", "width", "height"] as const).every((key) => kept.scene[key] === scene[key]) &&
+    kept.scene.palette.positive === scene.palette.positive;
+  const isInPlace = kept !== null && (["x", "y", "k"] as const).every((key) => kept.view[key] === scene.view[key]);
+  if (isSame && (isInPlace || isMoving)) return kept;
+  const canvas = kept?.canvas ?? document.createElement("canvas");
+  drawEdges(prepare(canvas, scene.width, scene.height), scene, 1);
+  return { canvas, view: scene.view, scene };
+}
+
+function stampEdges({ context }: CanvasPainter, { canvas, view: from, scene }: KeptEdges, to: View, strength: number): void {
+  const scale = to.k / from.k;
+  context.globalAlpha = strength;
+  context.drawImage(canvas, to.x - from.x * scale, to.y - from.y * scale, scene.width * scale, scene.height * scale);
+  context.globalAlpha = 1;
 }
 
 function indexNodes(layout: Layout, visible: Visible): Flatbush | null {

@@ -259,31 +259,37 @@ function toScreen(scene: Scene, node: number): [number, number] {
   return [layout.x[node] * view.k + view.x, layout.y[node] * view.k + view.y];
 }
 
-/** Nodes on the path shown, each with the next. */
-export function pathNodes(path: number[] | null): Set<number> {
-  return new Set(path ?? []);
+/** Draws all edges shown, as strong as said: 1 where nothing is in focus, less where something else is. */
+export type EdgeLayer = (strength: number) => void;
+
+/** All edges shown. A canvas keeps them as a layer, since thousands take longer than all else together. */
+export function drawEdges(painter: Painter, scene: Scene, strength: number): void {
+  const alpha = strength * (scene.visible.edges.length > 6000 ? 0.25 : 0.55);
+  for (const e of scene.visible.edges) drawEdge(painter, scene, e, alpha, 1);
 }
 
 /** The whole picture. What is lit stands out, the rest is faint: the selected node's edges, or a path's. */
-export function drawScene(painter: Painter, scene: Scene, path: number[] | null): void {
+export function drawScene(painter: Painter, scene: Scene, path: number[] | null, layer?: EdgeLayer): void {
   const { graph, visible, layout, view, palette, store, width, height } = scene;
   painter.rect(0, 0, width, height, palette.back);
   layout.rows.forEach((row, r) => {
     if (r % 2 === 0) painter.rect(0, row.from * view.k + view.y, width, (row.to - row.from) * view.k, palette.band);
   });
   const selected = store.selected;
-  const onPath = pathNodes(path);
-  const isStep = (e: number) => path !== null && path.some((node, i) => node === graph.source[e] && path[i + 1] === graph.target[e]);
+  const onPath = new Set(path ?? []);
   const weights = selected === null ? null : neighbours(graph, selected);
   const isFaint = (i: number) => (path ? !onPath.has(i) : weights !== null && !weights.has(i));
-  const lit: number[] = [];
-  const isDense = visible.edges.length > 6000;
-  for (const e of visible.edges) {
-    const isLit = path ? isStep(e) : graph.source[e] === selected || graph.target[e] === selected;
-    if (isLit) lit.push(e);
-    else drawEdge(painter, scene, e, path || weights ? 0.12 : isDense ? 0.25 : 0.55, 1);
+  const isLit = (e: number) => {
+    if (!path) return graph.source[e] === selected || graph.target[e] === selected;
+    const step = path.indexOf(graph.source[e]);
+    return step >= 0 && path[step + 1] === graph.target[e];
+  };
+  const strength = path || weights ? 0.22 : 1;
+  if (layer) layer(strength);
+  else drawEdges(painter, scene, strength);
+  if (path || weights) {
+    for (const e of visible.edges) if (isLit(e)) drawEdge(painter, scene, e, 0.95, 1.5);
   }
-  for (const e of lit) drawEdge(painter, scene, e, 0.95, 1.5);
   for (const i of visible.nodes) drawNode(painter, scene, i, isFaint(i), weights);
   if (layout.isLabelled) for (const i of visible.nodes) drawLabel(painter, scene, i, isFaint(i));
   drawAxes(painter, scene);

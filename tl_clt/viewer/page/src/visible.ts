@@ -5,7 +5,7 @@ import { State } from "./store";
 import { PLURAL } from "./types";
 
 /** Edges drawn where no smallest weight is chosen; so many are drawn at once without a wait. */
-export const EDGES_AT_FIRST = 3000;
+export const EDGES_AT_FIRST = 2000;
 
 export interface Visible {
   isShown: Uint8Array;
