@@ -215,3 +215,48 @@ def test_what_cannot_be_shown_is_told_at_once(pair, graph, tmp_path, as_users_ru
     other.nodes.activation.mul_(3)
     with pytest.raises(CLTMismatch, match="was not traced with this CLT"):
         other.show(model=model, clt=clt)
+
+
+FRONTEND = """async ([esm, css, state]) => {
+  // What anywidget's frontend does: import the module, and render it with a model joined to the kernel.
+  const style = document.head.appendChild(document.createElement("style"));
+  style.textContent = css;
+  const url = URL.createObjectURL(new Blob([esm], { type: "text/javascript" }));
+  const { default: widget } = await import(url);
+  window.listeners = [];
+  const model = {
+    get: (name) => state[name],
+    on: (name, listener) => name === "msg:custom" && window.listeners.push(listener),
+    off: (name, listener) => (window.listeners = window.listeners.filter((known) => known !== listener)),
+    send: async (message) => window.listeners.forEach(async (tell) => tell(await window.kernel(message))),
+  };
+  const el = document.body.appendChild(document.createElement("div"));
+  window.cleanUp = widget.render({ model, el });
+}"""
+
+
+def test_the_widget_in_a_browser_is_the_page_joined_to_the_kernel(browser, view, graph, monkeypatch):
+    watched = watch(browser)
+    page = watched.page
+
+    def kernel(message: dict) -> dict:
+        number = message.pop("number")
+        return {"number": number, **told(view, monkeypatch, **message)}
+
+    page.expose_function("kernel", kernel)
+    page.set_content("<body></body>")
+    widget = view._widget
+    page.evaluate(FRONTEND, [widget._esm, widget._css, {"data": widget.data, "can": widget.can, "height": 600}])
+    wait_until(page, "window.tlclt && tlclt.firstPaint !== null")
+    assert page.evaluate("tlclt.store.graph.n") == len(graph.nodes)
+    assert page.evaluate("document.querySelector('.tlclt .page').getBoundingClientRect().height") == 600
+    first = page.evaluate("tlclt.store.graph.kind.indexOf('feature')")
+    page.evaluate(f"tlclt.store.togglePin({first})")
+    page.evaluate("tlclt.store.host.saveAnnotations(tlclt.store.export())")
+    assert view.annotations is not None and view.annotations["state"]["notes"][0]["pinned"]
+    said = page.evaluate("tlclt.store.host.steer([], 0).catch((error) => error.message)")
+    assert said.startswith("InterventionError: interventions is no list")
+    assert page.evaluate("tlclt.store.host.loadFeature(0, 1)") is None
+    page.evaluate("cleanUp()")
+    assert page.evaluate("[listeners.length, document.querySelectorAll('.tlclt *').length]") == [0, 0]
+    assert watched.complaints == [] and not [url for url in watched.requests if not url.startswith("blob:")]

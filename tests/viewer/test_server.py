@@ -654,7 +654,7 @@ def test_scripts_in_tokens_reach_the_page_as_text(browser, graph):
         page = watched.page
         for node in range(len(nasty.nodes)):
             page.evaluate(f"tlclt.store.select({node})")
-        page.wait_for_timeout(50)
+        page.evaluate("new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
         assert page.evaluate("alerts + document.querySelectorAll('img').length") == 0
         assert NASTY[:-2] in page.text_content("#page") and page.title().startswith(NASTY[:20])
         assert watched.complaints == []

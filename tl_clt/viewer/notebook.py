@@ -111,7 +111,7 @@ class GraphView:
 
     def frame(self) -> str:
         """The page in a frame without a name, an origin or a network: it can show itself, and save files."""
-        text = page_html(self._host.data()["data"], {"hash": False})
+        text = page_html(self._host.data()["data"])
         return (
             f'<iframe title="{self._title}" width="100%" height="{self.height}" frameborder="0"'
             ' referrerpolicy="no-referrer" sandbox="allow-scripts allow-downloads"'
