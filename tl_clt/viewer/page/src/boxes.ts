@@ -33,7 +33,7 @@ export interface Subgraph {
   links: Link[];
 }
 
-const WIDTH = 148;
+const WIDTH = 172;
 const LINE = 15;
 const PER_LINE = 22;
 const MOST_LINES = 6;
@@ -112,7 +112,7 @@ export function boxPlace(store: Store, box: Box): string {
 /** dagre puts sources below what they write to; boxes that were dragged stay where they are. */
 function place(store: Store, boxes: Box[], links: Link[]): void {
   const dagre = new Dagre({ multigraph: false, compound: false });
-  dagre.setGraph({ rankdir: "BT", nodesep: 28, ranksep: 34, marginx: 8, marginy: 8 });
+  dagre.setGraph({ rankdir: "BT", nodesep: 24, ranksep: 30, marginx: 8, marginy: 8 });
   dagre.setDefaultEdgeLabel(() => ({}));
   for (const box of boxes) dagre.setNode(box.id, { width: box.width, height: box.height });
   for (const link of links) {

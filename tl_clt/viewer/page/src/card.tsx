@@ -1,6 +1,7 @@
 // What is known of the node selected: its label, its inputs and outputs, and, of a feature, what it fires on and writes.
 
-import { scaleLinear } from "d3-scale";
+import { scaleLinear, scaleLog } from "d3-scale";
+import { Fragment } from "preact";
 import { useEffect, useState } from "preact/hooks";
 
 import { LongTable } from "./list";
@@ -94,6 +95,9 @@ function Strongest({ store }: { store: Store }) {
   );
 }
 
+/** Letters of a label in one line of its field. */
+const LABEL_LINE = 36;
+
 function LabelField({ store, node }: { store: Store; node: number }) {
   const given = store.labelOf(node) ?? "";
   const [text, setText] = useState(given);
@@ -112,10 +116,16 @@ function LabelField({ store, node }: { store: Store; node: number }) {
     >
       <label>
         <span class="unseen">Label of this node</span>
-        <input
+        <textarea
           value={text}
+          rows={Math.min(Math.ceil(Math.max(text.length, 1) / LABEL_LINE), 4)}
           placeholder={`${store.nameOf(node)}: give it a label`}
           onInput={(event) => setText(event.currentTarget.value)}
+          onKeyDown={(event) => {
+            if (event.key !== "Enter") return;
+            event.preventDefault();
+            event.currentTarget.form!.requestSubmit();
+          }}
           onBlur={save}
           data-testid="label"
         />
@@ -305,8 +315,9 @@ function Histogram({ feature }: { feature: FeatureData }) {
   const { edges, counts } = feature.histogram;
   if (!counts.length || edges.length !== counts.length + 1) return null;
   const [width, height] = [340, 54];
-  const x = scaleLinear([edges[0], edges[edges.length - 1]], [0, width]);
-  // Counts fall by orders of magnitude: their logarithm is drawn.
+  const ends: [number, number] = [edges[0], edges[edges.length - 1]];
+  // Activations that span orders of magnitude come in bins that grow with them; so do counts, whose logarithm is drawn.
+  const x = ends[0] > 0 && ends[1] / ends[0] > 50 ? scaleLog(ends, [0, width]) : scaleLinear(ends, [0, width]);
   const y = scaleLinear([0, Math.log1p(Math.max(...counts))], [0, height]);
   const said = `Activations: ${percent(feature.density)} of tokens, at most ${number(feature.max_activation)}`;
   return (
@@ -361,6 +372,8 @@ function Examples({ feature }: { feature: FeatureData }) {
 
 /** A context; the stronger the feature at a token, the stronger its background. */
 function Context({ example, most }: { example: Example; most: number }) {
+  // Tokens that are whole words bring no spaces of their own.
+  const gap = example.tokens.some((token) => /\s/.test(token)) ? "" : " ";
   return (
     <p class="context" dir="auto">
       {example.tokens.map((token, i) => {
@@ -368,9 +381,12 @@ function Context({ example, most }: { example: Example; most: number }) {
         const share = most > 0 ? Math.min(Math.max(activation / most, 0), 1) : 0;
         const style = share > 0 ? { "--share": `${Math.round(8 + 62 * share)}%` } : undefined;
         return (
-          <span key={i} class={share > 0 ? (i === example.position ? "on here" : "on") : ""} style={style} title={share > 0 ? number(activation) : undefined}>
-            {token}
-          </span>
+          <Fragment key={i}>
+            {i > 0 && gap}
+            <span class={share > 0 ? (i === example.position ? "on here" : "on") : ""} style={style} title={share > 0 ? number(activation) : undefined}>
+              {token}
+            </span>
+          </Fragment>
         );
       })}
     </p>
@@ -390,9 +406,9 @@ function Connected({ store, feature }: { store: Store; feature: FeatureData }) {
           return (
             <li key={i}>
               {node === undefined ? (
-                <span>{label}</span>
+                <span title={label}>{label}</span>
               ) : (
-                <button type="button" class="link" onClick={() => store.select(node)}>
+                <button type="button" class="link" title={label} onClick={() => store.select(node)}>
                   {label}
                 </button>
               )}

@@ -114,7 +114,7 @@ export function ComparePanel({ store }: { store: Store }) {
                   store.load(elsewhere);
                 }
               }}
-              header={["Feature", "Here", "There", "Difference"].map((title) => (
+              header={["Feature", "Here", "There", "Change"].map((title) => (
                 <div key={title} class={`cell ${title === "Feature" ? "name" : "weight"}`} role="columnheader">
                   {title}
                 </div>

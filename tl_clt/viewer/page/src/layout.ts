@@ -26,6 +26,10 @@ export interface Layout {
 const LABELLED = { across: 82, down: 48, narrow: 46, gap: 12 };
 const CLOSE = { across: 15, down: 15, narrow: 15, gap: 12 };
 
+/** Mean width of a bold letter of the tokens below the graph. */
+export const LETTER = 7.2;
+const LONGEST_TOKEN = 12;
+
 /** Row of a node, counted from the bottom: positions, tokens, the layers, outputs. */
 export function rowOf(graph: Graph, node: number): number {
   const layer = graph.data.nodes.layer[node];
@@ -78,7 +82,9 @@ export function placeNodes(graph: Graph, visible: Visible, width: number, height
       const own = rows.flatMap((row) => cells.get(`${row} ${column}`) ?? []);
       const isNarrow = column >= 0 && own.every((i) => ["token", "position", "error"].includes(graph.kind[i]));
       const stagger = across[c] > 0 && most > across[c] ? 0.5 : 0;
-      return (across[c] + stagger) * (isNarrow ? pitch.narrow : pitch.across) + pitch.gap;
+      const wide = (across[c] + stagger) * (isNarrow ? pitch.narrow : pitch.across) + pitch.gap;
+      const letters = Math.min(graph.data.tokens[column]?.trim().length ?? 0, LONGEST_TOKEN);
+      return isLabelled ? Math.max(wide, letters * LETTER + pitch.gap) : wide;
     });
     const heights = rows.map((row) => Math.max(...columns.map((column, c) => Math.ceil(count(row, column) / across[c]))) * pitch.down + pitch.gap);
     const scale = Math.min(width / sum(widths), height / sum(heights), 1);

@@ -1,7 +1,7 @@
 // The picture of a graph, drawn through a painter: on a canvas, or into an SVG file.
 
 import { Graph } from "./graph";
-import { Layout } from "./layout";
+import { Layout, LETTER } from "./layout";
 import { Store } from "./store";
 import { Kind } from "./types";
 import { Visible } from "./visible";
@@ -231,7 +231,7 @@ export interface View {
   k: number;
 }
 
-export const MARGIN = { left: 62, right: 14, top: 12, bottom: 30 };
+export const MARGIN = { left: 62, right: 46, top: 12, bottom: 30 };
 
 export interface Scene {
   store: Store;
@@ -249,8 +249,10 @@ export interface Scene {
 }
 
 export function radiusOf(scene: Scene, node: number): number {
-  const influence = scene.graph.data.nodes.influence[node];
-  const size = scene.layout.isLabelled ? 4.2 + 8 * Math.sqrt(Math.min(influence, 0.5)) : 3.4 + 5 * Math.sqrt(Math.min(influence, 0.5));
+  // Outputs have no influence of their own: they are as large as they are probable.
+  const { graph, layout } = scene;
+  const root = Math.sqrt(Math.min(Math.max(graph.data.nodes.influence[node], graph.outputWeight[node]), 0.5));
+  const size = layout.isLabelled ? 4.2 + 8 * root : 3.4 + 5 * root;
   return size * Math.min(Math.max(scene.view.k, 0.5), 1.6);
 }
 
@@ -264,8 +266,9 @@ export type EdgeLayer = (strength: number) => void;
 
 /** All edges shown. A canvas keeps them as a layer, since thousands take longer than all else together. */
 export function drawEdges(painter: Painter, scene: Scene, strength: number): void {
-  const alpha = strength * (scene.visible.edges.length > 6000 ? 0.25 : 0.55);
-  for (const e of scene.visible.edges) drawEdge(painter, scene, e, alpha, 1);
+  // The more there are, the finer and fainter each.
+  const crowd = Math.min(Math.sqrt(300 / Math.max(scene.visible.edges.length, 1)), 1);
+  for (const e of scene.visible.edges) drawEdge(painter, scene, e, strength * Math.max(0.55 * crowd, 0.16), Math.max(crowd, 0.4));
 }
 
 /** The whole picture. What is lit stands out, the rest is faint: the selected node's edges, or a path's. */
@@ -295,6 +298,9 @@ export function drawScene(painter: Painter, scene: Scene, path: number[] | null,
   drawAxes(painter, scene);
 }
 
+/** Edges of one node that are drawn while it is pointed at, the strongest; its card lists them all. */
+const MOST_HOVERED = 400;
+
 /** What changes while the pointer moves: the node under it, its edges and neighbours. */
 export function drawHover(painter: Painter, scene: Scene, node: number): void {
   const { graph, visible } = scene;
@@ -304,8 +310,13 @@ export function drawHover(painter: Painter, scene: Scene, node: number): void {
     .filter((e) => visible.isShown[graph.source[e]] && visible.isShown[graph.target[e]])
     .filter((e) => sign === "both" || graph.weight[e] > 0 === (sign === "positive"))
     .sort((a, b) => Math.abs(graph.weight[b]) - Math.abs(graph.weight[a]));
-  for (const e of edges.slice(0, 400).reverse()) drawEdge(painter, scene, e, 0.9, 1.4);
-  for (const i of lit.keys()) if (visible.isShown[i]) drawNode(painter, scene, i, false, lit);
+  // All else steps back, so that these edges are seen among thousands.
+  const { width, height, palette, layout } = scene;
+  painter.rect(MARGIN.left - 6, 0, width - MARGIN.left, height - MARGIN.bottom + 4, `color-mix(in srgb, ${palette.back} 70%, transparent)`);
+  for (const e of edges.slice(0, MOST_HOVERED).reverse()) drawEdge(painter, scene, e, 0.9, 1.4);
+  const shown = [...lit.keys()].filter((i) => visible.isShown[i]);
+  for (const i of shown) drawNode(painter, scene, i, false, lit);
+  if (layout.isLabelled) for (const i of shown) drawLabel(painter, scene, i, false);
 }
 
 /** A node, and those that it has edges with, each with the weight of its edge. */
@@ -353,7 +364,7 @@ function drawLabel(painter: Painter, scene: Scene, node: number, isFaint: boolea
   // Tokens stand on the axis already.
   if (kind === "token" || kind === "position" || view.k < 0.55) return;
   const [x, y] = toScreen(scene, node);
-  const size = Math.min(Math.max(10.5 * view.k, 9), 14);
+  const size = Math.min(Math.max(11 * view.k, 9.5), 14);
   const isNamed = store.labelOf(node) !== null || kind === "logit";
   const perLine = Math.max(Math.floor((80 * view.k) / (size * 0.54)), 5);
   let name = store.nameOf(node);
@@ -386,10 +397,10 @@ function drawAxes(painter: Painter, scene: Scene): void {
     const room = (column.to - column.from) * view.k;
     const position = Number(column.name);
     const token = position < 0 ? "all" : graph.data.tokens[position]?.trim() || "␣";
-    const [line] = wrap(token, Math.max(Math.floor(room / 6.6), 3), 1);
+    const [line] = wrap(token, Math.max(Math.floor(room / LETTER), 5), 1);
     // Where columns are narrower than their tokens, some are left out rather than written over each other.
-    if (!line || x - (line.length * 6.6) / 2 < last + 4) continue;
-    last = x + (line.length * 6.6) / 2;
+    if (!line || x - (line.length * LETTER) / 2 < last + 4) continue;
+    last = x + (line.length * LETTER) / 2;
     painter.text(line, x, height - MARGIN.bottom / 2 + 2, { size: 12, fill: position < 0 ? palette.quiet : palette.text, bold: position >= 0 });
   }
 }

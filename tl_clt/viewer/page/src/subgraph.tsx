@@ -16,6 +16,8 @@ interface Props {
 }
 
 const STEP = 12;
+/** A subgraph that would be drawn smaller than this is scrolled instead. */
+const SMALLEST = 0.72;
 
 /** Scores of the subgraph: features that are not pinned count as errors. Null while none is pinned. */
 export function pinnedScores(store: Store): Scores | null {
@@ -29,6 +31,7 @@ export function SubgraphPanel({ store, ask }: Props) {
   const { notes, graph } = store;
   const subgraph = useMemo(() => buildSubgraph(store), [notes, graph, store.marked, store.state.labels, store.state.sign, store.features]);
   const scores = useMemo(() => pinnedScores(store), [notes.pinned, graph]);
+  const [isLarge, setIsLarge] = useState(false);
   const [frozen, setFrozen] = useState<[number, number, number, number] | null>(null);
   const { boxes, links } = subgraph;
   const most = Math.max(...links.map((link) => Math.abs(link.weight)), 0);
@@ -95,7 +98,7 @@ export function SubgraphPanel({ store, ask }: Props) {
     );
   }
   return (
-    <section class="subgraph" aria-label="Subgraph" data-testid="subgraph">
+    <section class={isLarge ? "subgraph large" : "subgraph"} aria-label="Subgraph" data-testid="subgraph">
       <div class="bar">
         <h2>Subgraph</h2>
         <span class="scores" data-testid="pinned-scores">
@@ -105,15 +108,18 @@ export function SubgraphPanel({ store, ask }: Props) {
         <button type="button" disabled={!store.marked.length} onClick={() => askGroup(store, ask)}>
           Group{store.marked.length ? ` ${store.marked.length}` : ""} <kbd>g</kbd>
         </button>
+        <button type="button" aria-pressed={isLarge} title="The subgraph alone, without the graph above it" onClick={() => setIsLarge(!isLarge)} data-testid="enlarge">
+          Enlarge
+        </button>
         <button type="button" disabled={!Object.keys(notes.places).length} onClick={() => store.note({ places: {} })} data-testid="auto-layout">
           Lay out <kbd>l</kbd>
         </button>
       </div>
-      <div class="boxes">
+      <div class="boxes" tabIndex={0} role="group" aria-label="Boxes of the subgraph">
         <svg
           ref={svg}
           viewBox={`${left} ${top} ${width} ${height}`}
-          style={{ maxWidth: `${width * 1.15}px`, maxHeight: `${height * 1.15}px` }}
+          style={{ maxWidth: `${width * 1.1}px`, maxHeight: `${height * 1.1}px`, minHeight: `${height * SMALLEST}px` }}
           role="group"
           aria-label={`Subgraph of ${boxes.length} boxes and ${links.length} edges`}
         >
@@ -157,7 +163,7 @@ export function SubgraphPanel({ store, ask }: Props) {
               <rect width={box.width} height={box.height} rx={7} />
               {textOf(store, box).map((line, i) => (
                 <text key={i} class={line.isBold ? "title" : ""} x={box.width / 2} y={line.y} font-size={line.size} data-member={line.member ?? undefined}>
-                  {line.text}
+                  {`${line.text} `}
                 </text>
               ))}
             </g>
