@@ -577,6 +577,41 @@ def test_the_table_has_the_same_nodes_sorted_and_by_keyboard(page, graph):
     assert table.get_attribute("aria-rowcount") == str(len(graph.nodes) + 1 - 11)
 
 
+def test_the_graph_is_moved_and_zoomed_without_losing_the_selection(page, graph):
+    click(page, graph.top(1, "feature")[0].node.number)
+    start, selected = page.evaluate("tlclt.scene().view"), state(page)["selected"]
+    bounds = page.get_by_test_id("graph").bounding_box()
+    x, y = bounds["x"] + 100, bounds["y"] + bounds["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 20, y + 5)
+    page.mouse.move(x + 40, y + 10)
+    page.mouse.up()
+    wait_until(page, f"Math.abs(tlclt.scene().view.x - {start['x'] + 40}) < 0.01")
+    page.mouse.wheel(0, -300)
+    wait_until(page, f"tlclt.scene().view.k > {start['k']}")
+    assert state(page)["selected"] == selected
+    page.get_by_test_id("graph").focus()
+    page.keyboard.press("0")
+    wait_until(page, f"Math.abs(tlclt.scene().view.k - {start['k']}) < 1e-6")
+
+
+def test_nothing_moves_by_itself_where_the_reader_asks_so(page):
+    transition = "getComputedStyle(document.querySelector('button')).transitionDuration"
+    page.emulate_media(reduced_motion="no-preference")
+    assert page.evaluate(transition) != "0s"
+    page.emulate_media(reduced_motion="reduce")
+    assert page.evaluate(transition) == "0s"
+
+
+def test_the_subgraph_can_have_the_room_of_the_graph(page, graph):
+    pin(page, 0)
+    page.get_by_test_id("enlarge").click()
+    page.get_by_test_id("graph").wait_for(state="hidden")
+    page.get_by_test_id("enlarge").click()
+    page.get_by_test_id("graph").wait_for(state="visible")
+
+
 def test_light_and_dark_by_the_system_and_by_hand(page):
     colour = "getComputedStyle(document.querySelector('.page')).backgroundColor"
     light = page.evaluate(colour)
@@ -590,6 +625,21 @@ def test_light_and_dark_by_the_system_and_by_hand(page):
     page.get_by_test_id("theme").click()
     page.get_by_test_id("theme").click()
     assert state(page)["theme"] == "dark" and page.evaluate(colour) == dark
+
+
+def test_two_pages_in_one_document(page):
+    page.evaluate(
+        """() => {
+            const second = document.body.appendChild(document.createElement("div"));
+            window.first = tlclt;
+            const data = JSON.parse(document.getElementById("data").textContent);
+            tlcltPage.mount(second, data, {hash: false});
+        }"""
+    )
+    page.evaluate("tlclt.store.togglePin(0)")
+    assert page.evaluate("[first.store.notes.pinned.length, tlclt.store.notes.pinned.length]") == [0, 1]
+    found = page.evaluate("[...document.querySelectorAll('[id]')].map(element => element.id)")
+    assert len(found) == len(set(found))
 
 
 def test_axe_finds_no_serious_fault(page, graph):

@@ -77,7 +77,7 @@ def page_data(
         `features`, by "layer/feature"; `features_left_out`, how many were left out by `max_features`.
 
     Raises:
-        ConfigError: the graphs are none, `features` has no `get`, or the title is no text.
+        ConfigError: the graphs are none or have infinite values, `features` has no `get`, or the title is no text.
     """
     named = _as_graphs(graphs)
     max_features = as_whole("max_features", max_features, 0, none="all")
@@ -165,6 +165,11 @@ def as_script_json(data: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
+def _writable(text: str) -> str:
+    """Half a character, as a tokenizer may give it, has no place in a file."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def _digest(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
@@ -194,6 +199,9 @@ def _prompt_of(graph: AttributionGraph) -> str:
 def _graph_data(name: str, graph: AttributionGraph) -> dict[str, Any]:
     nodes, walks, scores = graph.nodes, walk_upstream(graph), graph.scores()
     target, source, weight = list_all_edges(graph.adjacency)
+    for values in (nodes.activation, weight, walks.influence, graph.logit_probs):
+        if not bool(values.isfinite().all()):
+            raise ConfigError(f"The graph {name!r} has values that are infinite or no numbers: trace the prompt again.")
     is_edge = weight != 0
     dropped = sum_inputs(graph) * 0 if graph.dropped is None else graph.dropped
     return {
@@ -227,7 +235,7 @@ def _graph_data(name: str, graph: AttributionGraph) -> dict[str, Any]:
         },
         "unexplored": graph.unexplored,
         "pruned": graph.lacks_nodes,
-        "info": {key: value for key, value in graph.info.items() if isinstance(value, (str, int, float, bool))},
+        "info": plain_json({key: value for key, value in graph.info.items() if isinstance(value, (str, int, float))}),
     }
 
 

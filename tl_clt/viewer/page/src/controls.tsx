@@ -214,8 +214,8 @@ export function Search({ store, query, onQuery, found }: SearchProps) {
         placeholder="Search  /"
         aria-label="Search nodes by label, number or token"
         aria-expanded={isListed}
-        aria-controls="tlclt-found"
-        aria-activedescendant={isListed ? `tlclt-found-${active}` : undefined}
+        aria-controls={`${store.uid}-found`}
+        aria-activedescendant={isListed ? `${store.uid}-found-${active}` : undefined}
         data-testid="search"
         value={query}
         onInput={(event) => {
@@ -226,11 +226,11 @@ export function Search({ store, query, onQuery, found }: SearchProps) {
         onBlur={() => setIsOpen(false)}
         onKeyDown={onKeyDown}
       />
-      <ul id="tlclt-found" role="listbox" aria-label="Nodes found" hidden={!isListed}>
+      <ul id={`${store.uid}-found`} role="listbox" aria-label="Nodes found" hidden={!isListed}>
         {shown.map((node, i) => (
           <li
             key={node}
-            id={`tlclt-found-${i}`}
+            id={`${store.uid}-found-${i}`}
             role="option"
             aria-selected={i === active}
             onPointerDown={(event) => {

@@ -268,9 +268,9 @@ function Page({ store, element, onScene, ownsWindow }: PageProps) {
                   key={name}
                   type="button"
                   role="tab"
-                  id={`tlclt-tab-${name}`}
+                  id={`${store.uid}-tab-${name}`}
                   aria-selected={tab === name}
-                  aria-controls="tlclt-panel"
+                  aria-controls={`${store.uid}-panel`}
                   data-testid={`tab-${name}`}
                   onClick={() => setTab(name)}
                 >
@@ -281,10 +281,10 @@ function Page({ store, element, onScene, ownsWindow }: PageProps) {
           )}
           <div
             class="panel"
-            id="tlclt-panel"
+            id={`${store.uid}-panel`}
             tabIndex={0}
             role={tabs.length > 1 ? "tabpanel" : "region"}
-            aria-labelledby={tabs.length > 1 ? `tlclt-tab-${tab}` : undefined}
+            aria-labelledby={tabs.length > 1 ? `${store.uid}-tab-${tab}` : undefined}
             aria-label={tabs.length > 1 ? undefined : "Node"}
           >
             {notes.path && tab === "node" && <PathCard store={store} path={path} />}

@@ -75,7 +75,11 @@ export function initialState(graphs: number): State {
   };
 }
 
+let pages = 0;
+
 export class Store {
+  /** Begins the ids of elements, which several pages in one document must not share. */
+  readonly uid = `tlclt-${++pages}`;
   readonly graphs: Graph[];
   readonly host: Host;
   state: State;
