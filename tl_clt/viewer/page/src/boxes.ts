@@ -35,7 +35,7 @@ export interface Subgraph {
 
 const WIDTH = 172;
 const LINE = 15;
-const PER_LINE = 22;
+const PER_LINE = 20;
 const MOST_LINES = 6;
 
 export function buildSubgraph(store: Store): Subgraph {
@@ -196,7 +196,7 @@ export function textOf(store: Store, box: Box): BoxText[] {
   const below = box.group === null ? [boxPlace(store, box)] : box.lines;
   return title.concat(
     below.map((text, i) => ({
-      text: wrap(text, PER_LINE + 2, 1)[0] ?? "",
+      text: wrap(text, PER_LINE + 5, 1)[0] ?? "",
       y: start + (box.group === null ? 0 : 3) + i * LINE,
       size: 11,
       isBold: false,

@@ -5,7 +5,7 @@ import { zoom, ZoomBehavior, zoomIdentity, ZoomTransform } from "d3-zoom";
 import Flatbush from "flatbush";
 import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 
-import { Layout, placeNodes, rowOf } from "./layout";
+import { Layout, placeNodes, rowOf, SMALLEST_SCALE } from "./layout";
 import { CanvasPainter, drawEdges, drawHover, drawScene, MARGIN, readPalette, Scene, View } from "./picture";
 import { number, Store } from "./store";
 import { Visible } from "./visible";
@@ -66,18 +66,19 @@ export function GraphCanvas({ store, visible, path, found, shared, onScene }: Pr
   const layer = useRef<KeptEdges | null>(null);
   const isMoving = useRef(false);
 
-  // The whole graph fits at first, and again whenever it is laid out anew.
-  const fit = () => {
+  // Laid out anew, the graph is seen whole; of one too large to be seen so, the end of the prompt, where outputs are.
+  const fit = (smallest = 0) => {
     if (!width || !height || !layout.width) return;
-    const k = Math.min(inner.width / layout.width, inner.height / layout.height, 1.4);
-    const x = MARGIN.left + Math.max((inner.width - layout.width * k) / 2, 0);
+    const k = Math.max(Math.min(inner.width / layout.width, inner.height / layout.height, 1.4), smallest);
+    const spare = inner.width - layout.width * k;
+    const x = MARGIN.left + (spare < 0 ? spare : spare / 2);
     const y = MARGIN.top + Math.max((inner.height - layout.height * k) / 2, 0);
     select(box.current!).call(zooming.current!.transform, zoomIdentity.translate(x, y).scale(k));
   };
 
   useEffect(() => {
     zooming.current = zoom<HTMLDivElement, unknown>()
-      .scaleExtent([0.05, 12])
+      .scaleExtent([0.02, 12])
       .on("start", (event) => {
         isMoving.current = Boolean(event.sourceEvent);
       })
@@ -94,7 +95,7 @@ export function GraphCanvas({ store, visible, path, found, shared, onScene }: Pr
       select(box.current!).on(".zoom", null);
     };
   }, []);
-  useEffect(fit, [layout]);
+  useEffect(() => fit(SMALLEST_SCALE), [layout]);
 
   useLayoutEffect(() => {
     if (!width || !height) return;
@@ -116,7 +117,13 @@ export function GraphCanvas({ store, visible, path, found, shared, onScene }: Pr
     const label = tip.current!;
     label.hidden = node === null || !now.visible.isShown[node];
     if (node === null || !now.visible.isShown[node]) return;
+    // Within the axes, which lie on the canvas below.
+    painter.context.save();
+    painter.context.beginPath();
+    painter.context.rect(MARGIN.left - 6, 0, now.width, now.height - MARGIN.bottom + 4);
+    painter.context.clip();
     drawHover(painter, now, node);
+    painter.context.restore();
     fillTip(label, store, node, now);
   };
   useEffect(() => store.onHover(showHover), [store]);
@@ -179,7 +186,7 @@ export function GraphCanvas({ store, visible, path, found, shared, onScene }: Pr
         <button type="button" title="Smaller (-)" aria-label="Smaller" onClick={() => select(box.current!).call(zooming.current!.scaleBy, 1 / 1.3)}>
           −
         </button>
-        <button type="button" title="The whole graph (0)" aria-label="The whole graph" onClick={fit}>
+        <button type="button" title="The whole graph (0)" aria-label="The whole graph" onClick={() => fit()}>
           ⤢
         </button>
       </div>

@@ -96,7 +96,7 @@ function Strongest({ store }: { store: Store }) {
 }
 
 /** Letters of a label in one line of its field. */
-const LABEL_LINE = 36;
+const LABEL_LINE = 38;
 
 function LabelField({ store, node }: { store: Store; node: number }) {
   const given = store.labelOf(node) ?? "";

@@ -27,8 +27,11 @@ const LABELLED = { across: 82, down: 48, narrow: 46, gap: 12 };
 const CLOSE = { across: 15, down: 15, narrow: 15, gap: 12 };
 
 /** Mean width of a bold letter of the tokens below the graph. */
-export const LETTER = 7.2;
+export const LETTER = 7.8;
 const LONGEST_TOKEN = 12;
+
+/** A graph that would have to be drawn smaller than this to be seen whole is seen in part at first. */
+export const SMALLEST_SCALE = 0.3;
 
 /** Row of a node, counted from the bottom: positions, tokens, the layers, outputs. */
 export function rowOf(graph: Graph, node: number): number {
@@ -88,7 +91,7 @@ export function placeNodes(graph: Graph, visible: Visible, width: number, height
     });
     const heights = rows.map((row) => Math.max(...columns.map((column, c) => Math.ceil(count(row, column) / across[c]))) * pitch.down + pitch.gap);
     const scale = Math.min(width / sum(widths), height / sum(heights), 1);
-    return { across, widths, heights, scale: scale > 0 ? scale : 1 };
+    return { across, widths, heights, scale: scale > 0 ? Math.max(scale, SMALLEST_SCALE) : 1 };
   });
   const { across, widths, heights, scale } = shapes.reduce((best, shape) => (shape.scale > best.scale + 1e-9 ? shape : best));
   const columnBands = spread(columns.map(String), widths, width / scale);

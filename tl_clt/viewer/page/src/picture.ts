@@ -203,22 +203,24 @@ export function shapeOf(kind: Kind): [number, number][] | null {
   return SHAPES[kind];
 }
 
-/** Words cut to lines of at most so many characters; the last line ends in ... where something is left. */
+/** Words cut to lines of at most so many characters; the last line ends in an ellipsis where something is left. */
 export function wrap(text: string, perLine: number, most: number): string[] {
   const lines: string[] = [];
-  let rest = text.trim().replace(/\s+/g, " ");
-  while (rest && lines.length < most) {
+  // By characters, of which some are two units of a string.
+  let rest = Array.from(text.trim().replace(/\s+/g, " "));
+  const cut = (from: number, to?: number) => rest.slice(from, to).join("").trim();
+  while (rest.length && lines.length < most) {
     if (rest.length <= perLine) {
-      lines.push(rest);
-      rest = "";
+      lines.push(cut(0));
+      rest = [];
     } else if (lines.length === most - 1) {
-      lines.push(`${rest.slice(0, perLine - 1).trimEnd()}…`);
-      rest = "";
+      lines.push(`${cut(0, perLine - 1)}…`);
+      rest = [];
     } else {
       const space = rest.lastIndexOf(" ", perLine);
       const at = space > perLine / 3 ? space : perLine;
-      lines.push(rest.slice(0, at));
-      rest = rest.slice(at).trim();
+      lines.push(cut(0, at));
+      rest = Array.from(cut(at));
     }
   }
   return lines;
@@ -397,9 +399,10 @@ function drawAxes(painter: Painter, scene: Scene): void {
     const room = (column.to - column.from) * view.k;
     const position = Number(column.name);
     const token = position < 0 ? "all" : graph.data.tokens[position]?.trim() || "␣";
-    const [line] = wrap(token, Math.max(Math.floor(room / LETTER), 5), 1);
-    // Where columns are narrower than their tokens, some are left out rather than written over each other.
-    if (!line || x - (line.length * LETTER) / 2 < last + 4) continue;
+    // Where columns are narrower than their tokens, these are cut, or left out, rather than written over each other.
+    const letters = Math.floor(Math.min(Math.max(room / LETTER, 5), (2 * (x - last - 4)) / LETTER));
+    const [line] = letters < 2 ? [] : wrap(token, letters, 1);
+    if (!line || (letters < 5 && line.endsWith("…"))) continue;
     last = x + (line.length * LETTER) / 2;
     painter.text(line, x, height - MARGIN.bottom / 2 + 2, { size: 12, fill: position < 0 ? palette.quiet : palette.text, bold: position >= 0 });
   }
