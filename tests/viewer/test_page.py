@@ -70,15 +70,23 @@ def ids(page, *nodes: int) -> list[str]:
     return page.evaluate("nodes => nodes.map(i => tlclt.store.graph.ids[i])", list(nodes))
 
 
+def settle(page) -> None:
+    """Wait until the page is drawn as its state has it: what is pinned changes the graph's room, and so its layout."""
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 30))))")
+
+
 def point_at(page, node: int) -> None:
+    settle(page)
     page.mouse.move(*page.evaluate("i => tlclt.positionOf(i)", node))
 
 
-def click(page, node: int, **options) -> None:
+def click(page, node: int, *, shift: bool = False) -> None:
     point_at(page, node)
-    page.keyboard.down("Shift") if options.get("shift") else None
+    if shift:
+        page.keyboard.down("Shift")
     page.mouse.click(*page.evaluate("i => tlclt.positionOf(i)", node))
-    page.keyboard.up("Shift") if options.get("shift") else None
+    if shift:
+        page.keyboard.up("Shift")
 
 
 def pin(page, *nodes: int) -> None:
