@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.viewer.browser import PLACE, wait_until, watch
-from tests.viewer.page_cases import EVIL, PROMPT, Records
+from tests.viewer.page_cases import EVIL, PROMPT, Records, large_graph
 from tl_clt import AttributionGraph, Intervention, NodeKind, attribute, intervene, load_organism
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
@@ -291,6 +291,20 @@ def test_weak_edges_are_left_out_and_counted(page, graph):
     assert f"{int((weights < least).sum())} of |weight| under" in page.get_by_test_id("summary").inner_text()
 
 
+def test_of_very_many_edges_the_strongest_are_drawn_and_the_rest_counted(page, tmp_path):
+    large = large_graph(600, 60_000, n_layers=6, n_pos=8)
+    show(page, large.save_html(tmp_path / "large.html").as_uri())
+    weights = large.to_pandas().edges["weight"].abs().sort_values(ascending=False).reset_index(drop=True)
+    summary = page.get_by_test_id("summary")
+    assert page.evaluate("tlclt.scene().visible.edges.length") == 2000
+    assert f"{len(weights) - 2000} of |weight| under" in summary.inner_text()
+    page.evaluate("tlclt.store.set({minWeight: 0})")
+    settle(page)
+    drawn = page.evaluate("[...tlclt.scene().visible.edges].map(e => Math.abs(tlclt.store.graph.weight[e]))")
+    assert len(drawn) == 10_000 and min(drawn) == pytest.approx(weights[9_999], rel=1e-6)
+    assert f"{len(weights) - 10_000} beyond the 10000 strongest" in summary.inner_text()
+
+
 def test_filters_by_kind_layer_token_and_sign_say_what_they_hide(page, graph):
     nodes, edges = graph.nodes, graph.to_pandas().edges
     hidden = {}
@@ -565,6 +579,7 @@ def test_the_keyboard_reaches_every_node(page, graph):
     page.locator("dialog").wait_for()
     page.keyboard.press("Escape")
     page.locator("dialog").wait_for(state="detached")
+    assert page.evaluate("document.activeElement.dataset.testid") == "graph"
 
 
 def test_the_table_has_the_same_nodes_sorted_and_by_keyboard(page, graph):

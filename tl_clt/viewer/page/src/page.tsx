@@ -383,8 +383,13 @@ interface DialogProps {
 
 function Dialog({ title, close, children }: DialogProps) {
   const box = useRef<HTMLDialogElement>(null);
-  useEffect(() => {
+  // Whoever opened it by keyboard goes on from where they were.
+  useLayoutEffect(() => {
+    const before = (box.current!.getRootNode() as Document | ShadowRoot).activeElement;
     box.current!.showModal();
+    return () => {
+      if (before instanceof HTMLElement || before instanceof SVGElement) before.focus();
+    };
   }, []);
   return (
     <dialog

@@ -7,6 +7,9 @@ import { PLURAL } from "./types";
 /** Edges drawn where no smallest weight is chosen; so many are drawn at once without a wait. */
 export const EDGES_AT_FIRST = 2000;
 
+/** Edges drawn at most, the strongest: more take seconds, and are a grey cloud. A node's card lists all of its edges. */
+export const MOST_EDGES = 10_000;
+
 export interface Visible {
   isShown: Uint8Array;
   nodes: number[];
@@ -46,7 +49,7 @@ export function findVisible(graph: Graph, state: State): Visible {
   let ends = 0;
   let sign = 0;
   let weak = 0;
-  const kept: number[] = [];
+  let kept: number[] = [];
   for (let e = 0; e < graph.nEdges; e++) {
     const weight = graph.weight[e];
     if (!isShown[graph.target[e]] || !isShown[graph.source[e]]) ends++;
@@ -54,10 +57,16 @@ export function findVisible(graph: Graph, state: State): Visible {
     else if (Math.abs(weight) < minWeight) weak++;
     else kept.push(e);
   }
+  const beyond = Math.max(kept.length - MOST_EDGES, 0);
+  if (beyond) {
+    const least = Float64Array.from(kept, (e) => Math.abs(graph.weight[e])).sort()[beyond];
+    kept = kept.filter((e) => Math.abs(graph.weight[e]) >= least).slice(0, MOST_EDGES);
+  }
   kept.sort((a, b) => Math.abs(graph.weight[a]) - Math.abs(graph.weight[b]));
   const hiddenEdges: [string, number][] = [
     ["at nodes that are hidden", ends],
     ["of the other sign", sign],
+    [`beyond the ${MOST_EDGES} strongest`, beyond],
     [`of |weight| under ${Number(minWeight.toPrecision(2))}`, weak],
   ];
   return {
