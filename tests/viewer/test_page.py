@@ -473,6 +473,10 @@ def test_pictures_are_exported_with_text_that_stays_text(page, graph, tmp_path):
         assert any((element.text or "").startswith("about ") for element in picture.iter())
     dashed = page.evaluate("tlclt.svg('graph')").count("stroke-dasharray")
     assert dashed == int((graph.adjacency < 0).sum())
+    node = graph.top(1, "feature")[0].node.number
+    page.evaluate("i => tlclt.store.select(i)", node)
+    own = int((graph.adjacency[node] < 0).sum() + (graph.adjacency[:, node] < 0).sum())
+    assert page.evaluate("tlclt.svg('graph')").count("stroke-dasharray") == dashed + own  # and once more, lit
     page.get_by_test_id("export").click()
     for name in ("graph-png", "subgraph-png", "graph-svg"):
         with page.expect_download() as download:

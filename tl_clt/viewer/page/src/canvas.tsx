@@ -107,7 +107,7 @@ export function GraphCanvas({ store, visible, path, found, shared, onScene }: Pr
     onScene(scene.current);
     showHover();
     // All that a picture is made of; what else changes the page does not draw it again.
-  }, [visible, layout, view, path, found, shared, width, height, scheme, store.state.selected, store.state.labels, store.state.theme, store.notes.pinned]);
+  }, [visible, layout, view, path, found, shared, width, height, scheme, store.state.selected, store.state.labels, store.loaded, store.state.theme, store.notes.pinned]);
 
   const showHover = () => {
     const now = scene.current;

@@ -3,7 +3,7 @@
 import { render } from "preact";
 import { useEffect, useLayoutEffect, useMemo, useReducer, useRef, useState } from "preact/hooks";
 
-import { boundsOf, buildSubgraph, Subgraph } from "./boxes";
+import { buildSubgraph, Subgraph } from "./boxes";
 import { GraphCanvas } from "./canvas";
 import { endPath, NodeCard } from "./card";
 import { ComparePanel, sharedNodes } from "./compare";
@@ -121,7 +121,7 @@ function Page({ store, element, onScene, ownsWindow }: PageProps) {
     () => findVisible(graph, state),
     [graph, state.influence, state.minWeight, state.layers, state.hiddenTokens, state.sign, state.kinds],
   );
-  const found = useMemo(() => findNodes(store, query), [query, graph, state.labels]);
+  const found = useMemo(() => findNodes(store, query), [query, graph, state.labels, store.loaded]);
   const foundSet = useMemo(() => new Set(query ? found : []), [found, query]);
   const path = useMemo(() => pathOf(store), [notes.path, graph]);
   const other = state.compare === null || state.compare === state.graph ? null : store.graphs[state.compare];
@@ -493,7 +493,7 @@ interface ExportProps {
 
 function ExportDialog({ store, scene, path, close }: ExportProps) {
   const [error, setError] = useState("");
-  const isSubgraph = store.pinned.length > 0 && boundsOf(buildSubgraph(store).boxes)[2] > 0;
+  const isSubgraph = store.pinned.length > 0;
   const python = toPython(store);
   const isChange = changesOf(store).length > 0;
   const png = (what: "graph" | "subgraph") =>

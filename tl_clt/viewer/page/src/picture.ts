@@ -284,38 +284,48 @@ export function drawScene(painter: Painter, scene: Scene, path: number[] | null,
   const onPath = new Set(path ?? []);
   const weights = selected === null ? null : neighbours(graph, selected);
   const isFaint = (i: number) => (path ? !onPath.has(i) : weights !== null && !weights.has(i));
-  const isLit = (e: number) => {
-    if (!path) return graph.source[e] === selected || graph.target[e] === selected;
-    const step = path.indexOf(graph.source[e]);
-    return step >= 0 && path[step + 1] === graph.target[e];
-  };
   const strength = path || weights ? 0.22 : 1;
   if (layer) layer(strength);
   else drawEdges(painter, scene, strength);
-  if (path || weights) {
-    for (const e of visible.edges) if (isLit(e)) drawEdge(painter, scene, e, 0.95, 1.5);
-  }
+  const lit = path ? stepsOf(scene, path) : selected === null ? [] : edgesOf(scene, selected);
+  for (const e of lit) drawEdge(painter, scene, e, 0.95, 1.5);
   for (const i of visible.nodes) drawNode(painter, scene, i, isFaint(i), weights);
   if (layout.isLabelled) for (const i of visible.nodes) drawLabel(painter, scene, i, isFaint(i));
   drawAxes(painter, scene);
 }
 
-/** Edges of one node that are drawn while it is pointed at, the strongest; its card lists them all. */
-const MOST_HOVERED = 400;
+/** Edges of one node that are drawn when it is pointed at or selected, the strongest; its card lists them all. */
+const MOST_OF_NODE = 400;
+
+/**
+ * The edges of a node to nodes that are shown, from the weakest; also those that are too weak to be drawn among all,
+ * unless a smallest weight was chosen.
+ */
+function edgesOf({ graph, visible, store }: Scene, node: number): number[] {
+  const { sign, minWeight } = store.state;
+  if (!visible.isShown[node]) return [];
+  return [...graph.inEdges(node), ...graph.outEdges(node)]
+    .filter((e) => visible.isShown[graph.source[e]] && visible.isShown[graph.target[e]])
+    .filter((e) => sign === "both" || graph.weight[e] > 0 === (sign === "positive"))
+    .filter((e) => minWeight === null || Math.abs(graph.weight[e]) >= minWeight)
+    .sort((a, b) => Math.abs(graph.weight[a]) - Math.abs(graph.weight[b]))
+    .slice(-MOST_OF_NODE);
+}
+
+/** The edges along a path, where both ends are shown. */
+function stepsOf({ graph, visible }: Scene, path: number[]): number[] {
+  const steps = path.slice(1).map((to, i) => [...graph.inEdges(to)].find((e) => graph.source[e] === path[i])!);
+  return steps.filter((e) => visible.isShown[graph.source[e]] && visible.isShown[graph.target[e]]);
+}
 
 /** What changes while the pointer moves: the node under it, its edges and neighbours. */
 export function drawHover(painter: Painter, scene: Scene, node: number): void {
   const { graph, visible } = scene;
-  const { sign } = scene.store.state;
   const lit = neighbours(graph, node);
-  const edges = [...graph.inEdges(node), ...graph.outEdges(node)]
-    .filter((e) => visible.isShown[graph.source[e]] && visible.isShown[graph.target[e]])
-    .filter((e) => sign === "both" || graph.weight[e] > 0 === (sign === "positive"))
-    .sort((a, b) => Math.abs(graph.weight[b]) - Math.abs(graph.weight[a]));
   // All else steps back, so that these edges are seen among thousands.
   const { width, height, palette, layout } = scene;
   painter.rect(MARGIN.left - 6, 0, width - MARGIN.left, height - MARGIN.bottom + 4, `color-mix(in srgb, ${palette.back} 70%, transparent)`);
-  for (const e of edges.slice(0, MOST_HOVERED).reverse()) drawEdge(painter, scene, e, 0.9, 1.4);
+  for (const e of edgesOf(scene, node)) drawEdge(painter, scene, e, 0.9, 1.4);
   const shown = [...lit.keys()].filter((i) => visible.isShown[i]);
   for (const i of shown) drawNode(painter, scene, i, false, lit);
   if (layout.isLabelled) for (const i of shown) drawLabel(painter, scene, i, false);

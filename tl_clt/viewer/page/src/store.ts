@@ -92,6 +92,8 @@ export class Store {
   /** The first end of a path that is being chosen. */
   pathFrom: string | null = null;
   readonly features: Record<string, FeatureData | null>;
+  /** How many features a shell has loaded; labels may have changed where this has. */
+  loaded = 0;
   private past: State[] = [];
   private future: State[] = [];
   /** What the shell was last given to keep. */
@@ -356,6 +358,7 @@ export class Store {
     this.host.loadFeature(layer, feature).then(
       (record) => {
         this.features[key] = record ?? null;
+        this.loaded++;
         this.loading.delete(key);
         this.emit();
       },

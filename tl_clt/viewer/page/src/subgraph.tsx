@@ -29,7 +29,7 @@ export function pinnedScores(store: Store): Scores | null {
 export function SubgraphPanel({ store, ask }: Props) {
   const svg = useRef<SVGSVGElement>(null);
   const { notes, graph } = store;
-  const subgraph = useMemo(() => buildSubgraph(store), [notes, graph, store.marked, store.state.labels, store.state.sign, store.features]);
+  const subgraph = useMemo(() => buildSubgraph(store), [notes, graph, store.marked, store.state.labels, store.state.sign, store.loaded]);
   const scores = useMemo(() => pinnedScores(store), [notes.pinned, graph]);
   const [isLarge, setIsLarge] = useState(false);
   const [frozen, setFrozen] = useState<[number, number, number, number] | null>(null);

@@ -38,7 +38,7 @@ export function NodeTable({ store, visible, found }: { store: Store; visible: Vi
     keyed.sort(([a, i], [b, j]) => (a < b ? -1 : a > b ? 1 : i - j));
     if (sorted.isDown) keyed.reverse();
     return keyed.map(([, i]) => i);
-  }, [visible, sorted, found, store.state.labels]);
+  }, [visible, sorted, found, store.state.labels, store.loaded]);
   const selected = store.selected;
   const pinned = new Set(store.notes.pinned);
   return (
