@@ -235,6 +235,7 @@ def test_a_label_given_by_hand_shows_everywhere_and_can_be_taken_back(page, grap
     page.get_by_test_id("label").fill("")
     page.keyboard.press("Enter")
     assert state(page)["labels"] == {}
+    settle(page)
     assert page.get_by_test_id("label").input_value() == f"about {node.index}"
 
 

@@ -2,7 +2,7 @@
 
 import { scaleLinear, scaleLog } from "d3-scale";
 import { Fragment } from "preact";
-import { useEffect, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useState } from "preact/hooks";
 
 import { LongTable } from "./list";
 import { number, Store } from "./store";
@@ -101,7 +101,7 @@ const LABEL_LINE = 38;
 function LabelField({ store, node }: { store: Store; node: number }) {
   const given = store.labelOf(node) ?? "";
   const [text, setText] = useState(given);
-  useEffect(() => setText(given), [node, given]);
+  useLayoutEffect(() => setText(given), [node, given]);
   const save = () => {
     if (text !== given) store.relabel(node, text === store.featureOf(node)?.label ? "" : text);
   };
@@ -379,7 +379,7 @@ function Context({ example, most }: { example: Example; most: number }) {
       {example.tokens.map((token, i) => {
         const activation = example.activations[i] ?? 0;
         const share = most > 0 ? Math.min(Math.max(activation / most, 0), 1) : 0;
-        const style = share > 0 ? { "--share": `${Math.round(8 + 62 * share)}%` } : undefined;
+        const style = share > 0 ? { "--share": `${Math.round(8 + 50 * share)}%` } : undefined;
         return (
           <Fragment key={i}>
             {i > 0 && gap}

@@ -133,7 +133,7 @@ function Page({ store, element, onScene, ownsWindow }: PageProps) {
 
   // Before anything is drawn, since the colours drawn with follow from it.
   if (element.dataset.theme !== state.theme) element.dataset.theme = state.theme;
-  useEffect(() => setTab("node"), [state.selected]);
+  useLayoutEffect(() => setTab("node"), [state.selected]);
 
   const latest = useRef<(event: KeyboardEvent) => void>(() => {});
   latest.current = (event) => {
