@@ -266,7 +266,7 @@ def test_intervene_refuses_what_is_not_there(options, error, as_users_run_it):
     assert error in " ".join(output.split()) and "Traceback" not in output
 
 
-COMMANDS = ("demo", "trace", "intervene", "train", "evaluate", "tradeoff", "list")
+COMMANDS = ("demo", "trace", "intervene", "train", "evaluate", "tradeoff", "view", "list")
 
 
 def test_these_are_all_commands():

@@ -98,6 +98,14 @@ class NotWritten(TlCltError, OSError):
     """A file that could not be written, a full disk above all; nothing of it is left."""
 
 
+class ServerBusy(TlCltError, RuntimeError):
+    """A page asked for work while the same work was being done for it, or for another."""
+
+
+class ExtraMissing(TlCltError, ImportError):
+    """A part of this package whose libraries are not installed."""
+
+
 class LayerWarning(UserWarning):
     """A layer of a CLT in training that falls silent, or that is worse than a constant. Training goes on."""
 

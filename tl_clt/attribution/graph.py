@@ -11,7 +11,7 @@ import warnings
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -60,6 +60,10 @@ from tl_clt.errors import FormatError, NodeNotFound
 from tl_clt.files import new_file, read_json, reading
 from tl_clt.report import as_html
 from tl_clt.shapes import NodeValues
+
+if TYPE_CHECKING:
+    from tl_clt.viewer.html import FeatureSource
+    from tl_clt.viewer.notebook import GraphView
 
 FORMAT = "tl_clt.attribution_graph"
 VERSION = 3
@@ -333,6 +337,44 @@ class AttributionGraph(WeightedGraph):
             contrast_activation=None if self.contrast_activation is None else self.contrast_activation[mask],
             info={**info, "thresholds_out_of_reach": out_of_reach},
         )
+
+    def save_html(self, path: str | Path, features: FeatureSource | None = None, title: str | None = None) -> Path:
+        """Write the graph as a page to look at: one HTML file with all that it needs, opened without a network.
+
+        Args:
+            path: the file; one that is there is replaced.
+            features: what is known of features: a `FeatureStore`, or anything with `get(layer, feature)` that gives an
+                object with `to_dict()`, or None.
+            title: of the page; the prompt where none is given.
+
+        Raises:
+            ConfigError: `features` or `title` is something else.
+            NotWritten: the path is a folder, or the disk is full, for example; what was there stays.
+        """
+        # Here, since the viewer stands on graphs: only one who asks for a page loads it.
+        from tl_clt.viewer.html import save_html
+
+        return save_html(path, self, features, title=title)
+
+    def show(self, features: FeatureSource | None = None, **options: Any) -> GraphView:
+        """The graph as a page in a notebook, where this is the last line of a cell.
+
+        With anywidget the page is joined to the kernel; without, it stands in a frame alone; where a notebook shows
+        neither, there is a picture.
+
+        Args:
+            features: as of `save_html`; looked up as the page needs them.
+            options: `height` of the page in pixels; `model` and `clt`, to change features from the page;
+                `annotations`, a file to keep pins, groups and labels in; `display`, one of "auto", "widget", "frame"
+                and "picture".
+
+        Raises:
+            ConfigError: an argument is something else.
+            ExtraMissing, CLTMismatch, FormatError, NotWritten: as of `tl_clt.viewer.GraphView`.
+        """
+        from tl_clt.viewer.notebook import GraphView
+
+        return GraphView(self, features, **options)
 
     def save(self, path: str | Path) -> Path:
         """Write the graph to one safetensors file, all or nothing; a file that is there is replaced.

@@ -7,7 +7,8 @@ try:
     from tl_clt.cli.measure import evaluate, tradeoff
     from tl_clt.cli.prompts import demo, intervene, trace
     from tl_clt.cli.train import train
+    from tl_clt.cli.view import view
 except KeyboardInterrupt:
     end_interrupted()
 
-__all__ = ["app", "demo", "evaluate", "intervene", "list_transcoders", "trace", "tradeoff", "train"]
+__all__ = ["app", "demo", "evaluate", "intervene", "list_transcoders", "trace", "tradeoff", "train", "view"]
