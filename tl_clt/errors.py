@@ -98,6 +98,14 @@ class NotWritten(TlCltError, OSError):
     """A file that could not be written, a full disk above all; nothing of it is left."""
 
 
+class KeyMissing(TlCltError, PermissionError):
+    """A service that lets in whoever has a key, and no key was given."""
+
+
+class UploadFailed(TlCltError, ConnectionError):
+    """What was to be uploaded did not arrive: the service refused it, or could not be reached."""
+
+
 class LayerWarning(UserWarning):
     """A layer of a CLT in training that falls silent, or that is worse than a constant. Training goes on."""
 
