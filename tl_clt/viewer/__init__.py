@@ -1,5 +1,30 @@
-"""Seeing a graph."""
+"""Seeing a graph, here and in other viewers."""
 
+from tl_clt.viewer.formats import (
+    FeatureBundles,
+    load_circuit_tracer,
+    load_neuronpedia,
+    load_neuronpedia_features,
+    save_circuit_tracer,
+    save_circuit_tracer_features,
+    save_neuronpedia,
+    save_neuronpedia_features,
+    upload_neuronpedia,
+    upload_neuronpedia_features,
+)
 from tl_clt.viewer.text import graph_tree, node_name
 
-__all__ = ["graph_tree", "node_name"]
+__all__ = [
+    "FeatureBundles",
+    "graph_tree",
+    "load_circuit_tracer",
+    "load_neuronpedia",
+    "load_neuronpedia_features",
+    "node_name",
+    "save_circuit_tracer",
+    "save_circuit_tracer_features",
+    "save_neuronpedia",
+    "save_neuronpedia_features",
+    "upload_neuronpedia",
+    "upload_neuronpedia_features",
+]

@@ -9,6 +9,7 @@ from tl_clt.viewer.formats.circuit_tracer import (
 from tl_clt.viewer.formats.neuronpedia import (
     load_neuronpedia,
     load_neuronpedia_features,
+    require_upload,
     save_neuronpedia,
     save_neuronpedia_features,
     upload_neuronpedia,
@@ -20,6 +21,7 @@ __all__ = [
     "load_circuit_tracer",
     "load_neuronpedia",
     "load_neuronpedia_features",
+    "require_upload",
     "save_circuit_tracer",
     "save_circuit_tracer_features",
     "save_neuronpedia",

@@ -176,7 +176,9 @@ def parse_feature(path: Path, values: Any, layer: int, feature: int) -> dict[str
         raise FormatError(f"'{path}', feature {layer}.{feature}, {_first(error)}. {MEND}") from None
     own = theirs.tl_clt
     if own is not None and (theirs.layer, theirs.index) != (layer, feature):
-        raise FormatError(f"'{path}' has feature {theirs.layer}.{theirs.index} at the place of {layer}.{feature}. {MEND}")
+        raise FormatError(
+            f"'{path}' has feature {theirs.layer}.{theirs.index} at the place of {layer}.{feature}. {MEND}"
+        )
     examples = []
     for quantile in theirs.examples_quantiles:
         for example in quantile.examples:

@@ -231,7 +231,9 @@ def as_json(values: Any) -> str:
             "Something to be written is infinite or no number, which JSON has no place for. Trace the prompt again."
         ) from error
     except TypeError as error:
-        raise ConfigError(f"Something to be written is no plain value ({error}). Give text, numbers and lists.") from error
+        raise ConfigError(
+            f"Something to be written is no plain value ({error}). Give text, numbers and lists."
+        ) from error
 
 
 def _at(graph: AttributionGraph, node: int | Node, number_of: Mapping[int, int]) -> int:
@@ -356,7 +358,12 @@ def _nodes_out(
             entry |= {"feature": node.pos, "layer": "E", "clerp": f'Emb: "{graph.prompt_tokens[node.pos]}"'}
         elif node.kind == NodeKind.LOGIT:
             text, prob = targets[number - first]
-            entry |= {"feature": node.index, "layer": str(above), "token_prob": prob, "is_target_logit": number == first}
+            entry |= {
+                "feature": node.index,
+                "layer": str(above),
+                "token_prob": prob,
+                "is_target_logit": number == first,
+            }
             # The token stands between the first quotation mark and the next.
             quoted = text.replace('"', "'")
             entry["clerp"] = f'Output "{quoted}" (p={prob:.3f})'
@@ -739,7 +746,7 @@ def _assemble(file: _File, nodes: list[_Node], kept: _Columns, edges: _Edges) ->
     )
 
 
-def _column(values: Sequence[float], dtype: torch.dtype, name: str) -> Tensor:
+def _column(values: Sequence[int] | Sequence[float], dtype: torch.dtype, name: str) -> Tensor:
     column = torch.tensor(values, dtype=dtype)
     if dtype.is_floating_point and not bool(column.isfinite().all()):
         raise ValueError(f"{name} has values that are more than a number of type {dtype} can hold")
@@ -793,7 +800,9 @@ def _subgraph(file: _File, numbers: Mapping[str, int]) -> dict[str, Any]:
     params = file.qParams
     found: dict[str, Any] = {}
     pinned = [numbers[node] for node in params.pinnedIds if node in numbers]
-    groups = {group[0]: [numbers[node] for node in group[1:] if node in numbers] for group in params.supernodes if group}
+    groups = {
+        group[0]: [numbers[node] for node in group[1:] if node in numbers] for group in params.supernodes if group
+    }
     if pinned:
         found["pinned"] = pinned
     if groups:

@@ -59,7 +59,7 @@ def save_neuronpedia(
     """Write a graph as Neuronpedia reads it, all or nothing; a file that is there is replaced.
 
     `load_neuronpedia` makes an equal graph of it. Position and bias nodes, which Neuronpedia does not know, are in the
-    file's metadata and counted in its description.
+    file's metadata and counted in its description. Its page, as published, shows no graph of a model of one layer.
 
     Args:
         graph: whole, reduced or pruned.
@@ -151,7 +151,9 @@ def load_neuronpedia_features(folder: str | Path) -> Iterator[FeatureRecord]:
     """
     folder = as_path("folder", folder)
     files = sorted(
-        (cantor_unpair(int(file.stem)), file) for file in folder.glob("*.json") if file.stem.isascii() and file.stem.isdigit() and len(file.stem) < 19
+        (cantor_unpair(int(file.stem)), file)
+        for file in folder.glob("*.json")
+        if file.stem.isascii() and file.stem.isdigit() and len(file.stem) < 19
     )
     if not files:
         raise FormatError(f"'{folder}' holds no features: files such as '12.json'. Check the path.")
@@ -159,6 +161,17 @@ def load_neuronpedia_features(folder: str | Path) -> Iterator[FeatureRecord]:
 
 
 # -- upload ---------------------------------------------------------------------------------------------------------
+
+
+def require_upload(api_key: str | None = None) -> None:
+    """Check that something could be uploaded, before any work.
+
+    Raises:
+        KeyMissing: there is no key.
+        ConfigError: the package `neuronpedia` is not installed.
+    """
+    _client()
+    _key(api_key)
 
 
 def upload_neuronpedia(path: str | Path, *, api_key: str | None = None) -> str:
@@ -278,7 +291,9 @@ def _sending(what: str) -> Iterator[None]:
         with redirect_stdout(io.StringIO()):
             yield
     except theirs.NPUnauthorizedError as error:
-        raise UploadFailed(f"Neuronpedia does not know the key, so that {what} was not uploaded. Check {KEY}.") from error
+        raise UploadFailed(
+            f"Neuronpedia does not know the key, so that {what} was not uploaded. Check {KEY}."
+        ) from error
     except (*refusals, requests.RequestException, ValueError, LookupError, TypeError) as error:
         raise UploadFailed(
             f"{what} was not uploaded ({type(error).__name__}: {error!s:.300}). Try again later, or check its names."
