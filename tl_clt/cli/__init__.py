@@ -12,6 +12,14 @@ except KeyboardInterrupt:
     end_interrupted()
 
 __all__ = [
-    *("app", "demo", "evaluate", "export_graph", "import_graph", "intervene", "list_transcoders", "trace", "tradeoff"),
+    "app",
+    "demo",
+    "evaluate",
+    "export_graph",
+    "import_graph",
+    "intervene",
+    "list_transcoders",
+    "trace",
+    "tradeoff",
     "train",
 ]

@@ -22,7 +22,7 @@ from tl_clt.evaluation.report import EvaluationReport
 from tl_clt.lens import HookedModel, block_hook, dtype_of, model_name, neuron_weights, run_with_cache, user_hooks_aside
 from tl_clt.lens.weights import NORMALISED
 from tl_clt.replacement import check_fit
-from tl_clt.report import Report
+from tl_clt.report import GREY, PALETTE, Report
 from tl_clt.shapes import TokenBatch
 from tl_clt.transcoder import CrossLayerTranscoder, CrossLayerTranscoderConfig
 
@@ -244,7 +244,7 @@ PANELS = {
     "path_length": "path length (edges)",
 }
 SMALLEST_NMSE = 1e-6
-COLOURS = {"neurons": "grey", "PLT": "C1", "CLT": "C0"}
+COLOURS = {"neurons": GREY, "PLT": PALETTE[1], "CLT": PALETTE[0]}
 
 
 def _draw_tradeoff(table: DataFrame) -> Figure:
@@ -260,7 +260,7 @@ def _draw_tradeoff(table: DataFrame) -> Figure:
             name = f"{kind}, {size} a layer"
             values = line[column].astype(float)
             panel.plot(
-                line["l0_sum_over_layers"], values, marker=markers[size], color=COLOURS.get(kind, "C2"), label=name
+                line["l0_sum_over_layers"], values, marker=markers[size], color=COLOURS.get(kind, PALETTE[2]), label=name
             )
         panel.set(xscale="log", xlabel="L0 (active features a token, sum over layers)", ylabel=label)
     figure.axes[0].set_yscale("log")

@@ -22,7 +22,7 @@ from tl_clt.interventions.intervene import intervene
 from tl_clt.interventions.intervention import SETTERS, AnyIntervention, Number, as_interventions
 from tl_clt.lens import Freeze, HookedModel, Prompt, to_tokens, token_strings
 from tl_clt.replacement import check_fit
-from tl_clt.report import Report
+from tl_clt.report import GREY, Report
 from tl_clt.shapes import Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
 
@@ -131,7 +131,7 @@ class StrengthSweep(Report[Literal["strength"]]):
         flips = self.flips[["strength", "before", "after"]].to_numpy().tolist()
         for i, (strength, before, after) in enumerate(flips):
             label = f"{strength:.3g}: {before!r} to {after!r}"
-            axes.axvline(strength, color="grey", linestyle=("--", ":", "-.")[i % 3], linewidth=1, label=label)
+            axes.axvline(strength, color=GREY, linestyle=("--", ":", "-.")[i % 3], linewidth=1, label=label)
         axes.set(xlabel="strength (times the given amounts)", ylabel="probability of the next token")
         axes.set(title="Steering", ylim=(-0.02, 1.02))
         axes.grid(linewidth=0.3)
@@ -303,7 +303,7 @@ class EndLayerSweep(Report[Literal["end_layers"]]):
             [line] = axes.plot(rows["through_layer"], rows["change"], marker="o", label=repr(token))
             mean = rows["change"].mean()
             axes.axhline(mean, color=line.get_color(), linestyle=":", label=f"{token!r}, mean {mean:+.2f}")
-        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.axhline(0, color=GREY, linewidth=0.8)
         layers = sorted(self.table["through_layer"].unique())
         axes.set_xticks(layers[:: -(-len(layers) // 16)])
         axes.set(xlabel="last layer whose MLP output is held (through_layer)", ylabel="change of probability")
