@@ -441,3 +441,11 @@ def test_import_and_export_overwrite_nothing(graph_file, tmp_path):
     assert "FormatError" in run("import", str(tmp_path / "g.json"), "--output", str(tmp_path / "x"), status=1)
     assert "OutputNotEmpty" in run("import", graph_file, "--output", str(tmp_path / "g.json"), status=1)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_trace_draws_the_shown_graph_where_asked(tmp_path):
+    atlas = ("trace", "--clt", ATLAS_CLT, "--prompt", PROMPT, "--output", str(tmp_path / "g"))
+    assert "png, svg, pdf" in run(*atlas, "--figure", str(tmp_path / "g.gif"), status=1)
+    assert list(tmp_path.iterdir()) == []
+    assert "picture" in run(*atlas, "--figure", str(tmp_path / "g.svg"))
+    assert (tmp_path / "g.svg").read_text().startswith("<?xml")

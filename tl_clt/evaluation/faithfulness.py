@@ -407,7 +407,9 @@ def _lines(axes: Axes, means: DataFrame, measure: str, carried: str) -> None:
         for freeze, (held, style) in HELD.items():
             line = ours[ours["freeze"] == freeze]
             if len(line) > 0:
-                axes.plot(line["distance"], line[measure], style, color=PALETTE[i], label=f"{kind}, {held}", markersize=4)
+                axes.plot(
+                    line["distance"], line[measure], style, color=PALETTE[i], label=f"{kind}, {held}", markersize=4
+                )
         if len(ours) > 0:
             alone = ours.groupby("distance")[carried].first()
             axes.plot(alone.index, alone, ":", color=PALETTE[i], linewidth=1, label=f"{kind}, carried alone")

@@ -330,7 +330,7 @@ def _draw_graphs(report: EvaluationReport, figure: Figure) -> None:
         left.plot(places, [getattr(g, name) for g in graphs], marker, label=name.replace("_", ", "))
     left.set(xlabel="prompt", ylabel="score", ylim=(-0.02, 1.02))
     left.legend()
-    right.plot(places, [g.path_length for g in graphs], "o", color=PALETTE[2])
+    right.plot(places, [g.path_length for g in graphs], "o", color=PALETTE[3])
     right.set(xlabel="prompt", ylabel="path length (edges)", ylim=(0, 1.1 * max(g.path_length for g in graphs)))
     for axes in (left, right):
         _mark_whole_numbers(axes)

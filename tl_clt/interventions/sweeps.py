@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -28,6 +28,9 @@ from tl_clt.transcoder import CrossLayerTranscoder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+MARKERS = "os^Dv*P"
+"""Of lines that may lie on each other: open, and one shape each."""
 
 
 class Outcome(NamedTuple):
@@ -125,9 +128,9 @@ class StrengthSweep(Report[Literal["strength"]]):
 
         figure = Figure(figsize=(7.5, 5), layout="constrained")
         axes = figure.subplots()
-        for _, rows in self.table.groupby("token_id", sort=False):
-            token = rows["token"].iloc[0]
-            axes.plot(rows["strength"], rows["probability"], marker="o", markersize=3, label=repr(token))
+        for (_, rows), marker in zip(self.table.groupby("token_id", sort=False), cycle(MARKERS), strict=False):
+            look: dict[str, Any] = {"marker": marker, "markersize": 5, "fillstyle": "none"}
+            axes.plot(rows["strength"], rows["probability"], label=repr(rows["token"].iloc[0]), **look)
         flips = self.flips[["strength", "before", "after"]].to_numpy().tolist()
         for i, (strength, before, after) in enumerate(flips):
             label = f"{strength:.3g}: {before!r} to {after!r}"
@@ -298,9 +301,11 @@ class EndLayerSweep(Report[Literal["end_layers"]]):
 
         figure = Figure(figsize=(7.5, 5), layout="constrained")
         axes = figure.subplots()
-        for _, rows in self.table.groupby("token_id", sort=False):
+        for (_, rows), marker in zip(self.table.groupby("token_id", sort=False), cycle(MARKERS), strict=False):
             token = rows["token"].iloc[0]
-            [line] = axes.plot(rows["through_layer"], rows["change"], marker="o", label=repr(token))
+            [line] = axes.plot(
+                rows["through_layer"], rows["change"], marker=marker, fillstyle="none", label=repr(token)
+            )
             mean = rows["change"].mean()
             axes.axhline(mean, color=line.get_color(), linestyle=":", label=f"{token!r}, mean {mean:+.2f}")
         axes.axhline(0, color=GREY, linewidth=0.8)

@@ -426,10 +426,14 @@ def _draw_validation(report: ValidationReport, figure: Figure, name: str) -> Non
             axes.set_title(kind)
             {"signs": _signs, "quadrants": _quadrants, "errors": _errors}[name](report, axes, kind)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    legend = figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, markerscale=3)
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, markerscale=2)
     for handle in legend.legend_handles:
         if handle is not None:
             handle.set_alpha(1)
+
+
+FEW_POINTS = 60
+"""Fewer are drawn larger and darker: small faint ones are there for crowds."""
 
 
 def _scatters(report: ValidationReport, figure: Figure, at: str) -> None:
@@ -448,7 +452,9 @@ def _scatter(axes: Axes, compared: Compared, where: str, prediction: str, thresh
         part = compared.part(split)
         if len(part.predicted):
             label = f"error nodes carry {part.error_share.mean():.0%} of the target's input, on average"
-            axes.scatter(part.predicted, part.measured, s=8, alpha=0.4, linewidths=0, label=label)
+            few = len(compared.predicted) < FEW_POINTS
+            look = {"s": 22, "alpha": 0.8} if few else {"s": 8, "alpha": 0.4}
+            axes.scatter(part.predicted, part.measured, linewidths=0, label=label, **look)
     if prediction == "influence":
         axes.set(xlabel=f"influence on {where}", ylabel=f"relative effect on {where}")
         axes.set_xscale("symlog", linthresh=LINEAR_BELOW)

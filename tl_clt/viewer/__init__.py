@@ -1,5 +1,6 @@
 """Seeing a graph, here and in other viewers."""
 
+from tl_clt.viewer.figures import GraphFigures, graph_figures, require_figure, save_figure
 from tl_clt.viewer.formats import (
     FeatureBundles,
     load_circuit_tracer,
@@ -16,11 +17,15 @@ from tl_clt.viewer.text import graph_tree, node_name
 
 __all__ = [
     "FeatureBundles",
+    "GraphFigures",
+    "graph_figures",
     "graph_tree",
     "load_circuit_tracer",
     "load_neuronpedia",
     "load_neuronpedia_features",
     "node_name",
+    "require_figure",
+    "save_figure",
     "save_circuit_tracer",
     "save_circuit_tracer_features",
     "save_neuronpedia",
