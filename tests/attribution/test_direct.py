@@ -24,7 +24,7 @@ def traced():
 
 
 def test_edges_between_features_are_products_of_their_vectors(traced):
-    model, clt, graph, direct = traced
+    _, clt, graph, direct = traced
     features = [node for node in graph.nodes if node.kind == NodeKind.FEATURE]
     tried = 0
     for target in features:

@@ -1,4 +1,4 @@
-"""Features in Neuronpedia's and circuit-tracer's files: written, read as the same records, and refused where damaged."""
+"""Features in Neuronpedia's and circuit-tracer's files: written, read as the same records, refused where damaged."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 import struct
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def test_circuit_tracer_s_bundles_have_the_layout_its_server_reads(tmp_path, as_
     for entry in index.values():
         data, starts = (folder / entry["filename"]).read_bytes(), entry["offsets"]
         assert len(starts) == 5 + 1 and starts[-1] == len(data)
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in pairwise(starts):
             if end > start:
                 (length,) = struct.unpack("<I", data[start : start + 4])
                 assert length == end - start - 4

@@ -199,7 +199,7 @@ def test_any_token_can_be_drawn(traced):
 
 
 def test_without_a_model_attention_is_no_figure_and_what_is_wrong_is_said(traced, tmp_path):
-    model, clt, graph = traced
+    model, _, graph = traced
     shown = graph_figures(graph)
     assert "attention" not in shown.figures
     with pytest.raises(ConfigError, match="give graph_figures model and clt"):

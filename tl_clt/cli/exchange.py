@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -51,7 +51,7 @@ def export_graph(
 
         as_choice("--format", format, FORMATS)
         interruption.kept = lambda: "Nothing was written."
-        thresholds = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
+        thresholds: dict[str, Any] = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
         if format == "circuit-tracer":
             if source_set is not None or upload:
                 raise ConfigError("--source-set and --upload are for --format neuronpedia. Leave them out.")

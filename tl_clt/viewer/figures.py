@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
 
@@ -128,8 +129,8 @@ class GraphFigures(Report[FigureName]):
 
     @cached_property
     def shares(self) -> DataFrame:
-        """Share of the influence of all nodes: one row for each layer (-1 for tokens and positions, which are below all)
-        and kind of node; layer, kind, n (nodes), share. They sum to 1."""
+        """Share of the influence of all nodes: one row for each layer (-1 for tokens and positions, below all) and kind
+        of node; layer, kind, n (nodes), share. They sum to 1."""
         influence, nodes = self.graph.influence().double(), self.graph.nodes
         whole = float(influence.sum()) or 1.0
         rows = []
@@ -142,9 +143,9 @@ class GraphFigures(Report[FigureName]):
 
     @cached_property
     def positions(self) -> DataFrame:
-        """Where nodes' inputs come from: one row for each layer of receiving nodes ("output" for what is explained), and
-        one for all: layer, same (share of the absolute input from nodes at the receiver's own position), other (from
-        other positions, all of which goes through attention), biases (which act at all positions), unknown (along edges
+        """Where nodes' inputs come from: one row for each layer of receiving nodes ("output" for what is explained)
+        and one for all: layer, same (share of the absolute input from nodes at the receiver's own position), other
+        (from other positions, all of which goes through attention), biases (which act at all positions), unknown (along edges
         that the graph does not keep), visits (how much influence the nodes have, which is what they are weighed by).
 
         What comes from the same position may go through attention too, see `attention`."""
@@ -161,7 +162,7 @@ class GraphFigures(Report[FigureName]):
                 *((n, kinds[n]) for n in ("other", "biases")),
             )
         }
-        by_node["unknown"] = (1 - sum(by_node.values())).clamp_min(0)
+        by_node["unknown"] = (1 - torch.stack(list(by_node.values())).sum(dim=0)).clamp_min(0)
         return _by_layer(graph, by_node, walks.output.double())
 
     @cached_property
@@ -346,7 +347,7 @@ class _Groups(NamedTuple):
         put("errors", nodes.where(NodeKind.ERROR), 0)
         put("positions and biases", torch.nonzero(nodes.is_kind(NodeKind.POSITION, NodeKind.BIAS)).flatten(), 0)
         features = nodes.is_kind(NodeKind.FEATURE)
-        for band, (first, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        for band, (first, end) in enumerate(pairwise(starts)):
             name = f"layer {first}" if end == first + 1 else f"layers {first} to {end - 1}"
             put(name, torch.nonzero(features & (nodes.layer >= first) & (nodes.layer < end)).flatten(), band + 1)
         for number, output in enumerate(nodes.where(NodeKind.LOGIT).tolist()):
@@ -354,7 +355,7 @@ class _Groups(NamedTuple):
         return cls(names, of_node, column)
 
 
-# -- drawing ------------------------------------------------------------------------------------------------------------
+# -- drawing -------------------------------------------------------------------------------------------------------
 
 
 def _top_layer(graph: AttributionGraph) -> int:
@@ -708,7 +709,7 @@ def _draw_flow(report: GraphFigures, figure: Figure) -> None:
     column = dict(zip(groups.names, groups.column, strict=True))
     within = float(table[table["source"] == table["target"]]["share"].sum())
     lost = float(table[table["source"] == "unknown"]["share"].sum())
-    moves = table[(table["source"] != table["target"]) & (table["source"] != "unknown")]
+    moves = table.query("source != target and source != 'unknown'")
     sizes = {
         name: max(float(moves[moves[side] == name]["share"].sum()) for side in ("source", "target"))
         for name in groups.names
@@ -751,13 +752,19 @@ def _draw_flow(report: GraphFigures, figure: Figure) -> None:
     )
 
 
+class _Move(NamedTuple):
+    source: str
+    target: str
+    share: float
+
+
 def _draw_ribbons(axes: Axes, moves: DataFrame, column: Mapping[str, int], bottoms: Mapping[str, float]) -> None:
     """One ribbon for each pair of groups, as wide as what flows; those from above are stacked from above."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path as Line
 
     left_at, right_at = dict(bottoms), dict(bottoms)
-    rows = [row for row in moves.itertuples(index=False) if row.source in bottoms and row.target in bottoms]
+    rows = [_Move(*row) for row in moves[["source", "target", "share"]].to_numpy().tolist()]
     ends = {}
     for row in sorted(rows, key=lambda row: (column[row.target], bottoms[row.target])):
         ends[row.source, row.target] = left_at[row.source]

@@ -477,8 +477,9 @@ def draw_progress(
     greatest = max(line.l0_greatest for line in lines)
     l0.set(title="L0: active features per layer and token", yscale="log", ylim=(LEAST_L0_SHOWN, max(2 * greatest, 1)))
     shares = [line.dead_share for line in lines]
+    most = max(0.05, 1.1 * max(shares))
     dead.plot(tokens, shares, color=PALETTE[1], marker=_marker(lines))
-    dead.set(title="Share of dead features", ylim=(0, max(0.05, 1.1 * max(shares))))
+    dead.set(title="Share of dead features", ylim=(-0.02 * most, most))
     dead.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     for axes in (l0, dead):
         axes.set_xlabel("tokens trained on")

@@ -2,8 +2,8 @@
 
 Its server is given a folder of graphs, each a JSON file by the graph's name, listed in `graph-metadata.json`. Features
 of a layer are one file `features/layer_3.bin`: for each feature the length of what follows as 4 bytes, little-endian,
-then its JSON, compressed by gzip. `features/index.json.gz` has, by layer, the file's name and where each feature starts,
-with the file's size at the end; a feature without a record starts where the next one does.
+then its JSON, compressed by gzip. `features/index.json.gz` has, by layer, the file's name and where each feature
+starts, with the file's size at the end; a feature without a record starts where the next one does.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def save_circuit_tracer_features(
             layer, feature = record["layer"], record["feature"]
             if (layer, feature) <= last:
                 raise ConfigError(
-                    f"Feature {layer}.{feature} comes after {last[0]}.{last[1]}. Give them by layer and feature, each once."
+                    f"Feature {layer}.{feature} comes after {last[0]}.{last[1]}. Give them in order, each once."
                 )
             if n_features is not None and feature >= n_features:
                 raise ConfigError(f"Feature {layer}.{feature} does not exist with d_transcoder={n_features}.")
@@ -218,7 +218,9 @@ class FeatureBundles(Mapping[tuple[int, int], dict[str, Any]]):
         """
         if not isinstance(place, tuple) or len(place) != 2:
             raise FeatureNotFound(f"{place!r:.60} is no feature. Give a layer and a feature: bundles[0, 17].")
-        layer, feature = (as_whole(name, at, 0, error=FeatureNotFound) for name, at in zip(("layer", "feature"), place))
+        layer, feature = (
+            as_whole(name, at, 0, error=FeatureNotFound) for name, at in zip(("layer", "feature"), place, strict=True)
+        )
         if (layer, feature) not in self:
             raise FeatureNotFound(f"'{self.folder}' has no record of feature {layer}.{feature}.")
         file, starts = self._offsets[layer]

@@ -714,7 +714,8 @@ def _assemble(file: _File, nodes: list[_Node], kept: _Columns, edges: _Edges) ->
     if not outputs:
         raise ValueError("it has no logit node")
     probs = [_probability(node) for node in outputs]
-    columns = {"kind": [int(kind) for kind in kinds], **{name: getattr(kept, name) for name in COLUMNS}}
+    columns: dict[str, Any] = {"kind": _column([int(kind) for kind in kinds], kept.dtypes["kind"], "kind")}
+    columns |= {name: _column(getattr(kept, name), kept.dtypes[name], name) for name in COLUMNS}
     ids = [0] * len(tokens)
     for kind, pos, index in zip(kinds, kept.pos, kept.index, strict=True):
         if kind == NodeKind.TOKEN:
@@ -732,7 +733,7 @@ def _assemble(file: _File, nodes: list[_Node], kept: _Columns, edges: _Edges) ->
     if about is None and file.metadata.node_threshold is not None:
         of_elsewhere["node_threshold"] = file.metadata.node_threshold
     return AttributionGraph(
-        nodes=Nodes(**{name: _column(values, kept.dtypes[name], name) for name, values in columns.items()}),
+        nodes=Nodes(**columns),
         adjacency=edges.adjacency,
         expanded=torch.tensor(kept.expanded) if kept.expanded is not None else has_input | is_output,
         tokens=_column(about.tokens if about else ids, kept.dtypes["tokens"], "tokens"),

@@ -144,7 +144,7 @@ def save_neuronpedia_features(records: Iterable[FeatureRecord], folder: str | Pa
 def load_neuronpedia_features(folder: str | Path) -> Iterator[FeatureRecord]:
     """Read the features of a folder, by layer and feature, one file at a time.
 
-    Of features that this package wrote, the records given; of others', what their files tell: None for what they do not.
+    Of features that this package wrote, the records given; of others', what is in their files, and None for the rest.
 
     Raises:
         FormatError: the folder is missing or holds no features, or a file is truncated or none.
@@ -196,8 +196,8 @@ def upload_neuronpedia(path: str | Path, *, api_key: str | None = None) -> str:
     load_neuronpedia(path)
     if path.stat().st_size > MOST_BYTES:
         raise FormatError(
-            f"'{path}' has {path.stat().st_size / 2**20:.0f} MiB, and Neuronpedia takes {MOST_BYTES // 2**20}. Export it"
-            " with a lower node_threshold or edge_threshold."
+            f"'{path}' has {path.stat().st_size / 2**20:.0f} MiB, and Neuronpedia takes {MOST_BYTES // 2**20}. Export"
+            " it with a lower node_threshold or edge_threshold."
         )
     with _sending(f"'{path}'"):
         return str(client.GraphRequest(api_key=key).upload(path.read_text(encoding="utf-8")).url)
