@@ -100,9 +100,10 @@ def test_ids_are_given_once_and_errors_are_named_apart_from_features(graph, tmp_
         if node["feature_type"] == "mlp reconstruction error":
             assert node["node_id"] == f"{node['layer']}_-1_{node['ctx_idx']}"
             assert node["feature"] == -1
-    js_ids = {kind: {n["jsNodeId"] for n in values["nodes"] if n["feature_type"] == kind} for kind in ("embedding",)}
-    others = {n["jsNodeId"] for n in values["nodes"] if n["feature_type"] != "embedding"}
-    assert not js_ids["embedding"] & others
+    features = "cross layer transcoder"  # of one feature, nodes at all positions are lit up together
+    js_ids = [node["jsNodeId"] for node in values["nodes"] if node["feature_type"] != features]
+    assert len(set(js_ids)) == len(js_ids)
+    assert not set(js_ids) & {node["jsNodeId"] for node in values["nodes"] if node["feature_type"] == features}
 
 
 def test_an_error_of_layer_1_and_feature_1_of_layer_0_at_one_position_have_two_ids(tmp_path):
@@ -252,6 +253,52 @@ def test_a_graph_of_another_program_opens_and_says_what_it_does_not_tell(atlas, 
     found.save(tmp_path / "found.safetensors")
     assert AttributionGraph.load(tmp_path / "found.safetensors") == found
     assert load_neuronpedia(save_neuronpedia(found, tmp_path / "again.json")) == found
+
+
+@pytest.mark.filterwarnings("ignore:.*does not tell:UserWarning")
+def test_a_file_as_circuit_tracer_writes_it(tmp_path):
+    def node(node_id: str, layer: str, pos: int, kind: str, feature: int, **rest: Any) -> dict[str, Any]:
+        common = {"run_idx": 0, "reverse_ctx_idx": 0, "jsNodeId": node_id, "clerp": "", "influence": 0.5}
+        found = {"node_id": node_id, "layer": layer, "ctx_idx": pos, "feature_type": kind, "feature": feature}
+        return {"token_prob": 0.0, "is_target_logit": False, "activation": None, **common, **found, **rest}
+
+    clt, error = "cross layer transcoder", "mlp reconstruction error"
+    output = {"token_prob": 0.25, "is_target_logit": True, "clerp": 'Output " 4" (p=0.250)', "influence": None}
+    values = {
+        "metadata": {
+            **{"slug": "count", "scan": "gemma-2-2b", "transcoder_list": [], "schema_version": 1},
+            **{"prompt_tokens": ["<bos>", "1"], "prompt": "<bos>1", "node_threshold": 0.5},
+        },
+        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
+        "nodes": [
+            node("0_18753_1", "0", 1, clt, cantor_pair(0, 18753), activation=5.5),
+            node("13_82873_1", "13", 1, clt, cantor_pair(13, 82873), activation=2.5),
+            node("25_-1_1", "25", 1, error, -1),
+            node("E_2_0", "E", 0, "embedding", 0),
+            node("E_235274_1", "E", 1, "embedding", 1),
+            node("27_235310_1", "27", 1, "logit", 235310, **output),
+        ],
+        "links": [
+            {"source": "E_2_0", "target": "0_18753_1", "weight": -2.25},
+            {"source": "0_18753_1", "target": "13_82873_1", "weight": 1.5},
+            {"source": "13_82873_1", "target": "27_235310_1", "weight": 1.25},
+            {"source": "25_-1_1", "target": "27_235310_1", "weight": -0.5},
+        ],
+    }
+    jsonschema.Draft7Validator(SCHEMA).validate(values)
+    found = load_circuit_tracer(put(tmp_path, values))
+    assert [(n.kind.name, n.layer, n.pos, n.index) for n in found.nodes] == [
+        ("FEATURE", 0, 1, 18753),
+        ("FEATURE", 13, 1, 82873),
+        ("ERROR", 25, 1, 0),
+        ("TOKEN", -1, 0, 2),
+        ("TOKEN", -1, 1, 235274),
+        ("LOGIT", 26, 1, 235310),
+    ]
+    assert found.tokens.tolist() == [2, 235274] and found.logit_tokens == [" 4"]
+    assert found.logit_probs.tolist() == [0.25] and found.nodes.activation.tolist() == [5.5, 2.5, 0, 0, 0, 0]
+    assert found.adjacency[1, 0] == 1.5 and found.adjacency[5, 2] == -0.5 and found.n_edges == 4
+    assert found.info["n_layers"] == 26
 
 
 @pytest.mark.filterwarnings("ignore:.*does not tell:UserWarning")

@@ -145,8 +145,8 @@ class GraphFigures(Report[FigureName]):
     def positions(self) -> DataFrame:
         """Where nodes' inputs come from: one row for each layer of receiving nodes ("output" for what is explained)
         and one for all: layer, same (share of the absolute input from nodes at the receiver's own position), other
-        (from other positions, all of which goes through attention), biases (which act at all positions), unknown (along edges
-        that the graph does not keep), visits (how much influence the nodes have, which is what they are weighed by).
+        (from other positions, all of which goes through attention), biases (which act at all positions), unknown (along
+        edges that the graph does not keep), visits (how much influence the nodes have, by which they are weighed).
 
         What comes from the same position may go through attention too, see `attention`."""
         graph, walks = self.graph, walk_upstream(self.graph)

@@ -355,7 +355,8 @@ def _nodes_out(
             entry["jsNodeId"] = f"{node.layer}_-1-{node.pos}"
             entry["clerp"] = node.label
         elif node.kind == NodeKind.TOKEN:
-            entry |= {"feature": node.pos, "layer": "E", "clerp": f'Emb: "{graph.prompt_tokens[node.pos]}"'}
+            entry |= {"feature": node.pos, "layer": "E", "jsNodeId": f"E_{node.index}-{node.pos}"}
+            entry["clerp"] = f'Emb: "{graph.prompt_tokens[node.pos]}"'
         elif node.kind == NodeKind.LOGIT:
             text, prob = targets[number - first]
             entry |= {
@@ -363,6 +364,7 @@ def _nodes_out(
                 "layer": str(above),
                 "token_prob": prob,
                 "is_target_logit": number == first,
+                "jsNodeId": f"L_{node_id}",
             }
             # The token stands between the first quotation mark and the next.
             quoted = text.replace('"', "'")
