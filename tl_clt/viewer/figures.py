@@ -28,6 +28,7 @@ from tl_clt.interventions.validation import predict
 from tl_clt.lens import HookedModel
 from tl_clt.report import GREY, NEGATIVE, PALETTE, POSITIVE, Report, diverging_colours
 from tl_clt.transcoder import CrossLayerTranscoder
+from tl_clt.viewer.checks import as_graph, as_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -247,6 +248,7 @@ def graph_figures(
             does not take the graph.
         CLTMismatch: model or CLT are others than those that the graph was traced with.
     """
+    graph, words = as_graph(graph), as_labels(labels)
     thresholds = check_thresholds(node_threshold, edge_threshold)
     if (model is None) != (clt is None):
         raise ConfigError("What attention passes on takes model and clt both: give both, or neither.")
@@ -254,7 +256,7 @@ def graph_figures(
     attention = None
     if model is not None and clt is not None:
         attention = _share_attention(pruned, find_direct_edges(pruned, model, clt))
-    return GraphFigures(graph=graph, pruned=pruned, labels=dict(labels or {}), attention=attention)
+    return GraphFigures(graph=graph, pruned=pruned, labels=words, attention=attention)
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:

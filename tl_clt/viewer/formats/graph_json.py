@@ -36,6 +36,7 @@ from tl_clt.attribution.targets import NAMED_TARGETS, DirectionTarget, NamedTarg
 from tl_clt.errors import ConfigError, FormatError, MemoryLimit, NodeNotFound, NotFinite
 from tl_clt.files import read_json, reading
 from tl_clt.machine import GIB, free_memory
+from tl_clt.viewer.checks import as_graph, as_groups, as_labels, as_nodes
 
 VERSION = 1
 NAME = re.compile(r"[a-zA-Z0-9_.-]+")
@@ -94,7 +95,7 @@ def model_of(graph: AttributionGraph) -> str:
     Raises:
         ConfigError: the graph does not tell, or it has other characters than viewers elsewhere take.
     """
-    name = graph.info.get("model_name")
+    name = as_graph(graph).info.get("model_name")
     if name is None:
         raise ConfigError("The graph does not say which model it was traced in. Give scan, the model's name.")
     return require_name("scan, the graph's model,", str(name).rsplit("/", 1)[-1])
@@ -158,11 +159,14 @@ def write_graph(
         NotFinite: the graph has values that are infinite or no numbers, which JSON has no place for.
     """
     slug, scan = require_name("slug", slug), require_name("scan", scan)
-    chosen = select(graph, node_threshold, edge_threshold)
+    words, pins, groups = as_labels(labels), as_nodes("pinned", pinned), as_groups(supernodes)
+    if description is not None:
+        description = _text("description", description)
+    chosen = select(as_graph(graph), node_threshold, edge_threshold)
     written = chosen.graph
     _require_finite(written)
     ids = _node_ids(written)
-    nodes = _nodes_out(written, ids, chosen.influence, labels or {})
+    nodes = _nodes_out(written, ids, chosen.influence, words)
     kinds = [NodeKind(kind) for kind in written.nodes.kind.tolist()]
     target, source, weight = (part.tolist() for part in list_all_edges(written.adjacency))
     links = [
@@ -180,7 +184,9 @@ def write_graph(
         "prompt_tokens": [_text("a token of the prompt", token) for token in written.prompt_tokens],
         "prompt": _text("the prompt", written.info.get("prompt", "".join(written.prompt_tokens))),
         # Viewers hide nodes whose cumulative share is above it: it lets through all that is written.
-        "node_threshold": max(shown_up_to, node_threshold or 0.0),
+        "node_threshold": max(
+            shown_up_to, float(written.info["node_threshold"]) if node_threshold is not None else 0.0
+        ),
         "schema_version": 1,
         "info": {
             "description": " ".join(filter(None, (description, _said_of_rest(written, of_other)))),
@@ -202,10 +208,10 @@ def write_graph(
     values = {
         "metadata": metadata,
         "qParams": {
-            "pinnedIds": [ids[_at(graph, node, number_of)] for node in pinned],
+            "pinnedIds": [ids[_at(graph, node, number_of)] for node in pins],
             "supernodes": [
                 [_text("a supernode's name", name), *(ids[_at(graph, node, number_of)] for node in group)]
-                for name, group in (supernodes or {}).items()
+                for name, group in groups.items()
             ],
             "linkType": "both",
             "clickedId": "",
