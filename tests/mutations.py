@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -53,6 +54,7 @@ from tl_clt.training.run.checkpoints import position_of, restore, scale_of
 from tl_clt.training.run.runner import Start
 from tl_clt.training.run.trainer import CLTTrainer
 from tl_clt.transcoder import CrossLayerTranscoder
+from tl_clt.viewer import load_neuronpedia, save_neuronpedia
 from tl_clt.viewer.tables import evaluation_table, layer_table
 
 ROOM = 2**30
@@ -503,6 +505,34 @@ def graph_file(**kinds: bool) -> Callable[[Path], None]:
     return into
 
 
+def graph_of_viewers(*, own: bool) -> Callable[[Path], None]:
+    def into(folder: Path) -> None:
+        path = save_neuronpedia(a_graph(sparse=own), folder / "graph.json", scan="m")
+        if not own:
+            path.write_text(json.dumps(as_others_write_it(json.loads(path.read_text()))))
+
+    return into
+
+
+def as_others_write_it(values: dict[str, Any]) -> dict[str, Any]:
+    """A graph for other viewers without what this package alone writes and reads."""
+    metadata = {name: value for name, value in values["metadata"].items() if name != "tl_clt"}
+    nodes = [{name: value for name, value in node.items() if name != "tl_clt"} for node in values["nodes"]]
+    return {**values, "metadata": metadata, "nodes": nodes}
+
+
+def use_graph_of_viewers(folder: Path, rng: random.Random) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not tell what was pruned away")
+        graph = load_neuronpedia(folder / "graph.json")
+    graph.save(folder / "graph.safetensors")
+    try:
+        assert AttributionGraph.load(folder / "graph.safetensors") == graph
+        use_graph(folder, rng)
+    finally:
+        (folder / "graph.safetensors").unlink()
+
+
 def use_graph(folder: Path, _: random.Random) -> None:
     graph = AttributionGraph.load(folder / "graph.safetensors")
     results = (graph.influence(), *graph.scores(), *graph.scores("circuit-tracer"), *graph.shares())
@@ -654,6 +684,8 @@ LOADERS: dict[str, Loader] = {
     "graph": Loader(graph_file(sparse=False), use_graph),
     "graph, sparse": Loader(graph_file(sparse=True), use_graph),
     "graph, few rows": Loader(graph_file(sparse=False, few=True), use_graph),
+    "graph of viewers": Loader(graph_of_viewers(own=True), use_graph_of_viewers),
+    "graph of other programs": Loader(graph_of_viewers(own=False), use_graph_of_viewers),
     "checkpoint": Loader(make_checkpoints, use_checkpoint, sign_checkpoints),
     "activation cache": Loader(use_cache, use_cache, sign_cache),
     "evaluation report": Loader(a_report, use_report),

@@ -266,7 +266,7 @@ def test_intervene_refuses_what_is_not_there(options, error, as_users_run_it):
     assert error in " ".join(output.split()) and "Traceback" not in output
 
 
-COMMANDS = ("demo", "trace", "intervene", "train", "evaluate", "tradeoff", "view", "list")
+COMMANDS = ("demo", "trace", "intervene", "train", "evaluate", "tradeoff", "view", "list", "export", "import")
 
 
 def test_these_are_all_commands():
@@ -396,3 +396,56 @@ def test_a_table_keeps_its_columns_where_a_term_of_the_loss_comes_and_goes(capsy
         ["5/10", "8", "0.5"],
     ]
     assert len(shown) == 5 and len(shown[4]) == len(shown[3]) == len(shown[2])
+
+
+@pytest.fixture(scope="module")
+def graph_file(tmp_path_factory) -> str:
+    model, clt = load_organism("atlas")
+    path = tmp_path_factory.mktemp("graph") / "dallas.safetensors"
+    return str(attribute(model, clt, PROMPT, progress=False).save(path))
+
+
+def test_a_graph_exported_is_imported_as_it_was(graph_file, tmp_path):
+    whole = AttributionGraph.load(graph_file)
+    exported, folder = tmp_path / "g.json", tmp_path / "graphs"
+    assert str(exported) in run("export", graph_file, "--output", str(exported))
+    run("import", str(exported), "--output", str(tmp_path / "again.safetensors"))
+    assert AttributionGraph.load(tmp_path / "again.safetensors") == whole
+    options = ("--format", "circuit-tracer", "--node-threshold", "0.7", "--edge-threshold", "0.9")
+    run("export", graph_file, "--output", str(folder), *options)
+    assert {path.name for path in folder.iterdir()} == {"dallas.json", "graph-metadata.json"}
+    assert "AttributionGraph(" in run("import", str(folder / "dallas.json"), "--output", str(tmp_path / "pruned"))
+    assert AttributionGraph.load(tmp_path / "pruned") == whole.prune(0.7, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        (("--format", "dot"), "ConfigError", "give one of neuronpedia, circuit-tracer"),
+        (("--slug", "a b"), "ConfigError", "letters, digits"),
+        (("--node-threshold", "2"), "ConfigError", "node_threshold"),
+        (("--upload",), "KeyMissing", "NEURONPEDIA_API_KEY"),
+        (("--upload", "--format", "circuit-tracer"), "ConfigError", "--upload are for --format neuronpedia"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_message_and_no_file(options, error, words, graph_file, tmp_path, monkeypatch):
+    monkeypatch.delenv("NEURONPEDIA_API_KEY", raising=False)
+    output = run("export", graph_file, "--output", str(tmp_path / "g.json"), *options, status=1)
+    assert error in output and words in " ".join(output.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_import_and_export_overwrite_nothing(graph_file, tmp_path):
+    (tmp_path / "g.json").write_text("mine")
+    assert "OutputNotEmpty" in run("export", graph_file, "--output", str(tmp_path / "g.json"), status=1)
+    assert "FormatError" in run("import", str(tmp_path / "g.json"), "--output", str(tmp_path / "x"), status=1)
+    assert "OutputNotEmpty" in run("import", graph_file, "--output", str(tmp_path / "g.json"), status=1)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_trace_draws_the_shown_graph_where_asked(tmp_path):
+    atlas = ("trace", "--clt", ATLAS_CLT, "--prompt", PROMPT, "--output", str(tmp_path / "g"))
+    assert "png, svg, pdf" in run(*atlas, "--figure", str(tmp_path / "g.gif"), status=1)
+    assert list(tmp_path.iterdir()) == []
+    assert "picture" in run(*atlas, "--figure", str(tmp_path / "g.svg"))
+    assert (tmp_path / "g.svg").read_text().startswith("<?xml")

@@ -13,6 +13,7 @@ from tl_clt import (
     Intervention,
     attribute,
     evaluate,
+    graph_figures,
     intervene,
     measure_faithfulness,
     measure_interaction,
@@ -29,6 +30,7 @@ RUDE = "<script>alert('&')</script>"
 NAMES = (
     *("evaluation", "validation", "faithfulness", "tradeoff", "effect", "strength sweep", "end layer sweep"),
     "interaction",
+    "graph figures",
 )
 CHANGE = Intervention(layer=0, pos=-1, feature=3, value=20)
 OTHER = Intervention(layer=1, pos=-1, feature=2, add=10)
@@ -51,6 +53,7 @@ def reports() -> dict[str, Report]:
         "effect": intervene(model, clt, tokens, CHANGE),
         "strength sweep": sweep_strength(*one, CHANGE, [-1, 1], [5, 7], tolerance=1, **quick),
         "end layer sweep": sweep_end_layer(*one, CHANGE, [5, 7], **quick),
+        "graph figures": graph_figures(graph, model=model, clt=clt),
         "interaction": measure_interaction(*one, CHANGE, OTHER, [5, 7], **quick),
     }
 

@@ -127,6 +127,10 @@ def calls(right: Right) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     run = CLTTrainingRunnerConfig(d_transcoder=4)
     one = {**pair, "prompt": TOKENS, "targets": [3, 4], "pos": -1, "freeze": "none", "progress": False}
     direction = torch.ones(32, dtype=torch.float64)
+    exported = {
+        **{"graph": graph, "slug": "g", "scan": "m", "node_threshold": 0.8, "edge_threshold": 0.9},
+        **{"labels": {(0, 1): "words"}, "pinned": [-1], "supernodes": {"outputs": [-1]}},
+    }
     return {
         "attribute": (
             tl_clt.attribute,
@@ -193,6 +197,17 @@ def calls(right: Right) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             interventions.swap_interventions,
             {**pair, "prompt": TOKENS, "source": [0, 5, 6], "positions": {1: 2}, "features": [(1, 3)]},
         ),
+        "graph_figures": (
+            tl_clt.graph_figures,
+            {"graph": graph, **pair, "node_threshold": 0.8, "edge_threshold": 0.9, "labels": {(0, 1): "words"}},
+        ),
+        "save_neuronpedia": (
+            tl_clt.save_neuronpedia,
+            {**exported, "path": "g.json", "source_set": "set", "description": "words"},
+        ),
+        "save_circuit_tracer": (tl_clt.save_circuit_tracer, {**exported, "folder": "graphs"}),
+        "load_neuronpedia": (tl_clt.load_neuronpedia, {"path": "g.json"}),
+        "load_circuit_tracer": (tl_clt.load_circuit_tracer, {"path": "g.json"}),
         "sweep_end_layer": (tl_clt.sweep_end_layer, {**one, "interventions": [CHANGE]}),
         "sweep_strength": (
             tl_clt.sweep_strength,
@@ -268,6 +283,7 @@ NAMES = (
     *("sweep_strength", "measure_interaction", "validate", "evaluate", "measure_faithfulness", "direct_logits"),
     *("promoted_tokens", "clt.encode", "clt.forward", "clt.decode", "clt.decoder_rows", "clt.save_pretrained"),
     *("from_pretrained", "CrossLayerTranscoder", "CrossLayerTranscoderConfig", "load_model", "load_model.device"),
+    *("graph_figures", "save_neuronpedia", "save_circuit_tracer", "load_neuronpedia", "load_circuit_tracer"),
     *("load_organism", "CLTTrainingRunnerConfig", "CLTTrainingRunner"),
 )
 

@@ -21,5 +21,10 @@ from tl_clt.training import CLTTrainingRunnerConfig as CLTTrainingRunnerConfig
 from tl_clt.transcoder import CrossLayerTranscoder as CrossLayerTranscoder
 from tl_clt.transcoder import CrossLayerTranscoderConfig as CrossLayerTranscoderConfig
 from tl_clt.transcoder import public_transcoders as public_transcoders
+from tl_clt.viewer import graph_figures as graph_figures
+from tl_clt.viewer import load_circuit_tracer as load_circuit_tracer
+from tl_clt.viewer import load_neuronpedia as load_neuronpedia
+from tl_clt.viewer import save_circuit_tracer as save_circuit_tracer
+from tl_clt.viewer import save_neuronpedia as save_neuronpedia
 
 __version__: str

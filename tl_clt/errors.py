@@ -104,6 +104,12 @@ class ServerBusy(TlCltError, RuntimeError):
 
 class ExtraMissing(TlCltError, ImportError):
     """A part of this package whose libraries are not installed."""
+class KeyMissing(TlCltError, PermissionError):
+    """A service that lets in whoever has a key, and no key was given."""
+
+
+class UploadFailed(TlCltError, ConnectionError):
+    """What was to be uploaded did not arrive: the service refused it, or could not be reached."""
 
 
 class LayerWarning(UserWarning):

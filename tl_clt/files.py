@@ -60,13 +60,22 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_json(text: str) -> Any:
+def read_json(text: str, *, finite: bool = False) -> Any:
     """JSON without whole numbers of more than 64 bits, which no part of a file here has a use for.
+
+    Args:
+        text: what to read.
+        finite: refuse `NaN` and `Infinity` too, which Python writes and which are no JSON.
 
     Raises:
         ValueError, RecursionError: it is none.
     """
-    return json.loads(text, parse_int=lambda digits: _require_64_bits(int(digits)))
+    unusual = {"parse_constant": _refuse_constant} if finite else {}
+    return json.loads(text, parse_int=lambda digits: _require_64_bits(int(digits)), **unusual)
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")
 
 
 class PlainLoader(yaml.SafeLoader):

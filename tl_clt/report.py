@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
@@ -14,7 +15,15 @@ from tl_clt.errors import ConfigError
 from tl_clt.files import new_folder
 
 if TYPE_CHECKING:
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
+
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+"""Colours of lines and bars, in order: those of Okabe and Ito, which people of every colour vision tell apart."""
+POSITIVE, NEGATIVE = PALETTE[0], PALETTE[1]
+"""Colours of signs. Negative lines are dashed as well."""
+GREY = "#808080"
+"""Of what is beside the point: means, zero lines, what is left out."""
 
 Name = TypeVar("Name", bound=str)
 MOST_ROWS = 20
@@ -41,11 +50,10 @@ class Report(ABC, Generic[Name]):
         Raises:
             ConfigError: there is no such figure, or nothing to draw for it.
         """
-        if name is None:
-            return self._draw(self.figures[0])
-        if not isinstance(name, str) or name not in self.FIGURES:
+        if name is not None and (not isinstance(name, str) or name not in self.FIGURES):
             raise ConfigError(f"There is no figure {name!r:.60}: give one of {', '.join(self.FIGURES)}.")
-        return self._draw(name)
+        with drawing():
+            return self._draw(self.figures[0] if name is None else name)
 
     def save(self, folder: str | Path) -> Path:
         """Write it to a new or empty folder, all or nothing: numbers and tables, and each figure as a PNG file.
@@ -63,7 +71,7 @@ class Report(ABC, Generic[Name]):
         """Write the files of `save` to a folder that is there."""
         self._write_numbers(folder)
         for name in self.figures:
-            self._draw(name).savefig(folder / f"{name}.png", dpi=120)
+            self.plot(name).savefig(folder / f"{name}.png", dpi=120)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._in_short()})"
@@ -86,6 +94,23 @@ class Report(ABC, Generic[Name]):
     @abstractmethod
     def _tables(self) -> Mapping[str, DataFrame]:
         """What a notebook shows, by title."""
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Within, figures are drawn in the palette; matplotlib's own settings are as before after it."""
+    from cycler import cycler
+    from matplotlib import rc_context
+
+    with rc_context({"axes.prop_cycle": cycler(color=PALETTE), "axes.axisbelow": True}):
+        yield
+
+
+def diverging_colours() -> Colormap:
+    """From the colour of negative values through white to that of positive ones."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("signs", [NEGATIVE, "#ffffff", POSITIVE])
 
 
 def as_html(headline: str, tables: Mapping[str, DataFrame]) -> str:

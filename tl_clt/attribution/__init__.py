@@ -1,6 +1,7 @@
 """From one prompt to an attribution graph, and from a graph to what matters in it."""
 
 from tl_clt.attribution.attribute import attribute
+from tl_clt.attribution.direct import find_direct_edges
 from tl_clt.attribution.edges import Node, NodeKind, Nodes
 from tl_clt.attribution.graph import AttributionGraph, GraphTables, RankedNode
 from tl_clt.attribution.influence import GraphScores, InfluenceShares
@@ -26,4 +27,5 @@ __all__ = [
     "TokenTarget",
     "attribute",
     "build_local_model",
+    "find_direct_edges",
 ]

@@ -4,6 +4,7 @@ from tl_clt.cli.interruption import end_interrupted
 
 try:
     from tl_clt.cli.app import app, list_transcoders
+    from tl_clt.cli.exchange import export_graph, import_graph
     from tl_clt.cli.measure import evaluate, tradeoff
     from tl_clt.cli.prompts import demo, intervene, trace
     from tl_clt.cli.train import train
@@ -11,4 +12,16 @@ try:
 except KeyboardInterrupt:
     end_interrupted()
 
-__all__ = ["app", "demo", "evaluate", "intervene", "list_transcoders", "trace", "tradeoff", "train", "view"]
+__all__ = [
+    "app",
+    "demo",
+    "evaluate",
+    "export_graph",
+    "import_graph",
+    "intervene",
+    "list_transcoders",
+    "trace",
+    "tradeoff",
+    "train",
+    "view",
+]

@@ -111,6 +111,9 @@ def trace(
     node_threshold: Annotated[float, typer.Option(help="Share of influence that shown nodes keep.")] = 0.8,
     edge_threshold: Annotated[float, typer.Option(help="Share of influence that shown edges keep.")] = 0.98,
     lazy_decoder: LazyDecoder = False,
+    figure: Annotated[
+        Optional[Path], typer.Option(help="Picture of the shown graph to write as well: .png, .svg or .pdf.")
+    ] = None,
 ) -> None:
     """Trace one prompt into an attribution graph, show it pruned, and write it whole to a file."""
     with plain_errors():
@@ -119,6 +122,10 @@ def trace(
         require_file(output)
         if os.path.lexists(output):
             raise OutputNotEmpty(f"'{output}' exists. Give another --output, or remove it first.")
+        if figure is not None:
+            from tl_clt.viewer import require_figure
+
+            require_figure(figure)
         interruption.kept = lambda: f"The graph is in {output}." if output.exists() else "Nothing was written."
         with console.status("Loading the model and the CLT"):
             from tl_clt.attribution import attribute, check_thresholds
@@ -143,6 +150,11 @@ def trace(
         )
         _write(graph, output)
         _show_graph(graph, graph.prune(node_threshold, edge_threshold), hooked, transcoder)
+        if figure is not None:
+            from tl_clt.viewer import graph_figures, save_figure
+
+            pictures = graph_figures(graph, node_threshold=node_threshold, edge_threshold=edge_threshold)
+            console.print(f"Its picture is in {save_figure(pictures.plot('graph'), figure)}.")
 
 
 @app.command()

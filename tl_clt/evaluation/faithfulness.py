@@ -42,7 +42,7 @@ from tl_clt.lens import (
     user_hooks_aside,
 )
 from tl_clt.replacement import check_fit, feature_acts, require_free
-from tl_clt.report import Report
+from tl_clt.report import PALETTE, Report
 from tl_clt.shapes import TokenBatch, Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
 
@@ -407,10 +407,12 @@ def _lines(axes: Axes, means: DataFrame, measure: str, carried: str) -> None:
         for freeze, (held, style) in HELD.items():
             line = ours[ours["freeze"] == freeze]
             if len(line) > 0:
-                axes.plot(line["distance"], line[measure], f"C{i}{style}", label=f"{kind}, {held}", markersize=4)
+                axes.plot(
+                    line["distance"], line[measure], style, color=PALETTE[i], label=f"{kind}, {held}", markersize=4
+                )
         if len(ours) > 0:
             alone = ours.groupby("distance")[carried].first()
-            axes.plot(alone.index, alone, f"C{i}:", linewidth=1, label=f"{kind}, carried alone")
+            axes.plot(alone.index, alone, ":", color=PALETTE[i], linewidth=1, label=f"{kind}, carried alone")
     step = -(-len(distances) // 12)
     axes.set_xticks(distances[::step])
     axes.grid(axis="y", linewidth=0.3)

@@ -14,7 +14,7 @@ from pandas import DataFrame
 
 from tl_clt.errors import ConfigError, FormatError
 from tl_clt.files import read_json
-from tl_clt.report import Report
+from tl_clt.report import GREY, PALETTE, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -281,7 +281,7 @@ def _draw_layers(report: EvaluationReport, figure: Figure) -> None:
         axes.set(ylabel=label)
         _mark_whole_numbers(axes)
         mean = sum(values) / len(values)
-        axes.axhline(mean, color="grey", linewidth=0.8)
+        axes.axhline(mean, color=GREY, linewidth=0.8)
         axes.set_title(f"mean {mean:.3g}", fontsize="small", loc="right")
     for axes in figure.axes[2:]:
         axes.set(xlabel="layer")
@@ -330,7 +330,7 @@ def _draw_graphs(report: EvaluationReport, figure: Figure) -> None:
         left.plot(places, [getattr(g, name) for g in graphs], marker, label=name.replace("_", ", "))
     left.set(xlabel="prompt", ylabel="score", ylim=(-0.02, 1.02))
     left.legend()
-    right.plot(places, [g.path_length for g in graphs], "o", color="C3")
+    right.plot(places, [g.path_length for g in graphs], "o", color=PALETTE[3])
     right.set(xlabel="prompt", ylabel="path length (edges)", ylim=(0, 1.1 * max(g.path_length for g in graphs)))
     for axes in (left, right):
         _mark_whole_numbers(axes)

@@ -22,7 +22,7 @@ from tl_clt.evaluation.report import EvaluationReport
 from tl_clt.lens import HookedModel, block_hook, dtype_of, model_name, neuron_weights, run_with_cache, user_hooks_aside
 from tl_clt.lens.weights import NORMALISED
 from tl_clt.replacement import check_fit
-from tl_clt.report import Report
+from tl_clt.report import GREY, PALETTE, Report
 from tl_clt.shapes import TokenBatch
 from tl_clt.transcoder import CrossLayerTranscoder, CrossLayerTranscoderConfig
 
@@ -244,12 +244,13 @@ PANELS = {
     "path_length": "path length (edges)",
 }
 SMALLEST_NMSE = 1e-6
-COLOURS = {"neurons": "grey", "PLT": "C1", "CLT": "C0"}
+COLOURS = {"neurons": GREY, "PLT": PALETTE[1], "CLT": PALETTE[0]}
 
 
 def _draw_tradeoff(table: DataFrame) -> Figure:
     """Lines join transcoders of one kind and size; colours are kinds, markers sizes."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     axes = figure.subplots(2, 3).flat
@@ -260,9 +261,17 @@ def _draw_tradeoff(table: DataFrame) -> Figure:
             name = f"{kind}, {size} a layer"
             values = line[column].astype(float)
             panel.plot(
-                line["l0_sum_over_layers"], values, marker=markers[size], color=COLOURS.get(kind, "C2"), label=name
+                line["l0_sum_over_layers"],
+                values,
+                marker=markers[size],
+                color=COLOURS.get(kind, PALETTE[2]),
+                label=name,
             )
         panel.set(xscale="log", xlabel="L0 (active features a token, sum over layers)", ylabel=label)
+        # Powers of ten alone are too few for most ranges of L0, and names of all minor ticks run into each other.
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(NullFormatter())
     figure.axes[0].set_yscale("log")
     # Below lies rounding, of neurons that all pass.
     figure.axes[0].set_ylim(bottom=max(figure.axes[0].get_ylim()[0], SMALLEST_NMSE))

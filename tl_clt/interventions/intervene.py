@@ -221,7 +221,8 @@ class InterventionEffect(Report[Literal["changes"]]):
             axes.set_yticks(place, [repr(token) for token in rows["token"]])
             axes.invert_yaxis()
             axes.set(xlabel="probability of the next token", title=f"prompt {rows['prompt'].iloc[0]}")
-        figure.axes[0].legend()
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
         return figure
 
     def _most_changed(self) -> DataFrame:

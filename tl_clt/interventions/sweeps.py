@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -22,12 +22,15 @@ from tl_clt.interventions.intervene import intervene
 from tl_clt.interventions.intervention import SETTERS, AnyIntervention, Number, as_interventions
 from tl_clt.lens import Freeze, HookedModel, Prompt, to_tokens, token_strings
 from tl_clt.replacement import check_fit
-from tl_clt.report import Report
+from tl_clt.report import GREY, Report
 from tl_clt.shapes import Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+MARKERS = "os^Dv*P"
+"""Of lines that may lie on each other: open, and one shape each."""
 
 
 class Outcome(NamedTuple):
@@ -125,13 +128,13 @@ class StrengthSweep(Report[Literal["strength"]]):
 
         figure = Figure(figsize=(7.5, 5), layout="constrained")
         axes = figure.subplots()
-        for _, rows in self.table.groupby("token_id", sort=False):
-            token = rows["token"].iloc[0]
-            axes.plot(rows["strength"], rows["probability"], marker="o", markersize=3, label=repr(token))
+        for (_, rows), marker in zip(self.table.groupby("token_id", sort=False), cycle(MARKERS), strict=False):
+            look: dict[str, Any] = {"marker": marker, "markersize": 5, "fillstyle": "none"}
+            axes.plot(rows["strength"], rows["probability"], label=repr(rows["token"].iloc[0]), **look)
         flips = self.flips[["strength", "before", "after"]].to_numpy().tolist()
         for i, (strength, before, after) in enumerate(flips):
             label = f"{strength:.3g}: {before!r} to {after!r}"
-            axes.axvline(strength, color="grey", linestyle=("--", ":", "-.")[i % 3], linewidth=1, label=label)
+            axes.axvline(strength, color=GREY, linestyle=("--", ":", "-.")[i % 3], linewidth=1, label=label)
         axes.set(xlabel="strength (times the given amounts)", ylabel="probability of the next token")
         axes.set(title="Steering", ylim=(-0.02, 1.02))
         axes.grid(linewidth=0.3)
@@ -298,12 +301,14 @@ class EndLayerSweep(Report[Literal["end_layers"]]):
 
         figure = Figure(figsize=(7.5, 5), layout="constrained")
         axes = figure.subplots()
-        for _, rows in self.table.groupby("token_id", sort=False):
+        for (_, rows), marker in zip(self.table.groupby("token_id", sort=False), cycle(MARKERS), strict=False):
             token = rows["token"].iloc[0]
-            [line] = axes.plot(rows["through_layer"], rows["change"], marker="o", label=repr(token))
+            [line] = axes.plot(
+                rows["through_layer"], rows["change"], marker=marker, fillstyle="none", label=repr(token)
+            )
             mean = rows["change"].mean()
             axes.axhline(mean, color=line.get_color(), linestyle=":", label=f"{token!r}, mean {mean:+.2f}")
-        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.axhline(0, color=GREY, linewidth=0.8)
         layers = sorted(self.table["through_layer"].unique())
         axes.set_xticks(layers[:: -(-len(layers) // 16)])
         axes.set(xlabel="last layer whose MLP output is held (through_layer)", ylabel="change of probability")

@@ -15,7 +15,7 @@ from pandas import DataFrame, Series, concat
 from scipy.stats import pearsonr, spearmanr
 
 from tl_clt.errors import ConfigError
-from tl_clt.report import Report
+from tl_clt.report import GREY, PALETTE, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -426,10 +426,14 @@ def _draw_validation(report: ValidationReport, figure: Figure, name: str) -> Non
             axes.set_title(kind)
             {"signs": _signs, "quadrants": _quadrants, "errors": _errors}[name](report, axes, kind)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    legend = figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, markerscale=3)
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, markerscale=2)
     for handle in legend.legend_handles:
         if handle is not None:
             handle.set_alpha(1)
+
+
+FEW_POINTS = 60
+"""Fewer are drawn larger and darker: small faint ones are there for crowds."""
 
 
 def _scatters(report: ValidationReport, figure: Figure, at: str) -> None:
@@ -448,15 +452,17 @@ def _scatter(axes: Axes, compared: Compared, where: str, prediction: str, thresh
         part = compared.part(split)
         if len(part.predicted):
             label = f"error nodes carry {part.error_share.mean():.0%} of the target's input, on average"
-            axes.scatter(part.predicted, part.measured, s=8, alpha=0.4, linewidths=0, label=label)
+            few = len(compared.predicted) < FEW_POINTS
+            look = {"s": 22, "alpha": 0.8} if few else {"s": 8, "alpha": 0.4}
+            axes.scatter(part.predicted, part.measured, linewidths=0, label=label, **look)
     if prediction == "influence":
         axes.set(xlabel=f"influence on {where}", ylabel=f"relative effect on {where}")
         axes.set_xscale("symlog", linthresh=LINEAR_BELOW)
         axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
-        axes.axvline(threshold, color="grey", linewidth=0.5)
-        axes.axhline(threshold, color="grey", linewidth=0.5)
+        axes.axvline(threshold, color=GREY, linewidth=0.5)
+        axes.axhline(threshold, color=GREY, linewidth=0.5)
     else:
-        axes.axline((0, 0), slope=1, color="grey", linewidth=0.5)
+        axes.axline((0, 0), slope=1, color=GREY, linewidth=0.5)
         axes.set(xlabel=f"predicted change of {where} ({prediction})", ylabel=f"measured change of {where}")
 
 
@@ -471,8 +477,8 @@ def _chance(report: ValidationReport, axes: Axes, kind: str) -> None:
     for number, clt in enumerate(report.clts):
         values, low, high = (table[clt + part].reindex(list(rows)).to_numpy() for part in ("", "_low", "_high"))
         height = [place + 0.22 * (number - (len(report.clts) - 1) / 2) for place in range(len(rows))]
-        axes.scatter(values, height, s=14, label=clt, color=f"C{number}")
-        axes.hlines(height, low, high, color=f"C{number}", linewidth=1.5)
+        axes.scatter(values, height, s=14, label=clt, color=PALETTE[number % len(PALETTE)])
+        axes.hlines(height, low, high, color=PALETTE[number % len(PALETTE)], linewidth=1.5)
     axes.set_yticks(range(len(rows)), list(rows.values()))
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="x", linewidth=0.3)
@@ -505,7 +511,7 @@ def _errors(report: ValidationReport, axes: Axes, kind: str) -> None:
         for split in ("low", "high")
     }
     _bars(axes, found, [f"{at}\n{prediction}" for at, prediction in groups], "{:.2f}")
-    axes.axhline(0, color="grey", linewidth=0.5)
+    axes.axhline(0, color=GREY, linewidth=0.5)
     axes.set(ylabel="Spearman")
     axes.margins(y=0.1)
 

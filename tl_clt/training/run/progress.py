@@ -28,6 +28,7 @@ from torch import Tensor
 
 from tl_clt.errors import CheckpointError, LayerWarning
 from tl_clt.files import READING_ERRORS, new_file
+from tl_clt.report import GREY, PALETTE, drawing
 from tl_clt.training.clt import CLTSettings, CLTStep, TrainingCLT
 from tl_clt.transcoder import explained_variance
 
@@ -449,6 +450,7 @@ def read_lines(path: Path, up_to: int) -> list[TrainingProgress]:
 # -- the figure
 
 
+@drawing()
 def draw_progress(
     lines: Sequence[TrainingProgress], target_l0: float | int | None = None, title: str | None = None
 ) -> Figure:
@@ -466,17 +468,18 @@ def draw_progress(
     (losses, explained), (l0, dead) = figure.subplots(2, 2, sharex=True)
     tokens = [line.tokens for line in lines]
     _draw_losses(losses, tokens, lines)
-    _draw_by_layer(explained, tokens, [line.explained_variance_per_layer for line in lines], "C0")
-    explained.axhline(0, color="grey", linewidth=0.8)
+    _draw_by_layer(explained, tokens, [line.explained_variance_per_layer for line in lines], PALETTE[0])
+    explained.axhline(0, color=GREY, linewidth=0.8)
     explained.set(title="Explained variance of the last batch", ylim=(_low_end(lines), 1.0))
-    _draw_by_layer(l0, tokens, [line.l0_per_layer for line in lines], "C2")
+    _draw_by_layer(l0, tokens, [line.l0_per_layer for line in lines], PALETTE[2])
     if target_l0 is not None:
         l0.axhline(target_l0, color="black", linestyle="--", linewidth=0.9, label=f"asked for: {target_l0:g}")
     greatest = max(line.l0_greatest for line in lines)
     l0.set(title="L0: active features per layer and token", yscale="log", ylim=(LEAST_L0_SHOWN, max(2 * greatest, 1)))
     shares = [line.dead_share for line in lines]
-    dead.plot(tokens, shares, color="C3", marker=_marker(lines))
-    dead.set(title="Share of dead features", ylim=(0, max(0.05, 1.1 * max(shares))))
+    most = max(0.05, 1.1 * max(shares))
+    dead.plot(tokens, shares, color=PALETTE[1], marker=_marker(lines))
+    dead.set(title="Share of dead features", ylim=(-0.02 * most, most))
     dead.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     for axes in (l0, dead):
         axes.set_xlabel("tokens trained on")
