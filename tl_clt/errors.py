@@ -94,6 +94,10 @@ class CheckpointError(TlCltError, ValueError):
     """A training checkpoint that is damaged, or belongs to another run."""
 
 
+class LabellerError(TlCltError, RuntimeError):
+    """A labeller that cannot be reached, refuses, or answers with no label."""
+
+
 class NotWritten(TlCltError, OSError):
     """A file that could not be written, a full disk above all; nothing of it is left."""
 
