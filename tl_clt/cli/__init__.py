@@ -4,10 +4,11 @@ from tl_clt.cli.interruption import end_interrupted
 
 try:
     from tl_clt.cli.app import app, list_transcoders
+    from tl_clt.cli.features import features
     from tl_clt.cli.measure import evaluate, tradeoff
     from tl_clt.cli.prompts import demo, intervene, trace
     from tl_clt.cli.train import train
 except KeyboardInterrupt:
     end_interrupted()
 
-__all__ = ["app", "demo", "evaluate", "intervene", "list_transcoders", "trace", "tradeoff", "train"]
+__all__ = ["app", "demo", "evaluate", "features", "intervene", "list_transcoders", "trace", "tradeoff", "train"]

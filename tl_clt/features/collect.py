@@ -260,7 +260,11 @@ class Collected:
         self.max_activation[own] = self.max_activation[own].maximum(acts.amax(dim=(0, 1)))
 
     def _keep(
-        self, acts: Float[Tensor, "batch pos d_transcoder"], layer: int, numbers: Int[Tensor, " batch"], tokens: TokenBatch
+        self,
+        acts: Float[Tensor, "batch pos d_transcoder"],
+        layer: int,
+        numbers: Int[Tensor, " batch"],
+        tokens: TokenBatch,
     ) -> None:
         peaks, positions = acts.max(dim=1)
         live = torch.nonzero(peaks.amax(dim=0) > 0).flatten()
@@ -365,7 +369,9 @@ def _prepare(path: Path, started: dict[str, Any], resume: bool) -> None:
             if differing:
                 was, now = before["settings"], started["settings"]
                 changed = ", ".join(f"{k} {was.get(k)} -> {now[k]}" for k in now if was.get(k) != now[k])
-                raise ConfigError(f"'{path}' was begun with other settings ({changed}). Give the same, or a new folder.")
+                raise ConfigError(
+                    f"'{path}' was begun with other settings ({changed}). Give the same, or a new folder."
+                )
         return
     if resume and (path / ABOUT).is_file():
         raise OutputNotEmpty(f"'{path}' holds a finished store: there is nothing to resume. Give a new folder.")
@@ -427,6 +433,8 @@ def _finish(
         return values.unflatten(0, (n_layers, d_transcoder)).cpu()
 
     statistics = {name: by_layer(getattr(whole, name)) for name in ("n_active", "max_activation", "histogram")}
+    if int(statistics["histogram"].max()) < 2**31:
+        statistics["histogram"] = statistics["histogram"].to(torch.int32)
     statistics |= _weights(model, clt, settings, statistics["n_active"] > 0)
     examples = _example_tensors(whole, settings)
     mentioned = [statistics["top_tokens"], statistics["bottom_tokens"], examples["tokens"]]

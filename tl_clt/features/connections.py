@@ -43,9 +43,7 @@ def strongest_connections(
     cfg, device = clt.cfg, clt.W_enc.device
     n, d = cfg.n_layers, cfg.d_transcoder
     among = torch.ones(n, d, dtype=torch.bool) if among is None else among.cpu()
-    best = Connections(
-        torch.full((n, d, k), -1, dtype=torch.long, device=device), torch.zeros(n, d, k, device=device)
-    )
+    best = Connections(torch.full((n, d, k), -1, dtype=torch.long, device=device), torch.zeros(n, d, k, device=device))
     alive = [torch.nonzero(layer).flatten().to(device) for layer in among]
     at_once = max(1, WEIGHTS_AT_ONCE // max(1, *(len(features) for features in alive)))
     for s in range(n):

@@ -136,9 +136,7 @@ def read_contexts(
             found[layer].append((rows[where.numpy()], feature.numpy(), acts[where, feature].numpy()))
             projections[layer, rows] = (x @ directions[layer]).float().cpu()
     parts = [[np.concatenate(column) for column in zip(*of_layer, strict=True)] for of_layer in found]
-    return HeldOutReading(
-        as_activations(contexts, [(a, i, j) for i, j, a in parts], clt.cfg.d_transcoder), projections
-    )
+    return HeldOutReading(as_activations(contexts, [(a, i, j) for i, j, a in parts], clt.cfg.d_transcoder), projections)
 
 
 def as_activations(

@@ -46,6 +46,16 @@ ASK_WHICH_FIT = (
 )
 
 
+class _StayThere(urllib.request.HTTPRedirectHandler):
+    """No redirection is followed: the key is for the address that the user named."""
+
+    def redirect_request(self, *args: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_StayThere)
+
+
 class EndpointLabeller:
     """Asks a language model for labels, and in which contexts they fit. Pass it to `label_features`."""
 
@@ -127,7 +137,7 @@ class EndpointLabeller:
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
         for attempt in range(self.retries + 1):
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                with _OPENER.open(request, timeout=self.timeout) as answer:
                     return self._content(answer.read(MOST_BYTES + 1))
             except urllib.error.HTTPError as error:
                 if error.code not in RETRIED or attempt == self.retries:
@@ -164,15 +174,18 @@ class EndpointLabeller:
             mend = f"Is base_url right, and does it have a model {self.model!r:.60}?"
         elif status in RETRIED:
             mend = "Try again later, or label fewer features."
+        elif 300 <= status < 400:
+            mend = "It points elsewhere: give the address it points to as base_url."
         else:
             mend = "Does it take chat completions?"
         return f"{self.url} refused with status {status} ({said}). {mend}"
 
 
 def _marked(tokens: Sequence[str], position: int) -> str:
-    spaced = any(token.startswith((" ", "Ġ", "▁")) for token in tokens)
-    words = [f"<<{token.strip()}>>" if i == position else token for i, token in enumerate(tokens)]
-    return ("" if spaced else " ").join(words).replace("\n", " ")
+    spaced = any(token.startswith(" ") for token in tokens)
+    words = list(tokens)
+    words[position] = (" " if words[position].startswith(" ") else "") + f"<<{words[position].strip()}>>"
+    return ("" if spaced else " ").join(words).replace("\n", " ").strip()
 
 
 def _one_line(text: str) -> str:

@@ -159,7 +159,9 @@ def label_features(
                 bar.update()
                 if found is None:
                     continue
-                score = _score(chosen, found.text, scoring.features.firing(layer, feature), scoring.features, layer, rng)
+                score = _score(
+                    chosen, found.text, scoring.features.firing(layer, feature), scoring.features, layer, rng
+                )
                 own.append(score)
                 labels[layer, feature] = Label(*found, *score, *means)
             by_layer.append(

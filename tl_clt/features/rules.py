@@ -24,7 +24,7 @@ WORTH_A_CLAUSE = 0.1
 """What one more clause must add: share of activation, less share of contexts without any."""
 WORTH_A_VARIABLE = 0.01
 """What a variable further down the list must add beyond those above it."""
-STRONG, TOLD_APART = 0.8, 0.5
+STRONG, TOLD_APART = 0.9, 0.5
 """Strong activations are those of at least this share of the greatest. A value that tells them apart accounts for this
 share of them, less that of all other contexts that it takes in."""
 FEWEST_CONTEXTS = 3
@@ -173,6 +173,22 @@ class RuleLabeller:
         if contexts not in self._coded:
             self._coded[contexts] = [_code(variable, contexts) for variable in self.variables]
         return self._coded[contexts]
+
+
+def label_here(record: FeatureRecord, tokens: Sequence[str], position: int, variables: Sequence[Variable] = ()) -> str:
+    """What of a feature's label holds at a token of a prompt: the first part that does, or else the whole label.
+
+    Args:
+        record: of a labelled feature.
+        tokens: of the prompt, with what comes next where that is known.
+        position: of the token.
+        variables: those that the labeller knew of the text, beside those that every text has.
+    """
+    named = {variable.name: variable for variable in (*variables, *VARIABLES)}
+    for part in record.label_parts:
+        if part.variable in named and named[part.variable].values(tokens)[position] == part.value:
+            return part.text
+    return record.label or ""
 
 
 def _code(variable: Variable, contexts: Contexts) -> _Coded:

@@ -183,7 +183,10 @@ class FeatureRecord:
 
     def __str__(self) -> str:
         lines = [repr(self)]
-        lines += [f"  {part.share:4.0%} of its activation where {part.variable} is {part.value!r}" for part in self.label_parts]
+        lines += [
+            f"  {part.share:4.0%} of its activation where {part.variable} is {part.value!r}"
+            for part in self.label_parts
+        ]
         for example in self.examples:
             words = [f"[{t.strip()}]" if i == example.position else t.strip() for i, t in enumerate(example.tokens)]
             lines.append(f"  {example.quantile:>8} {example.activations[example.position]:8.3g}  {' '.join(words)}")
@@ -438,7 +441,10 @@ class FeatureStore:
             text, parts = read_json(written.decode())
             return Label(
                 str(text),
-                [LabelPart(str(said), str(variable), str(value), float(share)) for said, variable, value, share in parts],
+                [
+                    LabelPart(str(said), str(variable), str(value), float(share))
+                    for said, variable, value, share in parts
+                ],
                 *(None if score != score else score for score in scores),
             )
 

@@ -94,7 +94,7 @@ VARIABLES = (
     Variable("the kind of the next word", kind_next, lambda kind, record: SAY + _a(kind)),
     Variable("the kind of the word", kind_here, lambda kind, record: _a(kind)),
     Variable("the state of the place named", place_here, _plain("a place in {}")),
-    Variable("the state that the answer belongs to", state_next, _plain("answer about {}")),
+    Variable("the state that the answer belongs to", state_next, _plain("{}")),
     Variable("the region the sentence is about", region_in_mind, _plain("the {}")),
 )
 """Of these and those of every text, the one that tells best wins; those that come first where others are no better."""
