@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -69,6 +70,10 @@ def features(
             else "Nothing was read yet; remove the folder, or go on with --resume."
         )  # fmt: skip
         finished = resume and (output / "features.json").is_file()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from tl_clt.training import own_device
+
+            device = own_device(device)
         with console.status("Loading the model and the CLT"):
             hooked, transcoder = load_pair(model, clt, backend, device, lazy_decoder)
         if finished:
@@ -103,8 +108,6 @@ def features(
 
 def _is_main() -> bool:
     """Whether this process is the first, or the only one, of those that torchrun started."""
-    import os
-
     return int(os.environ.get("RANK", "0")) == 0
 
 

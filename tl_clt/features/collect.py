@@ -2,8 +2,8 @@
 
 What is kept of each feature has a fixed size (`KeptContexts`, counts), whatever the length of the text. It depends on
 the set of prompts alone, not on their order: so any number of processes may share the prompts, and a pass that was
-interrupted may go on, and the store is the same to the bit. Each process writes what it has so far to a file of its own,
-and the first one puts them together.
+interrupted may go on, and the store is the same to the bit. Each process writes what it has so far to a file of its
+own, and the first one puts them together.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_clt.arguments import as_path, as_switch, as_whole
-from tl_clt.errors import ConfigError, DatasetError, FormatError, MemoryLimit, OutputNotEmpty
+from tl_clt.errors import ConfigError, DatasetError, MemoryLimit, OutputNotEmpty
 from tl_clt.features.connections import strongest_connections
 from tl_clt.features.kept import LAST, KeptContexts, Windows, rank_at_random, rank_by_peak
 from tl_clt.features.logits import direct_logits
@@ -329,7 +329,7 @@ class HeldOutPrompts:
 
     def __init__(self, n_tokens: int) -> None:
         self.n_tokens = n_tokens
-        self.prompts: dict[str, list[Tokens]] = {part: [] for part in PARTS}
+        self.prompts: dict[str, list[Tensor]] = {part: [] for part in PARTS}
 
     def kept_apart(self, prompts: Iterable[Tokens]) -> Iterator[tuple[int, Tokens]]:
         """The prompts that are not kept, with their numbers in the text."""

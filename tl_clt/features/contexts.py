@@ -8,14 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.sparse import csc_matrix, csr_matrix
 from torch import Tensor
 
 from tl_clt.features.collect import counted_tokens
 from tl_clt.lens import HookedModel, special_token_ids, token_strings
 from tl_clt.replacement import layer_inputs
-from tl_clt.shapes import Tokens
 from tl_clt.texts import numbered_batches
 from tl_clt.transcoder import CrossLayerTranscoder
 
@@ -32,7 +31,7 @@ class Window(NamedTuple):
 class Contexts:
     """The counted positions of some prompts, one after another: [n_contexts]."""
 
-    prompts: list[Tokens]
+    prompts: list[Int[Tensor, " _"]]
     strings: list[list[str]]
     """The prompts' tokens as text."""
     prompt: np.ndarray
@@ -41,7 +40,7 @@ class Contexts:
     """Where in it."""
 
     @classmethod
-    def of(cls, model: HookedModel, prompts: Sequence[Tokens]) -> Contexts:
+    def of(cls, model: HookedModel, prompts: Sequence[Int[Tensor, " _"]]) -> Contexts:
         """All positions of prompts that features are looked at."""
         special = torch.tensor(special_token_ids(model), dtype=torch.long)
         counted = [torch.nonzero(counted_tokens(tokens[None].cpu(), special)[0]).flatten() for tokens in prompts]

@@ -1,8 +1,8 @@
 """Labels from a language model behind any OpenAI-compatible endpoint that the user names.
 
 One request asks for a label from a feature's contexts; others ask in which held-out contexts a feature of that label
-should be active, and so the label is scored. Answers are plain text and are treated as such: a label is one line, cut to
-a length, without control characters.
+should be active, and so the label is scored. Answers are plain text and are treated as such: a label is one line, cut
+to a length, without control characters.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float16, Int, Int32, Int64
+from jaxtyping import Float, Float16, Int32, Int64
 from torch import Tensor
 
 LAST = torch.iinfo(torch.int64).max

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ N_EXAMPLES = 8
 """Contexts that a labeller is shown of a random direction."""
 
 
+@runtime_checkable
 class Labeller(Protocol):
     """Gives labels, and says what they mean: in which contexts a feature of that label should be active."""
 
@@ -188,7 +189,7 @@ def label_features(
 def _as_labeller(labeller: Any) -> Labeller:
     if labeller is None:
         return RuleLabeller()
-    if all(hasattr(labeller, name) for name in ("label", "fits", "name", "n_contexts", "n_random")):
+    if isinstance(labeller, Labeller) and not isinstance(labeller, type):
         return labeller
     if callable(labeller):
         return PlainLabeller(labeller)

@@ -29,7 +29,6 @@ from tl_clt.arguments import as_path, as_whole
 from tl_clt.errors import CLTMismatch, FeatureNotFound, FormatError
 from tl_clt.files import files_into, read_json, reading
 from tl_clt.report import as_html
-from tl_clt.shapes import Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
 from tl_clt.transcoder.tensor_files import TensorFile, open_tensors
 
@@ -379,7 +378,7 @@ class FeatureStore:
         """Who gave the labels, and by layer what they and those of a random dictionary score (`labels.json`)."""
         return _read_mapping(self.folder / LABELS_ABOUT) if self.is_labelled else {}
 
-    def held_out(self, part: str) -> list[Tokens]:
+    def held_out(self, part: str) -> list[Int[Tensor, " _"]]:
         """Prompts that no example is from: those that labels are chosen on ("choosing"), or scored on ("scoring")."""
         with self._opened(HELD_OUT) as file:
             tokens, starts, of = (file.part(name, (slice(None),)) for name in ("tokens", "starts", "part"))
@@ -459,6 +458,8 @@ class FeatureStore:
                 file.part(name, (slice(first, last),)).tolist() for name in ("peaks", "positions", "bands")
             )
         with reading(self.folder / EXAMPLES, "file of examples", MEND):
+            if not 0 <= first <= last or len(starts) != last - first + 1 or len(tokens) != starts[-1] - starts[0]:
+                raise ValueError("it points beyond its end")
             for n, (peak, position, band) in enumerate(zip(peaks, positions, bands, strict=True)):
                 part = slice(starts[n] - starts[0], starts[n + 1] - starts[0])
                 words = [self._text(t) for t in tokens[part]]

@@ -68,8 +68,8 @@ def group_features(graph: AttributionGraph, meaning: Meaning) -> list[Group]:
 
 
 def strongest_paths(graph: AttributionGraph, groups: list[Group]) -> list[Path]:
-    """For one group on the way, and for two, the path from a word of the prompt to the likeliest output along which most
-    flows, of those that there are.
+    """The path from a word of the prompt to the likeliest output along which most flows: with one group on the way, and
+    with two, where there are such.
 
     What flows from one station to the next is the sum of the positive edges between them, as a share of the absolute
     input of the latter (of its features, weighted by their influence).

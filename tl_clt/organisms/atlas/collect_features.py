@@ -28,6 +28,7 @@ from tl_clt.organisms.atlas.text import (
 from tl_clt.organisms.atlas.variables import VARIABLES
 from tl_clt.transcoder import CrossLayerTranscoder
 
+BUNDLED = organism_folder("atlas") / "clt"
 LABEL_TOKENS = 40_000
 """Of each of the two parts that are kept for labels: a quarter of the text at most."""
 
@@ -42,8 +43,7 @@ def all_sentences(seed: int) -> list[str]:
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
-    clt: Annotated[Path, typer.Option(help="Folder of the CLT; the bundled one by default.")] = organism_folder("atlas")
-    / "clt",
+    clt: Annotated[Path, typer.Option(help="Folder of the CLT; the bundled one by default.")] = BUNDLED,
     seed: Annotated[int, typer.Option(help="Of the order of sentences, and of the random dictionary.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads to use.")] = 1,
 ) -> None:
