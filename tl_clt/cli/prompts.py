@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tl_clt.attribution import AttributionGraph
     from tl_clt.attribution.edges import Node
     from tl_clt.evaluation import EvaluationReport
-    from tl_clt.features import FeatureStore
+    from tl_clt.features import FeatureRecord, FeatureStore
     from tl_clt.interventions import InterventionEffect
     from tl_clt.lens import HookedModel
     from tl_clt.transcoder import CrossLayerTranscoder
@@ -108,15 +108,21 @@ def _tell(graph: AttributionGraph, features: FeatureStore) -> None:
         if between:
             nodes = [node for group in between for node in group.nodes]
             share = sum(group.share for group in between)
-            labels = [f"{node.layer}.{node.index} ({features[node.layer, node.index].label})" for node in nodes]
+            parts = [_part_in_words(features[node.layer, node.index], state) for node in nodes]
             said = f"{state}, which the prompt does not name, is a step between: {share:.0%} of the influence of all"
-            said += f" features shown. Whole labels: {', '.join(labels)}."
+            said += f" features shown. {' '.join(parts)}"
         else:
             strongest = f" The strongest group is: {groups[0].meaning}." if groups else ""
             said = f"No feature here is labelled {state}, the state that the prompt is about: at these activations none"
             said += f" of the CLT's features stands for it alone.{strongest}"
         console.print(said, markup=False)
     console.print(group_table(groups, graph, features))
+
+
+def _part_in_words(record: FeatureRecord, meaning: str) -> str:
+    """How much of a feature one part of its label is: a feature may stand for several things."""
+    share = next((part.share for part in record.label_parts if part.text == meaning), 1.0)
+    return f"{record.layer}.{record.feature} as a whole: {record.label}; {share:.0%} of its activation is at {meaning}."
 
 
 def _write_page(graph: AttributionGraph, features: FeatureStore, path: Path) -> None:
