@@ -72,8 +72,11 @@ def demo(
 
             report = _evaluate_on_atlas(model, clt)
         console.print(evaluation_table(report))
-        if hasattr(pruned, "save_html"):
-            _write_page(pruned, features, output.with_suffix(".html"))
+        save_html = getattr(pruned, "save_html", None)
+        if save_html is not None:
+            page = output.with_suffix(".html")
+            save_html(page, features=features)
+            console.print(f"The page is in {page}: open it in a browser.", soft_wrap=True)
 
 
 def _meanings(graph: AttributionGraph, features: FeatureStore) -> Callable[[Node], str]:
@@ -123,12 +126,6 @@ def _part_in_words(record: FeatureRecord, meaning: str) -> str:
     """How much of a feature one part of its label is: a feature may stand for several things."""
     share = next((part.share for part in record.label_parts if part.text == meaning), 1.0)
     return f"{record.layer}.{record.feature} as a whole: {record.label}; {share:.0%} of its activation is at {meaning}."
-
-
-def _write_page(graph: AttributionGraph, features: FeatureStore, path: Path) -> None:
-    """Write the page of a graph, and say where it is."""
-    graph.save_html(path, features=features)
-    console.print(f"The page is in {path}: open it in a browser.", soft_wrap=True)
 
 
 def _evaluate_on_atlas(model: HookedModel, clt: CrossLayerTranscoder) -> EvaluationReport:

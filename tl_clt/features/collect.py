@@ -333,7 +333,7 @@ class HeldOutPrompts:
 
     def kept_apart(self, prompts: Iterable[Tokens]) -> Iterator[tuple[int, Tokens]]:
         """The prompts that are not kept, with their numbers in the text."""
-        left = dict.fromkeys(PARTS, self.n_tokens)
+        left: dict[str, int] = dict.fromkeys(PARTS, self.n_tokens)
         turns = {1: PARTS[0], 3: PARTS[1]}
         for number, tokens in enumerate(prompts):
             part = turns.get(number % HELD_OUT_EVERY)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -94,7 +94,8 @@ class Activations:
         """Of some contexts (`others`) the k that are most like any of `likes`: by the cosine between the activations
         of a layer's features. Fewer, where only fewer have a feature in common with them."""
         directions = self.directions[layer]
-        alike = (directions[others] @ directions[likes].T).toarray().max(axis=1)
+        products: Any = directions[others] @ directions[likes].T
+        alike: np.ndarray = products.toarray().max(axis=1)
         best = np.argsort(-alike, kind="stable")[:k]
         return others[best[alike[best] > 0]]
 
@@ -122,7 +123,7 @@ def read_contexts(
     batches = numbered_batches(model, enumerate(contexts.prompts), values_per_token=2 * clt.cfg.d_transcoder)
     for batch in batches:
         inputs = layer_inputs(model, clt, batch.tokens.to(model.W_E.device))
-        rows = np.concatenate([np.arange(first[i], first[i + 1]) for i in batch.numbers.tolist()])
+        rows = np.concatenate([np.arange(int(first[i]), int(first[i + 1])) for i in batch.numbers.tolist()])
         row_of = torch.repeat_interleave(
             torch.arange(len(batch.numbers)),
             torch.tensor([int(first[i + 1] - first[i]) for i in batch.numbers.tolist()]),
@@ -148,6 +149,7 @@ def as_activations(
     for matrix in by_feature:
         norms = np.sqrt(np.asarray(matrix.multiply(matrix).sum(axis=1)).ravel())
         rows = csr_matrix(matrix)
-        rows.data = rows.data / np.repeat(np.where(norms > 0, norms, 1), np.diff(rows.indptr)).astype(rows.data.dtype)
+        values: np.ndarray = rows.data
+        rows.data = values / np.repeat(np.where(norms > 0, norms, 1), np.diff(rows.indptr)).astype(values.dtype)
         directions.append(rows)
     return Activations(contexts, by_feature, directions)

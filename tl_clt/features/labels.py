@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -192,7 +192,7 @@ def _as_labeller(labeller: Any) -> Labeller:
     if isinstance(labeller, Labeller) and not isinstance(labeller, type):
         return labeller
     if callable(labeller):
-        return PlainLabeller(labeller)
+        return PlainLabeller(cast(LabelFunction, labeller))
     raise ConfigError(f"labeller is {shown(labeller)}: give a function of a record that gives text, or a Labeller.")
 
 
@@ -270,7 +270,7 @@ def _random_dictionary(
     like, entries = [], ([], [])
     for layer, matrix in enumerate(own.by_feature):
         counts = np.diff(matrix.indptr)
-        live = np.nonzero((counts > 0) & (counts < matrix.shape[0]))[0]
+        live = np.nonzero((counts > 0) & (counts < len(own.contexts)))[0]
         drawn = rng.choice(live, n_directions, replace=len(live) < n_directions) if len(live) else live
         ordered = -np.sort(-projections[0][layer].numpy(), axis=0)
         thresholds = ordered[counts[drawn], np.arange(len(drawn))]

@@ -258,7 +258,7 @@ class FeatureStore:
             )
         with reading(path / ABOUT, "index of a feature store", MEND):
             size = {name: int(about["clt"][name]) for name in ("n_layers", "d_transcoder")}
-            str(about["clt"]["fingerprint"]), int(about["text"]["n_tokens"])
+            _ = str(about["clt"]["fingerprint"]), int(about["text"]["n_tokens"])
         with reading(path / TOKENS, "list of tokens", MEND):
             tokens = {int(number): str(text) for number, text in _read_mapping(path / TOKENS).items()}
         store = cls(path, about, tokens)
@@ -338,7 +338,7 @@ class FeatureStore:
             bottom_logits=self._token_values(row["bottom_tokens"], row["bottom_values"]),
             examples=list(self._examples(layer, feature)),
             connected=[
-                Connection(*divmod(partner, self.d_transcoder), weight)
+                Connection(partner // self.d_transcoder, partner % self.d_transcoder, weight)
                 for partner, weight in zip(row["connected"].tolist(), row["connected_weights"].tolist(), strict=True)
                 if partner >= 0
             ],
