@@ -96,7 +96,7 @@ class Activations:
         directions = self.directions[layer]
         products: Any = directions[others] @ directions[likes].T
         alike: np.ndarray = products.toarray().max(axis=1)
-        best = np.argsort(-alike, kind="stable")[:k]
+        best = np.argsort(np.negative(alike), kind="stable")[:k]
         return others[best[alike[best] > 0]]
 
 
