@@ -86,7 +86,7 @@ class Activations:
         rows, values = matrix.indices[own], matrix.data[own]
         half = len(self.contexts) // 2
         if len(rows) > half:
-            most = np.sort(np.argsort(-values, kind="stable")[:half])
+            most = np.sort(np.argsort(np.negative(values), kind="stable")[:half])
             rows, values = rows[most], values[most]
         return Firing(rows, values)
 
@@ -96,7 +96,7 @@ class Activations:
         directions = self.directions[layer]
         products: Any = directions[others] @ directions[likes].T
         alike: np.ndarray = products.toarray().max(axis=1)
-        best = np.argsort(np.negative(alike), kind="stable")[:k]
+        best = np.argsort(-alike, kind="stable")[:k]
         return others[best[alike[best] > 0]]
 
 
