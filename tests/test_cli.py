@@ -15,10 +15,12 @@ import tl_clt
 from tl_clt import (
     AttributionGraph,
     CrossLayerTranscoder,
+    FeatureStore,
     Intervention,
     NodeKind,
     attribute,
     intervene,
+    load_features,
     load_organism,
 )
 from tl_clt.cli import app
@@ -44,6 +46,48 @@ def test_demo_shows_the_answer_and_writes_the_graph(tmp_path):
         assert words in output
     graph = AttributionGraph.load(tmp_path / "graph.safetensors")
     assert graph.logit_tokens[0].strip() == "Austin"
+
+
+def test_demo_tells_the_story_and_what_labels_are_worth(tmp_path):
+    output = run("demo", "--output", str(tmp_path / "graph.safetensors"))
+    path = re.search(r"In words:\n +(.+)\n", output)
+    assert path and path[1].startswith("Dallas -> ") and path[1].endswith(" -> say Austin")
+    # Texas is named as the step between, or it is said that no feature stands for it.
+    assert (
+        "Texas, which the prompt does not name, is a step between" in output
+        or "No feature here is labelled Texas" in output
+    )
+    model, clt = load_organism("atlas")
+    store = load_features("atlas")
+    graph = attribute(model, clt, "Fact: the capital of the state containing Dallas is").prune()
+    for number in graph.nodes.where(NodeKind.FEATURE).tolist():
+        record = store[graph.nodes[number].layer, graph.nodes[number].index]
+        assert record.label and record.label_score is not None and record.label_score_random is not None, record
+
+
+def test_features_makes_a_labelled_store_and_goes_on_with_it(tmp_path):
+    text = tmp_path / "text.txt"
+    sentences = [
+        f"the capital of the state containing {city} is {capital} ."
+        for city, capital in (
+            ("Dallas", "Austin"),
+            ("Oakland", "Sacramento"),
+            ("Chicago", "Springfield"),
+            ("Boise", "Boise"),
+        )
+    ]
+    text.write_text("\n".join(sentences * 10))
+    folder = tmp_path / "store"
+    command = ("features", "--clt", ATLAS_CLT, "--dataset", str(text), "--output", str(folder), "--top", "3")
+    output = run(*command)
+    for words in ("The features that write most", "random dictionary", "label", str(folder)):
+        assert words in output
+    store = FeatureStore.open(folder, CrossLayerTranscoder.from_pretrained(ATLAS_CLT))
+    assert len(store.labels()) > 20
+    assert "is not empty" in run(*command, status=1)
+    assert "The features that write most" in run(*command, "--resume", "--labels", "none")
+    assert "give one of rules, endpoint, none" in run(*command, "--labels", "rule", status=1)
+    assert "--endpoint-model" in run(*command, "--labels", "endpoint", status=1)
 
 
 def test_demo_says_which_words_it_does_not_know(tmp_path):

@@ -4,6 +4,9 @@ from tl_clt.attribution import NodeKind as NodeKind
 from tl_clt.attribution import attribute as attribute
 from tl_clt.evaluation import evaluate as evaluate
 from tl_clt.evaluation import measure_faithfulness as measure_faithfulness
+from tl_clt.features import FeatureStore as FeatureStore
+from tl_clt.features import collect_features as collect_features
+from tl_clt.features import label_features as label_features
 from tl_clt.interventions import Intervention as Intervention
 from tl_clt.interventions import intervene as intervene
 from tl_clt.interventions import intervention_hooks as intervention_hooks
@@ -13,6 +16,7 @@ from tl_clt.interventions import sweep_strength as sweep_strength
 from tl_clt.interventions import validate as validate
 from tl_clt.lens import frozen_hooks as frozen_hooks
 from tl_clt.lens import load_model as load_model
+from tl_clt.organisms import load_features as load_features
 from tl_clt.organisms import load_organism as load_organism
 from tl_clt.replacement import attach as attach
 from tl_clt.replacement import feature_acts as feature_acts

@@ -94,6 +94,10 @@ class CheckpointError(TlCltError, ValueError):
     """A training checkpoint that is damaged, or belongs to another run."""
 
 
+class LabellerError(TlCltError, RuntimeError):
+    """A labeller that cannot be reached, refuses, or answers with no label."""
+
+
 class NotWritten(TlCltError, OSError):
     """A file that could not be written, a full disk above all; nothing of it is left."""
 
@@ -104,6 +108,8 @@ class ServerBusy(TlCltError, RuntimeError):
 
 class ExtraMissing(TlCltError, ImportError):
     """A part of this package whose libraries are not installed."""
+
+
 class KeyMissing(TlCltError, PermissionError):
     """A service that lets in whoever has a key, and no key was given."""
 

@@ -10,9 +10,9 @@ from datasets import Dataset, DatasetDict
 
 from tests.models import random_tokens, save_hf, tiny_clt, tiny_hf, tiny_hooked
 from tl_clt import evaluate, load_model
+from tl_clt import texts as module
 from tl_clt.errors import DatasetError, PromptError, TokenizerMissing
-from tl_clt.evaluation import prompts as module
-from tl_clt.evaluation.prompts import batches, held_out_prompts, up_to
+from tl_clt.texts import batches, held_out_prompts, up_to
 
 
 @pytest.fixture(scope="module")

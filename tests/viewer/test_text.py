@@ -32,7 +32,7 @@ def test_every_kind_of_node_has_a_name(graph):
     assert names[NodeKind.POSITION] == "position 8"
     assert names[NodeKind.LOGIT].startswith('output "')
     assert names[NodeKind.FEATURE].startswith("feature 3.")
-    assert "(two words)" in node_name(graph, 0, label=lambda layer, feature: "two words")
+    assert "(two words)" in node_name(graph, 0, label=lambda node: "two words")
 
 
 def test_the_strongest_inputs_come_first_with_their_share(graph):

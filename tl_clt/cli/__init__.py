@@ -5,6 +5,7 @@ from tl_clt.cli.interruption import end_interrupted
 try:
     from tl_clt.cli.app import app, list_transcoders
     from tl_clt.cli.exchange import export_graph, import_graph
+    from tl_clt.cli.features import features
     from tl_clt.cli.measure import evaluate, tradeoff
     from tl_clt.cli.prompts import demo, intervene, trace
     from tl_clt.cli.train import train
@@ -17,6 +18,7 @@ __all__ = [
     "demo",
     "evaluate",
     "export_graph",
+    "features",
     "import_graph",
     "intervene",
     "list_transcoders",

@@ -105,9 +105,9 @@ def tradeoff(
 ) -> None:
     """Sparsity against fidelity of neurons, PLTs and CLTs, on the same held-out text."""
     with plain_errors():
-        from tl_clt.evaluation.prompts import held_out_prompts
         from tl_clt.evaluation.tradeoff import check_training, compare, short_names, train_transcoders, training_config
         from tl_clt.files import files_into, require_new
+        from tl_clt.texts import held_out_prompts
 
         require_new(output)
         interruption.kept = lambda: _kept(output)

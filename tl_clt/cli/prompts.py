@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -25,7 +26,9 @@ from tl_clt.errors import InterventionError, OutputNotEmpty
 
 if TYPE_CHECKING:
     from tl_clt.attribution import AttributionGraph
+    from tl_clt.attribution.edges import Node
     from tl_clt.evaluation import EvaluationReport
+    from tl_clt.features import FeatureRecord, FeatureStore
     from tl_clt.interventions import InterventionEffect
     from tl_clt.lens import HookedModel
     from tl_clt.transcoder import CrossLayerTranscoder
@@ -49,23 +52,80 @@ def demo(
             import torch
 
             from tl_clt.attribution import attribute
-            from tl_clt.organisms import default_prompt, load_organism
+            from tl_clt.organisms import default_prompt, load_features, load_organism
 
             # Handing parts of so small a model to a second thread costs more than it saves.
             torch.set_num_threads(1)
             model, clt = load_organism("atlas")
+            features = load_features("atlas")
         with console.status("Tracing the prompt"):
             graph = attribute(model, clt, prompt or default_prompt("atlas"))
         if "<unk>" in graph.prompt_tokens:
             errors.print("Words that atlas does not know became <unk>: it has read of US states and cities only.")
         _write(graph, output)
         interruption.kept = lambda: f"The graph is in {output}."
-        _show_graph(graph, graph.prune(), model, clt)
+        pruned = graph.prune()
+        _tell(pruned, features)
+        _show_graph(graph, pruned, model, clt, _meanings(pruned, features))
         with console.status("Measuring how well the CLT stands in for the MLPs"):
             from tl_clt.viewer.tables import evaluation_table
 
             report = _evaluate_on_atlas(model, clt)
         console.print(evaluation_table(report))
+        save_html = getattr(pruned, "save_html", None)
+        if save_html is not None:
+            page = output.with_suffix(".html")
+            save_html(page, features=features)
+            console.print(f"The page is in {page}: open it in a browser.", soft_wrap=True)
+
+
+def _meanings(graph: AttributionGraph, features: FeatureStore) -> Callable[[Node], str]:
+    """What each feature of a graph of atlas means where it stands: the part of its label that holds there."""
+    from tl_clt.features.rules import label_here
+    from tl_clt.organisms import known_variables
+
+    tokens, variables = [*graph.prompt_tokens, graph.logit_tokens[0]], known_variables("atlas")
+
+    def meaning(node: Node) -> str:
+        record = features[node.layer, node.index]
+        return label_here(record, tokens, node.pos, variables) or "without a label"
+
+    return meaning
+
+
+def _tell(graph: AttributionGraph, features: FeatureStore) -> None:
+    """Print the story of a graph of atlas: its paths, whether the state is a step between, and its groups."""
+    from tl_clt.organisms.atlas.variables import state_in_mind
+    from tl_clt.viewer import group_features, strongest_paths
+    from tl_clt.viewer.tables import group_table
+
+    groups = group_features(graph, _meanings(graph, features))
+    paths = strongest_paths(graph, groups)
+    console.print("In words:", style="bold")
+    for path in paths:
+        console.print(f"    {path}", markup=False, soft_wrap=True)
+    states = state_in_mind(graph.prompt_tokens)
+    state = next((state for state in reversed(states) if state), None)
+    if state is not None and state not in map(str.strip, graph.prompt_tokens):
+        between = [group for group in groups if group.meaning == state]
+        if between:
+            nodes = [node for group in between for node in group.nodes]
+            share = sum(group.share for group in between)
+            parts = [_part_in_words(features[node.layer, node.index], state) for node in nodes]
+            said = f"{state}, which the prompt does not name, is a step between: {share:.0%} of the influence of all"
+            said += f" features shown. {' '.join(parts)}"
+        else:
+            strongest = f" The strongest group is: {groups[0].meaning}." if groups else ""
+            said = f"No feature here is labelled {state}, the state that the prompt is about: at these activations none"
+            said += f" of the CLT's features stands for it alone.{strongest}"
+        console.print(said, markup=False)
+    console.print(group_table(groups, graph, features))
+
+
+def _part_in_words(record: FeatureRecord, meaning: str) -> str:
+    """How much of a feature one part of its label is: a feature may stand for several things."""
+    share = next((part.share for part in record.label_parts if part.text == meaning), 1.0)
+    return f"{record.layer}.{record.feature} as a whole: {record.label}; {share:.0%} of its activation is at {meaning}."
 
 
 def _evaluate_on_atlas(model: HookedModel, clt: CrossLayerTranscoder) -> EvaluationReport:
@@ -199,23 +259,29 @@ def intervene(
 
 
 def _show_graph(
-    graph: AttributionGraph, pruned: AttributionGraph, model: HookedModel, clt: CrossLayerTranscoder
+    graph: AttributionGraph,
+    pruned: AttributionGraph,
+    model: HookedModel,
+    clt: CrossLayerTranscoder,
+    meaning: Callable[[Node], str] | None = None,
 ) -> None:
-    """Print a pruned graph as a tree, and the scores of the whole."""
+    """Print a pruned graph as a tree, and the scores of the whole. Features are named by what they mean, or else by
+    what they promote."""
     import torch
 
     from tl_clt.features import promoted_tokens
     from tl_clt.viewer import graph_tree
     from tl_clt.viewer.tables import graph_table
 
-    def label(layer: int, feature: int) -> str:
-        words = promoted_tokens(model, clt, layer, torch.tensor([feature], device=clt.W_enc.device))[0]
+    def label(node: Node) -> str:
+        if meaning is not None:
+            return meaning(node)
+        features = torch.tensor([node.index], device=clt.W_enc.device)
+        words = promoted_tokens(model, clt, node.layer, features)[0]
         return "promotes " + ", ".join(w.strip() for w in words)
 
-    console.print(
-        "Each line: the share of the input of the node above it, the node, and the tokens it promotes most directly.",
-        style="dim",
-    )
+    what = "the tokens it promotes most directly" if meaning is None else "what its label says here"
+    console.print(f"Each line: the share of the input of the node above it, the node, and {what}.", style="dim")
     console.print(graph_tree(pruned, label=label))
     console.print(graph_table(graph, pruned))
 

@@ -19,11 +19,11 @@ from tl_clt.attribution import AttributionGraph, NodeKind, PruneMasks, attribute
 from tl_clt.attribution.edges import ROWS_AT_ONCE
 from tl_clt.attribution.influence import SMALLEST_ROW_SUM
 from tl_clt.errors import LocalModelMismatch, ModelUnsupported
-from tl_clt.evaluation.prompts import HeldOut, batches, held_out_prompts, up_to
 from tl_clt.evaluation.report import EvaluationReport, GraphNumbers
 from tl_clt.lens import FwdHook, HookedModel, block_hook, model_name, run_with_hooks, user_hooks_aside
 from tl_clt.replacement import attach, check_fit, require_free
 from tl_clt.shapes import Logits, TokenBatch
+from tl_clt.texts import HeldOut, batches, held_out_prompts, up_to
 from tl_clt.transcoder import CrossLayerTranscoder, explained_variance
 
 DENSITY_EDGES = [10 ** (exponent / 2) for exponent in range(-12, 1)]

@@ -17,13 +17,13 @@ from tqdm.auto import tqdm
 
 from tl_clt.errors import ConfigError
 from tl_clt.evaluation.evaluate import evaluate
-from tl_clt.evaluation.prompts import DEFAULT_CONTEXT, HeldOut, batches, held_out_prompts, up_to
 from tl_clt.evaluation.report import EvaluationReport
 from tl_clt.lens import HookedModel, block_hook, dtype_of, model_name, neuron_weights, run_with_cache, user_hooks_aside
 from tl_clt.lens.weights import NORMALISED
 from tl_clt.replacement import check_fit
 from tl_clt.report import GREY, PALETTE, Report
 from tl_clt.shapes import TokenBatch
+from tl_clt.texts import DEFAULT_CONTEXT, HeldOut, batches, held_out_prompts, up_to
 from tl_clt.transcoder import CrossLayerTranscoder, CrossLayerTranscoderConfig
 
 if TYPE_CHECKING:

@@ -300,3 +300,12 @@ def token_strings(model: HookedModel, tokens: Tokens) -> list[str]:
     if getattr(model, "tokenizer", None) is None:
         return [f"#{int(t)}" for t in tokens]
     return [str(model.to_string(t.reshape(1))) for t in tokens]
+
+
+def special_token_ids(model: HookedModel) -> list[int]:
+    """The ids of the tokenizer that mark structure and are no text: beginning and end of a sequence, padding, a
+    separator. They are those that training leaves out; none without a tokenizer."""
+    tokenizer = getattr(model, "tokenizer", None)
+    named = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id")
+    ids = (getattr(tokenizer, name, None) for name in named)
+    return sorted({int(i) for i in ids if i is not None})

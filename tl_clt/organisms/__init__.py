@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 
 from tl_clt.arguments import shown
 from tl_clt.errors import ModelNotFound, nearest
+from tl_clt.features import FeatureStore, Variable
 from tl_clt.lens import Backend, HookedModel, bundled_organisms, load_model
 from tl_clt.transcoder import CrossLayerTranscoder
 
@@ -39,6 +41,24 @@ def load_organism(
     return Organism(model, CrossLayerTranscoder.from_pretrained(folder / "clt", device=device, dtype=dtype))
 
 
+def load_features(name: str = "atlas") -> FeatureStore:
+    """What the features of a bundled CLT mean: `load_features("atlas")[layer, feature]`.
+
+    Raises:
+        ModelNotFound: there is no organism of that name.
+        CLTMismatch: the store was made for another CLT than the one that is bundled.
+    """
+    folder = organism_folder(name)
+    return FeatureStore.open(folder / "features", CrossLayerTranscoder.from_pretrained(folder / "clt"))
+
+
+def known_variables(name: str) -> tuple[Variable, ...]:
+    """What is known of an organism's text at each token, for labels; nothing of other models' texts."""
+    if name not in bundled_organisms():
+        return ()
+    return import_module(f"tl_clt.organisms.{name}.variables").VARIABLES
+
+
 def default_prompt(name: str) -> str:
     """A prompt that shows what the organism can do."""
     organism_folder(name)
@@ -55,4 +75,4 @@ def organism_folder(name: str) -> Path:
     return Path(__file__).parent / name
 
 
-__all__ = ["Organism", "default_prompt", "load_organism", "organism_folder"]
+__all__ = ["Organism", "default_prompt", "known_variables", "load_features", "load_organism", "organism_folder"]

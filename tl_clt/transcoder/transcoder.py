@@ -8,6 +8,8 @@ Source: Ameisen et al. 2025, Methods, "From Transcoders to the Replacement Model
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -221,6 +223,24 @@ class CrossLayerTranscoder(nn.Module):
                 f"{name} has {values.dtype} on {values.device}, but this CLT has {own.dtype} on {own.device}: give"
                 f" {name}.to({own.dtype}).to('{own.device}')."
             )
+
+    @torch.no_grad()
+    def fingerprint(self) -> str:
+        """sha256 of what the CLT computes with: its shape, activation and hooks, and its weights as float32.
+
+        Equal on every device, lazily loaded or not, and in float64 as in the float32 that it was loaded from. Of
+        decoders, three features a layer stand for all, so that nothing large is read from disk.
+        """
+        cfg = self.cfg
+        shape = [cfg.n_layers, cfg.d_model, cfg.d_transcoder, cfg.span, cfg.activation, cfg.k]
+        digest = hashlib.sha256(json.dumps([*shape, cfg.input_hook, cfg.output_hook]).encode())
+        some = sorted({0, cfg.d_transcoder // 2, cfg.d_transcoder - 1})
+        weights = [getattr(self, name) for name in sorted(cfg.weight_shapes)]
+        for weight in [*weights, *(self.decoder_rows(s, some) for s in self.layers)]:
+            if weight is not None:
+                values = weight.detach().to("cpu", torch.float32).contiguous().flatten()
+                digest.update(values.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     # -- files -----------------------------------------------------------------------------------------
 

@@ -15,14 +15,18 @@ from tl_clt.viewer.formats import (
 )
 from tl_clt.viewer.html import page_data, page_html, save_html
 from tl_clt.viewer.notebook import GraphView
+from tl_clt.viewer.story import Group, Path, group_features, strongest_paths
 from tl_clt.viewer.text import graph_tree, node_name
 
 __all__ = [
     "FeatureBundles",
     "GraphFigures",
     "GraphView",
+    "Group",
+    "Path",
     "graph_figures",
     "graph_tree",
+    "group_features",
     "load_circuit_tracer",
     "load_neuronpedia",
     "load_neuronpedia_features",
@@ -36,6 +40,7 @@ __all__ = [
     "save_html",
     "save_neuronpedia",
     "save_neuronpedia_features",
+    "strongest_paths",
     "upload_neuronpedia",
     "upload_neuronpedia_features",
 ]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from pandas import DataFrame, isna
 from rich.markup import escape
 from rich.table import Table
 
 from tl_clt.attribution import AttributionGraph
 from tl_clt.evaluation import EvaluationReport
+from tl_clt.features import FeatureRecord, FeatureStore
 from tl_clt.interventions import InterventionEffect
+from tl_clt.viewer.story import Group
 
 
 def graph_table(graph: AttributionGraph, pruned: AttributionGraph) -> Table:
@@ -29,6 +34,57 @@ def graph_table(graph: AttributionGraph, pruned: AttributionGraph) -> Table:
         names = " and ".join(pruned.info["thresholds_out_of_reach"])
         table.add_row("kept for want of knowledge", f"all there is: what is held cannot be sure to reach {names}")
     return table
+
+
+def group_table(groups: list[Group], graph: AttributionGraph, features: FeatureStore) -> Table:
+    """Groups of a graph's features, with what their labels are worth."""
+    table = Table("meaning", "at", "layers", "features", "influence", "score", "random", title_justify="left")
+    table.title = "Features by what their labels say there. Score: balanced accuracy of the whole label on other text"
+    for group in groups:
+        records = [features[node.layer, node.index] for node in group.nodes]
+        first, last = group.layers
+        table.add_row(
+            escape(group.meaning),
+            escape(graph.prompt_tokens[group.pos].strip()),
+            str(first) if first == last else f"{first} to {last}",
+            ", ".join(f"{node.layer}.{node.index}" for node in group.nodes),
+            f"{group.share:.0%}",
+            _mean_of([record.label_score for record in records]),
+            _mean_of([record.label_score_random for record in records]),
+        )
+    return table
+
+
+def feature_table(records: list[FeatureRecord]) -> Table:
+    """Features with their labels and what these are worth."""
+    table = Table("feature", "label", "score", "nearest", "random", "density", "maximum", "promotes")
+    table.title, table.title_justify = "The features that write most", "left"
+    for record in records:
+        table.add_row(
+            f"{record.layer}.{record.feature}",
+            escape(record.label or ""),
+            *(_mean_of([s]) for s in (record.label_score, record.label_score_nearest, record.label_score_random)),
+            f"{record.density:.2%}",
+            f"{record.max_activation:.3g}",
+            escape(", ".join(pair.token.strip() for pair in record.top_logits[:3])),
+        )
+    return table
+
+
+def label_table(summary: Mapping[str, Any]) -> Table:
+    """What a store's labels score by layer, beside those of a random dictionary (`FeatureStore.label_summary`)."""
+    table = Table("layer", "labels", "score", "random dictionary", "nearest", "random dictionary, nearest")
+    table.title = f"Balanced accuracy of labels by {escape(summary['labeller'])} on held-out text (0.5 is chance)"
+    table.title_justify = "left"
+    names = ("score", "score_random", "score_nearest", "score_random_nearest")
+    for layer in summary["layers"]:
+        table.add_row(str(layer["layer"]), str(layer["n_labels"]), *(_mean_of([layer[name]]) for name in names))
+    return table
+
+
+def _mean_of(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.2f}" if known else ""
 
 
 def effect_table(effect: InterventionEffect, top: int) -> Table:

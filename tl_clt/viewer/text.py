@@ -8,15 +8,16 @@ from rich.text import Text
 from rich.tree import Tree
 
 from tl_clt.attribution import AttributionGraph, NodeKind
+from tl_clt.attribution.edges import Node
 
-FeatureLabel = Callable[[int, int], str]
-"""(layer, feature) -> a few words on what the feature does."""
+FeatureLabel = Callable[[Node], str]
+"""A feature node -> a few words on what the feature does, or means there."""
 
 
 def node_name(graph: AttributionGraph, node: int, label: FeatureLabel | None = None) -> str:
     """A node in words, for example `feature 1.214 at " Dallas"`."""
     found = graph.nodes[node]
-    words = f" ({label(found.layer, found.index)})" if label and found.kind == NodeKind.FEATURE else ""
+    words = f" ({label(found)})" if label and found.kind == NodeKind.FEATURE else ""
     return found.label + words
 
 

@@ -1,14 +1,15 @@
-"""Held-out text as prompts, read no further than it is needed."""
+"""Texts as prompts, read no further than they are needed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from tl_clt.arguments import as_path, as_whole, shown
@@ -68,10 +69,35 @@ def held_out_prompts(model: HookedModel, dataset: HeldOut, context_size: int | N
 
 def batches(model: HookedModel, prompts: Iterator[Tokens]) -> Iterator[TokenBatch]:
     """The prompts in batches of equal length, each small enough that its logits fit in 128 MiB."""
-    while some := list(islice(prompts, PROMPTS_AT_ONCE)):
-        for length, alike in groupby(sorted(some, key=len), key=len):
-            rows = max(1, min(MOST_ROWS, LOGITS_AT_ONCE // (length * model.cfg.d_vocab)))
-            yield from torch.stack(list(alike)).split(rows)
+    return (batch.tokens for batch in numbered_batches(model, enumerate(prompts)))
+
+
+class NumberedBatch(NamedTuple):
+    """Prompts of one length."""
+
+    numbers: Int[Tensor, " batch"]
+    """Which prompts they are."""
+
+    tokens: TokenBatch
+
+
+def numbered_batches(
+    model: HookedModel, prompts: Iterable[tuple[int, Tokens]], values_per_token: int = 0
+) -> Iterator[NumberedBatch]:
+    """As `batches`, of prompts with their numbers. Which prompts come together depends on nothing but their lengths.
+
+    Args:
+        values_per_token: numbers that the caller makes of each token, if these are more than its logits.
+    """
+    rest = iter(prompts)
+    per_token = max(model.cfg.d_vocab, values_per_token)
+    while some := list(islice(rest, PROMPTS_AT_ONCE)):
+        for length, group in groupby(sorted(some, key=lambda one: len(one[1])), key=lambda one: len(one[1])):
+            alike = list(group)
+            rows = max(1, min(MOST_ROWS, LOGITS_AT_ONCE // (length * per_token)))
+            for start in range(0, len(alike), rows):
+                numbers, tokens = zip(*alike[start : start + rows], strict=True)
+                yield NumberedBatch(torch.tensor(numbers), torch.stack(tokens))
 
 
 def up_to(prompts: Iterator[Tokens], max_tokens: int | None) -> Iterator[Tokens]:
