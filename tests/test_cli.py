@@ -310,7 +310,19 @@ def test_intervene_refuses_what_is_not_there(options, error, as_users_run_it):
     assert error in " ".join(output.split()) and "Traceback" not in output
 
 
-COMMANDS = ("demo", "trace", "intervene", "train", "evaluate", "tradeoff", "view", "list", "export", "import")
+COMMANDS = (
+    "demo",
+    "trace",
+    "intervene",
+    "train",
+    "evaluate",
+    "tradeoff",
+    "view",
+    "list",
+    "export",
+    "features",
+    "import",
+)
 
 
 def test_these_are_all_commands():

@@ -72,11 +72,9 @@ def demo(
 
             report = _evaluate_on_atlas(model, clt)
         console.print(evaluation_table(report))
-        save_html = getattr(pruned, "save_html", None)
-        if save_html is not None:
-            page = output.with_suffix(".html")
-            save_html(page, features=features)
-            console.print(f"The page is in {page}: open it in a browser.", soft_wrap=True)
+        page = output.with_suffix(".html")
+        pruned.save_html(page, features=features)
+        console.print(f"The page is in {page}: open it in a browser.", soft_wrap=True)
 
 
 def _meanings(graph: AttributionGraph, features: FeatureStore) -> Callable[[Node], str]:
