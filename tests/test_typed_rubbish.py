@@ -254,6 +254,20 @@ def calls(right: Right) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "CrossLayerTranscoderConfig": (CrossLayerTranscoderConfig, _values(clt.cfg)),
         "load_model": (tl_clt.load_model, {"name_or_path": "./nowhere", "backend": "hooked"}),
         "load_model.device": (tl_clt.load_model, {"name_or_path": "./nowhere", "device": "cpu", "dtype": "float32"}),
+        "collect_features": (
+            tl_clt.collect_features,
+            {
+                **{**pair, "text": [TOKENS], "folder": "store", "max_tokens": 10, "context_size": 8, "n_top": 2},
+                **{"n_per_band": 1, "before": 2, "after": 1, "n_logits": 2, "n_connected": 2, "label_tokens": 0},
+                **{"resume": False, "progress": False},
+            },
+        ),
+        "FeatureStore.open": (tl_clt.FeatureStore.open, {"folder": "store"}),
+        "label_features": (
+            tl_clt.label_features,
+            {**pair, "store": right.store, "labeller": len, "features": [(0, 1)], "seed": 0, "progress": False},
+        ),
+        "load_features": (tl_clt.load_features, {"name": "nowhere"}),
         "load_organism": (
             tl_clt.load_organism,
             {"name": "nowhere", "backend": "hooked", "device": "cpu", "dtype": torch.float32},
@@ -284,6 +298,7 @@ NAMES = (
     *("promoted_tokens", "clt.encode", "clt.forward", "clt.decode", "clt.decoder_rows", "clt.save_pretrained"),
     *("from_pretrained", "CrossLayerTranscoder", "CrossLayerTranscoderConfig", "load_model", "load_model.device"),
     *("graph_figures", "save_neuronpedia", "save_circuit_tracer", "load_neuronpedia", "load_circuit_tracer"),
+    *("collect_features", "FeatureStore.open", "label_features", "load_features"),
     *("load_organism", "CLTTrainingRunnerConfig", "CLTTrainingRunner"),
 )
 
@@ -312,6 +327,7 @@ def right(without_checks: None, tmp_path_factory: pytest.TempPathFactory) -> Rig
         effect=tl_clt.intervene(model, clt, TOKENS, CHANGE),
         inputs=torch.stack([cache[f"blocks.{t}.hook_resid_mid"][0] for t in clt.layers], dim=1).detach(),
         cache=cache,
+        store=tl_clt.collect_features(model, clt, [TOKENS] * 16, tmp_path_factory.mktemp("f") / "store", progress=False),
         folder=clt.save_pretrained(tmp_path_factory.mktemp("clt") / "saved"),
     )
 

@@ -70,8 +70,8 @@ def read_json(text: str, *, finite: bool = False) -> Any:
     Raises:
         ValueError, RecursionError: it is none.
     """
-    unusual = {"parse_constant": _refuse_constant} if finite else {}
-    return json.loads(text, parse_int=lambda digits: _require_64_bits(int(digits)), **unusual)
+    refused = _refuse_constant if finite else None
+    return json.loads(text, parse_int=lambda digits: _require_64_bits(int(digits)), parse_constant=refused)
 
 
 def _refuse_constant(name: str) -> float:

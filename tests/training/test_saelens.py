@@ -166,4 +166,5 @@ def test_a_quadratic_penalty_needs_no_controller() -> None:
     assert set(SAETrainer(trainer_config(640, 64), clt, iter(())).coefficient_schedulers) == {
         "sparsity",
         "dead_feature",
+        "auxk",
     }

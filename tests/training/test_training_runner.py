@@ -155,7 +155,7 @@ def test_output_is_a_native_clt_with_a_record(model, tokens, make_config, tmp_pa
     assert record["sae_lens_version"] == sae_lens.__version__
     metrics = record["metrics"]
     assert metrics["l0_sum_over_layers"] == pytest.approx(sum(metrics["l0_per_layer"]))
-    assert 0 <= metrics["dead_share"] <= 1 and metrics["dead_window_steps"] == 10 and metrics["n_tokens"] == 21
+    assert 0 <= metrics["dead_share"] <= 1 and metrics["dead_window_steps"] == 5 and metrics["n_tokens"] == 21
     assert list(tmp_path.iterdir()) == [tmp_path / "clt"]
 
 

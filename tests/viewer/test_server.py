@@ -758,7 +758,7 @@ def test_the_command_says_what_is_wrong_in_one_message(server, graph, other, fil
             (file, "--annotations", str(tmp_path / "other.json")),
             "ConfigError: .*annotations of another graph .*Oakland",
         ),
-        ((file, "--annotations", file), "FormatError: .*dallas.safetensors' is truncated or no file of annotations"),
+        ((file, "--annotations", file), "FormatError: .*dallas. ?safetensors' is truncated or no file of annotations"),
         ((file, "--annotations", str(tmp_path)), "NotWritten: .* is a folder"),
         ((file, "--annotations", f"{file}/n.json"), "NotWritten: .* is no folder"),
     ):
