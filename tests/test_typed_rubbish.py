@@ -102,6 +102,7 @@ class Right(NamedTuple):
     effect: Any
     inputs: torch.Tensor
     cache: Any
+    store: tl_clt.FeatureStore
     folder: Path
 
 
@@ -265,7 +266,7 @@ def calls(right: Right) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "FeatureStore.open": (tl_clt.FeatureStore.open, {"folder": "store"}),
         "label_features": (
             tl_clt.label_features,
-            {**pair, "store": right.store, "labeller": len, "features": [(0, 1)], "seed": 0, "progress": False},
+            {**pair, "store": right.store, "labeller": repr, "features": [(0, 1)], "seed": 0, "progress": False},
         ),
         "load_features": (tl_clt.load_features, {"name": "nowhere"}),
         "load_organism": (
@@ -319,6 +320,7 @@ def right(without_checks: None, tmp_path_factory: pytest.TempPathFactory) -> Rig
     model(torch.tensor([TOKENS]), attention_mask=torch.ones(1, len(TOKENS), dtype=torch.long))
     _, cache = model.run_with_cache(torch.tensor([TOKENS]))
     graph = tl_clt.attribute(model, clt, TOKENS, targets=[3, 4], progress=False)
+    store = tmp_path_factory.mktemp("features") / "store"
     return Right(
         model=model,
         clt=clt,
@@ -327,7 +329,7 @@ def right(without_checks: None, tmp_path_factory: pytest.TempPathFactory) -> Rig
         effect=tl_clt.intervene(model, clt, TOKENS, CHANGE),
         inputs=torch.stack([cache[f"blocks.{t}.hook_resid_mid"][0] for t in clt.layers], dim=1).detach(),
         cache=cache,
-        store=tl_clt.collect_features(model, clt, [TOKENS] * 16, tmp_path_factory.mktemp("f") / "store", progress=False),
+        store=tl_clt.collect_features(model, clt, [TOKENS] * 16, store, progress=False),
         folder=clt.save_pretrained(tmp_path_factory.mktemp("clt") / "saved"),
     )
 

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_clt.arguments import as_whole, shown
+from tl_clt.arguments import as_seed, as_several, as_switch, as_whole, shown
 from tl_clt.errors import ConfigError, DatasetError, FeatureNotFound, LabellerError
 from tl_clt.features.contexts import Activations, Contexts, Firing, as_activations, read_contexts
 from tl_clt.features.rules import RuleLabeller
@@ -119,7 +119,10 @@ def label_features(
         FeatureNotFound: there is no such feature.
         LabellerError: the labeller fails; the labels that were there stay.
     """
+    seed, progress = as_seed("seed", seed), as_switch("progress", progress)
     check_fit(model, clt)
+    if not isinstance(store, FeatureStore):
+        raise ConfigError(f"store is {shown(store)}: give a FeatureStore, as `collect_features` makes it.")
     store.require_clt(clt)
     chosen = _as_labeller(labeller)
     wanted = _wanted(store, features)
@@ -199,13 +202,17 @@ def _as_labeller(labeller: Any) -> Labeller:
 def _wanted(store: FeatureStore, features: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
     if features is None:
         return [(int(l), int(f)) for l, f in torch.nonzero(store.statistics()["n_active"])]  # noqa: E741
+    pairs = [as_several("features", pair, "(layer, feature)") for pair in as_several("features", features, "pairs")]
+    for pair in pairs:
+        if len(pair) != 2:
+            raise ConfigError(f"features has {shown(pair)}: give pairs (layer, feature).")
     return sorted(
         {
             (
                 as_whole("layer", layer, 0, store.n_layers - 1, why="the layers", error=FeatureNotFound),
                 as_whole("feature", f, 0, store.d_transcoder - 1, why="of a layer", error=FeatureNotFound),
             )
-            for layer, f in features
+            for layer, f in pairs
         }
     )
 
