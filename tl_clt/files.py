@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import math
 import os
 import secrets
 import shutil
@@ -65,17 +66,22 @@ def read_json(text: str, *, finite: bool = False) -> Any:
 
     Args:
         text: what to read.
-        finite: refuse `NaN` and `Infinity` too, which Python writes and which are no JSON.
+        finite: refuse `NaN` and `Infinity` too, which Python writes and which are no JSON, and 1e999, which is read as
+            infinite.
 
     Raises:
         ValueError, RecursionError: it is none.
     """
-    refused = _refuse_constant if finite else None
-    return json.loads(text, parse_int=lambda digits: _require_64_bits(int(digits)), parse_constant=refused)
+    number = _finite_number if finite else None
+    whole = lambda digits: _require_64_bits(int(digits))  # noqa: E731
+    return json.loads(text, parse_int=whole, parse_float=number, parse_constant=number)
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number")
+def _finite_number(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits:.20} is no finite number")
+    return number
 
 
 class PlainLoader(yaml.SafeLoader):
@@ -129,6 +135,18 @@ def require_file(path: Path) -> None:
         if path.exists() and not path.is_file():
             raise NotWritten(f"'{path}' is a device or a pipe, which would be replaced. Give the path of a file.")
         _require_place(path, path.parent)
+
+
+def require_unused(path: Path) -> None:
+    """Check that a file can be written at a path at which nothing is.
+
+    Raises:
+        OutputNotEmpty: something is there.
+        NotWritten: as of `require_file`.
+    """
+    require_file(path)
+    if os.path.lexists(path):
+        raise OutputNotEmpty(f"'{path}' exists. Give another name, or remove it first.")
 
 
 @contextmanager

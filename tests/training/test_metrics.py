@@ -90,6 +90,17 @@ def test_thresholds_give_the_l0_that_was_asked_for(kind: dict, wanted: float) ->
     assert len(before) == N_LAYERS and max(abs(b - wanted) for b in before) > 0.1
 
 
+@pytest.mark.parametrize(("off_by", "stays"), [(0.05, True), (0.1, False)])
+def test_thresholds_that_give_nearly_what_was_asked_for_stay_as_training_left_them(off_by: float, stays: bool) -> None:
+    first = build("jumprelu", target_l0=2.5)
+    init_encoder_biases(first, torch.cat(batches())[:, 0])
+    fit_thresholds(first, batches(), define_step)
+    clt = build("jumprelu", target_l0=2.5 * (1 + off_by))
+    clt.load_state_dict(first.state_dict())
+    fit_thresholds(clt, batches(), define_step)
+    assert all(torch.equal(*pair) == stays for pair in zip(first.log_threshold, clt.log_threshold, strict=True))
+
+
 def test_thresholds_never_let_a_negative_preactivation_fire() -> None:
     """More are asked for than are positive: these fire, and no others."""
     clt = build("jumprelu", target_l0=9.9)

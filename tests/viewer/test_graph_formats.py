@@ -399,7 +399,8 @@ def test_what_contradicts_itself_is_refused_by_name(case, tmp_path, as_users_run
         ('{"nodes": [', "truncated"),
         ("[]", "at the top"),
         ("[" * 100_000, "RecursionError"),
-        ('{"metadata": NaN}', "NaN is no number"),
+        ('{"metadata": NaN}', "NaN is no finite number"),
+        ('{"metadata": 1e999}', "1e999 is no finite number"),
         ('{"metadata": 1' + "0" * 400 + "}", "64 bits"),
         ("\ufeff{}", "BOM"),
     ],
@@ -414,7 +415,7 @@ def test_a_weight_that_is_no_number_is_refused(tmp_path):
     text = json.dumps(written(a_graph(sparse=False), tmp_path))
     at = text.index('"weight": ') + len('"weight": ')
     (tmp_path / "graph.json").write_text(text[:at] + "NaN" + text[text.index("}", at) :])
-    with pytest.raises(FormatError, match="NaN is no number"):
+    with pytest.raises(FormatError, match="NaN is no finite number"):
         load_neuronpedia(tmp_path / "graph.json")
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.axes import Axes
 
 from tests.viewer.browser import wait_until, watch
 from tl_clt import AttributionGraph, NodeKind, attribute, load_organism
@@ -99,15 +99,17 @@ def test_a_graph_by_itself_stays_a_light_table(graph):
     assert not hasattr(graph, "_repr_mimebundle_")
 
 
-def test_a_picture_says_what_is_left_out_and_draws_outputs_and_tokens_always(pair, monkeypatch):
+def test_the_picture_is_that_of_the_figures_and_says_what_is_left_out(pair, monkeypatch):
     whole = attribute(*pair, PROMPT, progress=False)
-    titles = []
-    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda self, text, **_: titles.append(text))
-    monkeypatch.setattr(notebook, "MOST_DRAWN", 5)
+    said = []
+    label = Axes.set_xlabel
+    monkeypatch.setattr(
+        Axes, "set_xlabel", lambda self, text, **options: (said.append(text), label(self, text, **options))
+    )
     drawn = notebook.draw_picture(whole)
-    [n_left_out] = re.findall(r"(\d+) nodes of less influence are not drawn", titles[0])
-    n_ends = sum(len(whole.nodes.where(kind)) for kind in (NodeKind.TOKEN, NodeKind.LOGIT))
-    assert len(whole.nodes) - n_ends - 5 <= int(n_left_out) <= len(whole.nodes) - n_ends
+    pruned = whole.prune()
+    assert f"of {len(whole.nodes)} nodes" in said[0]
+    assert f"{len(whole.nodes) - len(pruned.nodes)} nodes and {whole.n_edges - pruned.n_edges} edges pruned" in said[0]
     assert drawn == notebook.draw_picture(whole), "the same picture each time"
 
 

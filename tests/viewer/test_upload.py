@@ -14,7 +14,7 @@ import requests
 from tests.mutations import a_graph
 from tests.viewer.records import a_record
 from tl_clt import save_neuronpedia
-from tl_clt.errors import ConfigError, FormatError, KeyMissing, UploadFailed
+from tl_clt.errors import ConfigError, ExtraMissing, FormatError, KeyMissing, UploadFailed
 from tl_clt.viewer import upload_neuronpedia, upload_neuronpedia_features
 from tl_clt.viewer.formats import neuronpedia as ours
 
@@ -101,7 +101,7 @@ def test_without_a_key_nothing_is_asked(service, file):
 
 def test_without_the_client_the_error_says_what_to_install(service, file, monkeypatch):
     monkeypatch.setitem(sys.modules, "neuronpedia", None)
-    with pytest.raises(ConfigError, match=r'pip install "tl_clt\[neuronpedia\]"'):
+    with pytest.raises(ExtraMissing, match=r'pip install "tl_clt\[neuronpedia\]"'):
         upload_neuronpedia(file, api_key=KEY)
 
 

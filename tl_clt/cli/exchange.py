@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -11,7 +10,7 @@ import typer
 
 from tl_clt.cli.app import app, console, errors, plain_errors
 from tl_clt.cli.interruption import interruption
-from tl_clt.errors import ConfigError, OutputNotEmpty
+from tl_clt.errors import ConfigError
 
 FORMATS = ("neuronpedia", "circuit-tracer")
 
@@ -46,7 +45,7 @@ def export_graph(
     with plain_errors():
         from tl_clt.arguments import as_choice
         from tl_clt.attribution import AttributionGraph
-        from tl_clt.files import require_file
+        from tl_clt.files import require_unused
         from tl_clt.viewer import formats
 
         as_choice("--format", format, FORMATS)
@@ -56,12 +55,11 @@ def export_graph(
             if source_set is not None or upload:
                 raise ConfigError("--source-set and --upload are for --format neuronpedia. Leave them out.")
             name = graph.stem if slug is None else slug
-            _require_unused(output / f"{name}.json")
+            require_unused(output / f"{name}.json")
             traced = AttributionGraph.load(graph)
             written = formats.save_circuit_tracer(traced, output, slug=name, scan=scan, **thresholds)
         else:
-            require_file(output)
-            _require_unused(output)
+            require_unused(output)
             if upload:
                 formats.require_upload()
             traced = AttributionGraph.load(graph)
@@ -81,11 +79,10 @@ def import_graph(
 ) -> None:
     """Read a graph of Neuronpedia's or circuit-tracer's, and write it as `tl-clt trace` does."""
     with plain_errors():
-        from tl_clt.files import require_file
+        from tl_clt.files import require_unused
         from tl_clt.viewer.formats import load_circuit_tracer
 
-        require_file(output)
-        _require_unused(output)
+        require_unused(output)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             graph = load_circuit_tracer(file)
@@ -96,8 +93,3 @@ def import_graph(
         console.print(
             f"It is in {output}: tl_clt.AttributionGraph.load('{output}') reads it.", markup=False, soft_wrap=True
         )
-
-
-def _require_unused(path: Path) -> None:
-    if os.path.lexists(path):
-        raise OutputNotEmpty(f"'{path}' exists. Give another name, or remove it first.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -22,7 +21,7 @@ from tl_clt.cli.app import (
     plain_errors,
 )
 from tl_clt.cli.interruption import interruption
-from tl_clt.errors import InterventionError, OutputNotEmpty
+from tl_clt.errors import InterventionError
 
 if TYPE_CHECKING:
     from tl_clt.attribution import AttributionGraph
@@ -175,11 +174,9 @@ def trace(
 ) -> None:
     """Trace one prompt into an attribution graph, show it pruned, and write it whole to a file."""
     with plain_errors():
-        from tl_clt.files import require_file
+        from tl_clt.files import require_unused
 
-        require_file(output)
-        if os.path.lexists(output):
-            raise OutputNotEmpty(f"'{output}' exists. Give another --output, or remove it first.")
+        require_unused(output)
         if figure is not None:
             from tl_clt.viewer import require_figure
 

@@ -364,7 +364,7 @@ def _prepare(path: Path, started: dict[str, Any], resume: bool) -> None:
         with reading(begun, "beginning of a feature store", RESTART):
             before = read_json(begun.read_text(encoding="utf-8"))
             differing = sorted(name for name in ("clt", "settings") if before[name] != started[name])
-            if differing == ["clt"] or "clt" in differing:
+            if "clt" in differing:
                 raise ConfigError(f"'{path}' was begun with another CLT. Give that CLT, or a new folder.")
             if differing:
                 was, now = before["settings"], started["settings"]

@@ -22,8 +22,8 @@ from tl_clt.arguments import as_choice, as_path
 from tl_clt.attribution import AttributionGraph, Node, NodeKind, check_thresholds, find_direct_edges
 from tl_clt.attribution.edges import list_all_edges
 from tl_clt.attribution.influence import walk_upstream
-from tl_clt.errors import ConfigError, OutputNotEmpty
-from tl_clt.files import new_file, require_file
+from tl_clt.errors import ConfigError
+from tl_clt.files import new_file, require_unused
 from tl_clt.interventions.validation import predict
 from tl_clt.lens import HookedModel
 from tl_clt.report import GREY, NEGATIVE, PALETTE, POSITIVE, Report, diverging_colours
@@ -200,15 +200,17 @@ class GraphFigures(Report[FigureName]):
         n_tokens = len(self.graph.prompt_tokens)
         wide = min(24.0, max(8.0, 1.15 * n_tokens + 1))
         drawn = {
-            "graph": (_draw_graph, (wide, min(24.0, 1.05 * (_top_layer(self.pruned) + 3) + 1.6))),
-            "tokens": (_draw_tokens, (wide + 3, 3.4 + 0.34 * self.tokens["node"].nunique())),
-            "shares": (_draw_shares, (10, 4.2)),
-            "positions": (_draw_positions, (8, 4.2)),
-            "attention": (_draw_attention, (8, 4.2)),
-            "flow": (_draw_flow, (11, 6)),
+            "graph": (_draw_graph, wide, min(24.0, 1.05 * (_top_layer(self.pruned) + 3) + 1.6)),
+            "tokens": (_draw_tokens, wide + 3, 3.4),
+            "shares": (_draw_shares, 10, 4.2),
+            "positions": (_draw_positions, 8, 4.2),
+            "attention": (_draw_attention, 8, 4.2),
+            "flow": (_draw_flow, 11, 6),
         }
-        draw, size = drawn[name]
-        figure = Figure(figsize=size, layout="constrained")
+        draw, width, height = drawn[name]
+        if name == "tokens":  # a row each; the table takes a while on large graphs, and other figures do not need it
+            height += 0.34 * self.tokens["node"].nunique()
+        figure = Figure(figsize=(width, height), layout="constrained")
         draw(self, figure)
         return figure
 
@@ -284,9 +286,7 @@ def require_figure(path: str | Path) -> None:
     """
     path = as_path("path", path)
     _image_kind(path)
-    require_file(path)
-    if path.exists():
-        raise OutputNotEmpty(f"'{path}' exists. Give another name for the picture, or remove it first.")
+    require_unused(path)
 
 
 def _image_kind(path: Path) -> str:

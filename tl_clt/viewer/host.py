@@ -6,7 +6,6 @@ The server and the notebook give the page the same host, over HTTP and over the 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
@@ -20,7 +19,7 @@ from tl_clt.interventions import Intervention, intervene
 from tl_clt.lens import HookedModel, model_name
 from tl_clt.replacement import feature_acts
 from tl_clt.transcoder import CrossLayerTranscoder
-from tl_clt.viewer.html import FeatureSource, Graphs, page_data, plain_json
+from tl_clt.viewer.html import FeatureSource, Graphs, page_data, plain_json, prompt_of
 
 FORMAT = "tl_clt.page_state"
 VERSION = 1
@@ -235,11 +234,6 @@ def _is_export(given: object) -> TypeGuard[dict[str, Any]]:
     return isinstance(notes, list) and len(notes) == len(prompts)
 
 
-def prompt_of(graph: AttributionGraph) -> str:
-    """A graph's prompt as text."""
-    return str(graph.info.get("prompt", "".join(graph.prompt_tokens)))
-
-
 def require_traced_with(graph: AttributionGraph, model: HookedModel, clt: CrossLayerTranscoder) -> None:
     """Raise unless a graph's features have the activations that this model and CLT give them.
 
@@ -300,19 +294,8 @@ def read_page_json(text: str) -> Any:
         ConfigError: it is none.
     """
 
-    def finite(digits: str) -> float:
-        number = float(digits)
-        if not math.isfinite(number):
-            raise ValueError(f"{digits:.20} is no finite number")
-        return number
-
-    def whole(digits: str) -> int:
-        if len(digits) > 20 or abs(int(digits)) >= 2**64:
-            raise ValueError("a whole number of more than 64 bits")
-        return int(digits)
-
     try:
-        value = json.loads(text, parse_float=finite, parse_constant=finite, parse_int=whole)
+        value = read_json(text, finite=True)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"This is no JSON that is read here: {error}.") from None
     level, depth = [value], 0

@@ -31,7 +31,7 @@ MOST_FEATURES = 1000
 
 
 @runtime_checkable
-class FeatureRecord(Protocol):
+class KnownFeature(Protocol):
     """What is known of a feature."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class FeatureRecord(Protocol):
 class FeatureSource(Protocol):
     """Where the page's features come from, a `FeatureStore` for example."""
 
-    def get(self, layer: int, feature: int, /) -> FeatureRecord | None:
+    def get(self, layer: int, feature: int, /) -> KnownFeature | None:
         """A feature, or None where nothing is known of it."""
         ...
 
@@ -125,8 +125,7 @@ def page_html(data: dict[str, Any], options: dict[str, Any] | None = None) -> st
         data: what `page_data` gave.
         options: for the page's `mount`, in plain values: `hash` (whether the state stands in the address), `theme`.
     """
-    # Half of a surrogate pair is no character, and could not be written.
-    title = str(data.get("title", "")).encode("utf-8", "replace").decode()
+    title = as_characters(str(data.get("title", "")))
     script = (
         f"{page_script()}\n"
         'tlcltPage.mount(document.getElementById("page"),JSON.parse(document.getElementById("data").textContent),'
@@ -165,8 +164,8 @@ def as_script_json(data: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _writable(text: str) -> str:
-    """Half a character, as a tokenizer may give it, has no place in a file."""
+def as_characters(text: str) -> str:
+    """Text that can be written: half a surrogate pair, as a tokenizer may give it, is no character."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -176,12 +175,12 @@ def _digest(text: str) -> str:
 
 def _as_graphs(given: Any) -> list[tuple[str, AttributionGraph]]:
     if isinstance(given, AttributionGraph):
-        found = [(_prompt_of(given), given)]
+        found = [(prompt_of(given), given)]
     elif isinstance(given, Mapping):
         found = [(str(name), graph) for name, graph in given.items()]
     elif isinstance(given, Iterable) and not isinstance(given, (str, bytes)):
         graphs = list(given)
-        found = [(_prompt_of(graph) if isinstance(graph, AttributionGraph) else "", graph) for graph in graphs]
+        found = [(prompt_of(graph) if isinstance(graph, AttributionGraph) else "", graph) for graph in graphs]
     else:
         raise ConfigError(f"graphs is {shown(given)}: give an AttributionGraph, or several by name or in a list.")
     for name, graph in found:
@@ -192,7 +191,8 @@ def _as_graphs(given: Any) -> list[tuple[str, AttributionGraph]]:
     return found
 
 
-def _prompt_of(graph: AttributionGraph) -> str:
+def prompt_of(graph: AttributionGraph) -> str:
+    """A graph's prompt as text."""
     return str(graph.info.get("prompt", "".join(graph.prompt_tokens)))
 
 
@@ -206,7 +206,7 @@ def _graph_data(name: str, graph: AttributionGraph) -> dict[str, Any]:
     dropped = sum_inputs(graph) * 0 if graph.dropped is None else graph.dropped
     return {
         "name": name,
-        "prompt": _prompt_of(graph),
+        "prompt": prompt_of(graph),
         "tokens": list(graph.prompt_tokens),
         "n_layers": int(graph.info.get("n_layers") or max(int(nodes.layer.max()), 1)),
         "nodes": {

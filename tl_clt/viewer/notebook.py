@@ -14,18 +14,16 @@ from functools import cache, cached_property
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from warnings import catch_warnings, filterwarnings
+from warnings import catch_warnings, simplefilter
 
 from tl_clt.arguments import as_choice, as_whole
-from tl_clt.attribution import AttributionGraph, NodeKind
-from tl_clt.attribution.edges import list_all_edges
+from tl_clt.attribution import AttributionGraph
 from tl_clt.errors import ConfigError, ExtraMissing, TlCltError
-from tl_clt.viewer.host import Host, prompt_of, read_page_json
-from tl_clt.viewer.html import page_html, page_script, page_style
+from tl_clt.viewer.figures import graph_figures
+from tl_clt.viewer.host import Host, read_page_json
+from tl_clt.viewer.html import as_characters, page_html, page_script, page_style, prompt_of
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from tl_clt.lens import HookedModel
     from tl_clt.transcoder import CrossLayerTranscoder
     from tl_clt.viewer.html import FeatureSource, Graphs
@@ -35,12 +33,6 @@ DISPLAYS = ("auto", "widget", "frame", "picture")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 HEIGHT = 720
 """Of the page, in pixels."""
-MOST_DRAWN = 60
-"""Nodes of a picture; those of most influence are drawn."""
-MOST_LINES = 400
-"""Edges of a picture; the strongest are drawn."""
-POSITIVE, NEGATIVE, QUIET = "#1f6fb4", "#c2570c", "#5b6876"
-MARKERS = {"feature": "o", "error": "D", "token": "s", "position": "v", "bias": "^", "logit": "p"}
 
 
 class GraphView:
@@ -120,99 +112,27 @@ class GraphView:
 
     @property
     def _title(self) -> str:
-        return escape(_characters(f"Attribution graph of {prompt_of(self._host.graphs[0])}"), quote=True)
+        return escape(as_characters(f"Attribution graph of {prompt_of(self._host.graphs[0])}"), quote=True)
 
     @cached_property
     def picture(self) -> str:
-        """The first graph as an SVG image: tokens along x, layers along y, the nodes of most influence."""
+        """The first graph as an SVG image: pruned, tokens along x, layers along y."""
         return draw_picture(self._host.graphs[0])
 
 
 def draw_picture(graph: AttributionGraph) -> str:
-    """A graph as an SVG image, at most `MOST_DRAWN` nodes and `MOST_LINES` edges of it."""
+    """The picture of a graph that `graph_figures` draws, pruned, as an SVG image."""
     from matplotlib import rc_context
-    from matplotlib.figure import Figure
 
-    order = graph.influence().argsort(descending=True).tolist()
-    is_end = graph.nodes.is_kind(NodeKind.TOKEN) | graph.nodes.is_kind(NodeKind.LOGIT)
-    drawn = set(order[:MOST_DRAWN]) | set(is_end.nonzero().flatten().tolist())
-    places = _places(graph, drawn)
-    left_out = len(graph.nodes) - len(drawn)
-    n_rows = 2 + max(y for _, y in places.values())
-    width = min(max(6.0, 0.9 * len(graph.prompt_tokens)), 24)
+    with catch_warnings():
+        # The picture says itself how much of the influence is not in it.
+        simplefilter("ignore", UserWarning)
+        figure = graph_figures(graph).plot("graph")
+    text = io.StringIO()
     # Text as outlines: the picture looks the same wherever it is shown.
-    with rc_context({"svg.fonttype": "path", "svg.hashsalt": "tl_clt", "text.parse_math": False}):
-        figure = Figure(figsize=(width, min(2 + 0.6 * n_rows, 14)), layout="constrained")
-        axes = figure.subplots()
-        _draw_edges(axes, graph, places)
-        _draw_nodes(axes, graph, places)
-        said = f"; {left_out} nodes of less influence are not drawn" if left_out else ""
-        axes.set_title(f"{_short(graph.logit_tokens[0])} after: {_short(prompt_of(graph), 120)}{said}", fontsize=9)
-        text = io.StringIO()
-        with catch_warnings():
-            # Scripts that the font lacks are drawn as boxes; the page shows them.
-            filterwarnings("ignore", message="Glyph")
-            figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    with rc_context({"svg.fonttype": "path", "svg.hashsalt": "tl_clt"}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return text.getvalue()
-
-
-def _short(text: str, most: int = 14) -> str:
-    """A token or prompt on one line, of characters alone (half a surrogate pair is none)."""
-    return f"{' '.join(_characters(text).split()) or '␣':.{most}}"
-
-
-def _characters(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()
-
-
-def _places(graph: AttributionGraph, drawn: set[int]) -> dict[int, tuple[float, float]]:
-    """Where nodes stand: by position and layer, those of one place side by side."""
-    nodes = graph.nodes
-    top = max(int(nodes.layer.max()), int(graph.info.get("n_layers") or 0)) + 1
-    cells: dict[tuple[int, int], list[int]] = {}
-    for node in sorted(drawn):
-        kind, layer, pos = NodeKind(int(nodes.kind[node])), int(nodes.layer[node]), int(nodes.pos[node])
-        row = {NodeKind.LOGIT: top, NodeKind.TOKEN: -1, NodeKind.POSITION: -1}.get(kind, layer)
-        cells.setdefault((pos, row), []).append(node)
-    places = {}
-    for (pos, row), members in cells.items():
-        for i, node in enumerate(members):
-            places[node] = (pos + 0.8 * ((i + 0.5) / len(members) - 0.5), float(row))
-    return places
-
-
-def _draw_edges(axes: Axes, graph: AttributionGraph, places: dict[int, tuple[float, float]]) -> None:
-    """The strongest edges among the nodes drawn; positive ones solid, negative ones dashed."""
-    target, source, weight = (values.tolist() for values in list_all_edges(graph.adjacency))
-    known = [edge for edge in zip(target, source, weight, strict=True) if edge[2] and {*edge[:2]} <= set(places)]
-    strongest = sorted(known, key=lambda edge: -abs(edge[2]))[:MOST_LINES]
-    for t, s, value in strongest:
-        (x0, y0), (x1, y1) = places[s], places[t]
-        share = abs(value) / abs(strongest[0][2])
-        colour, dash = (POSITIVE, "solid") if value > 0 else (NEGATIVE, "dashed")
-        axes.plot([x0, x1], [y0, y1], color=colour, linestyle=dash, alpha=0.15 + 0.85 * share, lw=0.3 + 2 * share)
-
-
-def _draw_nodes(axes: Axes, graph: AttributionGraph, places: dict[int, tuple[float, float]]) -> None:
-    for kind in NodeKind:
-        members = [node for node in places if int(graph.nodes.kind[node]) == kind]
-        if members:
-            x, y = zip(*(places[node] for node in members), strict=True)
-            name = kind.name.lower()
-            label = "output" if name == "logit" else name
-            axes.scatter(x, y, marker=MARKERS[name], s=34, color=QUIET, edgecolors="white", zorder=3, label=label)
-    at = sorted({round(x) for x, _ in places.values()})
-    tokens = ["biases" if pos < 0 else _short(graph.prompt_tokens[pos]) for pos in at]
-    axes.set_xticks(at, tokens, rotation=45, ha="right", fontsize=8)
-    rows = sorted({round(row) for _, row in places.values()})
-    names = {-1: "tokens", rows[-1]: "output", rows[-1] - 1: "output biases"}
-    axes.set_yticks(rows, [names.get(row, f"layer {row}") for row in rows], fontsize=8)
-    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    axes.tick_params(length=0)
-    axes.plot([], [], color=POSITIVE, label="raises")
-    axes.plot([], [], color=NEGATIVE, linestyle="dashed", label="lowers")
-    if axes.figure is not None:
-        axes.figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
 
 
 # -- the widget -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from tl_clt.attribution import AttributionGraph
 from tl_clt.attribution.edges import Node
 from tl_clt.errors import ConfigError, FeatureNotFound, FormatError
 from tl_clt.files import files_into, new_folder, read_json, reading, require_new
-from tl_clt.viewer.formats.feature_json import MEND, FeatureRecord, check_record, parse_feature, write_feature
+from tl_clt.viewer.formats.feature_json import MEND, RecordValues, check_record, parse_feature, write_feature
 from tl_clt.viewer.formats.graph_json import as_json, model_of, read_graph, require_name, write_graph
 
 LISTING = "graph-metadata.json"
@@ -117,7 +117,7 @@ def load_circuit_tracer(path: str | Path) -> AttributionGraph:
 
 
 def save_circuit_tracer_features(
-    records: Iterable[FeatureRecord], folder: str | Path, *, d_transcoder: int | None = None
+    records: Iterable[RecordValues], folder: str | Path, *, d_transcoder: int | None = None
 ) -> Path:
     """Write features as circuit-tracer reads them, `layer_0.bin` and so on with their index, all or nothing.
 

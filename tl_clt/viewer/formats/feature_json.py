@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tl_clt.errors import ConfigError, FormatError
 from tl_clt.files import read_json, reading
 
-FeatureRecord: TypeAlias = Mapping[str, Any]
+RecordValues: TypeAlias = Mapping[str, Any]
 """What a feature means, as `record.to_dict()` of a store of features gives it: layer, feature, label, label_score,
 label_score_random, density, max_activation, histogram (edges, counts), top_logits and bottom_logits (token, value),
 examples (quantile, tokens, activations, position), connected (layer, feature, weight)."""
@@ -88,7 +88,7 @@ class _Theirs(_Strict):
     tl_clt: dict[str, Any] | None = None
 
 
-def check_record(record: FeatureRecord) -> dict[str, Any]:
+def check_record(record: RecordValues) -> dict[str, Any]:
     """A record, as it is, once it is found to be one.
 
     Raises:

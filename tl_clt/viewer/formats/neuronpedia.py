@@ -17,10 +17,10 @@ from typing import Any
 from tl_clt.arguments import as_path
 from tl_clt.attribution import AttributionGraph
 from tl_clt.attribution.edges import Node
-from tl_clt.errors import ConfigError, FormatError, KeyMissing, UploadFailed
+from tl_clt.errors import ConfigError, ExtraMissing, FormatError, KeyMissing, UploadFailed
 from tl_clt.files import new_file, new_folder, require_file, require_new
 from tl_clt.viewer.formats.feature_json import (
-    FeatureRecord,
+    RecordValues,
     check_record,
     parse_feature,
     read_feature_file,
@@ -114,7 +114,7 @@ def load_neuronpedia(path: str | Path) -> AttributionGraph:
     return read_graph(as_path("path", path), "graph of Neuronpedia's")
 
 
-def save_neuronpedia_features(records: Iterable[FeatureRecord], folder: str | Path) -> Path:
+def save_neuronpedia_features(records: Iterable[RecordValues], folder: str | Path) -> Path:
     """Write features as Neuronpedia reads them, one file each, to a new or empty folder, all or nothing.
 
     Put where the web can reach it, the folder's address is a graph's `feature_json_base_url`.
@@ -141,7 +141,7 @@ def save_neuronpedia_features(records: Iterable[FeatureRecord], folder: str | Pa
     return folder
 
 
-def load_neuronpedia_features(folder: str | Path) -> Iterator[FeatureRecord]:
+def load_neuronpedia_features(folder: str | Path) -> Iterator[RecordValues]:
     """Read the features of a folder, by layer and feature, one file at a time.
 
     Of features that this package wrote, the records given; of others', what is in their files, and None for the rest.
@@ -168,7 +168,7 @@ def require_upload(api_key: str | None = None) -> None:
 
     Raises:
         KeyMissing: there is no key.
-        ConfigError: the package `neuronpedia` is not installed.
+        ExtraMissing: the package `neuronpedia` is not installed.
     """
     _client()
     _key(api_key)
@@ -186,7 +186,7 @@ def upload_neuronpedia(path: str | Path, *, api_key: str | None = None) -> str:
 
     Raises:
         KeyMissing: there is no key.
-        ConfigError: the package `neuronpedia` is not installed.
+        ExtraMissing: the package `neuronpedia` is not installed.
         FormatError: the file is no graph, or larger than the service takes.
         UploadFailed: the service refused it, or could not be reached.
     """
@@ -204,7 +204,7 @@ def upload_neuronpedia(path: str | Path, *, api_key: str | None = None) -> str:
 
 
 def upload_neuronpedia_features(
-    records: Iterable[FeatureRecord], *, model: str, source: str, api_key: str | None = None
+    records: Iterable[RecordValues], *, model: str, source: str, api_key: str | None = None
 ) -> int:
     """Upload features of one layer to a source of yours that is there.
 
@@ -219,8 +219,8 @@ def upload_neuronpedia_features(
 
     Raises:
         KeyMissing: there is no key.
-        ConfigError: the package `neuronpedia` is not installed, a record is not of the shape, or one is of another
-            layer than the source.
+        ExtraMissing: the package `neuronpedia` is not installed.
+        ConfigError: a record is not of the shape, or one is of another layer than the source.
         UploadFailed: the service refused some, or could not be reached; the message says how many arrived.
     """
     model, source = require_name("model", model), require_name("source", source)
@@ -264,7 +264,7 @@ def _client() -> Any:
     try:
         import neuronpedia
     except ImportError as error:
-        raise ConfigError(
+        raise ExtraMissing(
             'Uploading takes the package neuronpedia, which is not installed: pip install "tl_clt[neuronpedia]".'
         ) from error
     return neuronpedia
