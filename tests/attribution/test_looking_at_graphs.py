@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.attribution.helpers import TOKENS, hold_strongest
-from tl_clt import NodeKind, attribute
-from tl_clt.attribution import Node
+from tl_clt import AttributionGraph, NodeKind, attribute
+from tl_clt.attribution import DifferenceTarget, DirectionTarget, Node, TokenTarget
 from tl_clt.errors import ConfigError, NodeNotFound
 
 
@@ -53,6 +53,16 @@ def test_labels_name_kind_place_and_token(graph):
     assert labels[NodeKind.LOGIT] == f'output "{graph.logit_tokens[-1]}", probability {graph.logit_probs[-1]:.3f}'
     feature = graph.nodes[0]
     assert feature.label == f'feature {feature.layer}.{feature.index} at "#{int(TOKENS[feature.pos])}"'
+
+
+def test_what_is_no_token_has_no_probability_in_its_label(model, clt, tmp_path):
+    ones = DirectionTarget(torch.ones(model.cfg.d_model), "blocks.1.hook_resid_post")
+    targets = [TokenTarget(3), DifferenceTarget(3, 5), ones]
+    traced = attribute(model, clt, TOKENS, targets=targets)
+    for graph in (traced, AttributionGraph.load(traced.save(tmp_path / "graph.safetensors"))):
+        labels = [graph.nodes[int(i)].label for i in graph.nodes.where(NodeKind.LOGIT)]
+        assert ", probability 0." in labels[0]
+        assert not any("probability" in label for label in labels[1:])
 
 
 def test_labels_stay_with_their_nodes(graph):

@@ -55,7 +55,7 @@ from tl_clt.attribution.influence import (
     walk_upstream,
 )
 from tl_clt.attribution.pruning import PruneMasks, check_thresholds, prune_graph
-from tl_clt.attribution.targets import NAMED_TARGETS, DirectionTarget, NamedTarget
+from tl_clt.attribution.targets import NAMED_TARGETS, DirectionTarget, NamedTarget, TokenTarget
 from tl_clt.errors import FormatError, NodeNotFound
 from tl_clt.files import new_file, read_json, reading
 from tl_clt.report import as_html
@@ -468,7 +468,8 @@ class AttributionGraph(WeightedGraph):
 def _label_nodes(graph: AttributionGraph) -> list[str]:
     """Every node in words, for example `feature 1.214 at "Dallas"`."""
     n_pos, n_layers = len(graph.prompt_tokens), graph.info.get("n_layers")
-    targets = iter(zip(graph.logit_tokens, graph.logit_probs.tolist(), strict=False))
+    named = graph.targets or [None] * len(graph.logit_tokens)
+    targets = iter(zip(graph.logit_tokens, graph.logit_probs.tolist(), named, strict=False))
     nodes, labels = graph.nodes, []
     for kind, layer, pos, index in zip(*(getattr(nodes, name).tolist() for name in NODE_TENSORS[:4]), strict=True):
         at = f'"{graph.prompt_tokens[pos].strip()}"' if 0 <= pos < n_pos else f"position {pos}"
@@ -483,8 +484,10 @@ def _label_nodes(graph: AttributionGraph) -> list[str]:
         elif kind == NodeKind.BIAS:
             label = "biases of the output" if layer == n_layers else f"biases of block {layer}"
         else:
-            text, prob = next(targets, ("", 0.0))
-            label = f'output "{text.strip()}", probability {prob:.3f}'
+            text, prob, target = next(targets, ("", 0.0, None))
+            # Of what is no token (a difference, a direction, a feature) there is no probability.
+            is_token = target is None or isinstance(target, TokenTarget)
+            label = f'output "{text.strip()}"' + (f", probability {prob:.3f}" if is_token else "")
         labels.append(label)
     return labels
 

@@ -14,7 +14,7 @@ ln_final, and the ones after that are residual-stream hooks that a target asked 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Generic, Literal, NamedTuple, TypeVar, get_args
 
@@ -29,6 +29,7 @@ from tl_clt.lens import (
     MLP_OUT,
     FwdHook,
     HookedModel,
+    PinnedNorms,
     block_hook,
     dtype_of,
     frozen_hooks,
@@ -155,9 +156,9 @@ class LocalReplacementModel:
     """mlp_out - recons; at position 0 by `bos`."""
     frozen: dict[str, Tensor]
     """Attention patterns and norm scales of the clean run, by hook."""
-    norm_rounding: dict[str, Tensor]
-    """By hook, for norms that a bridge computes by Hugging Face's own code: what their clean outputs have beyond those
-    of a norm whose scale is frozen. A constant, which counts as a bias."""
+    norms: PinnedNorms
+    """Norms that a bridge computes by Hugging Face's own code. What their clean outputs have beyond those of a norm
+    whose scale is frozen is a constant, which counts as a bias."""
     extra_points: list[str]
     """Residual-stream hooks that targets read, in the order of their read points after ln_final's."""
     logit_scale: float
@@ -271,7 +272,7 @@ class LocalReplacementModel:
         on_mlp: Callable[[Tensor, int], Tensor] | None = None,
         on_attn: Callable[[Tensor, int], Tensor] | None = None,
         on_mlp_written: Callable[[Tensor, int], Tensor] | None = None,
-        on_norm: Callable[[Tensor, str], Tensor] | None = None,
+        norm_hooks: list[FwdHook] | None = None,
     ) -> Reads:
         """Run the model with frozen patterns and scales, and read.
 
@@ -280,8 +281,7 @@ class LocalReplacementModel:
             on_mlp: (an MLP's output, its layer) -> what takes its place.
             on_attn: (an attention layer's output, its layer) -> what takes its place.
             on_mlp_written: the same for what a norm behind the MLP passes on, where the CLT writes in front of it.
-            on_norm: (the output of a norm of Hugging Face's own code, its hook) -> what takes its place; by default
-                its rounding is added.
+            norm_hooks: at the outputs of norms of Hugging Face's own code, in the place of those that pin them.
         """
         cfg, dtype = self.clt.cfg, self.dtype
         names = [*(block_hook(t, cfg.input_hook) for t in self.clt.layers), *self.extra_points]
@@ -292,10 +292,6 @@ class LocalReplacementModel:
 
         def put(tensor: Tensor, hook: object, value: Stream) -> Tensor:
             return value[None].to(tensor.dtype)
-
-        def pin_norm(out: Tensor, hook: object, name: str) -> Tensor:
-            # On the clean run this is what the model's own code gave, to the bit.
-            return out + self.norm_rounding[name] if on_norm is None else on_norm(out, name)
 
         def write_mlp(mlp_out: Tensor, layer: int) -> Tensor:
             x = points[block_hook(layer, cfg.input_hook)]
@@ -308,7 +304,7 @@ class LocalReplacementModel:
             return by(out, layer).to(out.dtype)
 
         hooks: list[FwdHook] = frozen_hooks(self.frozen)
-        hooks += [(name, partial(pin_norm, name=name)) for name in self.norm_rounding]
+        hooks += self.norms.pins() if norm_hooks is None else norm_hooks
         hooks.append(("hook_embed", partial(put, value=written.embed)))
         if written.pos_embed is not None:
             hooks.append(("hook_pos_embed", partial(put, value=written.pos_embed)))
@@ -325,18 +321,6 @@ class LocalReplacementModel:
         values = [points[name] for name in names]
         values.insert(self.n_layers, seen.final[0].to(dtype))
         return Reads(values, seen.logits[0].to(dtype))
-
-    @torch.no_grad()
-    def _measure_norm_rounding(self, norm_outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """How far the clean outputs of norms lie from those with a frozen scale, by one run."""
-        found: dict[str, Tensor] = {}
-
-        def note(out: Tensor, name: str) -> Tensor:
-            found[name] = norm_outputs[name] - out
-            return norm_outputs[name]
-
-        self._run(self.written, on_norm=note)
-        return found
 
 
 def build_local_model(
@@ -398,14 +382,14 @@ def build_local_model(
         features=split.features,
         errors=split.errors,
         frozen={name: cache[name] for name in cache.keys() if is_frozen_hook(name)},
-        norm_rounding={name: torch.zeros_like(cache[name]) for name in norms},
+        norms=PinnedNorms({name: cache[name] for name in norms}),
         extra_points=list(extra_points),
         logit_scale=logit_scale(model, seen, logits),
         embed_scale=_embed_scale(embed, clean(start) if pos_embed is None else clean(start) - pos_embed),
     )
     if norms:
-        rounding = local._measure_norm_rounding({name: cache[name] for name in norms})
-        local = replace(local, norm_rounding=rounding)
+        with torch.no_grad():
+            local._run(local.written, norm_hooks=local.norms.note())
     _require_same_logits(local)
     return local
 

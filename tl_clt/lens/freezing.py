@@ -114,6 +114,14 @@ class PinnedNorms:
         """Hooks for a clean run with scales held, which note what rounding makes of each norm."""
         return [(name, partial(self._note, name=name)) for name in self.clean]
 
+    def pins(self) -> list[FwdHook]:
+        """Hooks for later passes over the same positions, which take this rounding off."""
+
+        def pin(out: Tensor, hook: HookPoint, name: str) -> Tensor:
+            return self.pin(out, name)
+
+        return [(name, partial(pin, name=name)) for name in self.clean]
+
     def pin(self, out: Tensor, name: str, first: int = 0) -> Tensor:
         """A norm's output with this rounding taken off, in a pass that begins at a position of the clean run."""
         return out + self.rounding[name][:, first:]
