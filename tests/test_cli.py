@@ -273,6 +273,12 @@ def test_a_clt_of_another_model_is_refused(tmp_path):
     assert "has 3 layers, but atlas has 4" in output.replace("\n", " ")
 
 
+def test_numbers_between_colons_are_no_pictures():
+    """rich makes a thumb of ":-1:" where it may."""
+    output = run("intervene", "--clt", ATLAS_CLT, "--prompt", "Dallas", status=1)
+    assert "2:-1:17=0" in " ".join(output.split())
+
+
 def test_intervene_shows_what_changes_and_says_what_is_inactive():
     model, clt = load_organism("atlas")
     graph = attribute(model, clt, PROMPT)

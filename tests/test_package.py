@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -25,6 +26,11 @@ def test_every_public_name_can_be_loaded():
     for name in tl_clt.__all__:
         assert getattr(tl_clt, name).__name__ == name
     assert set(tl_clt.__all__) <= set(dir(tl_clt))
+
+
+def test_what_an_editor_offers_is_public_names_and_rooms():
+    for name in set(dir(tl_clt)) - set(tl_clt.__all__):
+        assert name.startswith("__") or f"tl_clt.{name}" in sys.modules
 
 
 def test_the_list_of_public_names_is_the_contract_and_more():

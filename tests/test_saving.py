@@ -275,3 +275,11 @@ def test_loading_a_folder_or_nothing_as_a_graph_is_refused_by_name(tmp_path, mak
     make(tmp_path / "it")
     with pytest.raises(FormatError, match="is a folder. Give the graph file|does not exist. Check the path"):
         AttributionGraph.load(tmp_path / "it")
+
+
+def test_what_is_saved_has_the_permissions_that_new_files_have(savings, tmp_path):
+    (plain := tmp_path / "plain").write_text("")
+    for what, saving in savings.items():
+        saving.save(tmp_path / what)
+        files = [p for p in [tmp_path / what, *(tmp_path / what).rglob("*")] if p.is_file()]
+        assert files and {p.stat().st_mode for p in files} == {plain.stat().st_mode}, what

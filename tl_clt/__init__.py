@@ -39,7 +39,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_ROOMS])
+    rooms = {name.split(".")[1] for name in sys.modules if name.startswith(f"{__name__}.")}
+    return sorted({*_ROOMS, *rooms, *(name for name in globals() if name.startswith("__"))})
 
 
 # -- CLTs in SAELens's registries. `tl_clt.training.clt` enters them there. It needs SAELens, which takes seconds to

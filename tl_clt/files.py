@@ -168,6 +168,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         try:
             unfinished.mkdir()
             yield unfinished
+            _open_to_readers(*unfinished.rglob("*"))
             unfinished.rename(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -190,6 +191,7 @@ def files_into(folder: Path) -> Iterator[Path]:
                 unfinished.mkdir()
                 yield unfinished
                 written = sorted(unfinished.iterdir())
+                _open_to_readers(*unfinished.rglob("*"))
                 for path in written:
                     if (folder / path.name).is_dir():
                         raise NotWritten(f"'{folder / path.name}' is a folder, and a file is to be written. Remove it.")
@@ -222,9 +224,19 @@ def new_file(path: Path, mend: str = MEND) -> Iterator[Path]:
         unfinished = parent / _unfinished_name()
         try:
             yield unfinished
+            _open_to_readers(unfinished)
             unfinished.replace(final)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def _open_to_readers(*paths: Path) -> None:
+    """Give files the permissions that new files have: safetensors lets nobody but their owner read its own."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in paths:
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~mask)
 
 
 @contextmanager

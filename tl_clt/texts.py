@@ -134,6 +134,8 @@ def _rows(model: HookedModel, source: Any, size: int) -> Iterator[Tokens]:
             yield from _long_enough(model, torch.as_tensor(value)[:size])
             continue
         assert tokenizer is not None
+        if not isinstance(value, str):
+            raise DatasetError(f"The column '{column}' holds {shown(value)} where text is wanted. Give texts.")
         ids = tokenizer(value, add_special_tokens=False, verbose=False)["input_ids"]
         step = size - len(start)
         for at in range(0, len(ids), step):

@@ -72,6 +72,13 @@ def test_directions_without_a_name_are_numbered(atlas):
         attribute(model, clt, PROMPT, [both[0], DirectionTarget(one.clone(), hook)], max_feature_nodes=5)
 
 
+def test_a_direction_of_zeros_is_refused(atlas):
+    model, clt = atlas
+    nothing = DirectionTarget(torch.zeros(model.cfg.d_model), "blocks.1.hook_resid_post")
+    with pytest.raises(TargetError, match="is 0 everywhere"):
+        attribute(model, clt, PROMPT, [nothing], max_feature_nodes=5)
+
+
 @pytest.mark.parametrize(
     "given",
     [

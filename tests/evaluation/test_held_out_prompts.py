@@ -91,6 +91,16 @@ def test_texts_that_are_too_short(model, tmp_path):
         ids(model, tmp_path / "none.txt")
 
 
+def test_numbers_in_a_column_of_text_are_refused(model):
+    with pytest.raises(DatasetError, match="where text is wanted"):
+        ids(model, Dataset.from_dict({"text": [1, 2]}))
+
+
+def test_one_token_is_too_little_to_measure_on(model):
+    with pytest.raises(DatasetError, match="There is one token to measure on"):
+        evaluate(model, tiny_clt(model, dtype=torch.float32), [[0, 3]], n_graphs=0)
+
+
 def test_text_needs_a_tokenizer(tmp_path):
     (tmp_path / "rows.txt").write_text("w1 w2")
     with pytest.raises(TokenizerMissing):

@@ -11,7 +11,7 @@ import torch
 
 from tests.models import random_tokens, tiny_clt, tiny_hooked
 from tl_clt import Intervention, NodeKind, attribute, intervene, intervention_hooks, sweep_strength
-from tl_clt.errors import InterventionError
+from tl_clt.errors import CLTMismatch, InterventionError
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,29 @@ def test_its_effect_is_the_graphs_edge(graph, model, clt, prompt):
     expected = graph.adjacency[targets, number]
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(measured, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_a_feature_of_another_clts_graph_is_refused(graph, model, clt, prompt):
+    """Of the same shape, its number means another feature."""
+    number = int(graph.nodes.where(NodeKind.FEATURE)[0])
+    other = tiny_clt(model, seed=1)
+    with pytest.raises(CLTMismatch, match="made from a graph of another CLT"):
+        intervene(model, other, prompt, Intervention.of(graph, number))
+    node = graph.nodes[number]
+    intervene(model, other, prompt, Intervention(layer=node.layer, pos=node.pos, feature=node.index, scale=0))
+    with torch.no_grad():
+        clt.b_enc[0, 0] += 1
+    try:
+        with pytest.raises(CLTMismatch):
+            intervene(model, clt, prompt, Intervention.of(graph, number))
+    finally:
+        with torch.no_grad():
+            clt.b_enc[0, 0] -= 1
+
+
+def test_a_negative_deviation_of_noise_is_refused():
+    with pytest.raises(InterventionError, match="noise is -3: give a standard deviation"):
+        Intervention(layer=0, feature=0, noise=-3)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in NodeKind if kind != NodeKind.FEATURE])

@@ -53,6 +53,19 @@ def test_a_text_file_in_place_of_weights_is_named(folder: Path):
         CrossLayerTranscoder.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "b_dec", "threshold", "W_dec.1"])
+def test_weights_that_are_not_finite_are_refused(native_folder: Path, name: str, value: float, lazy: bool):
+    path = native_folder / "clt.safetensors"
+    weights = load_file(path)
+    weights[name].view(-1)[3] = value
+    save_file(weights, path)
+    with pytest.raises(FormatError, match=r"is not finite everywhere.*get it anew"):
+        clt = CrossLayerTranscoder.from_pretrained(native_folder, lazy_decoder=lazy)
+        clt.decoder_rows(1, range(clt.cfg.d_transcoder))  # decoders on disk are read here
+
+
 @pytest.mark.parametrize("missing", [0, 1])
 def test_a_missing_encoder_below_the_last_is_named(folder: Path, missing: int):
     (folder / f"W_enc_{missing}.safetensors").unlink()

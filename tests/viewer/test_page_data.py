@@ -13,7 +13,7 @@ import torch
 
 from tests.viewer.browser import PLACE
 from tests.viewer.page_cases import EVIL, Records, large_graph
-from tl_clt.errors import ConfigError, NotWritten
+from tl_clt.errors import CLTMismatch, ConfigError, NotWritten
 from tl_clt.viewer import page_data, page_html, save_html
 from tl_clt.viewer.html import page_script, page_style
 
@@ -141,3 +141,23 @@ def test_a_folder_is_no_file(graph, tmp_path):
     assert (
         graph.save_html(str(tmp_path / "new" / "page.html")).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     )
+
+
+def test_graphs_and_features_of_several_clts_are_refused(graph, tmp_path):
+    """A number names another feature in each."""
+    mine, other, unknown = (replace(graph, info={**graph.info, **of}) for of in (OWN, OTHER, {}))
+    records = Records()
+    with pytest.raises(CLTMismatch, match="traced with several CLTs"):
+        save_html(tmp_path / "page.html", [mine, other])
+    page_data([mine, unknown])
+    for of in (OTHER, {"n_layers": 7}, {"d_transcoder": 7}):
+        for name, value in of.items():
+            setattr(records, name, value)
+        with pytest.raises(CLTMismatch, match="features are those of another CLT"):
+            save_html(tmp_path / "page.html", replace(mine, info={**mine.info, **{n: 3 for n in of}}), records)
+        for name in of:
+            delattr(records, name)
+    assert not (tmp_path / "page.html").exists()
+
+
+OWN, OTHER = {"clt_fingerprint": "a" * 64}, {"clt_fingerprint": "b" * 64}

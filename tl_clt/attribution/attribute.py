@@ -307,6 +307,7 @@ class Tracer:
             "clt_model_name": self.clt.cfg.model_name,
             "n_layers": self.clt.cfg.n_layers,
             "d_transcoder": self.clt.cfg.d_transcoder,
+            "clt_fingerprint": self.clt.fingerprint(),
             "bos": self.options.bos,
             "bias_nodes": self.options.bias_nodes,
             "engine": engine.name,

@@ -211,7 +211,7 @@ def find_targets(
 
     Raises:
         TargetError: a token, position, layer or feature out of range; a string that is not one token; a direction of
-            another width.
+            another width, or of none.
     """
     if targets is None:
         top = local.logits[-1].detach().double().softmax(dim=-1).topk(max_n_logits)
@@ -341,6 +341,8 @@ def _direction(local: LocalReplacementModel, target: DirectionTarget, pos: int) 
         raise TargetError(f"The direction '{target.name}' has shape {list(direction.shape)}: give [{d_model}] values.")
     if target.hook not in local.extra_points:
         raise HookNotFound(f"'{target.hook}' is not among the read points {local.extra_points}.")
+    if not bool(direction.any()):
+        raise TargetError(f"The direction '{target.name}' is 0 everywhere: nothing is read along it.")
     block = int(target.hook.split(".")[1])
     layer = block + 1 if target.hook.endswith("hook_resid_post") else block
     point = local.n_layers + 1 + local.extra_points.index(target.hook)

@@ -31,8 +31,8 @@ app = App(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+console = Console(highlight=False, emoji=False)
+errors = Console(stderr=True, highlight=False, emoji=False)
 
 
 ModelName = Annotated[str, typer.Option(help="Bundled organism, model folder, .gguf file, or hub name.")]

@@ -18,7 +18,7 @@ from tl_clt.arguments import as_seed, as_share, as_switch, as_whole
 from tl_clt.attribution import AttributionGraph, NodeKind, PruneMasks, attribute
 from tl_clt.attribution.edges import ROWS_AT_ONCE
 from tl_clt.attribution.influence import SMALLEST_ROW_SUM
-from tl_clt.errors import LocalModelMismatch, ModelUnsupported
+from tl_clt.errors import DatasetError, LocalModelMismatch, ModelUnsupported
 from tl_clt.evaluation.report import EvaluationReport, GraphNumbers
 from tl_clt.lens import FwdHook, HookedModel, block_hook, model_name, run_with_hooks, user_hooks_aside
 from tl_clt.replacement import attach, check_fit, require_free
@@ -98,6 +98,11 @@ def evaluate(
         for tokens in batches(model, iter(seen)):
             add_batch(layers, predictions, model, clt, tokens)
             bar.update(tokens[:, 1:].numel())
+    if predictions.n < 2:
+        raise DatasetError(
+            "There is one token to measure on, beside position 0: what a CLT explains of how outputs vary takes two at"
+            " least. Give more or longer prompts."
+        )
     return EvaluationReport(
         model=model_name(model),
         clt=clt.cfg.to_dict(),

@@ -279,6 +279,11 @@ class FeatureStore:
         return self.about["clt"]["d_transcoder"]
 
     @property
+    def clt_fingerprint(self) -> str:
+        """Of the CLT that it belongs to (`CrossLayerTranscoder.fingerprint`)."""
+        return self.about["clt"]["fingerprint"]
+
+    @property
     def n_tokens(self) -> int:
         """Tokens that densities are shares of."""
         return self.about["text"]["n_tokens"]

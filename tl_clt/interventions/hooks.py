@@ -144,7 +144,7 @@ class Steering:
             )
         given = as_interventions(interventions)
         for what in given:
-            check(what, clt.cfg, prompts.lengths, through_layer)
+            check(what, clt, prompts.lengths, through_layer)
         if freeze != "none":
             require_held(model, prompts.tokens[:1])
         self.prompts = prompts

@@ -7,7 +7,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tl_clt.arguments import as_choice, as_number, as_several, as_vector, as_whole, is_whole, plain, shown
 from tl_clt.attribution import AttributionGraph, NodeKind
-from tl_clt.errors import InterventionError
+from tl_clt.errors import CLTMismatch, InterventionError
 from tl_clt.lens import HookedModel, Prompt, to_tokens
 from tl_clt.replacement import check_fit, feature_acts
 from tl_clt.transcoder import CrossLayerTranscoder, CrossLayerTranscoderConfig
@@ -69,6 +69,8 @@ class _Change:
         )
         self._set("prompt", prompt)
         self._set(given[0], _as_amount(given[0], getattr(self, given[0])))
+        if self.noise is not None and self.noise < 0:
+            raise InterventionError(f"noise is {self.noise}: give a standard deviation, which is 0 or more.")
         self._set("seed", as_whole("seed", self.seed, error=InterventionError))
 
     def _set(self, name: str, value: object) -> None:
@@ -77,7 +79,7 @@ class _Change:
 
     def __hash__(self) -> int:
         """Of equal changes the same, though lists and slices have no hash of their own."""
-        values = (getattr(self, field.name) for field in fields(self))
+        values = (getattr(self, one.name) for one in fields(self) if one.compare)
         return hash((type(self), *map(_as_hashable, values)))
 
     def delta(self, before: Float[Tensor, "batch pos n"], place: Place) -> Float[Tensor, "batch pos n"]:
@@ -113,6 +115,9 @@ class Intervention(_Change):
 
     feature: int | Sequence[int]
     """Feature number, or several."""
+
+    clt: str | None = field(default=None, repr=False, compare=False)
+    """Fingerprint of the CLT whose features they are, where it is known (from a graph): no other is changed by them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,7 +159,9 @@ class Intervention(_Change):
             InterventionError: there is no such node, or it is no feature.
         """
         layer, pos, feature = _feature_of(graph, node)
-        return cls(layer=layer, pos=pos, feature=feature, scale=scale, prompt=prompt)
+        known = graph.info.get("clt_fingerprint")
+        clt = known if isinstance(known, str) else None
+        return cls(layer=layer, pos=pos, feature=feature, scale=scale, prompt=prompt, clt=clt)
 
 
 def parse_intervention(text: str, setter: str) -> Intervention:
@@ -355,13 +362,14 @@ def within(positions: Positions, first: int, n_pos: int) -> list[int]:
 
 def check(
     what: Intervention | DirectionIntervention,
-    cfg: CrossLayerTranscoderConfig,
+    clt: CrossLayerTranscoder,
     lengths: Sequence[int],
     through_layer: int | None,
 ) -> None:
     """Check an intervention against a CLT and the lengths of a batch of prompts.
 
     Raises:
+        CLTMismatch: it is known to be of another CLT's features.
         InterventionError: a layer, feature, width, prompt or position that is not there, or a feature above
             `through_layer`.
     """
@@ -370,9 +378,14 @@ def check(
     for length in sorted(set(lengths)) if what.prompt is None else [lengths[what.prompt]]:
         positions_of(what, length)
     if isinstance(what, Intervention):
-        _check_feature(what, cfg, through_layer)
+        if what.clt not in (None, clt.fingerprint()):
+            raise CLTMismatch(
+                f"{what} was made from a graph of another CLT, whose features mean other things. Give the CLT that the"
+                " graph was traced with, or write the intervention without the graph."
+            )
+        _check_feature(what, clt.cfg, through_layer)
     else:
-        _check_direction(what, cfg)
+        _check_direction(what, clt.cfg)
 
 
 def _check_feature(what: Intervention, cfg: CrossLayerTranscoderConfig, through_layer: int | None) -> None:

@@ -140,7 +140,22 @@ class LazyDecoders(nn.Module):
         where = self.sources[source]
         with open_tensors(where.path) as tensors:
             parts = [where.read(tensors, run, self.n_writes[source]) for run in runs]
-        return torch.cat(parts).to(place.device, place.dtype)
+        rows = torch.cat(parts)
+        require_finite(rows, f"decoder of layer {source}", where.path)
+        return rows.to(place.device, place.dtype)
+
+
+def require_finite(weight: Tensor, name: str, path: Path) -> None:
+    """Raise where a weight that was read holds NaN or an infinite value.
+
+    Raises:
+        FormatError: it does: the file is damaged, or the training that wrote it had diverged.
+    """
+    if weight.numel() and not all(bool(extreme.isfinite()) for extreme in weight.aminmax()):
+        raise FormatError(
+            f"'{path}' holds a CLT whose {name} is not finite everywhere (NaN or infinity). The file is damaged, or its"
+            " training went wrong: get it anew, or train again with a lower lr."
+        )
 
 
 Decoders = DenseDecoders | LazyDecoders

@@ -60,6 +60,7 @@ class CrossLayerTranscoder(nn.Module):
         if decoders is not None and not isinstance(decoders, Decoders):
             raise ConfigError(f"decoders is {shown(decoders)}: give DenseDecoders or LazyDecoders, or leave it out.")
         self.cfg = cfg
+        self._fingerprint: tuple[tuple, str] | None = None
         dtype = getattr(torch, cfg.dtype)
         n_layers, d_model, d_transcoder = cfg.n_layers, cfg.d_model, cfg.d_transcoder
 
@@ -229,9 +230,12 @@ class CrossLayerTranscoder(nn.Module):
         """sha256 of what the CLT computes with: its shape, activation and hooks, and its weights as float32.
 
         Equal on every device, lazily loaded or not, and in float64 as in the float32 that it was loaded from. Of
-        decoders, three features a layer stand for all, so that nothing large is read from disk.
+        decoders, three features a layer stand for all, so that nothing large is read from disk. It is kept until a
+        weight changes in place or is another tensor.
         """
-        cfg = self.cfg
+        cfg, state = self.cfg, tuple((id(weight), weight.data_ptr(), weight._version) for weight in self.parameters())
+        if self._fingerprint is not None and self._fingerprint[0] == state:
+            return self._fingerprint[1]
         shape = [cfg.n_layers, cfg.d_model, cfg.d_transcoder, cfg.span, cfg.activation, cfg.k]
         digest = hashlib.sha256(json.dumps([*shape, cfg.input_hook, cfg.output_hook]).encode())
         some = sorted({0, cfg.d_transcoder // 2, cfg.d_transcoder - 1})
@@ -240,6 +244,7 @@ class CrossLayerTranscoder(nn.Module):
             if weight is not None:
                 values = weight.detach().to("cpu", torch.float32).contiguous().flatten()
                 digest.update(values.view(torch.uint8).numpy().data)
+        self._fingerprint = (state, digest.hexdigest())
         return digest.hexdigest()
 
     # -- files -----------------------------------------------------------------------------------------

@@ -74,8 +74,6 @@ class Host:
         self.graphs: list[AttributionGraph] = list(named.values() if isinstance(named, Mapping) else named)
         self.features, self.model, self.clt = features, model, clt
         self._reading, self._steering = Lock(), Lock()
-        for graph in self.graphs:
-            _require_features_of(graph, features)
         if model is not None and clt is not None:
             for graph in self.graphs:
                 require_traced_with(graph, model, clt)
@@ -253,17 +251,6 @@ def require_traced_with(graph: AttributionGraph, model: HookedModel, clt: CrossL
             f"The graph of {prompt!r:.80} was not traced with this CLT and {model_name(model)}: its features have other"
             " activations there. Give the model and the CLT it was traced with, or neither."
         )
-
-
-def _require_features_of(graph: AttributionGraph, features: object) -> None:
-    """Raise where features say of how many layers and features they are, and the graph of others."""
-    for name in ("n_layers", "d_transcoder"):
-        of_graph, of_features = graph.info.get(name), getattr(features, name, None)
-        if None not in (of_graph, of_features) and of_graph != of_features:
-            raise CLTMismatch(
-                f"The features are those of another CLT than the graph's: {name} is {of_features} there and"
-                f" {of_graph!r:.20} here. Give the features of the CLT that the graph was traced with."
-            )
 
 
 def as_interventions(asked: object) -> list[Intervention]:

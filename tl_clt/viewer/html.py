@@ -22,7 +22,7 @@ from tl_clt.arguments import as_path, as_whole, shown
 from tl_clt.attribution import AttributionGraph, NodeKind
 from tl_clt.attribution.edges import list_all_edges
 from tl_clt.attribution.influence import sum_inputs, walk_upstream
-from tl_clt.errors import ConfigError
+from tl_clt.errors import CLTMismatch, ConfigError
 from tl_clt.files import new_file
 
 PAGE = Path(__file__).parent / "page" / "dist"
@@ -78,6 +78,7 @@ def page_data(
 
     Raises:
         ConfigError: the graphs are none or have infinite values, `features` has no `get`, or the title is no text.
+        CLTMismatch: the graphs, or the features, are of several CLTs.
     """
     named = _as_graphs(graphs)
     max_features = as_whole("max_features", max_features, 0, none="all")
@@ -85,6 +86,7 @@ def page_data(
         raise ConfigError(f"features is {shown(features)}: give a FeatureStore, or what has get(layer, feature).")
     if title is not None and not isinstance(title, str):
         raise ConfigError(f"title is {shown(title)}: give a text, or None for the prompt.")
+    _require_one_clt([graph for _, graph in named], features)
     entries = [_graph_data(name, graph) for name, graph in named]
     found, left_out = _feature_data(entries, features, max_features)
     return {
@@ -95,6 +97,29 @@ def page_data(
         "features": found,
         "features_left_out": left_out,
     }
+
+
+def _require_one_clt(graphs: list[AttributionGraph], features: FeatureSource | None) -> None:
+    """Raise where graphs, or what is known of features, are of several CLTs, whose features mean different things. What
+    does not say which CLT it is of passes.
+
+    Raises:
+        CLTMismatch: they are.
+    """
+    for name in ("n_layers", "d_transcoder", "clt_fingerprint"):
+        of_graphs = [value for graph in graphs if (value := graph.info.get(name)) is not None]
+        other = next((value for value in of_graphs if value != of_graphs[0]), None)
+        if other is not None:
+            raise CLTMismatch(
+                f"The graphs were traced with several CLTs ({name} is {of_graphs[0]!s:.20} and {other!s:.20}): a"
+                " feature of one number means different things in them. Show them on pages of their own."
+            )
+        of_features = getattr(features, name, None)
+        if of_graphs and of_features is not None and of_features != of_graphs[0]:
+            raise CLTMismatch(
+                f"The features are those of another CLT than the graph's: {name} is {of_features!s:.20} there and"
+                f" {of_graphs[0]!s:.20} here. Give the features of the CLT that the graph was traced with."
+            )
 
 
 def save_html(

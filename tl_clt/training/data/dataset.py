@@ -23,6 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_clt.arguments import shown
 from tl_clt.errors import ConfigError, DatasetError, TrainingWarning
 from tl_clt.lens import HookedModel, model_name, require_tokenizer
 
@@ -73,6 +74,8 @@ def open_dataset(
             " problem (text). Rename one of them."
         )
     if column in TEXT_COLUMNS:
+        if not isinstance(row[column], str):
+            raise DatasetError(f"{name} has {shown(row[column])} in its column '{column}', where text is wanted.")
         require_tokenizer(model, f"read {name} with")
         _check_bos(model, prepend_bos)
         dataset = dataset.select_columns([column])

@@ -10,7 +10,7 @@ import torch
 from tl_clt.errors import FormatError
 from tl_clt.files import new_folder, read_config
 from tl_clt.transcoder import hub
-from tl_clt.transcoder.decoders import Weights
+from tl_clt.transcoder.decoders import Weights, require_finite
 from tl_clt.transcoder.formats import (
     circuit_tracer_clt,
     circuit_tracer_plt,
@@ -43,7 +43,10 @@ def load(
     name = None if dtype is None else str(dtype).removeprefix("torch.")
     for layout in LAYOUTS:
         if layout.recognises(folder):
-            return layout.load(folder, device=device, dtype=name, lazy_decoder=lazy_decoder)
+            weights = layout.load(folder, device=device, dtype=name, lazy_decoder=lazy_decoder)
+            for of in weights.cfg.weight_shapes:
+                require_finite(getattr(weights, of), of, folder)
+            return weights
     raise FormatError(
         f"'{folder}' holds no CLT in a known layout: native (cfg.json and clt.safetensors), circuit-tracer CLT"
         " (W_enc_0.safetensors, W_dec_0.safetensors), circuit-tracer PLT set (layer_0.safetensors, or a config.yaml"
