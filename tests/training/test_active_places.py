@@ -9,7 +9,7 @@ from tl_clt.training.fast.products import (
     Support,
     add_outer,
     inner_products,
-    support_of_dense,
+    support_above,
     support_of_topk,
     weighted_rows,
 )
@@ -30,6 +30,7 @@ def some() -> torch.Tensor:
     return acts
 
 
+ZERO = torch.zeros(1, 1, dtype=torch.float64)
 CASES = {"some": some(), "none": torch.zeros(BATCH, F, dtype=torch.float64), "all": rand(BATCH, F, seed=1).exp()}
 
 
@@ -39,13 +40,13 @@ def acts(request: pytest.FixtureRequest) -> torch.Tensor:
 
 
 def test_places_are_where_the_activations_are(acts: torch.Tensor) -> None:
-    places = support_of_dense(acts)
+    places = support_above(acts, ZERO)
     assert torch.equal(torch.stack([places.tokens, places.features], dim=1), acts.nonzero())
     assert torch.equal(places.to_dense(places.gather(acts)), acts)
 
 
 def test_places_by_feature_are_the_same_places(acts: torch.Tensor) -> None:
-    places = support_of_dense(acts)
+    places = support_above(acts, ZERO)
     order, tokens, offsets = places.by_feature
     assert torch.equal(places.tokens[order], tokens)
     assert torch.equal(offsets.diff(), (acts > 0).sum(dim=0))
@@ -53,13 +54,13 @@ def test_places_by_feature_are_the_same_places(acts: torch.Tensor) -> None:
 
 
 def test_weighted_rows_is_the_product_with_the_weight(acts: torch.Tensor) -> None:
-    places, weight = support_of_dense(acts), rand(F, WIDTH, seed=2)
+    places, weight = support_above(acts, ZERO), rand(F, WIDTH, seed=2)
     torch.testing.assert_close(weighted_rows(places.gather(acts), places, weight), acts @ weight)
 
 
 @pytest.mark.parametrize("block", [WIDTH, 2, 4])
 def test_add_outer_adds_the_transposed_product(acts: torch.Tensor, block: int) -> None:
-    places, grad = support_of_dense(acts), rand(BATCH, WIDTH, seed=3)
+    places, grad = support_above(acts, ZERO), rand(BATCH, WIDTH, seed=3)
     total = rand(F, WIDTH, seed=4)
     want = total + acts.T @ grad
     add_outer(total, places.gather(acts), places, grad, block)
@@ -67,7 +68,7 @@ def test_add_outer_adds_the_transposed_product(acts: torch.Tensor, block: int) -
 
 
 def test_inner_products_are_the_dense_ones_at_the_places(acts: torch.Tensor, recwarn) -> None:
-    places, weight, grad = support_of_dense(acts), rand(F, WIDTH, seed=2), rand(BATCH, WIDTH, seed=3)
+    places, weight, grad = support_above(acts, ZERO), rand(F, WIDTH, seed=2), rand(BATCH, WIDTH, seed=3)
     strided = rand(BATCH, 3 * WIDTH, seed=5)[:, WIDTH : 2 * WIDTH].copy_(grad)
     for g in (grad, strided):
         torch.testing.assert_close(inner_products(g, weight, places), places.gather(g @ weight.T))

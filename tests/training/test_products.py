@@ -12,7 +12,7 @@ from tl_clt.training.fast.products import (
     encode_places,
     row_norms,
     sum_by_target,
-    support_of_dense,
+    support_above,
 )
 
 BATCH, F, D, WIDTH = 5, 7, 4, 12
@@ -23,7 +23,7 @@ def rand(*shape: int, seed: int) -> torch.Tensor:
 
 
 ACTS = torch.relu(rand(BATCH, F, seed=0))
-PLACES = support_of_dense(ACTS)
+PLACES = support_above(ACTS, torch.zeros(1, 1))
 X = rand(BATCH, D, seed=1)
 
 

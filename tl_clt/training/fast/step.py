@@ -38,10 +38,10 @@ from tl_clt.training.fast.products import (
     far_norms,
     row_norms,
     sum_by_target,
-    support_of_dense,
+    support_above,
     support_of_topk,
 )
-from tl_clt.training.fast.selection import largest_offers, layer_topk, smallest_kept
+from tl_clt.training.fast.selection import largest_offers, select
 from tl_clt.training.losses import (
     SparsityKind,
     StraightThrough,
@@ -134,7 +134,8 @@ def _thresholded_layers(
         result = terms_in_blocks(h, threshold.to(x.dtype), _norms(clt, layer), options, out)
         acts = result.feature_acts
         sparse = float(result.fired.sum()) / acts.numel() < _sparse_below(acts.device)
-        written = decode(acts, clt.W_dec[layer], support_of_dense(acts.detach()) if sparse else None, clt.cfg.d_in)
+        places = support_above(acts.detach(), acts.new_zeros(1, 1)) if sparse else None
+        written = decode(acts, clt.W_dec[layer], places, clt.cfg.d_in)
         features = LayerFeatures(acts.detach, result.fired)
         written = _to_targets(clt, layer, written)
         layers.append(_Layer(features, h.detach(), written, result.counts, result.dead_features))
@@ -155,9 +156,9 @@ def _selected_layers(
         with torch.no_grad():
             hidden_pre = [_encoded(clt, s, xs[s], memory) for s in group]
             scores = [_scored(clt, s, h, memory) for s, h in zip(group, hidden_pre, strict=True)]
-            places, thresholds = _places(clt, group, scores, k)
-        smallest += thresholds
-        for s, h, where in zip(group, hidden_pre, places, strict=True):
+            selected = select(clt, group, scores, k)
+        smallest += selected.smallest
+        for s, h, where in zip(group, hidden_pre, selected.places, strict=True):
             layers.append(_kept(clt, s, xs[s], h, where))
     of_all_tokens = torch.stack(smallest)
     clt.grid.mean_over_data([of_all_tokens])
@@ -174,22 +175,6 @@ def _scored(clt: TrainingCLT, layer: int, hidden_pre: Tensor, memory: FastStep) 
     slot = layer if clt.cfg.topk_across == "all_layers" else 0
     out = memory.take("scores", slot, (len(hidden_pre), clt.n_own_features), hidden_pre)
     return torch.mul(hidden_pre, _norms(clt, layer).to(hidden_pre.dtype), out=out)
-
-
-def _places(clt: TrainingCLT, group: range, scores: list[Tensor], k: int) -> tuple[list[Support], list[Tensor]]:
-    """Where features are kept, and the smallest score of each layer."""
-    if clt.cfg.activation == "topk" and len(group) == 1 and not clt.cfg.has_score_threshold:
-        # As `smallest_kept`, without a look at every score again.
-        best = layer_topk(scores[0], k, clt.grid)
-        return [best.places], [best.smallest.mean()]
-    if clt.cfg.has_score_threshold and not clt.selects_in_batch:
-        thresholds = [clt.score_threshold[s].view(1, 1) for s in group]
-        kept = [s > t for s, t in zip(scores, thresholds, strict=True)]
-    else:
-        thresholds = smallest_kept(clt, scores, k)
-        kept = [s >= t for s, t in zip(scores, thresholds, strict=True)]
-    places = [support_of_dense((s * keep).clamp_(min=0.0)) for s, keep in zip(scores, kept, strict=True)]
-    return places, [t.mean() for t in thresholds]
 
 
 def _kept(clt: TrainingCLT, layer: int, x: Tensor, hidden_pre: Tensor, places: Support) -> _Layer:
