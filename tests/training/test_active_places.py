@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tl_clt.training.fast import products
 from tl_clt.training.fast.products import (
     Support,
     add_outer,
@@ -59,11 +60,12 @@ def test_weighted_rows_is_the_product_with_the_weight(acts: torch.Tensor) -> Non
 
 
 @pytest.mark.parametrize("block", [WIDTH, 2, 4])
-def test_add_outer_adds_the_transposed_product(acts: torch.Tensor, block: int) -> None:
+def test_add_outer_adds_the_transposed_product(acts: torch.Tensor, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(products.BLOCK_COLUMNS, "cpu", block)
     places, grad = support_above(acts, ZERO), rand(BATCH, WIDTH, seed=3)
     total = rand(F, WIDTH, seed=4)
     want = total + acts.T @ grad
-    add_outer(total, places.gather(acts), places, grad, block)
+    add_outer(total, places.gather(acts), places, grad)
     torch.testing.assert_close(total, want)
 
 

@@ -66,9 +66,9 @@ CASES = {
         lambda t: PLACES.gather(X @ t["W_enc"].T + t["b_enc"]),
     ),
     "decode": (lambda t: decode(t["acts"], t["W_dec"]), lambda t: t["acts"] @ t["W_dec"]),
-    "decode, sparse": (lambda t: decode(t["acts"], t["W_dec"], PLACES, 5), lambda t: t["acts"] @ t["W_dec"]),
+    "decode, sparse": (lambda t: decode(t["acts"], t["W_dec"], PLACES), lambda t: t["acts"] @ t["W_dec"]),
     "decode_places": (
-        lambda t: decode_places(t["values"], t["W_dec"], PLACES, 5),
+        lambda t: decode_places(t["values"], t["W_dec"], PLACES),
         lambda t: PLACES.to_dense(t["values"]) @ t["W_dec"],
     ),
     "row_norms": (lambda t: row_norms(t["W_dec"]), lambda t: t["W_dec"].norm(dim=1)),

@@ -73,7 +73,6 @@ def decode(
     feature_acts: Float[Tensor, "batch d_transcoder"],
     W_dec: Float[Tensor, "d_transcoder width"],
     support: Support | None = None,
-    block: int = 512,
 ) -> Float[Tensor, "batch width"]:
     """`feature_acts @ W_dec`: what one layer's features write, to all their targets at once.
 
@@ -81,16 +80,15 @@ def decode(
         feature_acts: of one layer; its gradient is dense, and made where it is asked for.
         W_dec: the layer's decoder vectors side by side.
         support: where feature_acts may differ from 0. Where given, the products run over these places only.
-        block: columns of W_dec that a sparse gradient is made of at a time.
     """
-    return _Decode.apply(feature_acts, W_dec, support, block)
+    return _Decode.apply(feature_acts, W_dec, support)
 
 
 def decode_places(
-    values: Values, W_dec: Float[Tensor, "d_transcoder width"], support: Support, block: int
+    values: Values, W_dec: Float[Tensor, "d_transcoder width"], support: Support
 ) -> Float[Tensor, "batch width"]:
     """The same of activations that exist at the places of a support only, in both directions."""
-    return _DecodePlaces.apply(values, W_dec, support, block)
+    return _DecodePlaces.apply(values, W_dec, support)
 
 
 def row_norms(W: Float[Tensor, "d_transcoder width"]) -> Float[Tensor, " d_transcoder"]:
@@ -155,14 +153,14 @@ class _EncodePlaces(torch.autograd.Function):
         x, W_enc, b_enc = ctx.saved_tensors
         ones = x.new_ones(len(x), 1)
         for_bias = torch.zeros_like(b_enc)
-        add_outer(for_bias[:, None], grad, ctx.support, ones, 1)
-        return None, None, _add_sparse_product(W_enc, grad, ctx.support, x, x.shape[1]), for_bias, None
+        add_outer(for_bias[:, None], grad, ctx.support, ones)
+        return None, None, _add_sparse_product(W_enc, grad, ctx.support, x), for_bias, None
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, feature_acts: Tensor, W_dec: Tensor, support: Support | None, block: int) -> Tensor:
-        ctx.low, ctx.support, ctx.block = _product_dtype(W_dec), support, block
+    def forward(ctx: Any, feature_acts: Tensor, W_dec: Tensor, support: Support | None) -> Tensor:
+        ctx.low, ctx.support = _product_dtype(W_dec), support
         if support is not None:
             values = support.gather(feature_acts)
             ctx.save_for_backward(values, W_dec)
@@ -178,16 +176,16 @@ class _Decode(torch.autograd.Function):
         if ctx.support is None:
             for_W = _add_product(W_dec, acts.T, grad, ctx.low)
         else:
-            for_W = _add_sparse_product(W_dec, acts, ctx.support, grad, ctx.block)
+            for_W = _add_sparse_product(W_dec, acts, ctx.support, grad)
         for_acts = _product(grad, W_dec.T, ctx.low) if ctx.needs_input_grad[0] else None
-        return for_acts, for_W, None, None
+        return for_acts, for_W, None
 
 
 class _DecodePlaces(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, W_dec: Tensor, support: Support, block: int) -> Tensor:
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, support: Support) -> Tensor:
         ctx.save_for_backward(values, W_dec)
-        ctx.support, ctx.block = support, block
+        ctx.support = support
         return weighted_rows(values, support, W_dec)
 
     @staticmethod
@@ -195,7 +193,7 @@ class _DecodePlaces(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, W_dec = ctx.saved_tensors
         for_values = inner_products(grad, W_dec, ctx.support)
-        return for_values, _add_sparse_product(W_dec, values, ctx.support, grad, ctx.block), None, None
+        return for_values, _add_sparse_product(W_dec, values, ctx.support, grad), None
 
 
 class _RowNorms(torch.autograd.Function):
@@ -252,14 +250,14 @@ def _add_product(weight: Tensor, a: Tensor, b: Tensor, low: torch.dtype | None) 
     return a @ b if total is None else _none(total.addmm_(a, b))
 
 
-def _add_sparse_product(weight: Tensor, values: Tensor, support: Support, grad: Tensor, block: int) -> Tensor | None:
+def _add_sparse_product(weight: Tensor, values: Tensor, support: Support, grad: Tensor) -> Tensor | None:
     """The same of A.T @ grad, with A at the places of a support."""
     total = _gradient(weight)
     if total is None:
         total = torch.zeros_like(weight)
-        add_outer(total, values, support, grad, block)
+        add_outer(total, values, support, grad)
         return total
-    add_outer(total, values, support, grad, block)
+    add_outer(total, values, support, grad)
     return None
 
 
@@ -372,14 +370,20 @@ def weighted_rows(
     return rows.to(values.dtype)
 
 
+BLOCK_COLUMNS = {"cpu": 128}
+"""Columns that `add_outer` makes at a time: those of 1,024 tokens have 512 KiB in float32, which the second-level cache
+of a core holds while they are read at random."""
+BLOCK_COLUMNS_ELSEWHERE = 512
+
+
 def add_outer(
     total: Float[Tensor, "n_features width"],
     values: Values,
     support: Support,
     grad: Float[Tensor, "batch width"],
-    block: int,
 ) -> None:
-    """`total += A.T @ grad`, `block` columns at a time: what is read and what is made then stay in the cache."""
+    """`total += A.T @ grad`, some columns at a time: what is read and what is made then stay in the cache."""
+    block = BLOCK_COLUMNS.get(grad.device.type, BLOCK_COLUMNS_ELSEWHERE)
     order, tokens, offsets = support.by_feature
     values = values[order].to(grad.dtype)
     for part, columns in zip(total.split(block, dim=1), grad.split(block, dim=1), strict=True):

@@ -21,8 +21,8 @@ from tl_clt.training.parallel import SINGLE, ProcessGrid
 Scores = Float[Tensor, "batch d_transcoder"]
 
 CANDIDATES_ABOVE = (0.9, 0.6, 0.0)
-"""Shares of the running threshold above which a batch's smallest kept score is looked for, one after another until there
-are enough candidates."""
+"""Shares of the running threshold above which a batch's smallest kept score is looked for, one after another until
+there are enough candidates."""
 
 
 class Selected(NamedTuple):

@@ -135,7 +135,7 @@ def _thresholded_layers(
         acts = result.feature_acts
         sparse = float(result.fired.sum()) / acts.numel() < _sparse_below(acts.device)
         places = support_above(acts.detach(), acts.new_zeros(1, 1)) if sparse else None
-        written = decode(acts, clt.W_dec[layer], places, clt.cfg.d_in)
+        written = decode(acts, clt.W_dec[layer], places)
         features = LayerFeatures(acts.detach, result.fired)
         written = _to_targets(clt, layer, written)
         layers.append(_Layer(features, h.detach(), written, result.counts, result.dead_features))
@@ -188,7 +188,7 @@ def _kept(clt: TrainingCLT, layer: int, x: Tensor, hidden_pre: Tensor, places: S
     fired = torch.bincount(places.features[values > 0], minlength=n_features)
     if sparse:
         features = LayerFeatures(partial(places.to_dense, values.detach()), fired)
-        written = decode_places(values, clt.W_dec[layer], places, clt.cfg.d_in)
+        written = decode_places(values, clt.W_dec[layer], places)
     else:
         acts = places.to_dense(values)
         features = LayerFeatures(acts.detach, fired)
@@ -224,7 +224,7 @@ def _auxk(
         if chosen is None:
             written.append(residual.new_zeros(len(residual), len(clt.targets[layer]) * clt.cfg.d_in))
         else:
-            written.append(_to_targets(clt, layer, decode_places(chosen[0], clt.W_dec[layer], chosen[1], clt.cfg.d_in)))
+            written.append(_to_targets(clt, layer, decode_places(chosen[0], clt.W_dec[layer], chosen[1])))
     by_target = sum_by_target(torch.zeros_like(residual[0]), written, clt.grid)
     return {"auxk_loss": coefficient * auxk_loss(residual, by_target, n_dead, k_aux)}
 
