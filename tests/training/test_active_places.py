@@ -46,6 +46,19 @@ def test_places_are_where_the_activations_are(acts: torch.Tensor) -> None:
     assert torch.equal(places.to_dense(places.gather(acts)), acts)
 
 
+@pytest.mark.parametrize("n_features", [5, 12, 16, 24])
+def test_places_above_one_number_or_one_for_each_token(n_features: int) -> None:
+    values = rand(9, n_features, seed=8)
+    values[3, 2] = torch.nan
+    for low in (torch.full((1, 1), 0.3, dtype=torch.float64), rand(9, 1, seed=7)):
+        places = support_above(values, low)
+        got = torch.zeros(9, n_features, dtype=torch.bool)
+        got[places.tokens, places.features] = True
+        assert torch.equal(got, ~(values <= low)) and len(places.features) == int(got.sum())
+        few = places.only(places.features % 2 == 0)
+        assert torch.equal(few.tokens, places.tokens[places.features % 2 == 0])
+
+
 def test_places_by_feature_are_the_same_places(acts: torch.Tensor) -> None:
     places = support_above(acts, ZERO)
     order, tokens, offsets = places.by_feature
@@ -59,13 +72,16 @@ def test_weighted_rows_is_the_product_with_the_weight(acts: torch.Tensor) -> Non
     torch.testing.assert_close(weighted_rows(places.gather(acts), places, weight), acts @ weight)
 
 
+@pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("block", [WIDTH, 2, 4])
-def test_add_outer_adds_the_transposed_product(acts: torch.Tensor, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_add_outer_adds_the_transposed_product_or_writes_it(
+    acts: torch.Tensor, block: int, adds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(products.BLOCK_COLUMNS, "cpu", block)
     places, grad = support_above(acts, ZERO), rand(BATCH, WIDTH, seed=3)
     total = rand(F, WIDTH, seed=4)
-    want = total + acts.T @ grad
-    add_outer(total, places.gather(acts), places, grad)
+    want = acts.T @ grad + (total if adds else 0)
+    add_outer(total, places.gather(acts), places, grad, adds)
     torch.testing.assert_close(total, want)
 
 

@@ -11,8 +11,10 @@ from tl_clt.training.fast.products import (
     encode,
     encode_places,
     row_norms,
+    set_gradients_aside,
     sum_by_target,
     support_above,
+    zero_gradients_aside,
 )
 
 BATCH, F, D, WIDTH = 5, 7, 4, 12
@@ -93,6 +95,24 @@ def test_product_and_gradients_are_the_plain_ones(name: str, held: bool) -> None
         assert (mine[key].grad is None) == (tensor.grad is None), key
         if tensor.grad is not None:
             torch.testing.assert_close(mine[key].grad, tensor.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_set_aside_are_written_over(name: str) -> None:
+    ours, plain = CASES[name]
+    mine, theirs = leaves(), leaves()
+    for tensor in mine.values():
+        tensor.grad = torch.full_like(tensor, torch.nan)
+    set_gradients_aside(mine.values())
+    got, want = ours(mine), plain(theirs)
+    assert all(tensor.grad is None for tensor in mine.values())
+    upstream = rand(*want.shape, seed=9)
+    got.backward(upstream)
+    want.backward(upstream)
+    zero_gradients_aside(mine.values())
+    for key, tensor in theirs.items():
+        grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        torch.testing.assert_close(mine[key].grad, grad, rtol=1e-12, atol=1e-12)
 
 
 def test_a_held_gradient_keeps_its_memory() -> None:

@@ -93,7 +93,7 @@ class FastStep:
             recons = recons + torch.stack([decode(x, W_skip) for x, W_skip in zip(xs, clt.W_skip, strict=True)], dim=1)
         losses = {"mse_loss": mse_loss(recons, outputs)}
         hidden_pre = [one.hidden_pre for one in layers]
-        losses |= _auxk(clt, xs, hidden_pre, (outputs - recons).detach(), step_input)
+        losses |= _auxk(clt, xs, hidden_pre, outputs, recons.detach(), step_input)
         if not clt.cfg.selects:
             losses |= _penalties(clt, layers, step_input.coefficients)
         return CLTStep(recons, losses, [one.features for one in layers], hidden_pre, smallest)
@@ -210,14 +210,19 @@ def _penalties(clt: TrainingCLT, layers: list[_Layer], coefficients: dict[str, f
 
 
 def _auxk(
-    clt: TrainingCLT, xs: tuple[Tensor, ...], hidden_pre: list[Tensor], residual: Tensor, step_input: TrainStepInput
+    clt: TrainingCLT,
+    xs: tuple[Tensor, ...],
+    hidden_pre: list[Tensor],
+    outputs: Tensor,
+    recons: Tensor,
+    step_input: TrainStepInput,
 ) -> dict[str, Tensor]:
     """AuxK's term, where features are dead."""
     coefficient, dead = step_input.coefficients.get("auxk", 0.0), step_input.dead_neuron_mask
     n_dead = 0 if dead is None or coefficient == 0 else int(dead.sum())
     if dead is None or n_dead == 0:
         return {}
-    k_aux = clt.cfg.k_aux or clt.cfg.d_in // 2
+    k_aux, residual = clt.cfg.k_aux or clt.cfg.d_in // 2, outputs - recons
     written: list[Tensor] = []
     for layer, dead_here in enumerate(dead.unflatten(0, (clt.cfg.n_layers, -1))):
         chosen = auxk_features(clt, layer, xs[layer], hidden_pre[layer], dead_here, k_aux)
