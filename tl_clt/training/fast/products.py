@@ -283,8 +283,9 @@ def _gradient(weight: Tensor) -> tuple[Tensor, bool] | None:
         return None
     if weight.grad is not None:
         return weight.grad, True
-    weight.grad = _ASIDE.pop(weight)
-    return weight.grad, False
+    memory = _ASIDE.pop(weight)
+    weight.grad = memory
+    return memory, False
 
 
 def _add_product(weight: Tensor, a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor | None:

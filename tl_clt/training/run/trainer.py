@@ -164,7 +164,9 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
             # Fused Adam divides while it reads them, by a float32.
             self.optimizer.grad_scale = divisor.float()  # type: ignore[attr-defined]
         else:
-            torch._foreach_div_([p.grad for p in self.sae.parameters() if p.grad is not None], divisor)
+            for weight in self.sae.parameters():
+                if weight.grad is not None:
+                    weight.grad /= divisor
         self.optimizer.step()
 
     def _require_finite_step(self, output: TrainStepOutput, norm: Tensor, sae_in: Tensor) -> None:
