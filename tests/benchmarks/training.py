@@ -183,15 +183,21 @@ def ours(
 def plain_parts(trainer: Any) -> dict[str, list[tuple[Any, str, Any]]]:
     """Parts of the fast step, each with what plain torch has in its place: what holds it, its name there, and that."""
     from tl_clt.training.fast import step
+    from tl_clt.training.losses import jumprelu, tanh_count
+    from tl_clt.training.run import trainer as trainer_module
 
     zero_grad = trainer.optimizer.zero_grad
 
-    def terms(hidden_pre: Tensor, threshold: Tensor, norms: Tensor, options: Any, _: Tensor) -> Any:
-        plain = step.plain_terms(hidden_pre, threshold, norms, options)
-        return step.Terms(*plain, plain.feature_acts.detach().count_nonzero(dim=0))
+    def terms(h: Tensor, threshold: Tensor, norms: Tensor, options: Any, _: Tensor) -> Any:
+        acts = jumprelu(h, threshold, options.bandwidth, options.straight_through)
+        counts = tanh_count(acts, norms, options.tanh_scale)
+        return step.Terms(acts, counts, h.new_zeros(()), acts.detach().count_nonzero(dim=0))
 
     return {
-        "gradients in place": [(trainer.optimizer, "zero_grad", lambda set_to_none: zero_grad(set_to_none=True))],
+        "gradients in place": [
+            (trainer_module, "set_gradients_aside", lambda weights: None),
+            (trainer.optimizer, "zero_grad", lambda set_to_none: zero_grad(set_to_none=True)),
+        ],
         "memory kept": [(step.FastStep, "take", lambda self, name, layer, shape, like: like.new_empty(shape))],
         "row norms": [(step, "row_norms", lambda W: W.norm(dim=1))],
         "terms in blocks": [(step, "terms_in_blocks", terms)],

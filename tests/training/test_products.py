@@ -11,8 +11,10 @@ from tl_clt.training.fast.products import (
     encode,
     encode_places,
     row_norms,
+    set_gradients_aside,
     sum_by_target,
-    support_of_dense,
+    support_above,
+    zero_gradients_aside,
 )
 
 BATCH, F, D, WIDTH = 5, 7, 4, 12
@@ -23,7 +25,7 @@ def rand(*shape: int, seed: int) -> torch.Tensor:
 
 
 ACTS = torch.relu(rand(BATCH, F, seed=0))
-PLACES = support_of_dense(ACTS)
+PLACES = support_above(ACTS, torch.zeros(1, 1))
 X = rand(BATCH, D, seed=1)
 
 
@@ -66,9 +68,9 @@ CASES = {
         lambda t: PLACES.gather(X @ t["W_enc"].T + t["b_enc"]),
     ),
     "decode": (lambda t: decode(t["acts"], t["W_dec"]), lambda t: t["acts"] @ t["W_dec"]),
-    "decode, sparse": (lambda t: decode(t["acts"], t["W_dec"], PLACES, 5), lambda t: t["acts"] @ t["W_dec"]),
+    "decode, sparse": (lambda t: decode(t["acts"], t["W_dec"], PLACES), lambda t: t["acts"] @ t["W_dec"]),
     "decode_places": (
-        lambda t: decode_places(t["values"], t["W_dec"], PLACES, 5),
+        lambda t: decode_places(t["values"], t["W_dec"], PLACES),
         lambda t: PLACES.to_dense(t["values"]) @ t["W_dec"],
     ),
     "row_norms": (lambda t: row_norms(t["W_dec"]), lambda t: t["W_dec"].norm(dim=1)),
@@ -93,6 +95,24 @@ def test_product_and_gradients_are_the_plain_ones(name: str, held: bool) -> None
         assert (mine[key].grad is None) == (tensor.grad is None), key
         if tensor.grad is not None:
             torch.testing.assert_close(mine[key].grad, tensor.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_set_aside_are_written_over(name: str) -> None:
+    ours, plain = CASES[name]
+    mine, theirs = leaves(), leaves()
+    for tensor in mine.values():
+        tensor.grad = torch.full_like(tensor, torch.nan)
+    set_gradients_aside(mine.values())
+    got, want = ours(mine), plain(theirs)
+    assert all(tensor.grad is None for tensor in mine.values())
+    upstream = rand(*want.shape, seed=9)
+    got.backward(upstream)
+    want.backward(upstream)
+    zero_gradients_aside(mine.values())
+    for key, tensor in theirs.items():
+        grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        torch.testing.assert_close(mine[key].grad, grad, rtol=1e-12, atol=1e-12)
 
 
 def test_a_held_gradient_keeps_its_memory() -> None:

@@ -17,8 +17,9 @@ In the place of SAELens's stand:
     the step             `CLTTrainer._train_step` with `FastStep`. SAELens makes two copies of all activations to count
                          firing, flattened and as 0 and 1; here firing is counted layer by layer, and flattened
                          activations are made on logging steps only.
-    gradients            clipped to norm 1 as in SAELens, but over all processes of a run (`parallel`), and zeroed, not
-                         dropped, so that the next step adds to them in place (`fast.products`).
+    gradients            clipped to norm 1 as in SAELens, but over all processes of a run (`parallel`), by fused Adam
+                         while it reads them; and neither dropped nor zeroed: the next step writes its own over them
+                         (`fast.products`).
     Adam                 fused; for bfloat16 weights `RandomRoundingAdam`, because most of its updates would round to
                          nothing.
     dead features        those whose density over a window of steps is low (`RunningDensity`), not those that have not

@@ -32,6 +32,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 TrainedActivation = Literal["relu", "jumprelu", "topk", "batchtopk"]
 StraightThrough = Literal["all", "threshold"]
@@ -132,7 +133,7 @@ def mse_loss(
     recons: Float[Tensor, "batch n_layers d_model"], outputs: Float[Tensor, "batch n_layers d_model"]
 ) -> Float[Tensor, ""]:
     """Squared error summed over layers and d_model, mean over tokens."""
-    return (recons - outputs).square().sum() / recons.shape[0]
+    return F.mse_loss(recons, outputs, reduction="sum") / recons.shape[0]
 
 
 def tanh_count(

@@ -298,21 +298,22 @@ def combine_gradients(clt: nn.Module, grid: ProcessGrid) -> None:
     grid.mean_over_data([p.grad for p in clt.parameters() if p.grad is not None])
 
 
-def clip_gradients(clt: nn.Module, max_norm: float, grid: ProcessGrid) -> Float[Tensor, ""]:
-    """Scale all gradients in place so that their norm is at most `max_norm`; the norm before, over all ranks.
+def gradient_norm(clt: nn.Module, grid: ProcessGrid) -> Float[Tensor, ""]:
+    """The norm of all gradients, over all ranks.
 
         norm = sqrt(sum over ranks of |gradients of their features|^2 + |gradients of shared weights|^2)
 
-    Where one rank has all features this is `torch.nn.utils.clip_grad_norm_`.
+    Where one rank has all features this is that of `torch.nn.utils.clip_grad_norm_`.
     """
-    if grid.n_feature_shards == 1:
-        return torch.nn.utils.clip_grad_norm_(clt.parameters(), max_norm)
     gradients = {name: p.grad for name, p in clt.named_parameters() if p.grad is not None}
-    norm = _norm_over_ranks(gradients, grid)
-    scale = (max_norm / (norm + EPSILON)).clamp(max=1.0)
-    for grad in gradients.values():
-        grad.mul_(scale)
-    return norm
+    if grid.n_feature_shards == 1:
+        return torch.nn.utils.get_total_norm(list(gradients.values()))
+    return _norm_over_ranks(gradients, grid)
+
+
+def clip_divisor(norm: Float[Tensor, ""], max_norm: float) -> Float[Tensor, ""]:
+    """What gradients of that norm are divided by, so that it is at most `max_norm`."""
+    return ((norm + EPSILON) / max_norm).clamp(min=1.0)
 
 
 def _norm_over_ranks(gradients: Mapping[str, Tensor], grid: ProcessGrid) -> Float[Tensor, ""]:

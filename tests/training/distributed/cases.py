@@ -16,7 +16,15 @@ from tl_clt.training.clt import TrainingCLT, TrainingCLTConfig
 from tl_clt.training.fast import step as step_module
 from tl_clt.training.fast.selection import layer_topk
 from tl_clt.training.fast.step import FastStep
-from tl_clt.training.parallel import SINGLE, ProcessGrid, clip_gradients, combine_gradients, is_shared, process_grid
+from tl_clt.training.parallel import (
+    SINGLE,
+    ProcessGrid,
+    clip_divisor,
+    combine_gradients,
+    gradient_norm,
+    is_shared,
+    process_grid,
+)
 from tl_clt.training.run.checkpoints import gather_clt, own_share
 from tl_clt.training.run.trainer import CLTTrainer
 
@@ -106,7 +114,9 @@ def step(kind: str, products: str, n_data_parallel: int = 1) -> StepResult:
             return {name: whole(name, p.grad, grid) for name, p in clt.named_parameters()}
 
         raw = gradients()
-        norm = clip_gradients(clt, MAX_NORM, grid)
+        norm = gradient_norm(clt, grid)
+        for parameter in clt.parameters():
+            parameter.grad /= clip_divisor(norm, MAX_NORM)
         return StepResult(
             recons=grid.all_tokens(result.recons.detach()).numpy(),
             losses={name: float(value) for name, value in losses.items()},

@@ -1,38 +1,41 @@
 """The matrix products of a CLT, with gradients that cost no more memory than they must.
 
-Each product with a weight writes that weight's gradient where it belongs. Where a weight has a `.grad` from the
-step before (zeroed, not dropped), `backward()` adds the product to it in place, and autograd is handed nothing for
-that weight: a fresh gradient above glibc's largest mmap threshold (32 MiB) is given back to the system and faulted in
-again at every step, which takes as long as half of the product that fills it. What looks at gradients on their way
-would see nothing. So autograd gets the gradient as from any operation where there is no `.grad`, where it is not to be
-added to one (`torch.autograd.grad`), and where the weight has hooks. The hooks of DistributedDataParallel cannot be
-told: `FastStep` refuses to run within it.
+Each product with a weight writes that weight's gradient where it belongs. Where a weight has a `.grad`, `backward()`
+adds the product to it in place; where it has none, and that of the step before was set aside (`set_gradients_aside`, in
+the place of `zero_grad`), the product is written over that, which becomes `.grad`. In both cases autograd is handed
+nothing for that weight: a fresh gradient above glibc's largest mmap threshold (32 MiB) is given back to the system and
+faulted in again at every step, which takes as long as half of the product that fills it, and zeros are written and read
+for nothing. What looks at gradients on their way would see nothing. So autograd gets the gradient as from any operation
+where there is neither, where it is not to be added to `.grad` (`torch.autograd.grad`), and where the weight has hooks.
+The hooks of DistributedDataParallel cannot be told: `FastStep` refuses to run within it.
 
 Under autocast, and with weights in a lower precision, products take that precision and sums float32.
 
 Sums over active features only: with A [batch, n_features] the activations, mostly zero, and a support S of the places
 that count,
     weighted_rows   A @ W             reads a weight row for each active feature
-    add_outer       G += A.T @ g      writes each weight row once
+    add_outer       G (+)= A.T @ g    writes each weight row once
     inner_products  (g @ W.T) on S
 are what the dense products are, up to the order of addition, at a cost in proportion to the places of S.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tl_clt.training.parallel import SINGLE, ProcessGrid
 
@@ -72,7 +75,6 @@ def decode(
     feature_acts: Float[Tensor, "batch d_transcoder"],
     W_dec: Float[Tensor, "d_transcoder width"],
     support: Support | None = None,
-    block: int = 512,
 ) -> Float[Tensor, "batch width"]:
     """`feature_acts @ W_dec`: what one layer's features write, to all their targets at once.
 
@@ -80,16 +82,15 @@ def decode(
         feature_acts: of one layer; its gradient is dense, and made where it is asked for.
         W_dec: the layer's decoder vectors side by side.
         support: where feature_acts may differ from 0. Where given, the products run over these places only.
-        block: columns of W_dec that a sparse gradient is made of at a time.
     """
-    return _Decode.apply(feature_acts, W_dec, support, block)
+    return _Decode.apply(feature_acts, W_dec, support)
 
 
 def decode_places(
-    values: Values, W_dec: Float[Tensor, "d_transcoder width"], support: Support, block: int
+    values: Values, W_dec: Float[Tensor, "d_transcoder width"], support: Support
 ) -> Float[Tensor, "batch width"]:
     """The same of activations that exist at the places of a support only, in both directions."""
-    return _DecodePlaces.apply(values, W_dec, support, block)
+    return _DecodePlaces.apply(values, W_dec, support)
 
 
 def row_norms(W: Float[Tensor, "d_transcoder width"]) -> Float[Tensor, " d_transcoder"]:
@@ -101,13 +102,28 @@ def sum_by_target(
     b_dec: Float[Tensor, "n_layers d_model"], written: Sequence[Float[Tensor, "batch _"]], grid: ProcessGrid = SINGLE
 ) -> Float[Tensor, "batch n_layers d_model"]:
     """`b_dec` plus what each source layer wrote: to its own layer and the next ones; summed over a grid's features."""
-    n_layers, d_model = b_dec.shape
-    totals: list[Tensor | None] = [None] * n_layers
-    for source, slots in enumerate(written):
-        for target, slot in enumerate(slots.split(d_model, dim=1), start=source):
-            before = totals[target]
-            totals[target] = slot if before is None else before + slot
-    return grid.sum_over_features(torch.stack([total for total in totals if total is not None], dim=1)) + b_dec
+    return grid.sum_over_features(_SumByTarget.apply(b_dec.shape, *written)) + b_dec
+
+
+class _SumByTarget(torch.autograd.Function):
+    """Each source's gradient is a part of the sum's: autograd would put a copy together."""
+
+    @staticmethod
+    def forward(ctx: Any, shape: tuple[int, int], *written: Tensor) -> Tensor:
+        ctx.widths = [one.shape[1] for one in written]
+        total = torch.zeros(len(written[0]), shape[0] * shape[1], dtype=written[0].dtype, device=written[0].device)
+        for source, one in enumerate(written):
+            start = source * shape[1]
+            total[:, start : start + one.shape[1]] += one
+        ctx.d_model = shape[1]
+        return total.unflatten(1, shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        flat = grad.flatten(start_dim=1)
+        starts = [source * ctx.d_model for source in range(len(ctx.widths))]
+        return None, *(flat[:, a : a + width] for a, width in zip(starts, ctx.widths, strict=True))
 
 
 class _Encode(torch.autograd.Function):
@@ -153,15 +169,15 @@ class _EncodePlaces(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W_enc, b_enc = ctx.saved_tensors
         ones = x.new_ones(len(x), 1)
-        for_bias = torch.zeros_like(b_enc)
-        add_outer(for_bias[:, None], grad, ctx.support, ones, 1)
-        return None, None, _add_sparse_product(W_enc, grad, ctx.support, x, x.shape[1]), for_bias, None
+        for_bias = torch.empty_like(b_enc)
+        add_outer(for_bias[:, None], grad, ctx.support, ones, adds=False)
+        return None, None, _add_sparse_product(W_enc, grad, ctx.support, x), for_bias, None
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, feature_acts: Tensor, W_dec: Tensor, support: Support | None, block: int) -> Tensor:
-        ctx.low, ctx.support, ctx.block = _product_dtype(W_dec), support, block
+    def forward(ctx: Any, feature_acts: Tensor, W_dec: Tensor, support: Support | None) -> Tensor:
+        ctx.low, ctx.support = _product_dtype(W_dec), support
         if support is not None:
             values = support.gather(feature_acts)
             ctx.save_for_backward(values, W_dec)
@@ -177,16 +193,16 @@ class _Decode(torch.autograd.Function):
         if ctx.support is None:
             for_W = _add_product(W_dec, acts.T, grad, ctx.low)
         else:
-            for_W = _add_sparse_product(W_dec, acts, ctx.support, grad, ctx.block)
+            for_W = _add_sparse_product(W_dec, acts, ctx.support, grad)
         for_acts = _product(grad, W_dec.T, ctx.low) if ctx.needs_input_grad[0] else None
-        return for_acts, for_W, None, None
+        return for_acts, for_W, None
 
 
 class _DecodePlaces(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, W_dec: Tensor, support: Support, block: int) -> Tensor:
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, support: Support) -> Tensor:
         ctx.save_for_backward(values, W_dec)
-        ctx.support, ctx.block = support, block
+        ctx.support = support
         return weighted_rows(values, support, W_dec)
 
     @staticmethod
@@ -194,7 +210,7 @@ class _DecodePlaces(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, W_dec = ctx.saved_tensors
         for_values = inner_products(grad, W_dec, ctx.support)
-        return for_values, _add_sparse_product(W_dec, values, ctx.support, grad, ctx.block), None, None
+        return for_values, _add_sparse_product(W_dec, values, ctx.support, grad), None
 
 
 class _RowNorms(torch.autograd.Function):
@@ -210,10 +226,14 @@ class _RowNorms(torch.autograd.Function):
         W, norms = ctx.saved_tensors
         # A row of zeros has no direction: its gradient is 0, as that of torch's norm.
         share = torch.where(norms > 0, grad / norms, 0.0)[:, None].to(W.dtype)
-        total = _gradient(W)
-        if total is None:
+        held = _gradient(W)
+        if held is None:
             return W * share
-        total.addcmul_(W, share)
+        total, adds = held
+        if adds:
+            total.addcmul_(W, share)
+        else:
+            torch.mul(W, share, out=total)
         return None
 
 
@@ -229,9 +249,29 @@ def _product(a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor:
     return a @ b if low is None else (a.to(low) @ b.to(low)).float()
 
 
-def _gradient(weight: Tensor) -> Tensor | None:
-    """The gradient that a weight has already, where it may be added to in place."""
-    if not weight.is_leaf or weight.grad is None:
+_ASIDE = WeakTensorKeyDictionary()
+"""Memory for the gradients of weights."""
+
+
+def set_gradients_aside(weights: Iterable[Tensor]) -> None:
+    """Drop the gradients, whose memory the next products with these weights write theirs into."""
+    for weight in weights:
+        if weight.grad is not None:
+            _ASIDE[weight] = weight.grad
+            weight.grad = None
+
+
+def zero_gradients_aside(weights: Iterable[Tensor]) -> None:
+    """After a backward pass: what no product was written into is a gradient of zeros, unless there is another."""
+    for weight in weights:
+        memory = _ASIDE.pop(weight, None)
+        if memory is not None and weight.grad is None:
+            weight.grad = memory.zero_()
+
+
+def _gradient(weight: Tensor) -> tuple[Tensor, bool] | None:
+    """Where a weight's gradient may be written to, and whether what is there is a gradient to be added to."""
+    if not weight.is_leaf or (weight.grad is None and weight not in _ASIDE):
         return None
     if weight._backward_hooks or weight._post_accumulate_grad_hooks:
         return None
@@ -239,31 +279,41 @@ def _gradient(weight: Tensor) -> Tensor | None:
         adds_to_grad = torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
     except RuntimeError:  # what torch says of a leaf that `torch.autograd.grad` was asked for
         adds_to_grad = False
-    return weight.grad if adds_to_grad else None
+    if not adds_to_grad:
+        return None
+    if weight.grad is not None:
+        return weight.grad, True
+    memory = _ASIDE.pop(weight)
+    weight.grad = memory
+    return memory, False
 
 
 def _add_product(weight: Tensor, a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor | None:
-    """Gradient a @ b of a weight: added to its `.grad` where there is one, else given back."""
-    total = _gradient(weight)
+    """Gradient a @ b of a weight: written to its `.grad` where that may be, else given back."""
+    held = _gradient(weight)
     if low is not None:
         product = a.to(low) @ b.to(low)
-        return product.to(weight.dtype) if total is None else _none(total.add_(product))
-    return a @ b if total is None else _none(total.addmm_(a, b))
+        return product.to(weight.dtype) if held is None else _write(product, *held)
+    if held is None:
+        return a @ b
+    total, adds = held
+    total.addmm_(a, b, beta=int(adds))
+    return None
 
 
-def _add_sparse_product(weight: Tensor, values: Tensor, support: Support, grad: Tensor, block: int) -> Tensor | None:
+def _add_sparse_product(weight: Tensor, values: Tensor, support: Support, grad: Tensor) -> Tensor | None:
     """The same of A.T @ grad, with A at the places of a support."""
-    total = _gradient(weight)
-    if total is None:
-        total = torch.zeros_like(weight)
-        add_outer(total, values, support, grad, block)
-        return total
-    add_outer(total, values, support, grad, block)
-    return None
+    held = _gradient(weight)
+    total, adds = (torch.empty_like(weight), False) if held is None else held
+    add_outer(total, values, support, grad, adds)
+    return total if held is None else None
 
 
-def _none(_: Tensor) -> None:
-    return None
+def _write(gradient: Tensor, total: Tensor, adds: bool) -> None:
+    if adds:
+        total.add_(gradient)
+    else:
+        total.copy_(gradient)
 
 
 # -- sums over active features
@@ -320,6 +370,10 @@ class Support:
         """A dense tensor's values at the places."""
         return dense[self.tokens, self.features]
 
+    def only(self, wanted: Bool[Tensor, " n_places"]) -> Support:
+        """Those of the places that are wanted."""
+        return Support(self.features[wanted], F.pad(wanted.cumsum(0), (1, 0))[self.offsets], self.n_features)
+
     def to_dense(self, values: Values) -> Float[Tensor, "batch n_features"]:
         """The values at the places, 0 elsewhere."""
         return values.new_zeros(self.n_tokens, self.n_features).index_put((self.tokens, self.features), values)
@@ -332,11 +386,24 @@ def support_of_topk(indices: Int[Tensor, "batch k"], n_features: int) -> Support
     return Support(indices.flatten(), offsets, n_features)
 
 
-def support_of_dense(acts: Float[Tensor, "batch n_features"]) -> Support:
-    """The places where a tensor is not zero."""
-    with _without_csr_notice():
-        csr = acts.to_sparse_csr()
-    return Support(csr.col_indices(), csr.crow_indices(), acts.shape[1])
+GROUP = 8
+"""Features whose largest value is looked at before each of them is: one of eight values is as fast to find as eight are
+slow to list."""
+
+
+def support_above(values: Float[Tensor, "batch n_features"], low: Float[Tensor, "_ 1"]) -> Support:
+    """The places of all values greater than `low`: one number, or one for each token.
+
+    What is no number counts as greater: it is to be seen in the loss.
+    """
+    n_tokens, n_features = values.shape
+    size = math.gcd(n_features, GROUP)
+    grouped = values.view(n_tokens, size, n_features // size)
+    tokens, groups = (~(grouped.amax(dim=1) <= low)).nonzero(as_tuple=True)
+    found, within = (~(grouped[tokens, :, groups] <= low.expand(n_tokens, 1)[tokens])).nonzero(as_tuple=True)
+    features = within * (n_features // size) + groups[found]
+    counts = torch.bincount(tokens[found], minlength=n_tokens)
+    return Support(features, F.pad(counts.cumsum(0), (1, 0)), n_features)
 
 
 def weighted_rows(
@@ -354,14 +421,22 @@ def weighted_rows(
     return rows.to(values.dtype)
 
 
+BLOCK_COLUMNS = {"cpu": 128}
+"""Columns that `add_outer` makes at a time: those of 1,024 tokens have 512 KiB in float32, which the second-level cache
+of a core holds while they are read at random."""
+BLOCK_COLUMNS_ELSEWHERE = 512
+
+
 def add_outer(
     total: Float[Tensor, "n_features width"],
     values: Values,
     support: Support,
     grad: Float[Tensor, "batch width"],
-    block: int,
+    adds: bool,
 ) -> None:
-    """`total += A.T @ grad`, `block` columns at a time: what is read and what is made then stay in the cache."""
+    """`total += A.T @ grad`, or `total = A.T @ grad` where it is not to be added, some columns at a time: what is read
+    and what is made then stay in the cache."""
+    block = BLOCK_COLUMNS.get(grad.device.type, BLOCK_COLUMNS_ELSEWHERE)
     order, tokens, offsets = support.by_feature
     values = values[order].to(grad.dtype)
     for part, columns in zip(total.split(block, dim=1), grad.split(block, dim=1), strict=True):
@@ -373,7 +448,7 @@ def add_outer(
             mode="sum",
             include_last_offset=True,
         )
-        part.add_(rows)
+        _write(rows, part, adds)
 
 
 def inner_products(

@@ -10,18 +10,29 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from tl_clt.training.clt import TrainingCLT
-from tl_clt.training.fast.products import Support, support_of_topk
+from tl_clt.training.fast.products import GROUP, Support, support_above, support_of_topk
 from tl_clt.training.parallel import SINGLE, ProcessGrid
 
 Scores = Float[Tensor, "batch d_transcoder"]
 
-CANDIDATES_ABOVE = 0.7
-"""Share of the running threshold above which a batch's smallest kept score is looked for first."""
+CANDIDATES_ABOVE = (0.9, 0.6, 0.0)
+"""Shares of the running threshold above which a batch's smallest kept score is looked for, one after another until
+there are enough candidates."""
+
+
+class Selected(NamedTuple):
+    """What is kept of some layers."""
+
+    places: list[Support]
+    """Where, in each layer, of this rank's tokens and features."""
+
+    smallest: list[Float[Tensor, ""]]
+    """The smallest score kept in each layer, of all ranks' features; mean over this rank's tokens."""
 
 
 class LayerTopK(NamedTuple):
@@ -36,7 +47,7 @@ class LayerTopK(NamedTuple):
 
 def layer_topk(scores: Scores, k: int, grid: ProcessGrid) -> LayerTopK:
     """Exactly the k largest of each token in one layer, of all ranks' features."""
-    offers = torch.topk(scores, min(k, scores.shape[1]), dim=1, sorted=False)
+    offers = largest(scores, min(k, scores.shape[1]))
     if grid.n_feature_shards == 1:
         return LayerTopK(support_of_topk(offers.indices, scores.shape[1]), offers.values.amin(dim=1))
     kept = largest_offers(offers.values, k, grid)
@@ -44,6 +55,33 @@ def layer_topk(scores: Scores, k: int, grid: ProcessGrid) -> LayerTopK:
     smallest = torch.where(kept, offers.values, torch.inf).amin(dim=1)
     places = Support(offers.indices[kept], offsets, scores.shape[1])
     return LayerTopK(places, grid.all_features(smallest[:, None], dim=1).amin(dim=1))
+
+
+class Largest(NamedTuple):
+    """As `torch.topk` gives it, in any order."""
+
+    values: Float[Tensor, "batch k"]
+    """The largest scores of each token."""
+
+    indices: Int[Tensor, "batch k"]
+    """Of which features."""
+
+
+def largest(scores: Scores, k: int) -> Largest:
+    """The k largest scores of each token.
+
+    On the CPU, torch.topk takes longer than the product that made the scores. The k largest scores are in the k groups
+    whose largest score is largest: it chooses groups first, and then among their members only.
+    """
+    n_tokens, n_features = scores.shape
+    n_groups = n_features // GROUP
+    if scores.device.type != "cpu" or n_groups * GROUP != n_features or n_groups < k:
+        return Largest(*torch.topk(scores, k, dim=1, sorted=False))
+    grouped = scores.view(n_tokens, GROUP, n_groups)
+    groups = torch.topk(grouped.amax(dim=1), k, dim=1, sorted=False).indices
+    members = grouped.gather(2, groups[:, None, :].expand(-1, GROUP, -1)).flatten(start_dim=1)
+    values, places = torch.topk(members, k, dim=1, sorted=False)
+    return Largest(values, places // k * n_groups + groups.gather(1, places % k))
 
 
 def largest_offers(
@@ -64,46 +102,51 @@ def largest_offers(
 
 def token_thresholds(scores: Sequence[Scores], n_kept: int, grid: ProcessGrid = SINGLE) -> Float[Tensor, "batch 1"]:
     """Each token's `n_kept`-th largest score, over the features of all the layers given."""
-    largest = [torch.topk(s, min(n_kept, s.shape[1]), dim=1, sorted=False).values for s in scores]
-    together = grid.all_features(torch.cat(largest, dim=1), dim=1)
+    offers = [largest(s, min(n_kept, s.shape[1])).values for s in scores]
+    together = grid.all_features(torch.cat(offers, dim=1), dim=1)
     return torch.topk(together, n_kept, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
 
 
-def batch_threshold(
-    scores: Sequence[Scores], n_kept: int, guess: float, grid: ProcessGrid = SINGLE
-) -> Float[Tensor, "1 1"]:
-    """The `n_kept`-th largest score of a batch, over the features of all the layers given; 0 where fewer are positive.
+def batch_topk(scores: Sequence[Scores], n_kept: int, guess: float, grid: ProcessGrid = SINGLE) -> Selected:
+    """The `n_kept` largest scores of a batch, where they are positive, over the features of all the layers given.
 
     Args:
         scores: one tensor a layer, of this rank's tokens and features.
         n_kept: how many to keep, of all ranks' together.
-        guess: about what the result will be, or 0: it saves sorting what is far below, and changes nothing else.
+        guess: about what the smallest will be, or 0: it saves looking at what is far below, and changes nothing else.
         grid: the ranks.
     """
-    for low in (CANDIDATES_ABOVE * guess, 0.0):
-        candidates = grid.all_of_any_length(torch.cat([s[s > low] for s in scores]))
+    for share in CANDIDATES_ABOVE:
+        places = [support_above(s, s.new_full((1, 1), share * guess)) for s in scores]
+        own = [where.gather(s) for where, s in zip(places, scores, strict=True)]
+        candidates = grid.all_of_any_length(torch.cat(own))
         if len(candidates) >= n_kept:
-            return torch.kthvalue(candidates, len(candidates) - n_kept + 1).values.view(1, 1)
-    return candidates.new_zeros(1, 1)
+            smallest = torch.kthvalue(candidates, len(candidates) - n_kept + 1).values
+            kept = [where.only(~(values < smallest)) for where, values in zip(places, own, strict=True)]
+            return Selected(kept, [smallest] * len(scores))
+    return Selected(places, [candidates.new_zeros(())] * len(scores))
 
 
-def smallest_kept(clt: TrainingCLT, scores: Sequence[Scores], k: int) -> list[Float[Tensor, "_ 1"]]:
-    """The smallest score that is kept in each layer: of each token for topk, of the batch for batchtopk.
+def select(clt: TrainingCLT, layers: range, scores: Sequence[Scores], k: int) -> Selected:
+    """What is kept of layers that compete: in training within the batch, otherwise as at inference.
 
     Args:
         clt: on a grid, one rank's share of it.
-        scores: of the layers that compete: all of them, or one by itself.
+        layers: all of them, or one by itself.
+        scores: of each.
         k: features per layer and token.
     """
-    together = clt.cfg.topk_across == "all_layers"
-    groups = [list(scores)] if together else [[s] for s in scores]
-    smallest = []
-    for layer, group in enumerate(groups):
-        n_kept = k * len(group)
-        if clt.cfg.activation == "topk":
-            smallest.append(token_thresholds(group, n_kept, clt.grid))
-        else:
-            guess = float(clt.score_threshold[layer])
-            n_tokens = len(group[0]) * clt.grid.n_data_parallel
-            smallest.append(batch_threshold(group, n_kept * n_tokens, guess, clt.grid))
-    return smallest * len(scores) if together else smallest
+    cfg, grid = clt.cfg, clt.grid
+    if cfg.has_score_threshold and not clt.selects_in_batch:
+        smallest = [clt.score_threshold[s] for s in layers]
+        lows = [t.clamp(min=0.0).view(1, 1) for t in smallest]
+        return Selected([support_above(s, low) for s, low in zip(scores, lows, strict=True)], smallest)
+    if cfg.activation == "batchtopk":
+        n_kept = k * len(layers) * len(scores[0]) * grid.n_data_parallel
+        return batch_topk(scores, n_kept, float(clt.score_threshold[layers[0]]), grid)
+    if cfg.topk_across == "layer":
+        best = layer_topk(scores[0], k, grid)
+        return Selected([best.places], [best.smallest.mean()])
+    of_token = token_thresholds(scores, k * len(layers), grid)
+    below = torch.nextafter(of_token, of_token.new_tensor(-torch.inf)).clamp(min=0.0)
+    return Selected([support_above(s, below) for s in scores], [of_token.mean()] * len(layers))

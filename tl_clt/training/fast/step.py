@@ -4,13 +4,14 @@ Which products run over active features only is chosen by their measured density
 A layer is done before the next one begins, where selection allows it, so that backward too has one layer's gradients
 at a time.
 
-phi and the loss terms that are sums over features, taken at once, keep half a dozen tensors [batch, d_transcoder] for
-the backward pass. Here a block of tokens goes through the plain formulas (`plain_terms`), which stays in the cache;
-backward goes through them again, with gradients.
+phi and the loss terms that are sums over features, taken by autograd, keep half a dozen tensors [batch, d_transcoder]
+for the backward pass, and each of their two dozen operations reads and writes main memory. Here a block of tokens,
+small enough for the cache, goes through all of them, with derivatives by hand: a third of the time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -37,20 +38,16 @@ from tl_clt.training.fast.products import (
     far_norms,
     row_norms,
     sum_by_target,
-    support_of_dense,
+    support_above,
     support_of_topk,
 )
-from tl_clt.training.fast.selection import largest_offers, layer_topk, smallest_kept
+from tl_clt.training.fast.selection import largest_offers, select
 from tl_clt.training.losses import (
     SparsityKind,
     StraightThrough,
     auxk_loss,
-    dead_feature_loss,
-    jumprelu,
     mse_loss,
     sparsity_loss,
-    step_function,
-    tanh_count,
 )
 
 SPARSE_BELOW = {"cpu": 0.1}
@@ -96,7 +93,7 @@ class FastStep:
             recons = recons + torch.stack([decode(x, W_skip) for x, W_skip in zip(xs, clt.W_skip, strict=True)], dim=1)
         losses = {"mse_loss": mse_loss(recons, outputs)}
         hidden_pre = [one.hidden_pre for one in layers]
-        losses |= _auxk(clt, xs, hidden_pre, (outputs - recons).detach(), step_input)
+        losses |= _auxk(clt, xs, hidden_pre, outputs, recons.detach(), step_input)
         if not clt.cfg.selects:
             losses |= _penalties(clt, layers, step_input.coefficients)
         return CLTStep(recons, losses, [one.features for one in layers], hidden_pre, smallest)
@@ -137,7 +134,8 @@ def _thresholded_layers(
         result = terms_in_blocks(h, threshold.to(x.dtype), _norms(clt, layer), options, out)
         acts = result.feature_acts
         sparse = float(result.fired.sum()) / acts.numel() < _sparse_below(acts.device)
-        written = decode(acts, clt.W_dec[layer], support_of_dense(acts.detach()) if sparse else None, clt.cfg.d_in)
+        places = support_above(acts.detach(), acts.new_zeros(1, 1)) if sparse else None
+        written = decode(acts, clt.W_dec[layer], places)
         features = LayerFeatures(acts.detach, result.fired)
         written = _to_targets(clt, layer, written)
         layers.append(_Layer(features, h.detach(), written, result.counts, result.dead_features))
@@ -158,9 +156,9 @@ def _selected_layers(
         with torch.no_grad():
             hidden_pre = [_encoded(clt, s, xs[s], memory) for s in group]
             scores = [_scored(clt, s, h, memory) for s, h in zip(group, hidden_pre, strict=True)]
-            places, thresholds = _places(clt, group, scores, k)
-        smallest += thresholds
-        for s, h, where in zip(group, hidden_pre, places, strict=True):
+            selected = select(clt, group, scores, k)
+        smallest += selected.smallest
+        for s, h, where in zip(group, hidden_pre, selected.places, strict=True):
             layers.append(_kept(clt, s, xs[s], h, where))
     of_all_tokens = torch.stack(smallest)
     clt.grid.mean_over_data([of_all_tokens])
@@ -179,22 +177,6 @@ def _scored(clt: TrainingCLT, layer: int, hidden_pre: Tensor, memory: FastStep) 
     return torch.mul(hidden_pre, _norms(clt, layer).to(hidden_pre.dtype), out=out)
 
 
-def _places(clt: TrainingCLT, group: range, scores: list[Tensor], k: int) -> tuple[list[Support], list[Tensor]]:
-    """Where features are kept, and the smallest score of each layer."""
-    if clt.cfg.activation == "topk" and len(group) == 1 and not clt.cfg.has_score_threshold:
-        # As `smallest_kept`, without a look at every score again.
-        best = layer_topk(scores[0], k, clt.grid)
-        return [best.places], [best.smallest.mean()]
-    if clt.cfg.has_score_threshold and not clt.selects_in_batch:
-        thresholds = [clt.score_threshold[s].view(1, 1) for s in group]
-        kept = [s > t for s, t in zip(scores, thresholds, strict=True)]
-    else:
-        thresholds = smallest_kept(clt, scores, k)
-        kept = [s >= t for s, t in zip(scores, thresholds, strict=True)]
-    places = [support_of_dense((s * keep).clamp_(min=0.0)) for s, keep in zip(scores, kept, strict=True)]
-    return places, [t.mean() for t in thresholds]
-
-
 def _kept(clt: TrainingCLT, layer: int, x: Tensor, hidden_pre: Tensor, places: Support) -> _Layer:
     """One layer's activations at the places. On the sparse path, no gradient of another pre-activation is made."""
     W_enc, b_enc, n_features = clt.W_enc[layer], clt.b_enc[layer], clt.n_own_features
@@ -206,7 +188,7 @@ def _kept(clt: TrainingCLT, layer: int, x: Tensor, hidden_pre: Tensor, places: S
     fired = torch.bincount(places.features[values > 0], minlength=n_features)
     if sparse:
         features = LayerFeatures(partial(places.to_dense, values.detach()), fired)
-        written = decode_places(values, clt.W_dec[layer], places, clt.cfg.d_in)
+        written = decode_places(values, clt.W_dec[layer], places)
     else:
         acts = places.to_dense(values)
         features = LayerFeatures(acts.detach, fired)
@@ -228,21 +210,26 @@ def _penalties(clt: TrainingCLT, layers: list[_Layer], coefficients: dict[str, f
 
 
 def _auxk(
-    clt: TrainingCLT, xs: tuple[Tensor, ...], hidden_pre: list[Tensor], residual: Tensor, step_input: TrainStepInput
+    clt: TrainingCLT,
+    xs: tuple[Tensor, ...],
+    hidden_pre: list[Tensor],
+    outputs: Tensor,
+    recons: Tensor,
+    step_input: TrainStepInput,
 ) -> dict[str, Tensor]:
     """AuxK's term, where features are dead."""
     coefficient, dead = step_input.coefficients.get("auxk", 0.0), step_input.dead_neuron_mask
     n_dead = 0 if dead is None or coefficient == 0 else int(dead.sum())
     if dead is None or n_dead == 0:
         return {}
-    k_aux = clt.cfg.k_aux or clt.cfg.d_in // 2
+    k_aux, residual = clt.cfg.k_aux or clt.cfg.d_in // 2, outputs - recons
     written: list[Tensor] = []
     for layer, dead_here in enumerate(dead.unflatten(0, (clt.cfg.n_layers, -1))):
         chosen = auxk_features(clt, layer, xs[layer], hidden_pre[layer], dead_here, k_aux)
         if chosen is None:
             written.append(residual.new_zeros(len(residual), len(clt.targets[layer]) * clt.cfg.d_in))
         else:
-            written.append(_to_targets(clt, layer, decode_places(chosen[0], clt.W_dec[layer], chosen[1], clt.cfg.d_in)))
+            written.append(_to_targets(clt, layer, decode_places(chosen[0], clt.W_dec[layer], chosen[1])))
     by_target = sum_by_target(torch.zeros_like(residual[0]), written, clt.grid)
     return {"auxk_loss": coefficient * auxk_loss(residual, by_target, n_dead, k_aux)}
 
@@ -263,8 +250,9 @@ def _sparse_below(device: torch.device) -> float:
 
 # -- phi and the terms that are sums over features
 
-BLOCK_ELEMENTS = {"cpu": 2**18}
-"""Pre-activations of a block: 1 MiB in float32."""
+BLOCK_ELEMENTS = {"cpu": 2**16}
+"""Pre-activations of a block for each thread: 256 KiB in float32, so that the second-level cache of a core holds a
+block of all that is made of them."""
 BLOCK_ELEMENTS_ELSEWHERE = 2**26
 """On a GPU launching small blocks costs more than the memory saved."""
 
@@ -292,21 +280,8 @@ class TermOptions:
     """Whether there is a dead-feature loss."""
 
 
-class PlainTerms(NamedTuple):
-    """What the plain formulas give for a block of tokens of one layer."""
-
-    feature_acts: Float[Tensor, "batch d_transcoder"]
-    """After phi."""
-
-    counts: Float[Tensor, " batch"]
-    """What the features count for in the sparsity loss, summed over the layer, at each token."""
-
-    dead_features: Float[Tensor, ""]
-    """The dead-feature loss, summed over tokens."""
-
-
 class Terms(NamedTuple):
-    """The same for a whole batch, with firing counts."""
+    """One layer's activations, and its sums over features."""
 
     feature_acts: Float[Tensor, "batch d_transcoder"]
     """After phi."""
@@ -321,27 +296,6 @@ class Terms(NamedTuple):
     """Tokens at which each feature fires."""
 
 
-def plain_terms(
-    hidden_pre: Float[Tensor, "batch d_transcoder"],
-    threshold: Float[Tensor, " d_transcoder"],
-    norms: Float[Tensor, " d_transcoder"],
-    options: TermOptions,
-) -> PlainTerms:
-    """The formulas of `activations` and `losses`, for one layer."""
-    if options.activation == "jumprelu":
-        acts = jumprelu(hidden_pre, threshold, options.bandwidth, options.straight_through)
-    else:
-        acts = torch.relu(hidden_pre)
-    if options.sparsity == "tanh":
-        counts = tanh_count(acts, norms, options.tanh_scale)
-    else:
-        counts = step_function(hidden_pre, threshold, options.bandwidth, options.straight_through).sum(dim=1)
-    dead = hidden_pre.new_zeros(())
-    if options.dead_features:
-        dead = len(hidden_pre) * dead_feature_loss([hidden_pre], [threshold], [norms])
-    return PlainTerms(acts, counts, dead)
-
-
 def terms_in_blocks(
     hidden_pre: Float[Tensor, "batch d_transcoder"],
     threshold: Float[Tensor, " d_transcoder"],
@@ -349,26 +303,37 @@ def terms_in_blocks(
     options: TermOptions,
     out: Float[Tensor, "batch d_transcoder"],
 ) -> Terms:
-    """`plain_terms` of a whole batch, with its gradients, block by block. Activations are written into `out`."""
+    """phi, and the terms that are sums over features, with their gradients. Activations are written into `out`."""
     return Terms(*_Terms.apply(hidden_pre, threshold, norms, options, out))
 
 
 class _Terms(torch.autograd.Function):
+    """The formulas of `jumprelu`, `tanh_count`, `step_function` and `dead_feature_loss`, and their derivatives.
+
+    relu is jumprelu with a threshold of 0 that learns nothing.
+    """
+
     @staticmethod
     def forward(
         ctx: Any, hidden_pre: Tensor, threshold: Tensor, norms: Tensor, options: TermOptions, acts: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(hidden_pre, threshold, norms)
+        ctx.save_for_backward(hidden_pre, threshold, norms, acts)
         ctx.mark_dirty(acts)
         ctx.options = options
         counts, dead_features = hidden_pre.new_empty(len(hidden_pre)), hidden_pre.new_zeros(())
         fired = torch.zeros(hidden_pre.shape[1], dtype=torch.long, device=hidden_pre.device)
-        for rows in _blocks(hidden_pre):
-            block = plain_terms(hidden_pre[rows], threshold, norms, options)
-            acts[rows] = block.feature_acts
-            counts[rows] = block.counts
-            dead_features += block.dead_features
-            fired += block.feature_acts.count_nonzero(dim=0)
+        doubled = 2 * options.tanh_scale * norms
+        for rows, (spare,) in _blocks(hidden_pre, 1):
+            h, a = hidden_pre[rows], acts[rows]
+            fires = torch.gt(h, threshold, out=spare)
+            torch.mul(h, fires, out=a)
+            fired += fires.sum(dim=0).long()
+            if options.sparsity == "tanh":
+                counts[rows] = 2 * torch.mul(a, doubled, out=spare).sigmoid_().sub_(0.5).sum(dim=1)
+            else:
+                counts[rows] = fires.sum(dim=1)
+            if options.dead_features:
+                dead_features += torch.sub(threshold, h, out=spare).relu_().sum(dim=0) @ norms
         ctx.mark_non_differentiable(fired)
         return acts, counts, dead_features, fired
 
@@ -377,29 +342,60 @@ class _Terms(torch.autograd.Function):
     def backward(
         ctx: Any, for_acts: Tensor, for_counts: Tensor, for_dead: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
-        hidden_pre, threshold, norms = ctx.saved_tensors
+        hidden_pre, threshold, norms, acts = ctx.saved_tensors
+        options: TermOptions = ctx.options
+        jumps, tanh, all_of_it = (
+            options.activation == "jumprelu",
+            options.sparsity == "tanh",
+            options.straight_through == "all",
+        )
+        eps, half, twice = options.bandwidth, options.bandwidth / 2, 2 * options.tanh_scale
+        doubled, slope_in_window = twice * norms, (threshold + half) / eps
         for_hidden_pre = torch.empty_like(hidden_pre)
         for_threshold, for_norms = torch.zeros_like(threshold), torch.zeros_like(norms)
-        threshold, norms = threshold.detach().requires_grad_(), norms.detach().requires_grad_()
-        for rows in _blocks(hidden_pre):
-            with torch.enable_grad():
-                h = hidden_pre[rows].detach().requires_grad_()
-                block = plain_terms(h, threshold, norms, ctx.options)
-            upstream = (for_acts[rows], for_counts[rows], for_dead)
-            wanted = [(term, grad) for term, grad in zip(block, upstream, strict=True) if term.requires_grad]
-            outputs, upstream = zip(*wanted, strict=True)
-            grads = torch.autograd.grad(outputs, (h, threshold, norms), upstream, allow_unused=True)
-            for_hidden_pre[rows] = grads[0]
-            for total, grad in zip((for_threshold, for_norms), grads[1:], strict=True):
-                if grad is not None:
-                    total += grad
+        for rows, (distance, window, spare, other) in _blocks(hidden_pre, 4):
+            a, grad, of_counts = acts[rows], for_hidden_pre[rows], for_counts[rows, None]
+            torch.sub(hidden_pre[rows], threshold, out=distance)
+            if jumps or not tanh:
+                torch.lt(torch.abs(distance, out=window), half, out=window)
+            if tanh:
+                # d tanh(z) / dz = 4 s (1 - s), with s = sigmoid(2 z)
+                s = torch.mul(a, doubled, out=spare).sigmoid_()
+                slope = torch.addcmul(s, s, s, value=-1, out=other).mul_(2 * twice * of_counts)
+                torch.addcmul(for_acts[rows], slope, norms, out=grad)
+                for_norms += slope.mul_(a).sum(dim=0)
+            else:
+                grad.copy_(for_acts[rows])
+            if jumps:
+                in_window = torch.mul(grad, window, out=spare)
+                for_threshold -= in_window.sum(dim=0) * (threshold / eps)
+            if jumps and all_of_it:
+                grad.mul_(torch.ge(distance, half, out=other)).addcmul_(spare, slope_in_window)
+            else:
+                grad.mul_(torch.gt(distance, 0.0, out=other))
+            if not tanh:
+                of_window = window.mul_(of_counts / eps)
+                for_threshold -= of_window.sum(dim=0)
+                if all_of_it:
+                    grad += of_window
+            if options.dead_features:
+                for_norms += for_dead * torch.neg(distance, out=spare).relu_().sum(dim=0)
+                below = torch.lt(distance, 0.0, out=spare)
+                for_threshold += for_dead * norms * below.sum(dim=0)
+                grad.addcmul_(below, for_dead * norms, value=-1)
         return for_hidden_pre, for_threshold, for_norms, None, None
 
 
-def _blocks(hidden_pre: Tensor) -> list[slice]:
-    elements = BLOCK_ELEMENTS.get(hidden_pre.device.type, BLOCK_ELEMENTS_ELSEWHERE)
-    n = max(1, elements // hidden_pre.shape[1])
-    return [slice(start, start + n) for start in range(0, len(hidden_pre), n)]
+def _blocks(hidden_pre: Tensor, n_spare: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Blocks of tokens, each with tensors of its shape to write into."""
+    elements = BLOCK_ELEMENTS_ELSEWHERE
+    if hidden_pre.device.type in BLOCK_ELEMENTS:
+        elements = torch.get_num_threads() * BLOCK_ELEMENTS[hidden_pre.device.type]
+    n = min(len(hidden_pre), max(1, elements // hidden_pre.shape[1]))
+    spare = [hidden_pre.new_empty(n, hidden_pre.shape[1]) for _ in range(n_spare)]
+    for start in range(0, len(hidden_pre), n):
+        rows = slice(start, min(start + n, len(hidden_pre)))
+        yield rows, [one[: rows.stop - start] for one in spare]
 
 
 # -- AuxK: see `losses`

@@ -24,9 +24,10 @@ from torch.optim import Optimizer
 
 from tl_clt.errors import NotFinite
 from tl_clt.training.clt import TrainingCLT, TrainingCLTConfig
+from tl_clt.training.fast.products import set_gradients_aside, zero_gradients_aside
 from tl_clt.training.fast.step import FastStep
 from tl_clt.training.losses import L0Controller
-from tl_clt.training.parallel import clip_gradients, combine_gradients
+from tl_clt.training.parallel import clip_divisor, combine_gradients, gradient_norm
 from tl_clt.training.run.progress import ProgressMeter
 
 CONTROLLER_START = 0.01
@@ -135,15 +136,19 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
             n_training_steps=self.n_training_steps,
             is_logging_step=self._is_logging_step(),
         )
+        # Norms of low-rank decoders are taken by plain torch, which adds to zeros.
+        by_products = [*sae.W_enc, *(sae.W_dec if sae.W_far is None else ())]
+        set_gradients_aside(by_products)
+        self.optimizer.zero_grad(set_to_none=False)
         with self.autocast_if_enabled:
             output = self._forward(sae, step_input)
         output.loss.backward()
+        zero_gradients_aside(by_products)
         combine_gradients(sae, sae.grid)
-        norm = clip_gradients(sae, MAX_NORM, sae.grid)
+        norm = gradient_norm(sae, sae.grid)
         output = self._with_losses_of_whole_batch(output)
         self._require_finite_step(output, norm, sae_in)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
+        self._change_weights(clip_divisor(norm, MAX_NORM))
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
@@ -151,6 +156,18 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
         self.n_training_samples += len(sae_in) * (sae.grid.n_data_parallel - 1)
         self.seconds_in_steps += time.monotonic() - began
         return output
+
+    @torch.no_grad()
+    def _change_weights(self, divisor: Tensor) -> None:
+        """Adam's step, with the gradients divided."""
+        if self.sae.dtype == torch.float32:
+            # Fused Adam divides while it reads them, by a float32.
+            self.optimizer.grad_scale = divisor.float()  # type: ignore[attr-defined]
+        else:
+            for weight in self.sae.parameters():
+                if weight.grad is not None:
+                    weight.grad /= divisor
+        self.optimizer.step()
 
     def _require_finite_step(self, output: TrainStepOutput, norm: Tensor, sae_in: Tensor) -> None:
         """Raise, on all ranks alike, where the loss or the norm of the gradients is infinite or no number: before the
@@ -184,7 +201,6 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
             terms.append(f"the reconstruction of layers {', '.join(map(str, layers))} is not finite")
         if not terms:
             names = sorted({name for _, _, of_rank in found for name in of_rank})
-            # What is no number has spread to all gradients when they were clipped; infinities have not.
             source = f", from {', '.join(names)}" if 0 < len(names) < len(gradients) else ""
             terms = [f"the gradient's norm is {float(norm)}{source}"]
         raise NotFinite(f"{step} {'; '.join(terms)}. Nothing is saved of these weights. {mend_of_growth(cfg)}")
