@@ -26,9 +26,8 @@ from tl_clt import (
 from tl_clt.cli import app
 from tl_clt.cli.train import ProgressLines
 from tl_clt.evaluation.tradeoff import compare
-from tl_clt.organisms import organism_folder
 
-ATLAS_CLT = str(organism_folder("atlas") / "clt")
+ATLAS_CLT = "atlas"
 PROMPT = "the capital of the state containing Dallas is"
 
 
@@ -229,6 +228,7 @@ def test_training_that_goes_out_of_bounds_ends_with_one_message_and_saves_no_clt
 
 BAD = {
     "model": ({"--model": "atlass"}, "ModelNotFound", "Nearest|bundled organism"),
+    "clt name": ({"--clt": "atlass"}, "FormatError", "Nearest names: atlas"),
     "clt": ({"--clt": "no/such/clt"}, "FormatError", "neither a folder here nor a hub repository"),
     "prompt": ({"--prompt": " "}, "PromptError", "empty"),
     "max_n_logits": ({"--max-n-logits": "0"}, "TargetError", "max_n_logits is 0"),

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tl_clt.arguments import as_path, as_whole
+from tl_clt.bundled import bundled_folder
 from tl_clt.errors import CLTMismatch, FeatureNotFound, FormatError
 from tl_clt.files import files_into, read_json, reading
 from tl_clt.report import as_html
@@ -236,7 +237,7 @@ class FeatureStore:
         """Open a store; nothing but its index is read.
 
         Args:
-            folder: what `collect_features` or `tl-clt features` wrote.
+            folder: what `collect_features` or `tl-clt features` wrote, or the name of a bundled organism ("atlas").
             clt: a CLT that it must belong to.
 
         Raises:
@@ -244,6 +245,8 @@ class FeatureStore:
             CLTMismatch: it belongs to another CLT.
         """
         path = as_path("folder", folder, FormatError)
+        if not path.is_dir():
+            path = bundled_folder(folder, "features") or path
         if not (path / ABOUT).is_file():
             if (path / UNFINISHED).is_dir():
                 raise FormatError(

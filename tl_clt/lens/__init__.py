@@ -2,6 +2,7 @@
 
 from transformer_lens import ActivationCache
 
+from tl_clt.bundled import bundled_organisms
 from tl_clt.lens.clean_run import CleanRun, Freeze
 from tl_clt.lens.freezing import PinnedNorms, frozen_hooks, hold, is_frozen_hook, norm_outputs, require_held
 from tl_clt.lens.hooks import (
@@ -25,7 +26,7 @@ from tl_clt.lens.hooks import (
     require_model,
     user_hooks_aside,
 )
-from tl_clt.lens.loading import Backend, bundled_organisms, load_model, model_fingerprint, model_shape
+from tl_clt.lens.loading import Backend, load_model, model_fingerprint, model_shape
 from tl_clt.lens.prompts import (
     Prompt,
     PromptBatch,
