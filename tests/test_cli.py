@@ -84,7 +84,16 @@ def test_features_makes_a_labelled_store_and_goes_on_with_it(tmp_path):
     store = FeatureStore.open(folder, CrossLayerTranscoder.from_pretrained(ATLAS_CLT))
     assert len(store.labels()) > 20
     assert "is not empty" in run(*command, status=1)
-    assert "The features that write most" in run(*command, "--resume", "--labels", "none")
+    labels = (folder / "labels.safetensors").read_bytes()
+    output = run(*command, "--resume", "--labels", "none")
+    assert "The features that write most" in output and "whole, and as asked for: nothing is read again" in output
+    assert "It has these labels, by rules: nothing is labelled again" in run(*command, "--resume")
+    assert "Labels by rules, seed 0, are replaced" in run(*command, "--resume", "--seed", "1")
+    assert labels != (folder / "labels.safetensors").read_bytes()
+    output = run(*command, "--resume", "--context-size", "7", status=1)
+    assert "was made with other settings (context_size None -> 7). Give the same, or a new folder" in output
+    text.write_text("\n".join(sentences[::-1] * 10))
+    assert "was made of another text" in run(*command, "--resume", status=1)
     assert "give one of rules, endpoint, none" in run(*command, "--labels", "rule", status=1)
     assert "--endpoint-model" in run(*command, "--labels", "endpoint", status=1)
 

@@ -227,6 +227,16 @@ def new_file(path: Path, mend: str = MEND) -> Iterator[Path]:
             unfinished.unlink(missing_ok=True)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, or begin one with it; missing folders are made.
+
+    Raises:
+        NotWritten: the disk is full, for example.
+    """
+    with _named_errors(path, MEND), _parent_of(path), path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
 @contextmanager
 def _named_errors(path: Path, mend: str) -> Iterator[None]:
     """Within, an error of the system becomes one of ours that names the path and the mend."""
