@@ -26,6 +26,8 @@ from tl_clt import (
 from tl_clt.cli import app
 from tl_clt.cli.train import ProgressLines
 from tl_clt.evaluation.tradeoff import compare
+from tl_clt.viewer import FeatureBundles, load_neuronpedia_features
+from tl_clt.viewer.html import plain_json
 
 ATLAS_CLT = "atlas"
 PROMPT = "the capital of the state containing Dallas is"
@@ -481,6 +483,26 @@ def test_a_graph_exported_is_imported_as_it_was(graph_file, tmp_path):
     assert {path.name for path in folder.iterdir()} == {"dallas.json", "graph-metadata.json"}
     assert "AttributionGraph(" in run("import", str(folder / "dallas.json"), "--output", str(tmp_path / "pruned"))
     assert AttributionGraph.load(tmp_path / "pruned") == whole.prune(0.7, 0.9)
+
+
+@pytest.mark.parametrize("format", ["neuronpedia", "circuit-tracer"])
+def test_features_exported_are_read_as_they_were(format, tmp_path):
+    store, folder = load_features("atlas"), tmp_path / "features"
+    assert f"{4 * 256} features, with their labels" in run(
+        "export", "atlas", "--output", str(folder), "--format", format
+    )
+    if format == "neuronpedia":
+        found = list(load_neuronpedia_features(folder))
+    else:
+        bundles = FeatureBundles.open(folder)
+        found = [bundles[place] for place in bundles]
+    assert found == [plain_json(record.to_dict()) for record in store.records()]
+    again = ("export", str(store.folder), "--output", str(folder), "--format", format)
+    assert "is not empty" in run(*again, status=1)
+    other = ("export", str(store.folder), "--output", str(tmp_path / "o"), "--slug", "a", "--format", format)
+    assert "is a feature store, and --slug is of graphs" in run(*other, status=1)
+    assert "no feature store" in run("export", str(tmp_path), "--output", str(tmp_path / "o"), status=1)
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize(

@@ -354,6 +354,14 @@ class FeatureStore:
         except FeatureNotFound:
             return None
 
+    def records(self) -> Iterator[FeatureRecord]:
+        """What is known of every feature, layer by layer in order, one at a time.
+
+        Raises:
+            FormatError: a file is damaged.
+        """
+        return (self[layer, feature] for layer in range(self.n_layers) for feature in range(self.d_transcoder))
+
     def labels(self) -> DataFrame:
         """All features with a label: layer, feature, label, its scores, density, max_activation and decoder_norm."""
         stats = self.statistics()
