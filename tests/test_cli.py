@@ -496,7 +496,7 @@ def test_features_exported_are_read_as_they_were(format, tmp_path):
     else:
         bundles = FeatureBundles.open(folder)
         found = [bundles[place] for place in bundles]
-    assert found == [plain_json(record.to_dict()) for record in store.records()]
+    assert found == [plain_json(record.to_dict()) for record in store]
     again = ("export", str(store.folder), "--output", str(folder), "--format", format)
     assert "is not empty" in run(*again, status=1)
     other = ("export", str(store.folder), "--output", str(tmp_path / "o"), "--slug", "a", "--format", format)

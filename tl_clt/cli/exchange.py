@@ -85,14 +85,13 @@ def _export_features(source: str, output: Path, format: str, of_graphs: list[str
         )
     store = FeatureStore.open(source)
     require_new(output)
-    n = store.n_layers * store.d_transcoder
-    records = (record.to_dict() for record in track(store.records(), "Features", n, console=errors, transient=True))
+    records = (record.to_dict() for record in track(store, "Features", console=errors, transient=True))
     if format == "circuit-tracer":
         formats.save_circuit_tracer_features(records, output, d_transcoder=store.d_transcoder)
     else:
         formats.save_neuronpedia_features(records, output)
     labelled = "with their labels" if store.is_labelled else "without labels"
-    console.print(f"{n} features, {labelled}, are in {output}.", markup=False, soft_wrap=True)
+    console.print(f"{len(store)} features, {labelled}, are in {output}.", markup=False, soft_wrap=True)
 
 
 def _export_graph(

@@ -293,7 +293,9 @@ def _score(
         active: where the feature is active there.
         scoring: activations of the CLT, by which contexts are like each other.
     """
-    silent = np.setdiff1d(np.arange(len(scoring.contexts)), active.contexts)
+    is_silent = np.ones(len(scoring.contexts), dtype=bool)
+    is_silent[active.contexts] = False
+    silent = np.flatnonzero(is_silent)
     if not len(active.contexts) or not len(silent):
         return LabelScore(None, None)
     n = min(labeller.n_contexts, len(active.contexts))

@@ -354,7 +354,11 @@ class FeatureStore:
         except FeatureNotFound:
             return None
 
-    def records(self) -> Iterator[FeatureRecord]:
+    def __len__(self) -> int:
+        """All features."""
+        return self.n_layers * self.d_transcoder
+
+    def __iter__(self) -> Iterator[FeatureRecord]:
         """What is known of every feature, layer by layer in order, one at a time.
 
         Raises:
