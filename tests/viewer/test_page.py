@@ -292,6 +292,18 @@ def test_weak_edges_are_left_out_and_counted(page, graph):
     assert f"{int((weights < least).sum())} of |weight| under" in page.get_by_test_id("summary").inner_text()
 
 
+def test_where_nodes_stand_closely_the_likeliest_output_and_the_one_selected_have_their_names(page, tmp_path):
+    many = large_graph(300, 600, n_layers=6, n_pos=8)
+    many.save_html(tmp_path / "many.html")
+    show(page, (tmp_path / "many.html").as_uri())
+    names = page.evaluate("tlclt.svg('graph')")
+    assert "out0 50%" in names and "out1" not in names
+    node = next(n for n in many.nodes if n.kind == NodeKind.FEATURE and n.layer == 3)
+    page.evaluate("i => tlclt.store.select(i)", node.number)
+    settle(page)
+    assert f"{node.layer}.{node.index}" in page.evaluate("tlclt.svg('graph')")
+
+
 def test_of_very_many_edges_the_strongest_are_drawn_and_the_rest_counted(page, tmp_path):
     large = large_graph(600, 60_000, n_layers=6, n_pos=8)
     show(page, large.save_html(tmp_path / "large.html").as_uri())

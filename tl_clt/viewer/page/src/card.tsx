@@ -276,7 +276,7 @@ function FeatureCard({ store, feature, keyName }: { store: Store; feature: Featu
       : Object.keys(store.features).length
         ? "Nothing is known of this feature."
         : "No features were given with this graph: save_html(path, features=store) adds what they fire on.";
-    return <p class="quiet">{why}</p>;
+    return <p class="quiet apart">{why}</p>;
   }
   return (
     <section class="feature" data-testid="feature">
