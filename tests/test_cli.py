@@ -26,9 +26,10 @@ from tl_clt import (
 from tl_clt.cli import app
 from tl_clt.cli.train import ProgressLines
 from tl_clt.evaluation.tradeoff import compare
-from tl_clt.organisms import organism_folder
+from tl_clt.viewer import FeatureBundles, load_neuronpedia_features
+from tl_clt.viewer.html import plain_json
 
-ATLAS_CLT = str(organism_folder("atlas") / "clt")
+ATLAS_CLT = "atlas"
 PROMPT = "the capital of the state containing Dallas is"
 
 
@@ -85,7 +86,16 @@ def test_features_makes_a_labelled_store_and_goes_on_with_it(tmp_path):
     store = FeatureStore.open(folder, CrossLayerTranscoder.from_pretrained(ATLAS_CLT))
     assert len(store.labels()) > 20
     assert "is not empty" in run(*command, status=1)
-    assert "The features that write most" in run(*command, "--resume", "--labels", "none")
+    labels = (folder / "labels.safetensors").read_bytes()
+    output = run(*command, "--resume", "--labels", "none")
+    assert "The features that write most" in output and "whole, and as asked for: nothing is read again" in output
+    assert "It has these labels, by rules: nothing is labelled again" in run(*command, "--resume")
+    assert "Labels by rules, seed 0, are replaced" in run(*command, "--resume", "--seed", "1")
+    assert labels != (folder / "labels.safetensors").read_bytes()
+    output = run(*command, "--resume", "--context-size", "7", status=1)
+    assert "was made with other settings (context_size None -> 7). Give the same, or a new folder" in output
+    text.write_text("\n".join(sentences[::-1] * 10))
+    assert "was made of another text" in run(*command, "--resume", status=1)
     assert "give one of rules, endpoint, none" in run(*command, "--labels", "rule", status=1)
     assert "--endpoint-model" in run(*command, "--labels", "endpoint", status=1)
 
@@ -229,6 +239,7 @@ def test_training_that_goes_out_of_bounds_ends_with_one_message_and_saves_no_clt
 
 BAD = {
     "model": ({"--model": "atlass"}, "ModelNotFound", "Nearest|bundled organism"),
+    "clt name": ({"--clt": "atlass"}, "FormatError", "Nearest names: atlas"),
     "clt": ({"--clt": "no/such/clt"}, "FormatError", "neither a folder here nor a hub repository"),
     "prompt": ({"--prompt": " "}, "PromptError", "empty"),
     "max_n_logits": ({"--max-n-logits": "0"}, "TargetError", "max_n_logits is 0"),
@@ -478,6 +489,26 @@ def test_a_graph_exported_is_imported_as_it_was(graph_file, tmp_path):
     assert {path.name for path in folder.iterdir()} == {"dallas.json", "graph-metadata.json"}
     assert "AttributionGraph(" in run("import", str(folder / "dallas.json"), "--output", str(tmp_path / "pruned"))
     assert AttributionGraph.load(tmp_path / "pruned") == whole.prune(0.7, 0.9)
+
+
+@pytest.mark.parametrize("format", ["neuronpedia", "circuit-tracer"])
+def test_features_exported_are_read_as_they_were(format, tmp_path):
+    store, folder = load_features("atlas"), tmp_path / "features"
+    assert f"{4 * 256} features, with their labels" in run(
+        "export", "atlas", "--output", str(folder), "--format", format
+    )
+    if format == "neuronpedia":
+        found = list(load_neuronpedia_features(folder))
+    else:
+        bundles = FeatureBundles.open(folder)
+        found = [bundles[place] for place in bundles]
+    assert found == [plain_json(record.to_dict()) for record in store]
+    again = ("export", str(store.folder), "--output", str(folder), "--format", format)
+    assert "is not empty" in run(*again, status=1)
+    other = ("export", str(store.folder), "--output", str(tmp_path / "o"), "--slug", "a", "--format", format)
+    assert "is a feature store, and --slug is of graphs" in run(*other, status=1)
+    assert "no feature store" in run("export", str(tmp_path), "--output", str(tmp_path / "o"), status=1)
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize(

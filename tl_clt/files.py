@@ -230,6 +230,16 @@ def new_file(path: Path, mend: str = MEND) -> Iterator[Path]:
             unfinished.unlink(missing_ok=True)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, or begin one with it; missing folders are made.
+
+    Raises:
+        NotWritten: the disk is full, for example.
+    """
+    with _named_errors(path, MEND), _parent_of(path), path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
 def _open_to_readers(*paths: Path) -> None:
     """Give files the permissions that new files have: safetensors lets nobody but their owner read its own."""
     mask = os.umask(0)

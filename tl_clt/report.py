@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 """Colours of lines and bars, in order: those of Okabe and Ito, which people of every colour vision tell apart."""
 POSITIVE, NEGATIVE = PALETTE[0], PALETTE[1]
-"""Colours of signs. Negative lines are dashed as well."""
+"""Colours of signs on light ground. Negative lines are dashed as well."""
+POSITIVE_ON_DARK, NEGATIVE_ON_DARK = PALETTE[5], PALETTE[4]
+"""On dark ground: the palette's lighter blue and orange. The page's style sheet has these four as well."""
 GREY = "#808080"
 """Of what is beside the point: means, zero lines, what is left out."""
 

@@ -12,6 +12,7 @@ import torch
 
 from tests.features import cases
 from tests.features.cases import Case, collect, same_files
+from tests.models import tiny_clt
 from tests.training.distributed.processes import Processes
 from tl_clt import feature_acts
 from tl_clt.errors import ConfigError, DatasetError, FormatError, MemoryLimit, OutputNotEmpty
@@ -193,8 +194,25 @@ def test_a_resumed_pass_makes_the_same_store(case: Case, store: FeatureStore, tm
     n_resumed = len(passed)
     collect(case, tmp_path / "whole")
     assert n_resumed == len(passed) - n_resumed - 4  # the four batches that were written are not read again
-    with pytest.raises(OutputNotEmpty, match="nothing to resume"):
-        collect(case, tmp_path / "s", resume=True)
+
+
+def test_a_finished_store_is_given_back_to_whoever_asks_for_the_same(case: Case, tmp_path: Path, monkeypatch):
+    made = collect(case, tmp_path / "s")
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Collected, "add", lambda *args: pytest.fail("read again"))
+        assert collect(case, tmp_path / "s", resume=True).folder == made.folder
+        with pytest.raises(
+            ConfigError, match="was made with other settings \\(n_top 3 -> 4\\).*Give the same, or a new"
+        ):
+            collect(case, tmp_path / "s", n_top=4, resume=True)
+        with pytest.raises(ConfigError, match="was made with another CLT"):
+            collect(case._replace(clt=tiny_clt(case.model, d_transcoder=12, seed=9)), tmp_path / "s", resume=True)
+        with pytest.raises(DatasetError, match="was made of another text"):
+            collect(case._replace(prompts=case.prompts[::-1]), tmp_path / "s", resume=True)
+        with pytest.raises(DatasetError, match="was made of another text"):
+            collect(case._replace(prompts=case.prompts[:2]), tmp_path / "s", resume=True)
+        with pytest.raises(OutputNotEmpty, match="not empty"):
+            collect(case, tmp_path / "s")
 
 
 @pytest.fixture(scope="module")

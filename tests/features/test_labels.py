@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,8 +15,9 @@ import torch
 
 from tests.features import cases
 from tests.features.cases import Case, collect
+from tests.training.distributed.processes import Processes
 from tl_clt import FeatureStore, label_features, load_features, load_organism
-from tl_clt.errors import ConfigError, DatasetError, FeatureNotFound, LabellerError
+from tl_clt.errors import ConfigError, DatasetError, FeatureNotFound, FormatError, LabellerError
 from tl_clt.features import EndpointLabeller, RuleLabeller
 from tl_clt.features import labels as module
 from tl_clt.features.contexts import Contexts, Firing, as_activations, read_contexts
@@ -28,10 +30,7 @@ from tl_clt.organisms.atlas.variables import VARIABLES, state_in_mind
 
 @pytest.fixture(scope="module")
 def case() -> Case:
-    made = cases.make_case()
-    generator = torch.Generator().manual_seed(5)
-    more = [torch.randint(0, made.model.cfg.d_vocab, (12,), generator=generator) for _ in range(300)]
-    return made._replace(prompts=more)
+    return cases.make_long_case()
 
 
 @pytest.fixture
@@ -273,6 +272,29 @@ def test_the_same_call_gives_the_same_labels(case: Case, store: FeatureStore):
     assert (store.folder / "labels.safetensors").read_bytes() == first
 
 
+def test_which_others_are_labelled_changes_no_label(case: Case, store: FeatureStore):
+    label_features(case.model, case.clt, store, progress=False)
+    all_of_them = {(layer, feature): store[layer, feature] for layer, feature in cases.PLACES}
+    label_features(case.model, case.clt, store, features=cases.PLACES[::-1], progress=False)
+    assert {place: store[place] for place in cases.PLACES} == all_of_them
+    assert len(store.labels()) == len(cases.PLACES)
+    assert store.label_summary()["features"] == [list(place) for place in cases.PLACES]
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    started = Processes(2, tmp_path_factory.mktemp("meeting-points"))
+    yield started
+    started.close()
+
+
+def test_two_processes_give_the_labels_of_one(processes: Processes, case: Case, store: FeatureStore, tmp_path: Path):
+    shutil.copytree(store.folder, tmp_path / "two")
+    label_features(case.model, case.clt, store, features=cases.PLACES, progress=False)
+    processes.run(2, cases.label_on_rank, str(tmp_path / "two"))
+    cases.same_files(tmp_path / "two", store.folder)
+
+
 def test_what_cannot_be_labelled_is_told(case: Case, store: FeatureStore, tmp_path: Path):
     with pytest.raises(FeatureNotFound, match="feature is 12"):
         label_features(case.model, case.clt, store, features=[(0, 12)], progress=False)
@@ -356,11 +378,73 @@ def test_an_endpoint_labels_and_scores(case: Case, store: FeatureStore, server: 
     assert of_contexts and "secret" not in repr(labeller) + json.dumps(store.label_summary())
 
 
+def content_of(request: dict) -> str:
+    return request["messages"][1]["content"]
+
+
+def test_an_endpoint_that_fails_midway_loses_nothing(case: Case, store: FeatureStore, server: Server, tmp_path: Path):
+    server.answer = lambda request: said("1, 3" if content_of(request).startswith("Label: ") else content_of(request))
+    shutil.copytree(store.folder, tmp_path / "at-once")
+    cases.label_on_rank(str(tmp_path / "at-once"), server.url)
+    asked = [content_of(request) for request in server.requests]
+    assert len(asked) == len(set(asked)) > 20
+
+    server.requests.clear()
+    server.statuses = [*[200] * 11, 500]
+    with pytest.raises(LabellerError, match=r"status 500 .*kept in .*answers': the same call again .*--resume"):
+        cases.label_on_rank(str(store.folder), server.url)
+    assert not store.is_labelled and len(server.requests) == 12
+    # A process that is stopped may leave a line without an end, which is asked for again.
+    (file,) = (store.folder / "answers").iterdir()
+    whole = file.read_text()
+    file.write_text(whole[:-7])
+    cases.label_on_rank(str(store.folder), server.url)
+    assert [content_of(request) for request in server.requests[12:]] == asked[10:]
+    for name in ("labels.safetensors", "labels.json"):
+        assert (store.folder / name).read_bytes() == (tmp_path / "at-once" / name).read_bytes()
+    cases.label_on_rank(str(store.folder), server.url)
+    assert len(server.requests) == 12 + len(asked) - 10  # nothing more
+    kept = "".join(path.read_text() for path in (store.folder / "answers").iterdir())
+    assert "Label: " not in kept and "127.0.0.1" not in kept
+
+    (store.folder / "answers" / "x.jsonl").write_text("{}\n")
+    with pytest.raises(FormatError, match=r"x\.jsonl.*Remove it: what it holds is asked for again"):
+        cases.label_on_rank(str(store.folder), server.url)
+
+
+def test_an_answer_without_meaning_is_asked_for_again(server: Server, tmp_path: Path):
+    contexts, answers = contexts_of(["a b c"]), [said("Sure!"), said("2")]
+    server.answer = lambda request: answers.pop(0)
+    for _ in range(2):
+        labeller = EndpointLabeller(server.url, "m", key_from=None)
+        labeller.keep_in(tmp_path / "answers")
+        if len(answers) == 2:
+            with pytest.raises(LabellerError, match="neither numbers nor"):
+                labeller.fits("label", contexts, np.array([0, 1]))
+        else:
+            assert labeller.fits("label", contexts, np.array([0, 1])) == [False, True]
+
+
+def test_processes_share_an_endpoint(processes: Processes, store: FeatureStore, server: Server, tmp_path: Path):
+    server.answer = lambda request: said("1, 3" if content_of(request).startswith("Label: ") else content_of(request))
+    shutil.copytree(store.folder, tmp_path / "one")
+    cases.label_on_rank(str(tmp_path / "one"), server.url)
+    n_asked = len(server.requests)
+    server.requests.clear()
+    server.statuses = [*[200] * 8, 500]
+    with pytest.raises(AssertionError, match="LabellerError"):
+        processes.run(2, cases.label_on_rank, str(store.folder), server.url)
+    processes.run(2, cases.label_on_rank, str(store.folder), server.url)
+    assert len(server.requests) == n_asked + 1  # the one that failed
+    for name in ("labels.safetensors", "labels.json"):
+        assert (store.folder / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
 def test_a_busy_endpoint_is_asked_again(server: Server, monkeypatch):
     monkeypatch.setattr("tl_clt.features.endpoint.time.sleep", lambda seconds: None)
     server.statuses = [429, 503]
     labeller = EndpointLabeller(server.url, "m", key_from=None)
-    assert labeller._ask("task", "content") == "a label" and len(server.requests) == 3
+    assert labeller._ask("task", "content", str) == "a label" and len(server.requests) == 3
     assert "Authorization" not in server.headers[0]
 
 
@@ -381,17 +465,17 @@ def test_a_busy_endpoint_is_asked_again(server: Server, monkeypatch):
 def test_what_an_endpoint_does_wrong_is_told_with_the_mend(server: Server, status: int, answer: bytes, message: str):
     server.statuses, server.answer = [status], lambda request: answer
     with pytest.raises(LabellerError) as error:
-        EndpointLabeller(server.url, "m", key_from="MY_KEY", retries=0)._ask("task", "content")
+        EndpointLabeller(server.url, "m", key_from="MY_KEY", retries=0)._ask("task", "content", str)
     assert message in str(error.value)
 
 
 def test_silence_and_nonsense_are_told(server: Server):
     with pytest.raises(LabellerError, match="no answer within 0.2 s"):
-        EndpointLabeller("http://127.0.0.1:9/v1", "m", timeout=0.2)._ask("task", "content")
+        EndpointLabeller("http://127.0.0.1:9/v1", "m", timeout=0.2)._ask("task", "content", str)
     hang = threading.Event()
     server.answer = lambda request: said(str(hang.wait(2)))
     with pytest.raises(LabellerError, match=r"no answer within 0\.1 s"):
-        EndpointLabeller(server.url, "m", timeout=0.1)._ask("task", "content")
+        EndpointLabeller(server.url, "m", timeout=0.1)._ask("task", "content", str)
     hang.set()
     server.answer = lambda request: said("Sure! I would be happy to help.")
     contexts = contexts_of(["a b c"])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.features import cases
 from tests.features.cases import Case, collect
 from tests.models import tiny_clt
-from tl_clt import CrossLayerTranscoder, FeatureStore
+from tl_clt import CrossLayerTranscoder, FeatureStore, load_features
 from tl_clt.errors import CLTMismatch, FeatureNotFound, FormatError
 from tl_clt.features.store import FeatureRecord, Histogram, Label, LabelPart, TokenValue
 
@@ -181,3 +181,9 @@ def test_no_store_is_told_from_an_unfinished_one(tmp_path: Path):
         FeatureStore.open(tmp_path)
     with pytest.raises(FormatError, match="give a path"):
         FeatureStore.open("")
+
+
+def test_an_organisms_store_is_opened_by_its_name():
+    assert FeatureStore.open("atlas").folder == load_features("atlas").folder
+    with pytest.raises(FormatError, match="'atlass' is no feature store"):
+        FeatureStore.open("atlass")

@@ -39,6 +39,12 @@ def test_users_hooks_are_set_aside(model, clt):
         assert torch.equal(feature_acts(model, clt, TOKENS), clean)
 
 
+def test_no_logits_are_computed_for_them(model, clt, monkeypatch):
+    wanted = feature_acts(model, clt, TOKENS)
+    monkeypatch.setattr(type(model.unembed), "forward", lambda *args: pytest.fail("computed logits"))
+    assert torch.equal(feature_acts(model, clt, TOKENS), wanted)
+
+
 @pytest.mark.parametrize("kind", ["hooked", "bridge"])
 def test_several_prompts_are_each_as_by_itself_and_padding_has_none(kind, model, tmp_path):
     model = model if kind == "hooked" else tiny_bridge("llama", tmp_path / "model", exact=True)

@@ -113,12 +113,30 @@ def test_list_shows_every_entry():
     output = CliRunner().invoke(app, ["list"], env={"COLUMNS": "400"}).output
     for entry in tl_clt.public_transcoders():
         assert entry.name in output and entry.repo in output
+    assert "atlas: CLT of atlas" in output
+
+
+def test_an_organisms_clt_is_loaded_by_its_name_unless_a_folder_here_is_named_so(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bundled = CrossLayerTranscoder.from_pretrained(organism_folder("atlas") / "clt")
+    assert CrossLayerTranscoder.from_pretrained("atlas").fingerprint() == bundled.fingerprint()
+    from tests.models import tiny_clt
+
+    own = tiny_clt((3, 8))
+    own.save_pretrained(tmp_path / "atlas")
+    assert CrossLayerTranscoder.from_pretrained("atlas").fingerprint() == own.fingerprint()
+
+
+def test_a_name_that_is_nearly_an_organisms_gets_it_named():
+    message = r"'atlass' is neither a folder.*nor a bundled organism \(atlas\), nor a name.*Nearest names: atlas\."
+    with pytest.raises(FormatError, match=message):
+        CrossLayerTranscoder.from_pretrained("atlass")
 
 
 def test_trace_alone_knows_the_model_of_its_clt(tmp_path: Path):
     clt = CrossLayerTranscoder.from_pretrained(organism_folder("atlas") / "clt")
     assert clt.cfg.model_name == "atlas"
-    arguments = ["trace", "--clt", str(organism_folder("atlas") / "clt"), "--prompt", tl_clt_prompt()]
+    arguments = ["trace", "--clt", "atlas", "--prompt", tl_clt_prompt()]
     result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "g.safetensors")])
     assert result.exit_code == 0, result.output
 

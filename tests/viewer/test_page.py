@@ -11,7 +11,7 @@ import torch
 
 from tests.viewer.browser import PLACE, wait_until, watch
 from tests.viewer.page_cases import EVIL, PROMPT, Records, large_graph
-from tl_clt import AttributionGraph, Intervention, NodeKind, attribute, intervene, load_organism
+from tl_clt import AttributionGraph, Intervention, NodeKind, attribute, intervene, load_features, load_organism
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 ROUNDING = 2e-6
@@ -292,6 +292,18 @@ def test_weak_edges_are_left_out_and_counted(page, graph):
     assert f"{int((weights < least).sum())} of |weight| under" in page.get_by_test_id("summary").inner_text()
 
 
+def test_where_nodes_stand_closely_the_likeliest_output_and_the_one_selected_have_their_names(page, tmp_path):
+    many = large_graph(300, 600, n_layers=6, n_pos=8)
+    many.save_html(tmp_path / "many.html")
+    show(page, (tmp_path / "many.html").as_uri())
+    names = page.evaluate("tlclt.svg('graph')")
+    assert "out0 50%" in names and "out1" not in names
+    node = next(n for n in many.nodes if n.kind == NodeKind.FEATURE and n.layer == 3)
+    page.evaluate("i => tlclt.store.select(i)", node.number)
+    settle(page)
+    assert f"{node.layer}.{node.index}" in page.evaluate("tlclt.svg('graph')")
+
+
 def test_of_very_many_edges_the_strongest_are_drawn_and_the_rest_counted(page, tmp_path):
     large = large_graph(600, 60_000, n_layers=6, n_pos=8)
     show(page, large.save_html(tmp_path / "large.html").as_uri())
@@ -397,6 +409,23 @@ def test_the_feature_card_says_what_is_known_as_text_alone(page, graph):
     assert page.locator("img").count() == 0 and page.title() == graph.info["prompt"]
     page.get_by_role("button", name="All 7 contexts").click()
     assert page.locator(".context").count() == 7
+
+
+def test_what_features_are_left_out_and_why_is_told(page, graph, tmp_path):
+    summary = page.get_by_test_id("summary")
+    of_graph = {(n.layer, n.index) for n in graph.nodes if n.kind == NodeKind.FEATURE}
+    assert f"{len(of_graph)} of {len(of_graph)} features described." in summary.inner_text()
+    features = load_features("atlas")
+    cut = tmp_path / "cut.html"
+    graph.save_html(cut, features=features, max_features=3)
+    show(page, cut.as_uri())
+    left, elsewhere = len(of_graph) - 3, len(features) - len(of_graph)
+    said = f"3 of {len(of_graph)} features described; {left} left out as of least influence (max_features)"
+    assert f"{said}; {elsewhere} others of the store in no graph here." in summary.inner_text()
+    known = page.evaluate("Object.keys(tlclt.store.features)")
+    other = next(n.number for n in graph.nodes if n.kind == NodeKind.FEATURE and f"{n.layer}/{n.index}" not in known)
+    page.evaluate("i => tlclt.store.select(i)", other)
+    assert "left out of this file: save_html(..., max_features=None)" in page.locator(".card").inner_text()
 
 
 def test_without_features_the_card_says_how_to_add_them(page, graph, tmp_path):

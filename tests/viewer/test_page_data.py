@@ -13,6 +13,7 @@ import torch
 
 from tests.viewer.browser import PLACE
 from tests.viewer.page_cases import EVIL, Records, large_graph
+from tl_clt import report
 from tl_clt.errors import CLTMismatch, ConfigError, NotWritten
 from tl_clt.viewer import page_data, page_html, save_html
 from tl_clt.viewer.html import page_script, page_style
@@ -50,7 +51,27 @@ def test_the_most_influential_features_are_put_in_where_not_all_are(graph):
     data = page_data(graph, Records(), max_features=3)
     strongest = [f"{ranked.node.layer}/{ranked.node.index}" for ranked in graph.top(3, "feature")]
     assert list(data["features"]) == strongest
-    assert data["features_left_out"] == 57
+    assert data["features_left_out"] == 57 and data["features_in_source"] is None
+
+
+def test_features_that_nothing_is_known_of_are_told_and_so_are_those_of_no_node(graph):
+    class Sized(Records):
+        def __len__(self) -> int:
+            return 5000
+
+    data = page_data(graph, Sized(range(2)))
+    unknown = {f"{n.layer}/{n.index}" for n in graph.nodes if n.kind.name == "FEATURE" and n.layer >= 2}
+    assert unknown and {name for name, record in data["features"].items() if record is None} == unknown
+    assert len(data["features"]) == 60 and data["features_left_out"] == 0 and data["features_in_source"] == 5000
+
+
+def test_the_page_has_the_colours_of_signs_that_figures_have():
+    light, *dark = re.findall(
+        r"--positive: *(\S+?);.*?--negative: *(\S+?)[;}]", (PLACE / "src/style.css").read_text(), re.S
+    )
+    assert light == (report.POSITIVE, report.NEGATIVE)
+    # By the system's setting, and by hand.
+    assert dark == [(report.POSITIVE_ON_DARK, report.NEGATIVE_ON_DARK)] * 2
 
 
 def test_several_graphs_by_name_or_in_a_list(graph):

@@ -338,7 +338,14 @@ class AttributionGraph(WeightedGraph):
             info={**info, "thresholds_out_of_reach": out_of_reach},
         )
 
-    def save_html(self, path: str | Path, features: FeatureSource | None = None, title: str | None = None) -> Path:
+    def save_html(
+        self,
+        path: str | Path,
+        features: FeatureSource | None = None,
+        title: str | None = None,
+        *,
+        max_features: int | None = 1000,
+    ) -> Path:
         """Write the graph as a page to look at: one HTML file with all that it needs, opened without a network.
 
         Args:
@@ -346,15 +353,17 @@ class AttributionGraph(WeightedGraph):
             features: what is known of features: a `FeatureStore`, or anything with `get(layer, feature)` that gives an
                 object with `to_dict()`, or None.
             title: of the page; the prompt where none is given.
+            max_features: what so many features mean is put into the file, those of most influence first, and the page
+                says how many were left out; None for all.
 
         Raises:
-            ConfigError: `features` or `title` is something else.
+            ConfigError: `features`, `title` or `max_features` is something else.
             NotWritten: the path is a folder, or the disk is full, for example; what was there stays.
         """
         # Here, since the viewer stands on graphs: only one who asks for a page loads it.
         from tl_clt.viewer.html import save_html
 
-        return save_html(path, self, features, title=title)
+        return save_html(path, self, features, title=title, max_features=max_features)
 
     def show(self, features: FeatureSource | None = None, **options: Any) -> GraphView:
         """The graph as a page in a notebook, where this is the last line of a cell.

@@ -4,7 +4,7 @@ from tl_clt.cli.interruption import end_interrupted
 
 try:
     from tl_clt.cli.app import app, list_transcoders
-    from tl_clt.cli.exchange import export_graph, import_graph
+    from tl_clt.cli.exchange import export, import_graph
     from tl_clt.cli.features import features
     from tl_clt.cli.measure import evaluate, tradeoff
     from tl_clt.cli.prompts import demo, intervene, trace
@@ -17,7 +17,7 @@ __all__ = [
     "app",
     "demo",
     "evaluate",
-    "export_graph",
+    "export",
     "features",
     "import_graph",
     "intervene",

@@ -40,7 +40,7 @@ ModelOfCLT = Annotated[
     Optional[str],
     typer.Option(help="Bundled organism, model folder, .gguf file, or hub name. Default: the model the CLT is for."),
 ]
-CLTName = Annotated[str, typer.Option(help="CLT folder, name from `tl-clt list`, or hub repository.")]
+CLTName = Annotated[str, typer.Option(help="Bundled organism, CLT folder, name from `tl-clt list`, or hub repository.")]
 Backend = Annotated[str, typer.Option(help="hooked (HookedTransformer) or bridge (TransformerBridge).")]
 Device = Annotated[str, typer.Option(help="Where to compute, for example cuda.")]
 LazyDecoder = Annotated[bool, typer.Option(help="Leave decoders on disk, reading only what is needed.")]
@@ -79,9 +79,12 @@ def load_pair(
 
 @app.command("list")
 def list_transcoders() -> None:
-    """List public CLTs and per-layer transcoders that --clt takes by name."""
+    """List the CLTs and per-layer transcoders that --clt takes by name: bundled ones, and public ones."""
+    from tl_clt.bundled import bundled_organisms
     from tl_clt.transcoder import public_transcoders
 
+    for name in bundled_organisms():
+        console.print(f"[bold]{name}[/]: CLT of {name}, a small model; both come with this package", soft_wrap=True)
     for entry in public_transcoders():
         features, activation, reads, writes, gigabytes, licence = (
             "?" if value is None else value

@@ -1,4 +1,4 @@
-"""`tl-clt export` and `import`: graphs in the formats of other viewers."""
+"""`tl-clt export` and `import`: graphs, and what features mean, in the formats of other viewers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+from rich.progress import track
 
 from tl_clt.cli.app import app, console, errors, plain_errors
 from tl_clt.cli.interruption import interruption
@@ -16,10 +17,20 @@ FORMATS = ("neuronpedia", "circuit-tracer")
 
 
 @app.command("export")
-def export_graph(
-    graph: Annotated[Path, typer.Argument(help="Graph file, as `tl-clt trace` writes it.")],
+def export(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Graph file, as `tl-clt trace` writes it; or feature store, as `tl-clt features` does (or a bundled"
+            " organism, for its own).",
+        ),
+    ],
     output: Annotated[
-        Path, typer.Option(help="For neuronpedia, the JSON file to write; for circuit-tracer, its folder of graphs.")
+        Path,
+        typer.Option(
+            help="Of a graph, for neuronpedia, the JSON file to write; for circuit-tracer, its folder of graphs. Of a"
+            " store, a new folder."
+        ),
     ],
     format: Annotated[str, typer.Option(help="neuronpedia or circuit-tracer.")] = "neuronpedia",
     slug: Annotated[
@@ -41,35 +52,71 @@ def export_graph(
         bool, typer.Option(help="Upload it to Neuronpedia, where everybody can see it, by NEURONPEDIA_API_KEY.")
     ] = False,
 ) -> None:
-    """Write a graph for Neuronpedia or for circuit-tracer's server."""
+    """Write a graph, or the features of a store, for Neuronpedia or for circuit-tracer's server.
+
+    Features become a JSON file each (neuronpedia), or a bundle a layer (circuit-tracer, which looks for the folder as
+    `features` beside the transcoders).
+    """
     with plain_errors():
         from tl_clt.arguments import as_choice
-        from tl_clt.attribution import AttributionGraph
-        from tl_clt.files import require_unused
-        from tl_clt.viewer import formats
+        from tl_clt.bundled import bundled_folder
 
         as_choice("--format", format, FORMATS)
         interruption.kept = lambda: "Nothing was written."
-        thresholds: dict[str, Any] = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
-        if format == "circuit-tracer":
-            if source_set is not None or upload:
-                raise ConfigError("--source-set and --upload are for --format neuronpedia. Leave them out.")
-            name = graph.stem if slug is None else slug
-            require_unused(output / f"{name}.json")
-            traced = AttributionGraph.load(graph)
-            written = formats.save_circuit_tracer(traced, output, slug=name, scan=scan, **thresholds)
-        else:
-            require_unused(output)
-            if upload:
-                formats.require_upload()
-            traced = AttributionGraph.load(graph)
-            written = formats.save_neuronpedia(
-                traced, output, slug=slug, scan=scan, source_set=source_set, **thresholds
-            )
-        interruption.kept = lambda: f"The graph is in {written}."
-        console.print(f"The graph is in {written}.", markup=False, soft_wrap=True)
+        thresholds = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
+        names = {"slug": slug, "scan": scan}
+        if Path(source).is_dir() or bundled_folder(source, "features") is not None:
+            given = {**names, **thresholds, "source_set": source_set, "upload": upload or None}
+            _export_features(source, output, format, [name for name, value in given.items() if value is not None])
+            return
+        _export_graph(Path(source), output, format, {**names, **thresholds}, source_set, upload)
+
+
+def _export_features(source: str, output: Path, format: str, of_graphs: list[str]) -> None:
+    """Write the features of a store; `of_graphs` are the options given that say nothing of features."""
+    from tl_clt.features import FeatureStore
+    from tl_clt.files import require_new
+    from tl_clt.viewer import formats
+
+    if of_graphs:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in of_graphs)
+        raise ConfigError(
+            f"'{source}' is a feature store, and {named} is of graphs. Leave it out, or give a graph file."
+        )
+    store = FeatureStore.open(source)
+    require_new(output)
+    records = (record.to_dict() for record in track(store, "Features", console=errors, transient=True))
+    if format == "circuit-tracer":
+        formats.save_circuit_tracer_features(records, output, d_transcoder=store.d_transcoder)
+    else:
+        formats.save_neuronpedia_features(records, output)
+    labelled = "with their labels" if store.is_labelled else "without labels"
+    console.print(f"{len(store)} features, {labelled}, are in {output}.", markup=False, soft_wrap=True)
+
+
+def _export_graph(
+    file: Path, output: Path, format: str, options: dict[str, Any], source_set: str | None, upload: bool
+) -> None:
+    from tl_clt.attribution import AttributionGraph
+    from tl_clt.files import require_unused
+    from tl_clt.viewer import formats
+
+    if format == "circuit-tracer":
+        if source_set is not None or upload:
+            raise ConfigError("--source-set and --upload are for --format neuronpedia. Leave them out.")
+        named = {**options, "slug": options["slug"] or file.stem}
+        require_unused(output / f"{named['slug']}.json")
+        written = formats.save_circuit_tracer(AttributionGraph.load(file), output, **named)
+    else:
+        require_unused(output)
         if upload:
-            console.print(f"It is at {formats.upload_neuronpedia(written)}.", markup=False, soft_wrap=True)
+            formats.require_upload()
+        graph = AttributionGraph.load(file)
+        written = formats.save_neuronpedia(graph, output, source_set=source_set, **options)
+    interruption.kept = lambda: f"The graph is in {written}."
+    console.print(f"The graph is in {written}.", markup=False, soft_wrap=True)
+    if upload:
+        console.print(f"It is at {formats.upload_neuronpedia(written)}.", markup=False, soft_wrap=True)
 
 
 @app.command("import")

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from tl_clt.cli.app import Backend, CLTName, Device, LazyDecoder, ModelOfCLT, app, console, load_pair, plain_errors
+from tl_clt.cli.app import (
+    Backend,
+    CLTName,
+    Device,
+    LazyDecoder,
+    ModelOfCLT,
+    app,
+    console,
+    errors,
+    load_pair,
+    plain_errors,
+)
 from tl_clt.cli.interruption import interruption
 from tl_clt.errors import ConfigError
 
@@ -41,45 +52,49 @@ def features(
     endpoint_model: Annotated[Optional[str], typer.Option(help="Name of the model there.")] = None,
     key_from: Annotated[str, typer.Option(help="Environment variable that holds the key.")] = "OPENAI_API_KEY",
     top: Annotated[int, typer.Option(help="Features to show; an endpoint labels these alone.")] = 20,
-    resume: Annotated[bool, typer.Option(help="Go on with what an interrupted run left in --output.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            help="Go on with what a run of the same text and settings left in --output: only what is missing is read,"
+            " asked for or labelled. Labels by another labeller or seed are replaced."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the random dictionary, and of the contexts that score labels.")] = 0,
     backend: Backend = "hooked",
     device: Device = "cpu",
     lazy_decoder: LazyDecoder = False,
 ) -> None:
-    """Read a text and keep what each feature of a CLT is active at, with labels and what these are worth."""
+    """Read a text and keep what each feature of a CLT is active at, with labels and what these are worth.
+
+    On several GPUs or cores, which share both: torchrun --nproc-per-node 4 -m tl_clt.cli features ...
+    """
     with plain_errors():
         from tl_clt.arguments import as_choice, as_whole
-        from tl_clt.features import EndpointLabeller, FeatureStore, RuleLabeller, collect_features, label_features
-        from tl_clt.features.store import UNFINISHED
+        from tl_clt.features import EndpointLabeller, RuleLabeller, collect_features, label_features
+        from tl_clt.features.processes import sharing
+        from tl_clt.features.store import ABOUT
         from tl_clt.files import require_new
 
+        # Of several processes the main one speaks; its errors are raised on all.
+        console.quiet = errors.quiet = interruption.quiet = int(os.environ.get("RANK", "0")) > 0
         as_choice("--labels", labels, LABELS)
         as_whole("--top", top, 1)
-        named = None
+        labeller: Any = None
         if labels == "endpoint":
             if endpoint is None or endpoint_model is None:
                 raise ConfigError("--labels endpoint asks a language model: give --endpoint and --endpoint-model.")
-            named = EndpointLabeller(endpoint, endpoint_model, key_from=key_from)
+            labeller = EndpointLabeller(endpoint, endpoint_model, key_from=key_from)
         if not resume:
             require_new(output)
-        interruption.kept = lambda: (
-            f"What was read is in {output}: the same command with --resume goes on from there."
-            if any((output / UNFINISHED).glob("part-*"))
-            else f"The store is in {output}, without labels." if (output / "features.json").is_file()
-            else "Nothing was read yet; remove the folder, or go on with --resume."
-        )  # fmt: skip
-        finished = resume and (output / "features.json").is_file()
+        finished = (output / ABOUT).is_file()
+        interruption.kept = lambda: _kept(output)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from tl_clt.training import own_device
 
             device = own_device(device)
         with console.status("Loading the model and the CLT"):
             hooked, transcoder = load_pair(model, clt, backend, device, lazy_decoder)
-        if finished:
-            # Interrupted between reading and labels, or to be labelled anew.
-            store = FeatureStore.open(output, transcoder)
-        else:
+        with sharing(device):
             store = collect_features(
                 hooked,
                 transcoder,
@@ -92,23 +107,46 @@ def features(
                 label_tokens=label_tokens,
                 resume=resume,
             )
-        if not _is_main():
-            return
-        strongest = _strongest(store, top)
-        if labels == "rules":
-            from tl_clt.organisms import known_variables
+            if finished:
+                console.print(f"The store in {output} is whole, and as asked for: nothing is read again.")
+            strongest = _strongest(store, top)
+            if labels == "rules":
+                from tl_clt.organisms import known_variables
 
-            label_features(
-                hooked, transcoder, store, RuleLabeller(known_variables(transcoder.cfg.model_name)), seed=seed
-            )
-        elif named is not None:
-            label_features(hooked, transcoder, store, named, features=strongest, seed=seed)
+                labeller = RuleLabeller(known_variables(transcoder.cfg.model_name))
+            if labeller is not None:
+                wanted = strongest if labels == "endpoint" else None
+                if _is_labelled(store, labeller.name, wanted, seed):
+                    console.print(f"It has these labels, by {labeller.name}: nothing is labelled again.", markup=False)
+                else:
+                    label_features(hooked, transcoder, store, labeller, features=wanted, seed=seed)
         _show(store, [store[place] for place in strongest])
 
 
-def _is_main() -> bool:
-    """Whether this process is the first, or the only one, of those that torchrun started."""
-    return int(os.environ.get("RANK", "0")) == 0
+def _kept(output: Path) -> str:
+    """What of a store is there."""
+    from tl_clt.features.labels import ANSWERS
+    from tl_clt.features.store import ABOUT, LABELS, UNFINISHED
+
+    if any((output / UNFINISHED).glob("part-*")):
+        return f"What was read is in {output}: the same command with --resume goes on from there."
+    if not (output / ABOUT).is_file():
+        return "Nothing was read yet; remove the folder, or go on with --resume."
+    labels = "with the labels that it had" if (output / LABELS).is_file() else "without labels"
+    asked = " and does not ask again for what was answered" if (output / ANSWERS).is_dir() else ""
+    return f"The store is in {output}, {labels}: the same command with --resume labels it{asked}."
+
+
+def _is_labelled(store: FeatureStore, name: str, features: list[tuple[int, int]] | None, seed: int) -> bool:
+    """Whether a store has the labels that are asked for; says so where others are replaced."""
+    about = store.label_summary()
+    if not about:
+        return False
+    asked = None if features is None else sorted(list(place) for place in features)
+    if (about.get("labeller"), about.get("seed"), about.get("features")) == (name, seed, asked):
+        return True
+    console.print(f"Labels by {about.get('labeller')}, seed {about.get('seed')}, are replaced.", markup=False)
+    return False
 
 
 def _strongest(store: FeatureStore, n: int) -> list[tuple[int, int]]:

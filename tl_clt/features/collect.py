@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +29,7 @@ from tl_clt.errors import ConfigError, DatasetError, MemoryLimit, OutputNotEmpty
 from tl_clt.features.connections import strongest_connections
 from tl_clt.features.kept import LAST, KeptContexts, Windows, rank_at_random, rank_by_peak
 from tl_clt.features.logits import direct_logits
+from tl_clt.features.processes import Processes, sharing
 from tl_clt.features.store import (
     ABOUT,
     BANDS,
@@ -116,8 +115,9 @@ def collect_features(
 
     Started by torchrun, each process takes its share of the prompts, and the store is that of one process; `folder`
     must lie on a disk that all of them see. A pass that was cut off goes on with `resume=True`, on any number of
-    processes. Memory, beside model and CLT: for each feature `KeptContexts.bytes_per_feature` for every kept context
-    (about 5 KiB in all), twice on the first process; it is checked before the work starts.
+    processes; of one that is done, with this CLT, these settings and this text, the store is given back. Memory, beside
+    model and CLT: for each feature `KeptContexts.bytes_per_feature` for every kept context (about 5 KiB in all), twice
+    on the first process; it is checked before the work starts.
 
     Args:
         text: what `evaluate` takes: prompts, token ids, a text file, a folder, a hub name, a `datasets` object.
@@ -129,11 +129,12 @@ def collect_features(
         n_logits, n_connected: output tokens (up, and down) and connected features of each.
         label_tokens: prompts of about so many tokens are kept out of all this for choosing labels, and of as many for
             scoring them; together at most half of the text. 0 for none.
-        resume: go on with what an interrupted call left in `folder`.
+        resume: go on with what an interrupted call left in `folder`, or made whole.
         progress: show a bar.
 
     Raises:
         CLTMismatch, HookNotFound: the CLT is of another model.
+        ConfigError: a pass is to be resumed that had another CLT or other settings.
         DatasetError, PromptError, TokenizerMissing: the text cannot be read, or differs from that of a resumed pass.
         OutputNotEmpty, NotWritten: the folder holds something else, or cannot be written.
         MemoryLimit: what is kept would not fit.
@@ -153,9 +154,10 @@ def collect_features(
     path = as_path("folder", folder)
     prompts = held_out_prompts(model, text, settings.context_size)
     _check_memory(clt, settings)
-    with _processes(clt.W_enc.device) as processes:
+    with sharing(clt.W_enc.device) as processes:
         started = {"clt": clt.fingerprint(), "settings": asdict(settings)}
-        processes.on_main(partial(_prepare, path, started, as_switch("resume", resume)))
+        if processes.on_main(partial(_is_finished, path, started, as_switch("resume", resume), prompts)):
+            return FeatureStore.open(path)
         held_out = HeldOutPrompts(settings.label_tokens)
         counted = held_out.kept_apart(up_to(prompts, settings.max_tokens))
         done = _done(path / UNFINISHED)
@@ -328,20 +330,24 @@ class HeldOutPrompts:
     lengths alone."""
 
     def __init__(self, n_tokens: int) -> None:
-        self.n_tokens = n_tokens
+        self._left: dict[str, int] = dict.fromkeys(PARTS, n_tokens)
         self.prompts: dict[str, list[Tensor]] = {part: [] for part in PARTS}
 
     def kept_apart(self, prompts: Iterable[Tokens]) -> Iterator[tuple[int, Tokens]]:
         """The prompts that are not kept, with their numbers in the text."""
-        left: dict[str, int] = dict.fromkeys(PARTS, self.n_tokens)
         turns = {1: PARTS[0], 3: PARTS[1]}
         for number, tokens in enumerate(prompts):
             part = turns.get(number % HELD_OUT_EVERY)
-            if part is None or left[part] <= 0:
+            if part is None or self._left[part] <= 0:
                 yield number, tokens
                 continue
-            left[part] -= len(tokens)
+            self._left[part] -= len(tokens)
             self.prompts[part].append(tokens)
+
+    @property
+    def are_enough(self) -> bool:
+        """Whether no more of the text will be kept."""
+        return max(self._left.values()) <= 0
 
     def tensors(self) -> dict[str, Tensor]:
         of = [(PARTS.index(part), tokens.cpu()) for part, prompts in self.prompts.items() for tokens in prompts]
@@ -356,25 +362,23 @@ class HeldOutPrompts:
 # -- files of a pass
 
 
-def _prepare(path: Path, started: dict[str, Any], resume: bool) -> None:
-    """Make the folder of an unfinished store, or find that of the pass to go on with."""
+def _is_finished(path: Path, started: dict[str, Any], resume: bool, prompts: Iterator[Tokens]) -> bool:
+    """Make the folder of an unfinished store, or find that of the pass to go on with; or else tell that the pass to go
+    on with is done."""
     unfinished = path / UNFINISHED
     begun = unfinished / ABOUT
     if resume and begun.is_file():
         with reading(begun, "beginning of a feature store", RESTART):
             before = read_json(begun.read_text(encoding="utf-8"))
-            differing = sorted(name for name in ("clt", "settings") if before[name] != started[name])
-            if "clt" in differing:
-                raise ConfigError(f"'{path}' was begun with another CLT. Give that CLT, or a new folder.")
-            if differing:
-                was, now = before["settings"], started["settings"]
-                changed = ", ".join(f"{k} {was.get(k)} -> {now[k]}" for k in now if was.get(k) != now[k])
-                raise ConfigError(
-                    f"'{path}' was begun with other settings ({changed}). Give the same, or a new folder."
-                )
-        return
+            _require_same(path, "begun", before["clt"], before["settings"], started)
+        return False
     if resume and (path / ABOUT).is_file():
-        raise OutputNotEmpty(f"'{path}' holds a finished store: there is nothing to resume. Give a new folder.")
+        store = FeatureStore.open(path)
+        with reading(path / ABOUT, "index of a feature store", RESTART):
+            about = store.about
+            _require_same(path, "made", about["clt"]["fingerprint"], about["settings"], started)
+        _require_same_text(store, up_to(prompts, started["settings"]["max_tokens"]), started["settings"])
+        return True
     if begun.is_file():
         raise OutputNotEmpty(
             f"'{path}' holds an unfinished store. Go on with it by resume=True (`--resume`), or give a new folder."
@@ -382,6 +386,30 @@ def _prepare(path: Path, started: dict[str, Any], resume: bool) -> None:
     require_new(path)
     with new_file(begun) as file:
         file.write_text(json.dumps(started), encoding="utf-8")
+    return False
+
+
+def _require_same(path: Path, how: str, clt: str, settings: dict[str, Any], started: dict[str, Any]) -> None:
+    """Raise unless a store was begun, or made, with this CLT and these settings."""
+    if clt != started["clt"]:
+        raise ConfigError(f"'{path}' was {how} with another CLT. Give that CLT, or a new folder.")
+    now = started["settings"]
+    changed = ", ".join(f"{k} {settings.get(k)} -> {now[k]}" for k in now if settings.get(k) != now[k])
+    if changed:
+        raise ConfigError(f"'{path}' was {how} with other settings ({changed}). Give the same, or a new folder.")
+
+
+def _require_same_text(store: FeatureStore, prompts: Iterable[Tokens], settings: dict[str, Any]) -> None:
+    """Raise unless the prompts that this text would hold out for labels are those that a store has. No more is read
+    than has them; with label_tokens=0 nothing tells one text from another."""
+    held_out = HeldOutPrompts(settings["label_tokens"])
+    left = held_out.kept_apart(prompts)
+    while not held_out.are_enough and next(left, None) is not None:
+        pass
+    for part in PARTS:
+        own, given = store.held_out(part), held_out.prompts[part]
+        if len(own) != len(given) or not all(map(torch.equal, own, (tokens.cpu().long() for tokens in given))):
+            raise DatasetError(f"'{store.folder}' was made of another text. Give the same text, or a new folder.")
 
 
 def _done(folder: Path) -> dict[int, int]:
@@ -533,37 +561,3 @@ def _chosen_of_sample(
     chosen = [slot for b in range(n_bands) for slot in slots[band == b][: settings.n_per_band].tolist()]
     of = dict(zip(slots.tolist(), (band + 1).tolist(), strict=True))
     return [(slot, of[slot]) for slot in sorted(chosen, key=lambda s: (of[s], -float(peak[s])))]
-
-
-# -- processes
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process among those that share the prompts."""
-
-    rank: int = 0
-    n: int = 1
-    grid: Any = None
-
-    def everywhere(self, work: Any) -> Any:
-        """What `work` gives on each; an error of ours on any is raised on all. Nobody goes on before all are done."""
-        return [work()] if self.grid is None else self.grid.everywhere(work)
-
-    def on_main(self, work: Any) -> Any:
-        """What `work` gives on the first process, where alone it is called."""
-        return work() if self.grid is None else self.grid.on_main(work)
-
-
-@contextmanager
-def _processes(device: torch.device) -> Iterator[Processes]:
-    connected = torch.distributed.is_available() and torch.distributed.is_initialized()
-    n = torch.distributed.get_world_size() if connected else int(os.environ.get("WORLD_SIZE", "1"))
-    if n == 1:
-        yield Processes()
-        return
-    # Only here, since it loads sae_lens.
-    from tl_clt.training.parallel import process_grid
-
-    with process_grid(n, str(device)) as grid:
-        yield Processes(grid.index, grid.n_processes, grid)

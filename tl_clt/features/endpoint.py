@@ -2,21 +2,25 @@
 
 One request asks for a label from a feature's contexts; others ask in which held-out contexts a feature of that label
 should be active, and so the label is scored. Answers are plain text and are treated as such: a label is one line, cut
-to a length, without control characters.
+to a length, without control characters. The same request is made once: answers are kept by it, in a folder too where
+one is named (`keep_in`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import os
 import re
+import secrets
 import time
 import unicodedata
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -25,6 +29,9 @@ from tl_clt.arguments import as_number, as_whole, lone_surrogate
 from tl_clt.errors import ConfigError, LabellerError
 from tl_clt.features.contexts import Contexts, Firing
 from tl_clt.features.store import FeatureRecord, GivenLabel
+from tl_clt.files import append_line, read_json, reading
+
+Value = TypeVar("Value")
 
 LONGEST_LABEL = 80
 """Characters of a label at most."""
@@ -97,6 +104,15 @@ class EndpointLabeller:
         self.retries = as_whole("retries", retries, 0)
         self._key_from = key_from
         self._key = os.environ.get(key_from) if key_from else None
+        self._answers = Answers()
+
+    def keep_in(self, folder: Path) -> None:
+        """Keep answers in this folder as they come, and do not ask for those that are there.
+
+        Raises:
+            FormatError: a file there is damaged.
+        """
+        self._answers = Answers(folder)
 
     def label(self, record: FeatureRecord, firing: Firing, contexts: Contexts) -> GivenLabel | None:
         """A label from a feature's contexts, or None where it has none."""
@@ -104,35 +120,53 @@ class EndpointLabeller:
             return None
         texts = [f"{e.activations[e.position]:.2f}: {_marked(e.tokens, e.position)}" for e in record.examples]
         promoted = ", ".join(repr(pair.token) for pair in record.top_logits)
-        said = self._ask(ASK_FOR_LABEL, "\n".join([*texts, f"Output tokens that it makes likelier: {promoted}"]))
-        text = _one_line(said)
-        if not text:
-            raise LabellerError(f"{self.name} answered with no label for feature {record.layer}.{record.feature}.")
-        return GivenLabel(text, [])
+
+        def read(said: str) -> str:
+            text = _one_line(said)
+            if not text:
+                raise LabellerError(f"{self.name} answered with no label for feature {record.layer}.{record.feature}.")
+            return text
+
+        content = "\n".join([*texts, f"Output tokens that it makes likelier: {promoted}"])
+        return GivenLabel(self._ask(ASK_FOR_LABEL, content, read), [])
 
     def fits(self, label: str, contexts: Contexts, which: np.ndarray) -> list[bool]:
         """What the model says of a label at each of some contexts."""
-        found: list[bool] = []
-        for start in range(0, len(which), ASKED_AT_ONCE):
-            windows = [contexts.window(int(i), before=16, after=8) for i in which[start : start + ASKED_AT_ONCE]]
-            texts = [f"{n}. {_marked(*window)}" for n, window in enumerate(windows, start=1)]
-            said = self._ask(ASK_WHICH_FIT, "\n".join([f"Label: {label}", *texts]))
+
+        def read(said: str) -> set[int]:
             numbers = {int(n) for n in re.findall(r"\d{1,4}", said)}
             if not numbers and "none" not in said.casefold():
                 raise LabellerError(
                     f"{self.name} was asked in which texts a label fits, and answered {said!r:.80}: neither numbers nor"
                     " 'none'. Take a model that follows instructions."
                 )
+            return numbers
+
+        found: list[bool] = []
+        for start in range(0, len(which), ASKED_AT_ONCE):
+            windows = [contexts.window(int(i), before=16, after=8) for i in which[start : start + ASKED_AT_ONCE]]
+            texts = [f"{n}. {_marked(*window)}" for n, window in enumerate(windows, start=1)]
+            numbers = self._ask(ASK_WHICH_FIT, "\n".join([f"Label: {label}", *texts]), read)
             found += [n in numbers for n in range(1, len(windows) + 1)]
         return found
 
-    def _ask(self, task: str, content: str) -> str:
+    def _ask(self, task: str, content: str, read: Callable[[str], Value]) -> Value:
+        """What `read` makes of the answer, which is kept once it could be read."""
         body = {
             "model": self.model,
             "messages": [{"role": "system", "content": task}, {"role": "user", "content": content}],
             "temperature": 0,
             "max_tokens": 200,
         }
+        kept = self._answers.get(self.url, body)
+        if kept is not None:
+            return read(kept)
+        said = self._request(body)
+        value = read(said)
+        self._answers.keep(self.url, body, said)
+        return value
+
+    def _request(self, body: dict[str, Any]) -> str:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
         for attempt in range(self.retries + 1):
@@ -179,6 +213,40 @@ class EndpointLabeller:
         else:
             mend = "Does it take chat completions?"
         return f"{self.url} refused with status {status} ({said}). {mend}"
+
+
+class Answers:
+    """What endpoints have answered, by request, in memory and perhaps in a folder.
+
+    There each process has a file of its own, of lines `[sha256 of the request, answer]`; neither keys nor requests are
+    in it.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._known: dict[str, str] = {}
+        self._file = None if folder is None else folder / f"{secrets.token_hex(8)}.jsonl"
+        for path in [] if folder is None else sorted(folder.glob("*.jsonl")):
+            with reading(path, "list of answers", "Remove it: what it holds is asked for again."):
+                # The last line has no end where its process was stopped in its midst.
+                whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+                for line in filter(None, whole.split("\n")):
+                    request, answer = read_json(line)
+                    self._known[str(request)] = str(answer)
+
+    def get(self, url: str, body: dict[str, Any]) -> str | None:
+        """The answer to a request, or None where it was not asked."""
+        return self._known.get(_digest(url, body))
+
+    def keep(self, url: str, body: dict[str, Any], answer: str) -> None:
+        """Note an answer, at once in the file too."""
+        digest = _digest(url, body)
+        self._known[digest] = answer
+        if self._file is not None:
+            append_line(self._file, json.dumps([digest, answer]))
+
+
+def _digest(url: str, body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([url, body]).encode()).hexdigest()
 
 
 def _marked(tokens: Sequence[str], position: int) -> str:

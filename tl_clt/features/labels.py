@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias, cast, runtime_checkable
 
 import numpy as np
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from tl_clt.arguments import as_seed, as_several, as_switch, as_whole, shown
 from tl_clt.errors import ConfigError, DatasetError, FeatureNotFound, LabellerError
 from tl_clt.features.contexts import Activations, Contexts, Firing, as_activations, read_contexts
+from tl_clt.features.processes import Processes, sharing
 from tl_clt.features.rules import RuleLabeller
 from tl_clt.features.store import Example, FeatureRecord, FeatureStore, GivenLabel, Histogram, Label
 from tl_clt.lens import HookedModel
@@ -32,6 +34,8 @@ MOST_COMPARED = 4096
 """Contexts, drawn at random, among which those most like others are looked for."""
 N_EXAMPLES = 8
 """Contexts that a labeller is shown of a random direction."""
+ANSWERS = "answers"
+"""Folder within a store in which a labeller's answers are kept."""
 
 
 @runtime_checkable
@@ -56,6 +60,15 @@ class Labeller(Protocol):
 
     def fits(self, label: str, contexts: Contexts, which: np.ndarray) -> Sequence[bool] | np.ndarray:
         """Whether a feature of that label should be active at each of some contexts."""
+        ...
+
+
+@runtime_checkable
+class KeepsAnswers(Protocol):
+    """A labeller whose answers are worth keeping, since each takes time or money."""
+
+    def keep_in(self, folder: Path) -> None:
+        """Keep in this folder what is answered, as it comes, and do not ask for what is kept there already."""
         ...
 
 
@@ -105,7 +118,9 @@ def label_features(
 ) -> FeatureStore:
     """Label the features of a store and score the labels, on the text that the store holds for that.
 
-    Labels that the store has already are replaced. What is held: activations on that text, without zeros.
+    Labels that the store has already are replaced. What is held: activations on that text, without zeros. Started by
+    torchrun, each process labels its share of the features, and the labels are those of one process. What an endpoint
+    answers is kept in the store's folder as it comes (`answers`): where it fails, the same call asks for the rest.
 
     Args:
         labeller: a `Labeller`; a function of a record that gives text; or None for rules.
@@ -117,7 +132,7 @@ def label_features(
         CLTMismatch: the store is of another CLT.
         DatasetError: the store holds no text for labels.
         FeatureNotFound: there is no such feature.
-        LabellerError: the labeller fails; the labels that were there stay.
+        LabellerError: the labeller fails; the labels that were there stay, and so does what an endpoint answered.
     """
     seed, progress = as_seed("seed", seed), as_switch("progress", progress)
     check_fit(model, clt)
@@ -132,7 +147,8 @@ def label_features(
             f"The feature store '{store.folder}' holds no text to choose and score labels on: it was made with"
             " label_tokens=0, or of fewer than 4 prompts. Make it anew from more text."
         )
-    rng = np.random.default_rng(seed)
+    if isinstance(chosen, KeepsAnswers):
+        chosen.keep_in(store.folder / ANSWERS)
     directions = torch.randn(
         clt.cfg.n_layers, clt.cfg.d_model, chosen.n_random, generator=torch.Generator().manual_seed(seed)
     )
@@ -142,51 +158,96 @@ def label_features(
         choosing.features,
         (parts["choosing"], parts["scoring"]),
         (choosing.projections, scoring.projections),
-        rng,
+        np.random.default_rng(seed),
     )
-
+    work = _Work(store, chosen, choosing.features, scoring.features, twins, seed)
     labels: dict[tuple[int, int], Label] = {}
     by_layer: list[dict[str, Any]] = []
-    with tqdm(total=len(wanted), desc="Labels", unit=" features", disable=not progress) as bar:
-        for layer in clt.layers:
-            of_twins = [_label_twin(store, chosen, twins, layer, i) for i in range(len(twins.like[layer]))]
-            scores = [
-                _score(chosen, found.text, twins.scoring.firing(layer, i), scoring.features, layer, rng)
-                for i, found in enumerate(of_twins)
-                if found is not None
-            ]
-            means = LabelScore(*(_mean([getattr(s, kind) for s in scores]) for kind in LabelScore._fields))
-            own: list[LabelScore] = []
-            for feature in (f for at, f in wanted if at == layer):
-                firing = choosing.features.firing(layer, feature)
-                found = chosen.label(store[layer, feature], firing, choosing.features.contexts)
-                bar.update()
-                if found is None:
-                    continue
-                score = _score(
-                    chosen, found.text, scoring.features.firing(layer, feature), scoring.features, layer, rng
+    with sharing(clt.W_enc.device) as processes:
+        shown_here = progress and processes.rank == 0
+        with tqdm(total=len(wanted), desc="Labels", unit=" features", disable=not shown_here) as bar:
+            for layer in clt.layers:
+                of_layer = [feature for at, feature in wanted if at == layer]
+                own, random = _label_layer(work, layer, of_layer, processes)
+                bar.update(len(of_layer))
+                means = _means([score for _, score in random])
+                labels |= {(layer, feature): Label(*given, *score, *means) for feature, (given, score) in own.items()}
+                of_own = _means([score for _, score in own.values()])
+                by_layer.append(
+                    {
+                        "layer": layer,
+                        "n_labels": len(own),
+                        "score": of_own.random,
+                        "score_nearest": of_own.nearest,
+                        "n_random": len(random),
+                        "score_random": means.random,
+                        "score_random_nearest": means.nearest,
+                    }
                 )
-                own.append(score)
-                labels[layer, feature] = Label(*found, *score, *means)
-            by_layer.append(
-                {
-                    "layer": layer,
-                    "n_labels": len(own),
-                    "score": _mean([s.random for s in own]),
-                    "score_nearest": _mean([s.nearest for s in own]),
-                    "n_random": len(scores),
-                    "score_random": means.random,
-                    "score_random_nearest": means.nearest,
-                }
-            )
-    about = {
-        "labeller": chosen.name,
-        "n_contexts": {part: len(contexts) for part, contexts in parts.items()},
-        "seed": seed,
-        "layers": by_layer,
-    }
-    store.write_labels(labels, about)
+        about = {
+            "labeller": chosen.name,
+            "features": None if features is None else [list(place) for place in wanted],
+            "n_contexts": {part: len(contexts) for part, contexts in parts.items()},
+            "seed": seed,
+            "layers": by_layer,
+        }
+        processes.on_main(lambda: store.write_labels(labels, about))
     return store
+
+
+class _Work(NamedTuple):
+    """What every label of a store is found and scored by."""
+
+    store: FeatureStore
+    labeller: Labeller
+    choosing: Activations
+    scoring: Activations
+    twins: _Twins
+    seed: int
+
+    def draws(self, *which: int) -> np.random.Generator:
+        """Random numbers for one label alone: which others there are, and where they are made, does not matter."""
+        return np.random.default_rng([*which, self.seed])
+
+
+_Scored: TypeAlias = tuple[GivenLabel, LabelScore]
+
+
+def _label_layer(
+    work: _Work, layer: int, features: Sequence[int], processes: Processes
+) -> tuple[dict[int, _Scored], list[_Scored]]:
+    """Labels with scores of a layer's features, and those of the random dictionary, in order: each process makes its
+    share, and all have all of them."""
+
+    def share() -> tuple[list[tuple[int, _Scored | None]], list[tuple[int, _Scored | None]]]:
+        own = [(f, _label_feature(work, layer, f)) for f in processes.share_of(features)]
+        directions = processes.share_of(range(len(work.twins.like[layer])))
+        return own, [(d, _label_twin(work, layer, d)) for d in directions]
+
+    try:
+        shares = processes.everywhere(share)
+    except LabellerError as error:
+        if not isinstance(work.labeller, KeepsAnswers):
+            raise
+        raise LabellerError(
+            f"{error} What was answered is kept in '{work.store.folder / ANSWERS}': the same call again (`--resume`)"
+            " asks for the rest."
+        ) from error
+    own, random = (dict(sorted(pair for part in parts for pair in part)) for parts in zip(*shares, strict=True))
+    return (
+        {feature: scored for feature, scored in own.items() if scored is not None},
+        [scored for scored in random.values() if scored is not None],
+    )
+
+
+def _label_feature(work: _Work, layer: int, feature: int) -> _Scored | None:
+    """A feature's label with its score."""
+    firing = work.choosing.firing(layer, feature)
+    found = work.labeller.label(work.store[layer, feature], firing, work.choosing.contexts)
+    if found is None:
+        return None
+    active = work.scoring.firing(layer, feature)
+    return found, _score(work.labeller, found.text, active, work.scoring, layer, work.draws(0, layer, feature))
 
 
 def _as_labeller(labeller: Any) -> Labeller:
@@ -217,9 +278,10 @@ def _wanted(store: FeatureStore, features: Sequence[tuple[int, int]] | None) -> 
     )
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+def _means(scores: Sequence[LabelScore]) -> LabelScore:
+    """The mean of each kind over those that are known."""
+    known = [[value for value in values if value is not None] for values in zip(*scores, strict=True)] or [[], []]
+    return LabelScore(*(float(np.mean(values)) if values else None for values in known))
 
 
 def _score(
@@ -231,7 +293,9 @@ def _score(
         active: where the feature is active there.
         scoring: activations of the CLT, by which contexts are like each other.
     """
-    silent = np.setdiff1d(np.arange(len(scoring.contexts)), active.contexts)
+    is_silent = np.ones(len(scoring.contexts), dtype=bool)
+    is_silent[active.contexts] = False
+    silent = np.flatnonzero(is_silent)
     if not len(active.contexts) or not len(silent):
         return LabelScore(None, None)
     n = min(labeller.n_contexts, len(active.contexts))
@@ -289,13 +353,12 @@ def _random_dictionary(
     return _Twins(like, *(as_activations(c, e, n_directions) for c, e in zip(contexts, entries, strict=True)))
 
 
-def _label_twin(
-    store: FeatureStore, labeller: Labeller, twins: _Twins, layer: int, direction: int
-) -> GivenLabel | None:
-    """What the labeller makes of a random direction. Words that it promotes are those of a feature drawn at random."""
-    contexts = twins.choosing.contexts
+def _label_twin(work: _Work, layer: int, direction: int) -> _Scored | None:
+    """What the labeller makes of a random direction, with its score. Words that it promotes are those of a feature
+    drawn at random."""
+    contexts, twins = work.twins.choosing.contexts, work.twins
     firing = twins.choosing.firing(layer, direction)
-    other = store[layer, int(twins.like[layer][direction - 1])]
+    other = work.store[layer, int(twins.like[layer][direction - 1])]
     strongest = firing.contexts[np.argsort(-firing.activations, kind="stable")]
     _, first = np.unique(contexts.prompt[strongest], return_index=True)
     examples = []
@@ -320,7 +383,11 @@ def _label_twin(
         examples=examples,
         connected=[],
     )
-    return labeller.label(record, firing, contexts)
+    found = work.labeller.label(record, firing, contexts)
+    if found is None:
+        return None
+    active = twins.scoring.firing(layer, direction)
+    return found, _score(work.labeller, found.text, active, work.scoring, layer, work.draws(1, layer, direction))
 
 
 def _same_prompt(contexts: Contexts, context: int) -> range:

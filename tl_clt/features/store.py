@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tl_clt.arguments import as_path, as_whole
+from tl_clt.bundled import bundled_folder
 from tl_clt.errors import CLTMismatch, FeatureNotFound, FormatError
 from tl_clt.files import files_into, read_json, reading
 from tl_clt.report import as_html
@@ -236,7 +237,7 @@ class FeatureStore:
         """Open a store; nothing but its index is read.
 
         Args:
-            folder: what `collect_features` or `tl-clt features` wrote.
+            folder: what `collect_features` or `tl-clt features` wrote, or the name of a bundled organism ("atlas").
             clt: a CLT that it must belong to.
 
         Raises:
@@ -244,6 +245,8 @@ class FeatureStore:
             CLTMismatch: it belongs to another CLT.
         """
         path = as_path("folder", folder, FormatError)
+        if not path.is_dir():
+            path = bundled_folder(folder, "features") or path
         if not (path / ABOUT).is_file():
             if (path / UNFINISHED).is_dir():
                 raise FormatError(
@@ -355,6 +358,18 @@ class FeatureStore:
             return self[layer, feature]
         except FeatureNotFound:
             return None
+
+    def __len__(self) -> int:
+        """All features."""
+        return self.n_layers * self.d_transcoder
+
+    def __iter__(self) -> Iterator[FeatureRecord]:
+        """What is known of every feature, layer by layer in order, one at a time.
+
+        Raises:
+            FormatError: a file is damaged.
+        """
+        return (self[layer, feature] for layer in range(self.n_layers) for feature in range(self.d_transcoder))
 
     def labels(self) -> DataFrame:
         """All features with a label: layer, feature, label, its scores, density, max_activation and decoder_norm."""

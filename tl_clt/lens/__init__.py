@@ -2,6 +2,7 @@
 
 from transformer_lens import ActivationCache
 
+from tl_clt.bundled import bundled_organisms
 from tl_clt.lens.clean_run import CleanRun, Freeze
 from tl_clt.lens.freezing import PinnedNorms, frozen_hooks, hold, is_frozen_hook, norm_outputs, require_held
 from tl_clt.lens.hooks import (
@@ -25,7 +26,7 @@ from tl_clt.lens.hooks import (
     require_model,
     user_hooks_aside,
 )
-from tl_clt.lens.loading import Backend, bundled_organisms, load_model, model_fingerprint, model_shape
+from tl_clt.lens.loading import Backend, load_model, model_fingerprint, model_shape
 from tl_clt.lens.prompts import (
     Prompt,
     PromptBatch,
@@ -44,6 +45,7 @@ from tl_clt.lens.running import (
     Unembedding,
     last_kv_cache,
     logit_scale,
+    run_blocks_with_cache,
     run_with_cache,
     run_with_hooks,
     tap_unembedding,
@@ -114,6 +116,7 @@ __all__ = [
     "require_hooks",
     "require_model",
     "require_tokenizer",
+    "run_blocks_with_cache",
     "run_with_cache",
     "run_with_hooks",
     "special_token_ids",

@@ -22,11 +22,11 @@ from transformer_lens import loading_from_pretrained as tl_loading
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from tl_clt.arguments import as_choice, as_device, as_dtype, as_path
+from tl_clt.bundled import ORGANISMS, bundled_folder, bundled_organisms
 from tl_clt.errors import ModelNotFound, ModelUnsupported, nearest
 from tl_clt.lens.hooks import HookedModel, HookedTransformer, TransformerBridge
 
 Backend = Literal["hooked", "bridge"]
-ORGANISMS = Path(__file__).parents[1] / "organisms"
 
 GEMMA_NAMES = {
     ("gemma3_text", 18, 640): "google/gemma-3-270m",
@@ -96,16 +96,12 @@ def model_shape(name_or_path: str | Path) -> tuple[int, int] | None:
     return (n_layers, d_model) if isinstance(n_layers, int) and isinstance(d_model, int) else None
 
 
-def bundled_organisms() -> list[str]:
-    """Names of the organisms whose weights come with the package."""
-    return sorted(p.parent.parent.name for p in ORGANISMS.glob("*/model/config.json"))
-
-
 def _local_path(name_or_path: str | Path) -> Path | None:
     """The folder or file meant, or None where it must be a hub name."""
+    bundled = bundled_folder(name_or_path, "model")
+    if bundled is not None:
+        return bundled
     path = Path(name_or_path).expanduser()
-    if str(name_or_path) in bundled_organisms():
-        return ORGANISMS / str(name_or_path) / "model"
     if path.suffix == ".gguf" and not path.is_file():
         raise ModelNotFound(f"'{path}' does not exist. Check the path of the .gguf file.")
     if path.is_dir() and not (path / "config.json").is_file():

@@ -15,7 +15,15 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from tl_clt.errors import ModelUnsupported
-from tl_clt.lens.hooks import FwdHook, HookDict, HookedModel, mlp_hook_points, model_name, names_mlp_points
+from tl_clt.lens.hooks import (
+    FwdHook,
+    HookDict,
+    HookedModel,
+    HookedTransformer,
+    mlp_hook_points,
+    model_name,
+    names_mlp_points,
+)
 from tl_clt.shapes import Logits, TokenBatch
 
 
@@ -94,6 +102,17 @@ def run_with_cache(
     with torch.no_grad(), mlp_hook_points(model):
         logits, cache = model.run_with_cache(tokens, names_filter=names, **call)  # type: ignore[arg-type]
     return logits, cache  # type: ignore[return-value]
+
+
+def run_blocks_with_cache(
+    model: HookedModel, tokens: TokenBatch, names: Callable[[str], bool], **call: Tensor
+) -> ActivationCache:
+    """The cache of `run_with_cache` for hooks within blocks alone: a HookedTransformer stops behind its last block. Of
+    a small model with a large vocabulary the unembedding is half of the work."""
+    stop: dict[str, Any] = {"stop_at_layer": model.cfg.n_layers} if isinstance(model, HookedTransformer) else {}
+    with torch.no_grad(), mlp_hook_points(model):
+        _, cache = model.run_with_cache(tokens, names_filter=names, **stop, **call)  # type: ignore[arg-type]
+    return cache  # type: ignore[return-value]
 
 
 def run_with_hooks(

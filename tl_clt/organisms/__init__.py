@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 
 from tl_clt.arguments import shown
+from tl_clt.bundled import ORGANISMS, bundled_organisms
 from tl_clt.errors import ModelNotFound, nearest
 from tl_clt.features import FeatureStore, Variable
-from tl_clt.lens import Backend, HookedModel, bundled_organisms, load_model
+from tl_clt.lens import Backend, HookedModel, load_model
 from tl_clt.transcoder import CrossLayerTranscoder
 
 DEFAULT_PROMPTS = {"atlas": "Fact: the capital of the state containing Dallas is"}
@@ -72,7 +73,7 @@ def organism_folder(name: str) -> Path:
         raise ModelNotFound(f"name is {shown(name)}: give the name of a bundled organism ({', '.join(known)}).")
     if name not in known:
         raise ModelNotFound(f"'{name}' is no bundled organism ({', '.join(known)}).{nearest(name, known)}")
-    return Path(__file__).parent / name
+    return ORGANISMS / name
 
 
 __all__ = ["Organism", "default_prompt", "known_variables", "load_features", "load_organism", "organism_folder"]

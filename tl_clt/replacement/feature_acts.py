@@ -11,7 +11,7 @@ from tl_clt.lens import (
     PromptBatch,
     block_hook,
     is_several,
-    run_with_cache,
+    run_blocks_with_cache,
     to_token_batch,
     user_hooks_aside,
 )
@@ -61,5 +61,5 @@ def layer_inputs(
     names = [block_hook(t, clt.cfg.input_hook) for t in clt.layers]
     call = {} if mask is None else {"attention_mask": mask}
     with user_hooks_aside(model):
-        _, cache = run_with_cache(model, tokens, lambda name: name in names, **call)
+        cache = run_blocks_with_cache(model, tokens, lambda name: name in names, **call)
     return torch.stack([cache[name] for name in names], dim=-2).to(clt.W_enc.dtype)

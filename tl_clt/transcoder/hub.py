@@ -17,6 +17,7 @@ from typing import NamedTuple
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from tl_clt.bundled import bundled_organisms
 from tl_clt.errors import CLTMismatch, FormatError, NotWritten
 
 
@@ -181,11 +182,14 @@ def parse(where: str) -> HubPath:
     owner, _, rest = text.rstrip("/").partition("/")
     name, _, path = rest.partition("/")
     if not owner or not name or "?" in text or ".." in path.split("/"):
-        alike = get_close_matches(where.lower(), [entry.name for entry in CATALOGUE], n=2, cutoff=0.5)
+        bundled = bundled_organisms()
+        known = [*bundled, *(entry.name for entry in CATALOGUE)]
+        alike = get_close_matches(where.lower(), known, n=2, cutoff=0.5)
         raise FormatError(
-            f"'{where}' is neither a folder here nor a hub repository that can be reached, nor a name that `tl-clt"
-            f" list` gives: repositories are written owner/repo, owner/repo/folder or {URI}owner/repo/file, with"
-            " @revision behind it where one is meant." + (f" Nearest names: {', '.join(alike)}." if alike else "")
+            f"'{where}' is neither a folder here nor a hub repository that can be reached, nor a bundled organism"
+            f" ({', '.join(bundled)}), nor a name that `tl-clt list` gives: repositories are written owner/repo,"
+            f" owner/repo/folder or {URI}owner/repo/file, with @revision behind it where one is meant."
+            + (f" Nearest names: {', '.join(alike)}." if alike else "")
         )
     return HubPath(f"{owner}/{name}", path, revision or None)
 

@@ -267,8 +267,9 @@ class CrossLayerTranscoder(nn.Module):
 
         Args:
             folder_or_hub_repo: a folder in the native layout or in a public one (circuit-tracer's CLTs and PLT sets,
-                Gemma Scope 1 and 2, sparsify's, llamascopium's), a name of `tl_clt.public_transcoders()`, or a hub
-                repository with one of these: `owner/repo`, `owner/repo/sub/folder`, either with `@revision`.
+                Gemma Scope 1 and 2, sparsify's, llamascopium's), a bundled organism ("atlas"), a name of
+                `tl_clt.public_transcoders()`, or a hub repository with one of these: `owner/repo`,
+                `owner/repo/sub/folder`, either with `@revision`. A folder here goes before a name.
             device: where the weights go.
             dtype: number type of the weights; that of the files where left out.
             lazy_decoder: leave decoders on disk and read only the rows asked for.

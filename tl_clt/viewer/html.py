@@ -12,7 +12,7 @@ import hashlib
 import html
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -74,7 +74,9 @@ def page_data(
         (columns `kind`, `layer`, `pos`, `index`, `activation`, `influence`, `label`, `traced`, and `dropped`: the
         absolute input along edges that are not there), `edges` (three parallel lists `target`, `source`, `weight`),
         `probabilities` and `logits` (of the output nodes, in their order), `scores`, `unexplored`, `pruned` and `info`;
-        `features`, by "layer/feature"; `features_left_out`, how many were left out by `max_features`.
+        `features`, by "layer/feature", None where nothing is known; `features_left_out`, how many of the graphs' were
+        left out by `max_features`; `features_in_source`, how many there are in all, None where the source has no
+        length.
 
     Raises:
         ConfigError: the graphs are none or have infinite values, `features` has no `get`, or the title is no text.
@@ -96,6 +98,7 @@ def page_data(
         "graphs": entries,
         "features": found,
         "features_left_out": left_out,
+        "features_in_source": len(features) if isinstance(features, Sized) else None,
     }
 
 
@@ -286,14 +289,12 @@ def _feature_data(
     found = {}
     for layer, index in wanted[:most]:
         record = features.get(layer, index)
-        if record is None:
-            continue
-        if not hasattr(record, "to_dict"):
+        if record is not None and not hasattr(record, "to_dict"):
             raise ConfigError(
                 f"features.get({layer}, {index}) gave {shown(record)}: give a FeatureStore, or what gives objects with"
                 " to_dict()."
             )
-        found[f"{layer}/{index}"] = plain_json(record.to_dict())
+        found[f"{layer}/{index}"] = None if record is None else plain_json(record.to_dict())
     return found, max(len(wanted) - (len(wanted) if most is None else most), 0)
 
 

@@ -40,13 +40,14 @@ class Processes:
         meeting_point = self._folder / f"run-{self._n_runs}"
         for pipe in self._pipes[:n]:
             pipe.send((n, str(meeting_point), work, args))
-        results = []
+        answers = []
         for rank, pipe in enumerate(self._pipes[:n]):
             assert pipe.poll(TIMEOUT), f"rank {rank} does not answer"
-            ok, value = pipe.recv()
+            answers.append(pipe.recv())
+        # All are heard first: what one has left unheard, the next run would take for its own.
+        for rank, (ok, value) in enumerate(answers):
             assert ok, f"rank {rank}:\n{value}"
-            results.append(value)
-        return results
+        return [value for _, value in answers]
 
     def close(self) -> None:
         for process in self._processes:

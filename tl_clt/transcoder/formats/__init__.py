@@ -7,6 +7,7 @@ from types import ModuleType
 
 import torch
 
+from tl_clt.bundled import bundled_folder
 from tl_clt.errors import FormatError
 from tl_clt.files import new_folder, read_config
 from tl_clt.transcoder import hub
@@ -38,7 +39,7 @@ def load(
     dtype: str | torch.dtype | None,
     lazy_decoder: bool,
 ) -> Weights:
-    """Load a CLT from a folder in any known layout, or from a hub repository that holds one."""
+    """Load a CLT from a folder in any known layout, an organism's, or from a hub repository that holds one."""
     folder = _local_folder(folder_or_hub_repo)
     name = None if dtype is None else str(dtype).removeprefix("torch.")
     for layout in LAYOUTS:
@@ -75,6 +76,9 @@ def _local_folder(folder_or_hub_repo: str | Path) -> Path:
     folder = Path(folder_or_hub_repo).expanduser()
     if folder.is_dir() and str(folder_or_hub_repo).strip():
         return folder
+    bundled = bundled_folder(folder_or_hub_repo, "clt")
+    if bundled is not None:
+        return bundled
     if folder.is_file():
         raise FormatError(f"'{folder}' is a file: give the folder that holds the CLT's files.")
     known = hub.find(str(folder_or_hub_repo))

@@ -270,10 +270,13 @@ function FeatureCard({ store, feature, keyName }: { store: Store; feature: Featu
   const name = keyName.replace("/", ".");
   if (store.isLoading(keyName)) return <p class="quiet">Loading what is known of feature {name} …</p>;
   if (!feature) {
-    const why = Object.keys(store.features).length
-      ? "Nothing is known of this feature."
-      : "No features were given with this graph: save_html(path, features=store) adds what they fire on.";
-    return <p class="quiet">{why}</p>;
+    const isLeftOut = !(keyName in store.features) && Boolean(store.data.features_left_out);
+    const why = isLeftOut
+      ? "What this feature fires on was left out of this file: save_html(..., max_features=None) puts all in."
+      : Object.keys(store.features).length
+        ? "Nothing is known of this feature."
+        : "No features were given with this graph: save_html(path, features=store) adds what they fire on.";
+    return <p class="quiet apart">{why}</p>;
   }
   return (
     <section class="feature" data-testid="feature">

@@ -16,7 +16,7 @@ import "./style.css";
 import { askGroup, between, pinnedScores, SubgraphPanel } from "./subgraph";
 import { NodeTable } from "./table";
 import { Options, PageData, Scores } from "./types";
-import { findVisible, summarise } from "./visible";
+import { findVisible, summarise, summariseFeatures } from "./visible";
 import { scoreSubgraph, strongestPath } from "./walks";
 
 /** What `mount` gives back; tests and shells look through it. */
@@ -256,7 +256,7 @@ function Page({ store, element, onScene, ownsWindow }: PageProps) {
             <NodeTable store={store} visible={visible} found={foundSet} />
           )}
           <p class="summary" role="status" data-testid="summary">
-            {summarise(graph, visible)}
+            {[summarise(graph, visible), summariseFeatures(store.data, Boolean(store.host.loadFeature))].filter(Boolean).join(" ")}
           </p>
           <SubgraphPanel store={store} ask={ask} />
         </main>

@@ -290,8 +290,16 @@ export function drawScene(painter: Painter, scene: Scene, path: number[] | null,
   const lit = path ? stepsOf(scene, path) : selected === null ? [] : edgesOf(scene, selected);
   for (const e of lit) drawEdge(painter, scene, e, 0.95, 1.5);
   for (const i of visible.nodes) drawNode(painter, scene, i, isFaint(i), weights);
-  if (layout.isLabelled) for (const i of visible.nodes) drawLabel(painter, scene, i, isFaint(i));
+  for (const i of labelled(scene)) drawLabel(painter, scene, i, isFaint(i));
   drawAxes(painter, scene);
+}
+
+/** Nodes whose label is drawn: all, or where they stand closely the likeliest output and the one selected. */
+export function labelled({ graph, visible, layout, store }: Scene): number[] {
+  if (layout.isLabelled) return visible.nodes;
+  const outputs = visible.nodes.filter((i) => graph.kind[i] === "logit");
+  const likeliest = outputs.sort((a, b) => graph.outputWeight[b] - graph.outputWeight[a]).slice(0, 1);
+  return visible.nodes.filter((i) => likeliest.includes(i) || i === store.selected);
 }
 
 /** Edges of one node that are drawn when it is pointed at or selected, the strongest; its card lists them all. */

@@ -72,8 +72,12 @@ export interface PageData {
   version: number;
   title: string;
   graphs: GraphData[];
-  features: Record<string, FeatureData>;
+  /** By "layer/feature"; null where nothing is known of it. */
+  features: Record<string, FeatureData | null>;
+  /** Features of the graphs that are not in `features`. */
   features_left_out?: number;
+  /** All features that the source knows, or null where it does not count them. */
+  features_in_source?: number | null;
   /** What a shell saved before: as the page's own export, see `Exported` in store.ts. */
   annotations?: unknown;
 }

@@ -2,7 +2,7 @@
 
 import { Graph } from "./graph";
 import { State } from "./store";
-import { PLURAL } from "./types";
+import { PageData, PLURAL } from "./types";
 
 /** Edges drawn where no smallest weight is chosen; so many are drawn at once without a wait. */
 export const EDGES_AT_FIRST = 2000;
@@ -77,6 +77,23 @@ export function findVisible(graph: Graph, state: State): Visible {
     hiddenNodes: [...hidden.entries()],
     hiddenEdges: hiddenEdges.filter(([, count]) => count > 0),
   };
+}
+
+/** Of the features of the graphs, what of them is said here, and what is not, by reason. */
+export function summariseFeatures(data: PageData, canLoad: boolean): string {
+  const records = Object.values(data.features);
+  const left = data.features_left_out ?? 0;
+  if (!records.length && !left) return "";
+  const inGraphs = records.length + left;
+  const unknown = records.filter((record) => record === null).length;
+  const elsewhere = Math.max((data.features_in_source ?? 0) - inGraphs, 0);
+  const not: [string, number][] = [
+    [canLoad ? "come when they are selected" : "left out as of least influence (max_features)", left],
+    ["not known of", unknown],
+    [`others of the store in no graph here`, elsewhere],
+  ];
+  const said = not.filter(([, count]) => count > 0).map(([reason, count]) => `${count} ${reason}`);
+  return [`${records.length - unknown} of ${inGraphs} features described`, ...said].join("; ") + ".";
 }
 
 /** What is shown and what is not, in a sentence. */
