@@ -215,43 +215,53 @@ ANSWER_LOGIT = 10.0
 
 
 def _compiled(name: str) -> tuple[HookedTransformer, dict[str, list[int]]]:
-    """Tracr's weights as a HookedTransformer, with the tokens 0 to n_values - 1 and bos; its padding is left out."""
+    """Tracr's weights as a HookedTransformer, with the tokens 0 to n_values - 1 and bos; its padding is left out.
+
+    Tracr has no biases, but embeds a 1 in every token: what reads that becomes a bias, so that graphs tell biases from
+    tokens. Both divide attention scores by the root of the width of a head.
+    """
     about = json.loads((RASP / f"{name}.json").read_text())
     given = load_file(RASP / f"{name}.safetensors")
     program, stream = PROGRAMS[name], about["residual_stream"]
-    n_values, n_heads, n_layers = program.n_values, about["n_heads"], about["n_layers"]
+    n_heads, n_layers, one = about["n_heads"], about["n_layers"], stream.index("one")
     ids = [*about["token_ids"], about["bos_id"]]
-    answer = program.steps[-1].name
-    W_U = torch.zeros(len(stream), len(ids))
-    for value in range(n_values):
-        if (coordinate := f"{answer}:{value}") in stream:
-            W_U[stream.index(coordinate), value] = ANSWER_LOGIT
-    weights = {
-        "embed.W_E": given["token_embed/embeddings"][ids],
-        "pos_embed.W_pos": given["pos_embed/embeddings"],
-        "unembed.W_U": W_U,
-    }
-    for layer in range(n_layers):
-        theirs, ours = f"transformer/layer_{layer}", f"blocks.{layer}"
-        for their_name, our_name in (("query", "Q"), ("key", "K"), ("value", "V"), ("linear", "O")):
-            W = given[f"{theirs}/attn/{their_name}/w"]
-            heads = W.T if our_name != "O" else W
-            split = heads.unflatten(0, (n_heads, -1))
-            weights[f"{ours}.attn.W_{our_name}"] = split if our_name == "O" else split.mT
-            b = given[f"{theirs}/attn/{their_name}/b"]
-            weights[f"{ours}.attn.b_{our_name}"] = b if our_name == "O" else b.unflatten(0, (n_heads, -1))
-        for number, side in ((1, "in"), (2, "out")):
-            weights[f"{ours}.mlp.W_{side}"] = given[f"{theirs}/mlp/linear_{number}/w"]
-            weights[f"{ours}.mlp.b_{side}"] = given[f"{theirs}/mlp/linear_{number}/b"]
-    d_head, d_mlp = weights["blocks.0.attn.W_Q"].shape[2], weights["blocks.0.mlp.W_in"].shape[1]
-    settings = {"d_model": len(stream), "d_head": d_head, "d_mlp": d_mlp, "n_heads": n_heads, "n_layers": n_layers}
-    settings["n_ctx"] = len(given["pos_embed/embeddings"])
     coordinates = {
         step.name: [i for i, label in enumerate(stream) if label.rpartition(":")[0] == step.name]
         for step in program.steps
     }
-    # Tracr divides scores by the root of the width of a head, as TransformerLens does.
-    return _model(name, settings, weights, d_vocab=len(ids)), coordinates
+    weights = {
+        "embed.W_E": given["token_embed/embeddings"][ids],
+        "pos_embed.W_pos": given["pos_embed/embeddings"],
+        "unembed.W_U": torch.zeros(len(stream), len(ids)),
+    }
+    for coordinate in coordinates[program.steps[-1].name]:
+        value = int(stream[coordinate].rpartition(":")[2])
+        weights["unembed.W_U"][coordinate, value] = ANSWER_LOGIT
+    weights["embed.W_E"][:, one] = 0.0
+
+    def reading(theirs: str) -> tuple[Tensor, Tensor]:
+        """Weights [d_model, n] and biases [n] of what reads the residual stream."""
+        W = given[f"{theirs}/w"].clone()
+        bias = given[f"{theirs}/b"] + W[one]
+        W[one] = 0.0
+        return W, bias
+
+    for layer in range(n_layers):
+        theirs, ours = f"transformer/layer_{layer}", f"blocks.{layer}"
+        for their_name, our_name in (("query", "Q"), ("key", "K"), ("value", "V")):
+            W, bias = reading(f"{theirs}/attn/{their_name}")
+            weights[f"{ours}.attn.W_{our_name}"] = W.unflatten(1, (n_heads, -1)).transpose(0, 1)
+            weights[f"{ours}.attn.b_{our_name}"] = bias.unflatten(0, (n_heads, -1))
+        weights[f"{ours}.attn.W_O"] = given[f"{theirs}/attn/linear/w"].unflatten(0, (n_heads, -1))
+        weights[f"{ours}.attn.b_O"] = given[f"{theirs}/attn/linear/b"]
+        weights[f"{ours}.mlp.W_in"], weights[f"{ours}.mlp.b_in"] = reading(f"{theirs}/mlp/linear_1")
+        weights[f"{ours}.mlp.W_out"] = given[f"{theirs}/mlp/linear_2/w"]
+        weights[f"{ours}.mlp.b_out"] = given[f"{theirs}/mlp/linear_2/b"]
+    d_head, d_mlp = weights["blocks.0.attn.W_Q"].shape[2], weights["blocks.0.mlp.W_in"].shape[1]
+    settings = {"d_model": len(stream), "d_head": d_head, "d_mlp": d_mlp, "n_heads": n_heads, "n_layers": n_layers}
+    return _model(
+        name, {**settings, "n_ctx": len(given["pos_embed/embeddings"])}, weights, d_vocab=len(ids)
+    ), coordinates
 
 
 def _model(name: str, settings: dict[str, int], weights: dict[str, Tensor], d_vocab: int) -> HookedTransformer:
