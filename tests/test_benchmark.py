@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from tests.benchmarks.hops import train
 from tests.models import tiny_clt
 from tl_clt.benchmark import (
     activations,
@@ -139,6 +140,24 @@ def test_writes_by_distance_count_activation_times_norm():
     own = clt.W_dec[0][0, 0].norm() + 2 * clt.W_dec[1][1, 0].norm()
     far = clt.W_dec[0][0, 1].norm()
     assert writes_by_distance(clt, acts) == pytest.approx([float(own / (own + far)), float(far / (own + far))])
+
+
+def test_what_is_trained_on_a_circuit_shows_its_hop():
+    circuit = load_circuit("sum")
+    clt = train(circuit, span=1, sparsity=1.0, seed=0, start="random", n_steps=400)
+    report = measure_hops(circuit, clt, n_pairs=24, n_graphs=2)
+    assert (report.hop_recall, report.answers_kept) == (1, 1)
+    assert report.l0[0] < 8 and report.explained_variance[0] > 0.9
+
+
+def test_a_penalty_on_far_writes_leaves_few():
+    circuit = load_circuit("hops")
+    far = []
+    for settings in ({}, {"far_write_coefficient": 0.3}):
+        clt = train(circuit, span=2, sparsity=1.0, seed=0, start="random", n_steps=500, **settings)
+        acts = clt.encode(activations(circuit, clt)[0])
+        far.append(writes_by_distance(clt, acts)[1])
+    assert far[1] < far[0] / 4
 
 
 def test_what_does_not_fit_is_refused():

@@ -78,7 +78,7 @@ def train(
 
 
 def row_of(report: HopReport) -> dict[str, Any]:
-    """The figures of one CLT; of variables, those of the steps before the answer and of the answer's own."""
+    """The figures of one CLT, means over variables and each variable's own; "through_answer" is the last one's."""
     table = report.variables
     by_variable = {
         name: table[name].tolist()
