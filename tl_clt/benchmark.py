@@ -326,7 +326,8 @@ def _swap(
 
 class _Traced(NamedTuple):
     through: dict[str, float]
-    """By variable: share of the tokens' influence, summed over graphs, that goes through its group."""
+    """By variable: share of the tokens' influence, summed over graphs, that goes through its group; 0 where there is
+    none."""
 
     precision: float
 
@@ -362,7 +363,7 @@ def _trace(
         judged.append(known[pruned.layer[kept], pruned.index[kept]])
     verdicts = torch.cat(judged)
     verdicts = verdicts[~verdicts.isnan()]
-    through = {name: 1 - value / max(total, 1e-30) for name, value in past.items()}
+    through = {name: 1 - value / total if total > 0 else 0.0 for name, value in past.items()}
     return _Traced(through, float(verdicts.mean()) if len(verdicts) else float("nan"))
 
 
