@@ -10,7 +10,7 @@ import torch.distributed as dist
 from sae_lens.saes.sae import TrainStepInput
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.training.small_clts import BATCH, N_LAYERS, F, build, step_input
+from tests.training.small_clts import BATCH, COEFFICIENTS, N_LAYERS, F, build, step_input
 from tl_clt.errors import ConfigError
 from tl_clt.training.clt import TrainingCLT, define_step
 from tl_clt.training.fast import step as step_module
@@ -87,6 +87,27 @@ def test_auxk_is_that_of_the_definition(products: str, kind: str, shape: str, k_
     ours, defined = clt.step(with_dead(clt), FastStep()), define_step(clt, with_dead(clt))
     torch.testing.assert_close(ours.losses["auxk_loss"], defined.losses["auxk_loss"], rtol=1e-12, atol=0)
     assert_same_gradients(gradients(clt, ours.loss), gradients(clt, defined.loss))
+
+
+@pytest.mark.parametrize(("kind", "shape"), product(KINDS, ["clt", "span 2", "low rank", "low rank, span 2, skip"]))
+def test_far_writes_cost_what_the_definition_says(products: str, kind: str, shape: str) -> None:
+    clt = build(**KINDS[kind], **SHAPES[shape])
+    coefficients = {**COEFFICIENTS, "far_write": 0.3}
+    ours = clt.step(step_input(clt, coefficients), FastStep())
+    defined = define_step(clt, step_input(clt, coefficients))
+    assert float(defined.losses["far_write_loss"]) > 0
+    torch.testing.assert_close(ours.losses["far_write_loss"], defined.losses["far_write_loss"], rtol=1e-11, atol=0)
+    torch.testing.assert_close(ours.loss, defined.loss, rtol=1e-12, atol=0)
+    assert_same_gradients(gradients(clt, ours.loss), gradients(clt, defined.loss))
+
+
+def test_per_layer_transcoders_have_no_far_writes() -> None:
+    clt = build("jumprelu", span=1)
+    for step in (FastStep(), define_step):
+        result = step(clt, step_input(clt, {**COEFFICIENTS, "far_write": 0.3}))
+        assert float(result.losses["far_write_loss"]) == 0
+        result.loss.backward()
+        assert all(parameter.grad.isfinite().all() for parameter in clt.parameters())
 
 
 def test_auxk_reaches_dead_features_and_no_encoder_of_the_others() -> None:

@@ -169,6 +169,7 @@ def test_coefficients_go_through_saelens_schedulers() -> None:
         "auxk": 1.0,
     }
     assert build("topk", **cfg, auxk_coefficient=0.1).get_coefficients() == {"auxk": 0.1}
+    assert build("topk", far_write_coefficient=0.2).get_coefficients() == {"auxk": 1.0, "far_write": 0.2}
 
 
 def test_registering_twice_changes_nothing() -> None:

@@ -130,6 +130,8 @@ def test_is_frozen(make_config) -> None:
         ({"k_aux": 25}, "k_aux is 25 for 24 features per layer"),
         ({"far_rank": 0}, "far_rank is 0"),
         ({"far_rank": 2, "span": 1}, "write to no far layer"),
+        ({"far_write_coefficient": 0.1, "span": 1}, "far_write_coefficient is 0.1 with span 1"),
+        ({"far_write_coefficient": -0.1}, "far_write_coefficient is -0.1: give 0 or more"),
         ({"target_l0": 4.0}, "target_l0 is 4.0 and k 6 with activation 'topk', whose L0 is k: give one"),
         ({"target_l0": 25.0, "activation": "jumprelu"}, "target_l0 is 25.0 for 24 features"),
         ({"sparsity_loss": "l0", "activation": "relu"}, "which only jumprelu has"),

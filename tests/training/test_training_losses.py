@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tl_clt.training.losses import dead_feature_loss, mse_loss, sparsity_loss, tanh_count
+from tl_clt.training.losses import dead_feature_loss, far_write_loss, mse_loss, sparsity_loss, tanh_count
 
 BATCH, N_LAYERS, F, D = 3, 2, 4, 5
 
@@ -75,6 +75,21 @@ def test_dead_feature_loss_is_distance_below_threshold_times_norm() -> None:
     )
     got = dead_feature_loss(hidden_pre, thresholds, norms_of(W_dec))
     assert float(got) == pytest.approx(want / BATCH, rel=1e-12)
+
+
+def test_far_write_loss_is_activation_times_norm_times_distance() -> None:
+    W_dec = decoders()
+    acts = [rand(BATCH, F, seed=s).abs() for s in range(N_LAYERS)]
+    blocks = [W.unflatten(1, (N_LAYERS - s, -1)) for s, W in enumerate(W_dec)]
+    want = sum(
+        float(acts[s][b, i] * blocks[s][i, distance].norm()) * distance
+        for b in range(BATCH)
+        for s in range(N_LAYERS)
+        for i in range(F)
+        for distance in range(N_LAYERS - s)
+    )
+    weights = [sum(d * block[:, d].norm(dim=1) for d in range(block.shape[1])) for block in blocks]
+    assert float(far_write_loss(acts, [w + torch.zeros(F) for w in weights])) == pytest.approx(want / BATCH, rel=1e-12)
 
 
 def test_gradients_equal_finite_differences() -> None:

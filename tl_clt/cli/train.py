@@ -167,7 +167,13 @@ class ProgressLines(logging.Handler):
         self._n_printed += 1
 
 
-LOSSES = {"mse_loss": "mse", "sparsity_loss": "sparsity", "dead_feature_loss": "deadloss", "auxk_loss": "auxk"}
+LOSSES = {
+    "mse_loss": "mse",
+    "sparsity_loss": "sparsity",
+    "dead_feature_loss": "deadloss",
+    "auxk_loss": "auxk",
+    "far_write_loss": "farwrite",
+}
 """Names of columns, of at most 8 letters."""
 
 

@@ -26,7 +26,7 @@ from tl_clt.lens.hooks import (
     require_model,
     user_hooks_aside,
 )
-from tl_clt.lens.loading import Backend, load_model, model_fingerprint, model_shape
+from tl_clt.lens.loading import Backend, load_model, model_fingerprint, model_from_weights, model_shape
 from tl_clt.lens.prompts import (
     Prompt,
     PromptBatch,
@@ -102,6 +102,7 @@ __all__ = [
     "mlp_hook_points",
     "mlp_norms",
     "model_fingerprint",
+    "model_from_weights",
     "model_name",
     "model_shape",
     "neuron_weights",

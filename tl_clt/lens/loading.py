@@ -9,7 +9,7 @@ import logging
 import struct
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,6 +18,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from transformer_lens import HookedTransformerConfig
 from transformer_lens import loading_from_pretrained as tl_loading
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -81,6 +82,31 @@ def load_model(
             bridge.cfg.model_name = Path(source).stem if gguf else _plain_name(source)
             return bridge.eval()
         return _hooked_from_parts(source, hf_model, tokenizer, where, dtype)
+
+
+def model_from_weights(
+    name: str, settings: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
+) -> HookedTransformer:
+    """A HookedTransformer without a tokenizer, of settings and weights in memory; what is not given is 0.
+
+    Args:
+        name: what the model is called.
+        settings: fields of TransformerLens's config.
+        weights: by TransformerLens's names.
+
+    Raises:
+        ModelUnsupported: a weight that a model of these settings does not have.
+    """
+    cfg = HookedTransformerConfig(**{"device": "cpu", **settings}, model_name=name, original_architecture="custom")
+    model = HookedTransformer(cfg)
+    parameters = dict(model.named_parameters())
+    strange = [given for given in weights if given not in parameters]
+    if strange:
+        raise ModelUnsupported(f"'{name}' has no weights {strange}. It has {', '.join(parameters)}.")
+    with torch.no_grad():
+        for which, parameter in parameters.items():
+            parameter.copy_(weights[which]) if which in weights else parameter.zero_()
+    return model.eval().requires_grad_(False)
 
 
 def model_shape(name_or_path: str | Path) -> tuple[int, int] | None:

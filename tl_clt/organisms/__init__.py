@@ -1,4 +1,5 @@
-"""Small models that come with the package, each with a CLT, whose circuits are known by how they were trained."""
+"""Small models that come with the package: trained ones with their CLTs, and such whose circuits are known by
+construction."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from tl_clt.bundled import ORGANISMS, bundled_organisms
 from tl_clt.errors import ModelNotFound, nearest
 from tl_clt.features import FeatureStore, Variable
 from tl_clt.lens import Backend, HookedModel, load_model
+from tl_clt.organisms.circuits import CircuitVariable, KnownCircuit, ground_truth, known_circuits, load_circuit
+from tl_clt.organisms.programs import Program, Step
 from tl_clt.transcoder import CrossLayerTranscoder
 
 DEFAULT_PROMPTS = {"atlas": "Fact: the capital of the state containing Dallas is"}
@@ -76,4 +79,18 @@ def organism_folder(name: str) -> Path:
     return ORGANISMS / name
 
 
-__all__ = ["Organism", "default_prompt", "known_variables", "load_features", "load_organism", "organism_folder"]
+__all__ = [
+    "CircuitVariable",
+    "KnownCircuit",
+    "Organism",
+    "Program",
+    "Step",
+    "default_prompt",
+    "ground_truth",
+    "known_circuits",
+    "known_variables",
+    "load_circuit",
+    "load_features",
+    "load_organism",
+    "organism_folder",
+]

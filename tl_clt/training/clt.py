@@ -35,6 +35,7 @@ from tl_clt.training.losses import (
     TrainedActivation,
     auxk_loss,
     dead_feature_loss,
+    far_write_loss,
     jumprelu,
     mse_loss,
     sparsity_loss,
@@ -147,6 +148,10 @@ class CLTSettings(CLTShape):
     dead_feature_coefficient: float = 3e-6
     """lambda_P. Small dictionaries with lambda near 1 need far more, 0.01 to 0.1, to keep most features alive where
     AuxK does not; more of it raises L0. No part for topk and batchtopk."""
+
+    far_write_coefficient: float = 0.0
+    """Weight of a penalty on what features write to later layers, times the distance; none unless more than 0. It draws
+    what a layer computes to that layer's own features, so that graphs skip fewer hops, for a larger error or L0."""
 
     auxk_coefficient: float = 1.0
     """Weight of AuxK, by which dead features learn what the others leave out."""
@@ -402,6 +407,28 @@ class CLTWeights:
     def norms(self, dtype: torch.dtype | None = None) -> list[Float[Tensor, " d_transcoder"]]:
         """||W_dec,i||: for each source layer, each feature's norm over the concatenation of its decoder vectors."""
         return [torch.cat(list(pairs.values()), dim=1).norm(dim=1) for pairs in self.decoders(dtype)]
+
+    def far_weights(self, source: int, dtype: torch.dtype | None = None) -> Float[Tensor, " d_transcoder"]:
+        """sum_{t > s} (t - s) * ||W_dec,i[s -> t]|| of the features of layer s.
+
+        Decoders of low rank are not made: ||A_i B|| is the root of A_i (B B^T) A_i^T.
+
+        Args:
+            source: the layer.
+            dtype: that they are to have; `sum_dtype` where left out.
+        """
+        kind, far, n_far = dtype or self.sum_dtype, self.far(source), len(self.targets[source]) - 1
+        beyond = self.W_dec[source][:, self.cfg.d_in :].to(kind)
+        if n_far == 0:
+            return beyond.sum(dim=1)
+        slots = beyond.unflatten(1, (n_far, -1))
+        if far is None:
+            norms = slots.norm(dim=2)
+        else:
+            B = far.to(kind)
+            squares = (torch.einsum("fjr,jrq->fjq", slots, B @ B.mT) * slots).sum(dim=2)
+            norms = squares.clamp_min(SMALLEST_NORM**2).sqrt()
+        return norms @ torch.arange(1, norms.shape[1] + 1, dtype=kind, device=norms.device)
 
     def thresholds(self) -> list[Float[Tensor, " d_transcoder"]]:
         """theta of each layer's features, in units of hidden_pre: 0 where phi has no threshold.
@@ -681,8 +708,19 @@ def define_step(clt: TrainingCLT, step_input: TrainStepInput) -> CLTStep:
             losses["dead_feature_loss"] = coefficients["dead_feature"] * dead_feature_loss(
                 pre_by_layer, thresholds, norms
             )
+    if coefficients.get("far_write", 0.0) > 0:
+        losses["far_write_loss"] = coefficients["far_write"] * far_write_loss(acts_by_layer, _define_far_weights(clt))
     features = [LayerFeatures(a.detach, a.count_nonzero(dim=0)) for a in acts_by_layer]
     return CLTStep(recons, losses, features, [h.detach() for h in pre_by_layer], smallest_kept)
+
+
+def _define_far_weights(clt: TrainingCLT) -> list[Tensor]:
+    """As `CLTWeights.far_weights`, of whole decoders."""
+    result = []
+    for source, pairs in enumerate(clt.decoders()):
+        norms = [(target - source) * W.norm(dim=1) for target, W in pairs.items() if target > source]
+        result.append(torch.stack([torch.zeros_like(clt.b_enc[source]), *norms]).sum(dim=0))
+    return result
 
 
 def _define_auxk(
@@ -781,17 +819,19 @@ class TrainingCLT(CLTWeights, TrainingSAE[TrainingCLTConfig]):
         return self.step_output(step, step_input, acts, torch.cat(step.hidden_pre, dim=1))
 
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
-        """lambda and lambda_P for SAELens's schedulers, or the weight of AuxK.
+        """lambda and lambda_P for SAELens's schedulers, and the weights of AuxK and of far writes.
 
         Raises:
             ConfigError: the config asks for what SAELens's own trainer would leave undone.
         """
         if not self.in_own_trainer:
             _require_plain_training(self.cfg)
-        auxk = {"auxk": self.cfg.auxk_coefficient}
+        for_all = {"auxk": self.cfg.auxk_coefficient}
+        if self.cfg.far_write_coefficient > 0:
+            for_all["far_write"] = self.cfg.far_write_coefficient
         if self.cfg.selects:
-            return auxk
-        return auxk | {
+            return for_all
+        return for_all | {
             "dead_feature": self.cfg.dead_feature_coefficient,
             "sparsity": TrainCoefficientConfig(self.cfg.sparsity_coefficient, self.cfg.sparsity_warm_up_steps),
         }

@@ -14,6 +14,10 @@ features of layer l. lambda rises to `sparsity_coefficient`, and mu_l = 1; with 
     "l0"            lambda * sum_l mu_l N_l(x),   n_i = 1[h_i > theta_i], straight-through         (Rajamanoharan 2024)
     "quadratic_l0"  lambda * sum_l mu_l (N_l(x) / target_l0 - 1)^2,   n_i as for "l0"              (the same, section 5)
 
+Far writes may be made to cost, so that a layer's result is told from that layer's own features where it can be
+(decoders that reach further let a feature do in one hop what the model does in several):
+    far_write_loss = sum_i a_i sum_{t > s} (t - s) * ||W_dec,i[s -> t]||,   s the layer of feature i, mean over tokens
+
 AuxK trains features that died to write what the others leave out (Gao et al. 2024, section 2.3):
     auxk_loss = sum over layers ||e - e_hat||^2, mean over tokens,   e = outputs - recons (without gradient)
     e_hat     = what the `k_aux` dead features of each layer with the largest hidden_pre would write, without b_dec
@@ -177,6 +181,17 @@ def dead_feature_loss(hidden_pre: PerLayer, thresholds: PerFeature, norms: PerFe
         for h, threshold, norm in zip(hidden_pre, thresholds, norms, strict=True)
     ]
     return torch.stack(terms).sum() / hidden_pre[0].shape[0]
+
+
+def far_write_loss(feature_acts: PerLayer, far_weights: PerFeature) -> Float[Tensor, ""]:
+    """sum_i a_i * far_weight_i over the features of all layers, mean over tokens.
+
+    Args:
+        feature_acts: of each layer.
+        far_weights: sum_t (t - s) * ||W_dec,i[s -> t]|| of each layer's features.
+    """
+    written = [acts.sum(dim=0) @ weights for acts, weights in zip(feature_acts, far_weights, strict=True)]
+    return torch.stack(written).sum() / feature_acts[0].shape[0]
 
 
 def auxk_loss(

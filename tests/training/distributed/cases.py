@@ -29,7 +29,7 @@ from tl_clt.training.run.checkpoints import gather_clt, own_share
 from tl_clt.training.run.trainer import CLTTrainer
 
 N_LAYERS, D_MODEL, N_FEATURES, BATCH, STEPS = 3, 8, 12, 8, 10
-COEFFICIENTS = {"sparsity": 0.7, "dead_feature": 0.2, "auxk": 0.5}
+COEFFICIENTS = {"sparsity": 0.7, "dead_feature": 0.2, "auxk": 0.5, "far_write": 0.3}
 DEAD = torch.tensor([[1, 5, 6, 8], [2, 3, -1, -1], [-1, -1, -1, -1]])
 """Features of each layer that count as dead in `step`: on more ranks than one, on one, on none."""
 MAX_NORM = 0.01

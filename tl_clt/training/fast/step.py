@@ -11,7 +11,7 @@ small enough for the cache, goes through all of them, with derivatives by hand: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -96,6 +96,9 @@ class FastStep:
         losses |= _auxk(clt, xs, hidden_pre, outputs, recons.detach(), step_input)
         if not clt.cfg.selects:
             losses |= _penalties(clt, layers, step_input.coefficients)
+        if (far_write := step_input.coefficients.get("far_write", 0.0)) > 0:
+            far = torch.stack([one.far_write(clt.far_weights(s, clt.sum_dtype)) for s, one in enumerate(layers)]).sum()
+            losses["far_write_loss"] = far_write * clt.grid.sum_over_features(far) / len(recons)
         return CLTStep(recons, losses, [one.features for one in layers], hidden_pre, smallest)
 
     def take(self, name: str, layer: int, shape: tuple[int, int], like: Tensor) -> Tensor:
@@ -110,6 +113,8 @@ class _Layer(NamedTuple):
     features: LayerFeatures
     hidden_pre: Tensor
     written: Tensor
+    far_write: Callable[[Tensor], Tensor]
+    """From weights of the features to the sum over tokens and features of activation times weight."""
     counts: Tensor | None = None
     dead_features: Tensor | None = None
 
@@ -138,7 +143,8 @@ def _thresholded_layers(
         written = decode(acts, clt.W_dec[layer], places)
         features = LayerFeatures(acts.detach, result.fired)
         written = _to_targets(clt, layer, written)
-        layers.append(_Layer(features, h.detach(), written, result.counts, result.dead_features))
+        far_write = partial(torch.dot, acts.sum(dim=0))
+        layers.append(_Layer(features, h.detach(), written, far_write, result.counts, result.dead_features))
     return layers
 
 
@@ -193,7 +199,11 @@ def _kept(clt: TrainingCLT, layer: int, x: Tensor, hidden_pre: Tensor, places: S
         acts = places.to_dense(values)
         features = LayerFeatures(acts.detach, fired)
         written = decode(acts, clt.W_dec[layer])
-    return _Layer(features, hidden_pre, _to_targets(clt, layer, written))
+    return _Layer(features, hidden_pre, _to_targets(clt, layer, written), partial(_weighted, values, places.features))
+
+
+def _weighted(values: Tensor, features: Tensor, weights: Tensor) -> Tensor:
+    return (values * weights[features]).sum()
 
 
 def _penalties(clt: TrainingCLT, layers: list[_Layer], coefficients: dict[str, float]) -> dict[str, Tensor]:

@@ -448,6 +448,11 @@ def _check_activation(clt: CLTSettings) -> None:
         clt.far_rank is None or clt.span != 1,
         f"far_rank is {clt.far_rank} with span 1: such features write to no far layer. Leave far_rank out.",
     )
+    require(
+        clt.far_write_coefficient == 0 or clt.span != 1,
+        f"far_write_coefficient is {clt.far_write_coefficient:g} with span 1: such features write to no far layer."
+        " Leave it out.",
+    )
     require(clt.span is None or clt.span >= 1, f"span is {clt.span}: give 1 (PLT) to n_layers (CLT).")
     require(
         clt.input_hook != clt.output_hook,
