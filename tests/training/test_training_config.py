@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
 
 import pytest
 
 from tl_clt.errors import ConfigError
-from tl_clt.organisms import organism_folder
 from tl_clt.training import CLTSettings, CLTTrainingRunnerConfig, DataSettings
+
+DATA = Path(__file__).parents[1] / "data"
 
 
 def test_defaults_are_valid_and_span_everything() -> None:
@@ -66,7 +68,7 @@ def test_no_field_is_written_twice_and_dictionaries_are_flat_or_by_part() -> Non
 
 
 def test_the_record_of_an_older_run_still_loads() -> None:
-    flat = json.loads((organism_folder("atlas") / "clt" / "training.json").read_text())["config"]
+    flat = json.loads((DATA / "training-of-an-older-run.json").read_text())["config"]
     cfg = CLTTrainingRunnerConfig.from_dict(flat)
     assert (cfg.clt.d_transcoder, cfg.data.seqpos_slice, cfg.lr) == (256, (1, None), 0.002)
     assert {name: list(v) if isinstance(v, tuple) else v for name, v in cfg.to_dict().items() if name in flat} == {

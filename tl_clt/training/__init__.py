@@ -2,6 +2,7 @@
 
     clt.py        what is trained: its config, weights and start, and the definition of a step's forward pass and losses
     losses.py     the terms of the loss, and phi with straight-through gradients
+    resampling.py dead features begun anew
     export.py     to a `CrossLayerTranscoder`, with the scaling of training folded into the weights
     fast/         the same step in less time and memory: step, products, selection
     data/         from a dataset to shuffled batches of scaled activations: dataset, batches, cache
@@ -24,7 +25,8 @@ In the place of SAELens's stand:
                          nothing.
     dead features        those whose density over a window of steps is low (`RunningDensity`), not those that have not
                          fired for some steps: a feature that fires once in a million tokens is as good as dead.
-                         SAELens's own counts go on beside it, for its logs.
+                         SAELens's own counts go on beside it, for its logs. Once a window, up to two thirds of a run,
+                         they begin anew from tokens that are reconstructed badly (`resampling`).
     lambda               with `target_l0`, adjusted by `L0Controller` in the place of SAELens's ramp.
     the end              on exactly the tokens asked for: the last batch may be shorter (`CLTTrainerConfig`).
     checkpoints          `run.checkpoints`: with all that a step depends on, so that a resumed run ends with the same

@@ -482,16 +482,12 @@ def init_from_tokens(
     for layer, targets in enumerate(clt.targets):
         x = inputs[:, layer].double()
         x = x - x.mean(dim=0)
-        covariance = x.T @ x / n
-        covariance.diagonal().add_((COVARIANCE_FLOOR * covariance.diagonal().mean()).clamp(min=SMALLEST_NORM))
+        covariance, factor = _floored_covariance(x)
         drawn = torch.randperm(n)[torch.arange(n_features) % n][own].to(x.device)
         noise = torch.randn(n_features, x.shape[1], dtype=torch.float64)[own].to(x.device)
         noise[: max(0, min(n - (own.start or 0), len(noise)))] = 0.0  # features past the n-th alone have some
-        factor = torch.linalg.cholesky(covariance)
         # C^-1 (x_n + C^1/2 noise): the noise is as large as a token's own deviation from the mean.
-        W_enc = torch.cholesky_solve((x[drawn] + noise @ factor.T).T, factor).T
-        W_enc /= (W_enc @ covariance * W_enc).sum(dim=1, keepdim=True).sqrt().clamp(min=SMALLEST_NORM)
-        clt.W_enc[layer].copy_(W_enc)
+        clt.W_enc[layer].copy_(_unit_variance(x[drawn] + noise @ factor.T, covariance, factor))
         written = targets if clt.cfg.far_rank is None else targets[:1]
         W_dec = clt.W_dec[layer][:, : len(written) * clt.cfg.d_in]
         toward = torch.cat([y[drawn, target] for target in written], dim=1)
@@ -499,6 +495,31 @@ def init_from_tokens(
         W_dec.copy_(toward * size)
     init_encoder_biases(clt, inputs)
     init_decoder_biases(clt, outputs)
+
+
+@torch.no_grad()
+def discriminants(x: Float64[Tensor, "batch d_model"], drawn: Int[Tensor, " n"]) -> Float64[Tensor, "n d_model"]:
+    """The encoders of `init_from_tokens` for tokens of a layer.
+
+    Args:
+        x: the layer's inputs.
+        drawn: the tokens.
+    """
+    x = x - x.mean(dim=0)
+    return _unit_variance(x[drawn], *_floored_covariance(x))
+
+
+def _floored_covariance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """C of centred inputs, and its Cholesky factor."""
+    covariance = x.T @ x / len(x)
+    covariance.diagonal().add_((COVARIANCE_FLOOR * covariance.diagonal().mean()).clamp(min=SMALLEST_NORM))
+    return covariance, torch.linalg.cholesky(covariance)
+
+
+def _unit_variance(x: Tensor, covariance: Tensor, factor: Tensor) -> Tensor:
+    """C^-1 x, such that W C W^T = 1 for each row."""
+    W = torch.cholesky_solve(x.T, factor).T
+    return W / (W @ covariance * W).sum(dim=1, keepdim=True).sqrt().clamp(min=SMALLEST_NORM)
 
 
 FIRING_BUDGET = 10_000

@@ -1,7 +1,7 @@
 """Train atlas's CLT with this project's own runner: `python -m tl_clt.organisms.atlas.train_clt --output FOLDER`.
 
 The text is that of the model's training (`tl_clt.organisms.atlas.text`) from another seed, packed alike: `<bos>`
-and whole sentences. Position 0 is left out, where activations are huge and mean nothing. The folder written holds
+and whole sentences. `<bos>`, where activations are huge and mean nothing, is left out. The folder written holds
 the CLT in the native layout, `training.json` (the run), and `metrics.json` (the CLT on held-out questions).
 """
 
@@ -33,7 +33,7 @@ class Recipe(str, Enum):
     """What is trained."""
 
     bundled = "bundled"
-    """JumpReLU, 256 features a layer, fewer than 10 active on a token: the CLT that comes with the package."""
+    """BatchTopK, 256 features a layer, 10 active on a token in the mean: the CLT that comes with the package."""
 
     jumprelu = "jumprelu"
     """JumpReLU for a named L0: 128 features a layer, about 16 active on a token, hardly any dead."""
@@ -43,7 +43,7 @@ class Recipe(str, Enum):
 
 
 RECIPES: dict[Recipe, dict[str, Any]] = {
-    Recipe.bundled: {"activation": "jumprelu", "sparsity_coefficient": 0.3, "dead_feature_coefficient": 1e-2},
+    Recipe.bundled: {"activation": "batchtopk", "k": 10},
     Recipe.jumprelu: {
         "activation": "jumprelu",
         "d_transcoder": 128,
@@ -72,7 +72,6 @@ def clt_config(model_name: str, output: Path, seed: int, recipe: Recipe = Recipe
             "train_batch_size_tokens": 1024,
             "store_batch_size_prompts": 64,
             "n_batches_in_buffer": 256,
-            "seqpos_slice": (1, None),
             "lr": 2e-3,
             "lr_warm_up_steps": 50,
             "lr_decay_steps": n_steps // 4,

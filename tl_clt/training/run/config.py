@@ -130,6 +130,10 @@ class CLTTrainingRunnerConfig:
     adam_beta2: float = 0.999
     """Adam's beta_2."""
 
+    resample_dead: bool = True
+    """Whether dead features begin anew, during the first two thirds of the run, as detectors of tokens that are
+    reconstructed badly."""
+
     n_data_parallel: int = 1
     """Under torchrun: parts that each batch's tokens are split into. The processes of each part split the CLT's
     features among them, all processes where left out. Neither changes the result, but for rounding."""

@@ -347,6 +347,12 @@ class CLTTrainingRunner:
 
         waiting = Waiting(own_part(None if raw is None else self._for_training(raw, trainer)))
         trainer.data_provider = waiting
+
+        def upcoming() -> Batch:
+            ahead = None if raw is None else torch.cat(raw.peek(cfg.data.n_batches_for_scale))
+            return apply_scale(from_main(ahead, grid, sae.dtype, sae.device), scale)
+
+        trainer.upcoming = upcoming if cfg.resample_dead else None
         about = {"model_fingerprint": start.fingerprint}
         resumed_at = None if state is None else trainer.n_training_steps
         checkpoints = CheckpointWriter(cfg, about, lambda: None if raw is None else raw.position, started, resumed_at)

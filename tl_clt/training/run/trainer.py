@@ -24,10 +24,12 @@ from torch.optim import Optimizer
 
 from tl_clt.errors import NotFinite
 from tl_clt.training.clt import TrainingCLT, TrainingCLTConfig
+from tl_clt.training.data.batches import Batch
 from tl_clt.training.fast.products import set_gradients_aside, zero_gradients_aside
 from tl_clt.training.fast.step import FastStep
 from tl_clt.training.losses import L0Controller
 from tl_clt.training.parallel import clip_divisor, combine_gradients, gradient_norm
+from tl_clt.training.resampling import UNTIL, resample
 from tl_clt.training.run.progress import ProgressMeter
 
 CONTROLLER_START = 0.01
@@ -42,6 +44,9 @@ MOST_PER_STEP = 0.1
 LEAST_LAMBDA, GREATEST_TIMES = 1e-4, 10.0
 """Bounds of its lambdas: the least; and the greatest as a multiple of n_layers * d_model / target_l0, which is what one
 feature of a layer would have to save, in the mean, if a layer's features alone explained all layers' outputs."""
+
+WITHOUT_PENALTIES = {"sparsity": 0.0, "dead_feature": 0.0, "auxk": 0.0}
+"""Of a forward pass that is to reconstruct only."""
 
 MAX_NORM = 1.0
 """Norm that gradients are clipped to, as in SAELens."""
@@ -66,6 +71,10 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
 
     progress: ProgressMeter | None = None
     """Told of every step."""
+
+    upcoming: Callable[[], Batch] | None = None
+    """Gives some tokens that are soon trained on, scaled, on a grid the same for every rank. Dead features begin anew
+    from them (see `resampling`); none do where it is left out."""
 
     seconds_in_steps: float = 0.0
     """That all steps took."""
@@ -149,6 +158,7 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
         output = self._with_losses_of_whole_batch(output)
         self._require_finite_step(output, norm, sae_in)
         self._change_weights(clip_divisor(norm, MAX_NORM))
+        self._resample_if_due(sae)
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
@@ -168,6 +178,24 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
                 if weight.grad is not None:
                     weight.grad /= divisor
         self.optimizer.step()
+
+    def _resample_if_due(self, sae: TrainingCLT) -> None:
+        """Begin dead features anew, once a window, up to `UNTIL` of the run."""
+        step, every = self.n_training_steps + 1, self.cfg.dead_feature_window
+        if self.upcoming is None or step % every != 0 or step > UNTIL * self.cfg.total_training_steps:
+            return
+        dead = self.dead_neurons
+        if not dead.any():
+            return
+        errors, tokens = [], self.upcoming()
+        with torch.no_grad():
+            for batch in tokens.split(self.cfg.train_batch_size_samples):
+                result = self.fast_step(
+                    sae, TrainStepInput(batch, WITHOUT_PENALTIES, None, self.n_training_steps, False)
+                )
+                errors.append(batch[:, 1] - result.recons)
+        begun = resample(sae, self.optimizer.state, dead, tokens[:, 0], torch.cat(errors), seed=step)
+        self.density.forgive(begun)
 
     def _require_finite_step(self, output: TrainStepOutput, norm: Tensor, sae_in: Tensor) -> None:
         """Raise, on all ranks alike, where the loss or the norm of the gradients is infinite or no number: before the
@@ -378,6 +406,12 @@ class RunningDensity:
             return torch.zeros_like(self.fired[0], dtype=torch.bool)
         fired = self.fired.sum(dim=0)
         return (fired == 0) | (fired < below * self.tokens.sum())
+
+    @torch.no_grad()
+    def forgive(self, features: Bool[Tensor, " d_sae"]) -> None:
+        """Count these as alive until the present part of the window has passed."""
+        block = (self.n_steps - 1) // self.steps_per_block % BLOCKS
+        self.fired[block, features] += self.tokens.sum()
 
     def state_dict(self) -> dict[str, Any]:
         """For checkpoints."""
