@@ -150,11 +150,36 @@ def test_training_says_how_it_goes_on_and_does(interrupted_at, tmp_path, text):
     assert json.loads((last / "checkpoint.json").read_text())["step"] == int(last.name[5:])
 
 
-def test_training_without_checkpoints_says_how_to_have_them(interrupted_at, tmp_path, text):
+def test_training_without_checkpoints_leaves_one_where_it_is_interrupted(tmp_path, text):
+    sizes = ("--d-transcoder", "8", "--batch-size", "256", "--context-size", "32", "--training-tokens", "1000000")
+    options = ("--model", "atlas", "--dataset", text, "--output", str(tmp_path / "clt"), "--log-every", "2", *sizes)
+    (tmp_path / "clt-interrupted").mkdir()  # of an earlier run
+    command = [sys.executable, "-u", "-m", "tl_clt.cli", "train", *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment(), **pipes)
+    assert process.stdout is not None
+    next(line for line in process.stdout if "/3906" in line or "4 of" in line or line.lstrip()[:1].isdigit())
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=1200)
+    said = check_end(process.returncode, stderr[stderr.index("Interrupted") :])
+    folder = tmp_path / "clt-interrupted-2"
+    [left] = folder.glob("step_*")
+    assert f"step {int(left.name[5:])}: the same command with --resume {folder} goes on." in said
+    assert sorted(p.name for p in folder.iterdir()) == ["progress.csv", left.name]
+    other = tmp_path / "other.txt"
+    other.write_text("the capital of Texas is Austin .\n" * 2000)
+    again = subprocess.run(
+        [*command[:-2], "--dataset", str(other), "--training-tokens", "1000000", "--resume", str(folder)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 1 and "was made with another text" in " ".join(again.stderr.split())
+
+
+def test_training_that_is_interrupted_while_it_writes_leaves_nothing(interrupted_at, tmp_path, text):
     sizes = ("--d-transcoder", "8", "--batch-size", "256", "--context-size", "32", "--training-tokens", "2048")
     options = ("--model", "atlas", "--dataset", text, "--output", str(tmp_path / "clt"), *sizes)
     said = interrupted_at("open", "training.json", "train", *options)
-    assert said == (
-        "Interrupted. No CLT and no checkpoint was written. With --checkpoints FOLDER a run that is stopped can go on."
-    )
+    assert said == "Interrupted. No CLT and no checkpoint was written."
     assert list(tmp_path.iterdir()) == []

@@ -223,6 +223,26 @@ def test_random_weights_score_no_better_than_the_random_dictionary(case: Case, s
     assert all(layer["n_labels"] > 5 and layer["n_random"] > 30 for layer in layers)
 
 
+def test_labels_of_other_features_stay_where_some_are_named(case: Case, store: FeatureStore):
+    label_features(case.model, case.clt, store, progress=False)
+    before = store.labels().set_index(["layer", "feature"])["label"].to_dict()
+    place = next(iter(before))
+
+    def other(record: FeatureRecord) -> str:
+        return "another label"
+
+    label_features(case.model, case.clt, store, other, features=[place], progress=False)
+    table = store.labels().set_index(["layer", "feature"])
+    assert table["label"].to_dict() == {**before, place: "another label"} and len(before) > 1
+    about = store.label_summary()
+    assert about["labeller"] == "rules and other" and about["features"] is None
+    for layer in about["layers"]:
+        scores = table.loc[layer["layer"]]["score"].dropna()
+        assert layer["n_labels"] == len(table.loc[layer["layer"]]) and layer["score"] == pytest.approx(scores.mean())
+    label_features(case.model, case.clt, store, other, progress=False)
+    assert set(store.labels()["label"]) == {"another label"} and store.label_summary()["labeller"] == "other"
+
+
 def test_labels_of_atlas_are_worth_more_than_those_of_random_directions():
     layers = load_features("atlas").label_summary()["layers"]
     for kind in ("score", "score_nearest"):
@@ -275,9 +295,10 @@ def test_the_same_call_gives_the_same_labels(case: Case, store: FeatureStore):
 def test_which_others_are_labelled_changes_no_label(case: Case, store: FeatureStore):
     label_features(case.model, case.clt, store, progress=False)
     all_of_them = {(layer, feature): store[layer, feature] for layer, feature in cases.PLACES}
+    n_labels = len(store.labels())
     label_features(case.model, case.clt, store, features=cases.PLACES[::-1], progress=False)
     assert {place: store[place] for place in cases.PLACES} == all_of_them
-    assert len(store.labels()) == len(cases.PLACES)
+    assert len(store.labels()) == n_labels
     assert store.label_summary()["features"] == [list(place) for place in cases.PLACES]
 
 

@@ -87,6 +87,7 @@ def run(resume: Path | None, settings: dict[str, Any]) -> None:
         from tl_clt.files import require_new
         from tl_clt.lens import load_model
         from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig, own_device
+        from tl_clt.training.run.checkpoints import folder_if_interrupted
 
         # Of several processes the main one speaks; its errors are raised on all.
         console.quiet = errors.quiet = "LOCAL_RANK" in os.environ and int(os.environ.get("RANK", "0")) > 0
@@ -99,7 +100,8 @@ def run(resume: Path | None, settings: dict[str, Any]) -> None:
         cfg = CLTTrainingRunnerConfig.from_dict(values)
         interruption.quiet = errors.quiet
         cache = None if cfg.data.cache_path is None else Path(cfg.data.cache_path)
-        interruption.kept = lambda: _kept(output, checkpoint_path, cache)
+        checkpoint_folder = folder_if_interrupted(cfg)
+        interruption.kept = lambda: _kept(output, checkpoint_folder, cache)
         hooked: Any = None
         if not console.quiet:
             with console.status("Loading the model"):
@@ -324,15 +326,14 @@ def _checkpoint_folder(checkpoints: Path | None, resume: Path | None) -> str | N
     return None if checkpoints is None else str(checkpoints)
 
 
-def _kept(output: Path, checkpoint_path: str | None, cache: Path | None) -> str:
+def _kept(output: Path, checkpoints: Path | None, cache: Path | None) -> str:
     """What of a run is there."""
     if (output / "cfg.json").exists():
         return f"The CLT is in {output}."
     cached = "" if cache is None or not cache.exists() else f" Cached activations stay in {cache}."
-    written = sorted(Path(checkpoint_path).glob("step_*")) if checkpoint_path is not None else []
+    written = [] if checkpoints is None else sorted(checkpoints.glob("step_*"))
     if not written:
-        how = " With --checkpoints FOLDER a run that is stopped can go on." if checkpoint_path is None else ""
-        return "No CLT and no checkpoint was written." + how + cached
+        return "No CLT and no checkpoint was written." + cached
     step, folder = int(written[-1].name.removeprefix("step_")), written[-1].parent
     in_full = "" if "LOCAL_RANK" in os.environ else f" In full: {_command_to_go_on(sys.argv[1:], folder)}"
     return f"The newest checkpoint is of step {step}: the same command with --resume {folder} goes on.{cached}{in_full}"

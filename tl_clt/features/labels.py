@@ -118,9 +118,10 @@ def label_features(
 ) -> FeatureStore:
     """Label the features of a store and score the labels, on the text that the store holds for that.
 
-    Labels that the store has already are replaced. What is held: activations on that text, without zeros. Started by
-    torchrun, each process labels its share of the features, and the labels are those of one process. What an endpoint
-    answers is kept in the store's folder as it comes (`answers`): where it fails, the same call asks for the rest.
+    Labels that the store has already are replaced; where `features` are named, theirs alone. What is held: activations
+    on that text, without zeros. Started by torchrun, each process labels its share of the features, and the labels are
+    those of one process. What an endpoint answers is kept in the store's folder as it comes (`answers`): where it
+    fails, the same call asks for the rest.
 
     Args:
         labeller: a `Labeller`; a function of a record that gives text; or None for rules.
@@ -191,8 +192,35 @@ def label_features(
             "seed": seed,
             "layers": by_layer,
         }
+        if features is not None and store.is_labelled:
+            labels, about = _beside_others(store, labels, about)
         processes.on_main(lambda: store.write_labels(labels, about))
     return store
+
+
+def _beside_others(
+    store: FeatureStore, new: dict[tuple[int, int], Label], about: dict[str, Any]
+) -> tuple[dict[tuple[int, int], Label], dict[str, Any]]:
+    """Labels of some features together with the labels that other features have already, and what is said of all."""
+    before = store.label_summary()
+    asked = {tuple(place) for place in about["features"]}
+    places = store.labels()[["layer", "feature"]].itertuples(index=False, name=None)
+    old = {place: label for place in places if place not in asked and (label := store.label(*place)) is not None}
+    names = list(dict.fromkeys([*str(before["labeller"]).split(" and "), about["labeller"]]))
+    earlier = before["features"]
+    layers = []
+    for then, now in zip(before["layers"], about["layers"], strict=True):
+        layer = now["layer"]
+        scores = _means([LabelScore(*label[2:4]) for (at, _), label in (old | new).items() if at == layer])
+        n_labels = sum(at == layer for at, _ in old | new)
+        own = {"n_labels": n_labels, "score": scores.random, "score_nearest": scores.nearest}
+        layers.append({**(now if now["n_labels"] else then), **own})
+    return old | new, {
+        **about,
+        "labeller": " and ".join(names),
+        "features": None if earlier is None else sorted({tuple(place) for place in earlier} | asked),
+        "layers": layers,
+    }
 
 
 class _Work(NamedTuple):

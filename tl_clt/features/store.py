@@ -327,7 +327,7 @@ class FeatureStore:
         with self._opened(STATISTICS) as file:
             row = {name: file.part(name, (layer, feature)) for name in PER_FEATURE}
         counts, n_active = row["histogram"].tolist(), int(row["n_active"])
-        label = self._label(layer, feature)
+        label = self.label(layer, feature)
         return FeatureRecord(
             layer=layer,
             feature=feature,
@@ -380,7 +380,7 @@ class FeatureStore:
                 starts = file.part("starts", (slice(None),))
                 labelled = torch.nonzero(starts.diff()).flatten().tolist()
             rows = [divmod(number, self.d_transcoder) for number in labelled]
-        found = [(place, self._label(*place)) for place in rows]
+        found = [(place, self.label(*place)) for place in rows]
         values = [
             (*place, label.text, *label[2:], *(float(stats[name][place]) for name in STATISTIC_COLUMNS))
             for place, label in found
@@ -446,7 +446,8 @@ class FeatureStore:
 
     # -- details
 
-    def _label(self, layer: int, feature: int) -> Label | None:
+    def label(self, layer: int, feature: int) -> Label | None:
+        """A feature's label with its scores, or None."""
         if not self.is_labelled:
             return None
         at = layer * self.d_transcoder + feature

@@ -43,7 +43,7 @@ class Recipe(str, Enum):
 
 
 RECIPES: dict[Recipe, dict[str, Any]] = {
-    Recipe.bundled: {"activation": "batchtopk", "k": 10},
+    Recipe.bundled: {"activation": "topk", "k": 8},
     Recipe.jumprelu: {
         "activation": "jumprelu",
         "d_transcoder": 128,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Iterable
 from itertools import islice
@@ -32,6 +34,7 @@ DatasetSource: TypeAlias = str | Path | Tensor | Dataset | IterableDataset | Dat
 
 TOKEN_COLUMNS = ("tokens", "input_ids")
 TEXT_COLUMNS = ("text", "problem")
+ROWS_IN_FINGERPRINT = 32
 TABLE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -88,6 +91,16 @@ def open_dataset(
         _check_size(len(dataset) * context_size, name, context_size, batch_size)
         return dataset.select_columns([column]).with_format("torch")
     return dataset.select_columns([column])
+
+
+def text_fingerprint(dataset: AnyDataset) -> str:
+    """sha256 of a dataset's first rows and, where it is known, of how many there are."""
+    digest = hashlib.sha256(str(len(dataset) if isinstance(dataset, Dataset) else None).encode())
+    for row in islice(dataset, ROWS_IN_FINGERPRINT):
+        for name, value in row.items():  # type: ignore[union-attr]
+            plain = value.tolist() if isinstance(value, Tensor) else value
+            digest.update(json.dumps([name, plain], default=str).encode())
+    return digest.hexdigest()
 
 
 def _as_dataset(source: DatasetSource, streaming: bool) -> tuple[AnyDataset, str]:

@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -592,6 +593,20 @@ def require_same_model(checkpoint: Checkpoint, fingerprint: str) -> None:
         )
 
 
+def require_same_text(checkpoint: Checkpoint, fingerprint: str) -> None:
+    """Raise where the text is another than that of the checkpoint, which tells where in it the run stood and what of it
+    was kept out of training. Checkpoints of earlier releases do not tell which text they are of.
+
+    Raises:
+        CheckpointError: its first rows, or their number, differ.
+    """
+    if checkpoint.about.get("text_fingerprint", fingerprint) != fingerprint:
+        raise CheckpointError(
+            f"'{checkpoint.folder}' was made with another text: its first rows, or how many there are, differ from"
+            " those of this run's. Give the same text, or begin a new run with init_from and this text."
+        )
+
+
 def require_checkpoint_folder(cfg: CLTTrainingRunnerConfig, resumed: Checkpoint | None) -> None:
     """Raise unless the folder for new checkpoints is empty or the one resumed from.
 
@@ -615,27 +630,39 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     return kept | {"cache_dtype": None if config["cache_path"] is None else config["cache_dtype"]}
 
 
+def folder_if_interrupted(cfg: CLTTrainingRunnerConfig) -> Path | None:
+    """Where Ctrl-C leaves a checkpoint: `checkpoint_path`, else a new folder beside `output_path`, if there is one."""
+    if cfg.checkpoint_path is not None or cfg.output_path is None:
+        return None if cfg.checkpoint_path is None else Path(cfg.checkpoint_path)
+    output = Path(cfg.output_path)
+    folders = (output.with_name(f"{output.name}-interrupted" + (f"-{i}" if i > 1 else "")) for i in count(1))
+    return next(folder for folder in folders if not folder.exists())
+
+
 SAME_PRESS_SECONDS = 1.0
 """A Ctrl-C so soon after another is taken for the same one: torchrun passes it on to processes that the terminal told
 already."""
 
 
 class CheckpointWriter:
-    """Writes a checkpoint every `cfg.checkpoint_every` steps. Call it after each step.
+    """Writes a checkpoint every `cfg.checkpoint_every` steps where `cfg.checkpoint_path` is given. Call it after each
+    step.
 
-    Within `with writer:`, where checkpoints are written at all, Ctrl-C waits for the end of the step that it falls
-    into, after which there is one more; the next Ctrl-C is heeded at once.
+    Within `with writer:`, Ctrl-C waits for the end of the step that it falls into, after which there is one more, in
+    `folder_if_interrupted` where no other folder is given; the next Ctrl-C is heeded at once.
     """
 
     def __init__(
         self,
         cfg: CLTTrainingRunnerConfig,
-        about: dict[str, Any],
+        about: Callable[[], dict[str, Any]],
         position: Callable[[], Position | None],
         started: float,
         resumed_at: int | None = None,
     ) -> None:
         self._cfg = cfg
+        self.folder = folder_if_interrupted(cfg)
+        """Where checkpoints go; None where there is no place for them."""
         self._about = about
         self._position = position
         self._started = started
@@ -647,7 +674,7 @@ class CheckpointWriter:
         before = signal.getsignal(signal.SIGINT)
         in_main_thread = threading.current_thread() is threading.main_thread()
         # Where Ctrl-C is ignored, as in the background of a shell, it stays so.
-        if self._cfg.checkpoint_path is not None and in_main_thread and callable(before):
+        if self.folder is not None and in_main_thread and callable(before):
             self._interrupt = before
             signal.signal(signal.SIGINT, self._put_off)
         return self
@@ -674,9 +701,9 @@ class CheckpointWriter:
         # SAELens counts the step after this call.
         step = trainer.n_training_steps + 1
         cfg = self._cfg
-        if cfg.checkpoint_path is None:
+        if self.folder is None:
             return
-        due = step % cfg.checkpoint_every == 0
+        due = cfg.checkpoint_path is not None and step % cfg.checkpoint_every == 0
         if due:
             self._make(trainer, step)
         pressed = self._interrupted_at is not None
@@ -714,9 +741,9 @@ class CheckpointWriter:
         state.values["n_training_steps"] = step
         about = {
             "config": cfg.to_dict(),
-            **self._about,
+            **self._about(),
             "seconds": round(time.monotonic() - self._started, 1),
             "wandb_run_id": wandb.run.id if cfg.log_to_wandb and wandb.run is not None else None,
         }
-        assert cfg.checkpoint_path is not None
-        write_checkpoint(Path(cfg.checkpoint_path), step, state, about, cfg.keep_checkpoints)
+        assert self.folder is not None
+        write_checkpoint(self.folder, step, state, about, cfg.keep_checkpoints)

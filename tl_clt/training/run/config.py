@@ -157,8 +157,9 @@ class CLTTrainingRunnerConfig:
     `progress.csv` holds. About 50 lines a run where left out."""
 
     checkpoint_path: str | None = None
-    """New or empty folder, outside of output_path, for checkpoints to resume from, the last one when training is done;
-    none are written where left out."""
+    """New or empty folder, outside of output_path, for checkpoints to resume from, the last one when training is done.
+    Where left out there is one in OUTPUT-interrupted after Ctrl-C alone; a resumed run goes on in the folder of the
+    checkpoint that it was resumed from, and keeps as many there."""
 
     checkpoint_every: int = 1000
     """Steps between them."""

@@ -39,7 +39,7 @@ from tl_clt.training.data.batches import (
     from_main,
     without_store_noise,
 )
-from tl_clt.training.data.dataset import AnyDataset, DatasetSource, open_dataset
+from tl_clt.training.data.dataset import AnyDataset, DatasetSource, open_dataset, text_fingerprint
 from tl_clt.training.export import export, require_same_kind, take_over
 from tl_clt.training.parallel import ProcessGrid, only_main_shows, own_device, process_grid
 from tl_clt.training.run.checkpoints import (
@@ -53,6 +53,7 @@ from tl_clt.training.run.checkpoints import (
     read_checkpoint,
     require_checkpoint_folder,
     require_same_model,
+    require_same_text,
     restore,
     scale_of,
 )
@@ -131,6 +132,9 @@ class Start(NamedTuple):
 
     fingerprint: str | None
     """Of the model, where the run makes or takes up checkpoints."""
+
+    text_fingerprint: str
+    """Of the dataset (`text_fingerprint`)."""
 
     checkpoint: Checkpoint | None
     """To go on from."""
@@ -265,7 +269,8 @@ class CLTTrainingRunner:
                     position=None if state is None else position_of(state),
                 )
                 raw = opened.enter_context(closing(batches))
-            clt = self._train(start, raw, grid, started, state, first)
+            model = source[0][0] if source else None
+            clt = self._train(start, model, raw, grid, started, state, first)
         self.clt = clt
         if grid.is_main:
             self._save(clt)
@@ -295,10 +300,12 @@ class CLTTrainingRunner:
             fingerprint = model_fingerprint(model)
         if checkpoint is not None and fingerprint is not None:
             require_same_model(checkpoint, fingerprint)
+        text = text_fingerprint(dataset)
+        if checkpoint is not None:
+            require_same_text(checkpoint, text)
         source.append((model, dataset))
-        return Start(
-            model.cfg.n_layers, model.cfg.d_model, cfg.model_name or model_name(model), fingerprint, checkpoint
-        )
+        name = cfg.model_name or model_name(model)
+        return Start(model.cfg.n_layers, model.cfg.d_model, name, fingerprint, text, checkpoint)
 
     def _check_memory(self, start: Start, grid: ProcessGrid) -> None:
         shape = replace(self._clt_config(start, None), device="meta")
@@ -324,6 +331,7 @@ class CLTTrainingRunner:
     def _train(
         self,
         start: Start,
+        model: HookedModel | None,
         raw: ActivationBatches | None,
         grid: ProcessGrid,
         started: float,
@@ -353,11 +361,16 @@ class CLTTrainingRunner:
             return apply_scale(from_main(ahead, grid, sae.dtype, sae.device), scale)
 
         trainer.upcoming = upcoming if cfg.resample_dead else None
-        about = {"model_fingerprint": start.fingerprint}
+
+        def about() -> dict[str, Any]:
+            assert model is not None, "the main process has the model"
+            fingerprint = start.fingerprint or model_fingerprint(model)
+            return {"model_fingerprint": fingerprint, "text_fingerprint": start.text_fingerprint}
+
         resumed_at = None if state is None else trainer.n_training_steps
         checkpoints = CheckpointWriter(cfg, about, lambda: None if raw is None else raw.position, started, resumed_at)
         trainer.after_step = checkpoints
-        table = self._table = self._progress_table(start, sae)
+        table = self._table = self._progress_table(start, sae, checkpoints.folder)
         meter = trainer.progress = ProgressMeter(
             cfg.steps_per_line, cfg.n_steps, cfg.data.training_tokens, started, self._teller(table, raw)
         )
@@ -497,13 +510,12 @@ class CLTTrainingRunner:
             f" runner.clt.save_pretrained(folder).{resume}"
         )
 
-    def _progress_table(self, start: Start, clt: TrainingCLT) -> ProgressTable:
+    def _progress_table(self, start: Start, clt: TrainingCLT, checkpoints: Path | None) -> ProgressTable:
         before: list[TrainingProgress] = []
         if start.checkpoint is not None and clt.grid.is_main:
             before = read_lines(start.checkpoint.folder.parent / TABLE, start.checkpoint.step)
-        beside = self.cfg.checkpoint_path if clt.grid.is_main else None
         losses = ["mse_loss", *(f"{name}_loss" for name in clt.get_coefficients())]
-        return ProgressTable(losses, None if beside is None else Path(beside), before)
+        return ProgressTable(losses, checkpoints if clt.grid.is_main else None, before)
 
     def _teller(self, table: ProgressTable, raw: ActivationBatches | None) -> Callable[[TrainingProgress], None]:
         """What becomes of each line: nothing but on the main process."""
