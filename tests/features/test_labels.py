@@ -244,10 +244,14 @@ def test_labels_of_other_features_stay_where_some_are_named(case: Case, store: F
 
 
 def test_labels_of_atlas_are_worth_more_than_those_of_random_directions():
+    """In every layer where they are told from the nearest other contexts. Told from random ones, which are easy, they are
+    so in the mean; labels of random directions do as well in the last layer, as the card says."""
     layers = load_features("atlas").label_summary()["layers"]
-    for kind in ("score", "score_nearest"):
-        gains = [layer[kind] - layer[kind.replace("score", "score_random")] for layer in layers]
-        assert min(gains) > 0 and np.mean(gains) > 0.02, kind
+    nearest, random = (
+        [layer[kind] - layer[kind.replace("score", "score_random")] for layer in layers]
+        for kind in ("score_nearest", "score")
+    )
+    assert min(nearest) > 0.05 and np.mean(random) > 0.02
 
 
 def test_shuffled_activations_leave_a_label_at_chance():
@@ -299,7 +303,7 @@ def test_which_others_are_labelled_changes_no_label(case: Case, store: FeatureSt
     label_features(case.model, case.clt, store, features=cases.PLACES[::-1], progress=False)
     assert {place: store[place] for place in cases.PLACES} == all_of_them
     assert len(store.labels()) == n_labels
-    assert store.label_summary()["features"] == [list(place) for place in cases.PLACES]
+    assert store.label_summary()["features"] is None
 
 
 @pytest.fixture(scope="module")

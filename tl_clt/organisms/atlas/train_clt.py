@@ -33,7 +33,7 @@ class Recipe(str, Enum):
     """What is trained."""
 
     bundled = "bundled"
-    """BatchTopK, 256 features a layer, 10 active on a token in the mean: the CLT that comes with the package."""
+    """TopK, 256 features a layer, 8 active on a token: the CLT that comes with the package."""
 
     jumprelu = "jumprelu"
     """JumpReLU for a named L0: 128 features a layer, about 16 active on a token, hardly any dead."""
