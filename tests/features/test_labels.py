@@ -244,8 +244,8 @@ def test_labels_of_other_features_stay_where_some_are_named(case: Case, store: F
 
 
 def test_labels_of_atlas_are_worth_more_than_those_of_random_directions():
-    """In every layer where they are told from the nearest other contexts. Told from random ones, which are easy, they are
-    so in the mean; labels of random directions do as well in the last layer, as the card says."""
+    """In every layer where they are told from the nearest other contexts. Told from random ones, which are easy, they
+    are so in the mean; labels of random directions do as well in the last layer, as the card says."""
     layers = load_features("atlas").label_summary()["layers"]
     nearest, random = (
         [layer[kind] - layer[kind.replace("score", "score_random")] for layer in layers]

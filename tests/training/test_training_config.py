@@ -136,6 +136,7 @@ def test_is_frozen(make_config) -> None:
         ({"far_write_coefficient": -0.1}, "far_write_coefficient is -0.1: give 0 or more"),
         ({"target_l0": 4.0}, "target_l0 is 4.0 and k 6 with activation 'topk', whose L0 is k: give one"),
         ({"target_l0": 25.0, "activation": "jumprelu"}, "target_l0 is 25.0 for 24 features"),
+        ({"target_l0": 2.5, "k": None}, "keeps a whole number of features: give 2 or 3, or activation 'jumprelu'"),
         ({"sparsity_loss": "l0", "activation": "relu"}, "which only jumprelu has"),
         ({"sparsity_loss": "quadratic_l0", "activation": "jumprelu"}, "without target_l0"),
         ({"target_l0": 4.0, "activation": "relu", "sparsity_coefficient": 0.0}, "for lambda to start from"),

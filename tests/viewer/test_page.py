@@ -526,7 +526,9 @@ def test_the_python_snippet_makes_the_interventions(page, organism, graph):
     )
     model, clt = organism
     names = {"model": model, "clt": clt}
-    exec(page.evaluate("tlclt.python()"), names)
+    written = page.evaluate("tlclt.python()")
+    assert "# model = load_model(" in written and "from_pretrained(" in written
+    exec(written, names)
     changed = {(i.layer, i.pos, f) for i in names["interventions"] for f in i.features}
     assert changed == {(n.layer, n.pos, n.index) for n in (first, second, third)}
     assert all(isinstance(i, Intervention) and i.scale == 0 for i in names["interventions"])

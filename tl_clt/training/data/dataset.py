@@ -135,6 +135,8 @@ def _from_path(source: str | Path, streaming: bool) -> AnyDataset:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return _one_split(load_from_disk(str(path)), name)
         return _one_split(_load(str(path) if path.is_dir() else str(source), streaming), name)
+    except DatasetError:
+        raise
     except UnicodeDecodeError as error:
         raise DatasetError(f"{name} is no UTF-8 text ({error.reason}). Give a text file, or a folder.") from error
     except (DatasetNotFoundError, DatasetGenerationError, HFValidationError, HfHubHTTPError) as error:

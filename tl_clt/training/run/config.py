@@ -472,6 +472,11 @@ def _check_sparsity(clt: CLTSettings) -> None:
         f"target_l0 is {target} for {clt.d_transcoder} features per layer: give more than 0 and at most as many.",
     )
     require(
+        target is None or not clt.selects or target == round(target),
+        f"target_l0 is {target} with activation {clt.activation!r}, which keeps a whole number of features: give"
+        f" {math.floor(target or 0) or 1} or {math.floor(target or 0) + 1}, or activation 'jumprelu'.",
+    )
+    require(
         target is None or not clt.selects or clt.k == clt.k_asked_for(),
         f"target_l0 is {target} and k {clt.k} with activation {clt.activation!r}, whose L0 is k: give one of them.",
     )

@@ -375,8 +375,8 @@ function Examples({ feature }: { feature: FeatureData }) {
 
 /** A context; the stronger the feature at a token, the stronger its background. */
 function Context({ example, most }: { example: Example; most: number }) {
-  // Tokens that are whole words bring no spaces of their own.
-  const gap = example.tokens.some((token) => /\s/.test(token)) ? "" : " ";
+  // Tokens that are whole words bring no spaces of their own, though names of several words have some within.
+  const gap = example.tokens.some((token) => /^\s|\s$/.test(token)) ? "" : " ";
   return (
     <p class="context" dir="auto">
       {example.tokens.map((token, i) => {

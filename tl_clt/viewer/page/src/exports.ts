@@ -123,6 +123,7 @@ export function toPython(store: Store): string {
   const changes = changesOf(store);
   if (!changes.length) return "# Pin or select features first: only features can be changed.\n";
   const { graph } = store;
+  const modelName = String(graph.data.info.model_name ?? "...");
   const tokens = graph.data.tokens.map((_, pos) => {
     const node = graph.kind.findIndex((kind, i) => kind === "token" && graph.data.nodes.pos[i] === pos);
     return node < 0 ? null : graph.data.nodes.index[node];
@@ -135,14 +136,17 @@ export function toPython(store: Store): string {
     return `    Intervention(layer=${layer}, pos=${pos}, feature=${features}, ${setter}),  # ${oneLine(name)}`;
   });
   return [
-    "from tl_clt import Intervention, intervene",
+    "from tl_clt import CrossLayerTranscoder, Intervention, intervene, load_model",
     "",
+    "# model and clt are those that the graph was traced with:",
+    `# model = load_model(${quoted(modelName)})`,
+    '# clt = CrossLayerTranscoder.from_pretrained("folder or name of the CLT")',
     `prompt = ${prompt}  # ${oneLine(graph.data.prompt)}`,
     "interventions = [",
     ...lines,
     "]",
     "effect = intervene(model, clt, prompt, interventions)",
-    "effect.top_changes(10)",
+    "print(effect.top_changes(10))",
     "",
   ].join("\n");
 }
