@@ -26,7 +26,7 @@ def report():
 def bare():
     """No graphs, no next tokens."""
     model = tiny_hooked("gpt2")
-    return evaluate(model, tiny_clt(model), [[0, 5]], n_graphs=0)
+    return evaluate(model, tiny_clt(model), [[0, 5], [0, 7]], n_graphs=0)
 
 
 def test_json_round_trip(report, bare):

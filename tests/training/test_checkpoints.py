@@ -20,6 +20,7 @@ from tests.conftest import small_disk
 from tests.training.conftest import tiny_model
 from tl_clt.errors import CheckpointError, DatasetError, NotWritten, OutputNotEmpty, TrainingWarning
 from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig, TrainingProgress
+from tl_clt.training.data.dataset import ROWS_IN_FINGERPRINT
 from tl_clt.training.run import checkpoints, runner
 from tl_clt.training.run.trainer import CLTTrainer
 from tl_clt.transcoder import CrossLayerTranscoder
@@ -285,8 +286,12 @@ def test_another_model_or_dataset_is_refused(cfg, model, tokens) -> None:
     changed.blocks[2].mlp.W_in.data[0, 0] += 1
     with pytest.raises(CheckpointError, match="was made with another model"):
         CLTTrainingRunner(cfg, model=changed, dataset=tokens).run(resume=folder)
+    for other in (tokens.flip(0), torch.cat([tokens, tokens[:1]])):
+        with pytest.raises(CheckpointError, match="was made with another text"):
+            CLTTrainingRunner(cfg, model=model, dataset=other).run(resume=folder)
+    same_first_rows = torch.cat([tokens[:ROWS_IN_FINGERPRINT], tokens[ROWS_IN_FINGERPRINT:].flip(0)])
     with pytest.raises(DatasetError, match="other tokens than the run that is to be resumed"):
-        CLTTrainingRunner(cfg, model=model, dataset=tokens.flip(0)).run(resume=folder)
+        CLTTrainingRunner(cfg, model=model, dataset=same_first_rows).run(resume=folder)
     assert steps_in(folder) == [5]
 
 

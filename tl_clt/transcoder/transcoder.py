@@ -233,8 +233,11 @@ class CrossLayerTranscoder(nn.Module):
         decoders, three features a layer stand for all, so that nothing large is read from disk. It is kept until a
         weight changes in place or is another tensor.
         """
-        cfg, state = self.cfg, tuple((id(weight), weight.data_ptr(), weight._version) for weight in self.parameters())
-        if self._fingerprint is not None and self._fingerprint[0] == state:
+        cfg, own = self.cfg, list(self.parameters())
+        # Tensors made in inference mode do not tell how often they were changed.
+        counted = not any(weight.is_inference() for weight in own)
+        state = tuple((id(weight), weight.data_ptr(), weight._version) for weight in own) if counted else None
+        if state is not None and self._fingerprint is not None and self._fingerprint[0] == state:
             return self._fingerprint[1]
         shape = [cfg.n_layers, cfg.d_model, cfg.d_transcoder, cfg.span, cfg.activation, cfg.k]
         digest = hashlib.sha256(json.dumps([*shape, cfg.input_hook, cfg.output_hook]).encode())
@@ -244,7 +247,7 @@ class CrossLayerTranscoder(nn.Module):
             if weight is not None:
                 values = weight.detach().to("cpu", torch.float32).contiguous().flatten()
                 digest.update(values.view(torch.uint8).numpy().data)
-        self._fingerprint = (state, digest.hexdigest())
+        self._fingerprint = None if state is None else (state, digest.hexdigest())
         return digest.hexdigest()
 
     # -- files -----------------------------------------------------------------------------------------
