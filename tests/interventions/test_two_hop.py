@@ -29,9 +29,9 @@ def outcomes(two_hop: TwoHop, carriers: dict, keep, through_layer: int | None = 
 
 
 def test_state_features_decide_the_answer_and_matched_random_ones_do_not(two_hop: TwoHop, carriers: dict):
-    """On 144 prompts (`tests.benchmarks.interventions swaps`): swapped, state features give the other state's capital in
-    142; as many others, changed by the same amounts, in none, though 37 lose their own answer by it (26 where they are
-    negated, none where they are ablated): so the bounds of the controls, of 10."""
+    """On 144 prompts (`tests.benchmarks.interventions swaps`): swapped, state features give the other state's capital
+    in 142; as many others, changed by the same amounts, in none, though 37 lose their own answer by it (26 where they
+    are negated, none where they are ablated): so the bounds of the controls, of 10."""
     assert all(answer == clean for answer, clean in zip(two_hop.answers, two_hop.clean, strict=True))
     found = outcomes(two_hop, carriers, lambda p: True)
     assert found.swap_other >= 9 and found.swap_lost == 10
