@@ -30,3 +30,10 @@ def test_settings_and_number_types_count(tmp_path) -> None:
     changed = model_fingerprint(model)
     assert changed != before
     assert model_fingerprint(model.to(torch.bfloat16)) != changed
+
+
+def test_a_model_that_reads_text_in_another_thread_keeps_its_fingerprint(tmp_path, monkeypatch) -> None:
+    model = load_model(str(save_hf(tiny_hf("gpt2"), tmp_path / "m")))
+    before = model_fingerprint(model)
+    monkeypatch.setattr(model.cfg, "default_prepend_bos", False)  # as it stands while to_tokens runs
+    assert model_fingerprint(model) == before

@@ -279,8 +279,11 @@ def _quietly() -> Iterator[None]:
 SAYS_NOTHING_OF_VALUES = (
     *("device", "n_devices", "seed", "model_name", "tokenizer_name", "init_weights", "dtype"),
     *("initializer_range", "init_mode", "checkpoint_index", "checkpoint_label_type", "checkpoint_value"),
+    *("default_prepend_bos", "tokenizer_prepends_bos"),
 )
-"""Settings that differ between loads of one model: where it is and what it is called. Weights tell their own dtype."""
+"""Settings that differ between loads of one model: where it is and what it is called. Weights tell their own dtype.
+Those of the tokenizer have no part in a forward pass of token ids, and TransformerLens sets `default_prepend_bos` for as
+long as `to_tokens` runs, which in training is done by another thread."""
 
 
 def model_fingerprint(model: HookedModel) -> str:
