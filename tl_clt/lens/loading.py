@@ -282,8 +282,8 @@ SAYS_NOTHING_OF_VALUES = (
     *("default_prepend_bos", "tokenizer_prepends_bos"),
 )
 """Settings that differ between loads of one model: where it is and what it is called. Weights tell their own dtype.
-Those of the tokenizer have no part in a forward pass of token ids, and TransformerLens sets `default_prepend_bos` for as
-long as `to_tokens` runs, which in training is done by another thread."""
+The tokenizer's have no part in a forward pass of token ids, and TransformerLens sets `default_prepend_bos` while
+`to_tokens` runs, which in training another thread does."""
 
 
 def model_fingerprint(model: HookedModel) -> str:
