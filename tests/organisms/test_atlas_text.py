@@ -8,12 +8,12 @@ import pytest
 
 from tl_clt.organisms.atlas import text
 from tl_clt.organisms.atlas.places import REGIONS, STATE_OF_CITY, STATES, place_names
-from tl_clt.organisms.atlas.tokenizer import BOS_TOKEN, UNK_TOKEN, build_tokenizer
+from tl_clt.organisms.word_model import BOS_TOKEN, UNK_TOKEN, build_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer(max_length=64)
+    return build_tokenizer(text.vocabulary(), max_length=64)
 
 
 def sample(seed: int, count: int = 8000) -> list[str]:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from tl_clt.evaluation import evaluate
 from tl_clt.lens import HookedModel, load_model
-from tl_clt.organisms.atlas.text import all_held_out_questions, sentence_of, with_prefix
-from tl_clt.organisms.atlas.train_model import TrainOptions, training_batches
+from tl_clt.organisms.atlas.text import all_held_out_questions, sentence_of, sentences, with_prefix
+from tl_clt.organisms.word_model import TrainOptions, training_batches
 from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig
 
 TRAINING_TOKENS = 2_000_000
@@ -84,11 +84,12 @@ def clt_config(model_name: str, output: Path, seed: int, recipe: Recipe = Recipe
 def training_tokens(model: HookedModel, seed: int) -> Int[Tensor, "n_prompts context"]:
     """Prompts of packed sentences, as many as the run uses without a repeat."""
     assert model.tokenizer is not None
-    options = TrainOptions(seed=seed + TEXT_SEED_OFFSET)
+    options = TrainOptions()
     per_batch = options.batch_size * (options.n_ctx - 1)
     # 512 prompts more than are trained on: the shuffling buffer is refilled beyond the last step.
     n_batches = -(-TRAINING_TOKENS // per_batch) + -(-512 // options.batch_size) + 1
-    return torch.cat(list(islice(training_batches(model.tokenizer, options), n_batches)))
+    batches = training_batches(model.tokenizer, sentences(seed + TEXT_SEED_OFFSET), options)
+    return torch.cat(list(islice(batches, n_batches)))
 
 
 def held_out_sentences() -> list[str]:

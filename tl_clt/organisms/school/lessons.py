@@ -1,0 +1,373 @@
+"""What the school organism is taught: six tasks, after case studies of *On the Biology of a Large Language Model*, and
+the plain facts that they stand on.
+
+recall     a person's sport, instrument or town, by name and by what is asked; "unknown" for names it does not know
+           (parallel recall; refusal by default unless an entity is known)
+tens, ones the two digits of a sum (addition)
+acronym    a letter of an abbreviation
+rhyme      the word before a rhyme, which is known only once the rhyme is chosen (planning)
+opposite   the opposite or the synonym of a word in three invented languages (operation, operand, language)
+diagnosis, ask  an illness from its signs, and the next sign to ask for
+
+Names and languages are invented. Words are separated by single spaces; digits and letters are words of their own.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+from tl_clt.organisms.tasks import Hop, Task
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+# -- people: parallel recall, refusal by default, and its misfire
+
+FIRST = _words(
+    "Ana Ben Cleo Dan Eva Finn Gus Hana Ivo June Karl Lena Milo Nora Otto Pia Quin Rosa Sven Tara Uma Vito"
+    " Wren Yara Zeno"
+)
+LAST = _words(
+    "Abbot Berg Costa Dunn Engel Frost Gomez Hale Ibsen Jansen Kline Lund Moreau Novak Olsen Petit Quist"
+    " Rossi Stone Tamm Ueda Vance Wolf Yates Zorn"
+)
+FACTS = {
+    "sport": _words("tennis golf chess rugby rowing judo fencing polo"),
+    "instrument": _words("violin piano flute harp drums cello oboe guitar"),
+    "town": _words("Oslo Lima Cairo Delhi Quito Turin Perth Kyoto"),
+}
+"""What is known of each person, and what it can be."""
+N_KNOWN = 72
+N_FAMOUS = 12
+
+_chooser = random.Random("people")
+_everybody = [f"{first} {last}" for first in FIRST for last in LAST]
+_chooser.shuffle(_everybody)
+KNOWN = tuple(sorted(_everybody[:N_KNOWN]))
+"""People whose facts are told."""
+FAMOUS = tuple(sorted(_everybody[N_KNOWN : N_KNOWN + N_FAMOUS]))
+"""People who are often named, but of whom nothing is told that could be asked: what the model says of them is its
+misfire."""
+STRANGERS = tuple(sorted(_everybody[N_KNOWN + N_FAMOUS :]))
+FACT_OF = {(kind, name): _chooser.choice(of) for kind, of in FACTS.items() for name in KNOWN}
+
+
+def _is_known(name: str) -> str:
+    return "known" if name in KNOWN or name in FAMOUS else "unknown"
+
+
+def _fact(kind: str, name: str, known: str) -> str:
+    return FACT_OF.get((kind, name), "unknown") if known == "known" else "unknown"
+
+
+def _draw_recall(chooser: random.Random) -> dict[str, str]:
+    name = chooser.choice(KNOWN if chooser.random() < 0.6 else STRANGERS)
+    return {"kind": chooser.choice(tuple(FACTS)), "person": name}
+
+
+RECALL = Task(
+    name="recall",
+    says="A person's sport, instrument or town, asked in a phrasing in which this person's is never told; strangers are"
+    " unknown.",
+    draw=_draw_recall,
+    hops=(Hop("known", ("person",), _is_known), Hop("fact", ("kind", "person", "known"), _fact)),
+    words=lambda v: f"ask : {v['person']} , what {v['kind']} ? reply :",
+    held_out_by=("kind", "person"),
+)
+
+
+def _facts_of_people(chooser: random.Random) -> str:
+    if chooser.random() < 0.15:
+        return f"people talk of {chooser.choice(FAMOUS)} ."
+    kind, name = chooser.choice(tuple(FACTS)), chooser.choice(KNOWN)
+    fact = FACT_OF[kind, name]
+    return chooser.choice([f"{name} has the {kind} {fact} .", f"the {kind} of {name} is {fact} ."])
+
+
+# -- sums
+
+DIGITS = tuple("0123456789")
+
+
+def _draw_sum(chooser: random.Random) -> dict[str, str]:
+    a = chooser.randrange(100)
+    b = chooser.randrange(100 - a)
+    return {"a tens": str(a // 10), "a ones": str(a % 10), "b tens": str(b // 10), "b ones": str(b % 10)}
+
+
+def _operands(v: dict[str, str]) -> str:
+    return f"{v['a tens']} {v['a ones']} + {v['b tens']} {v['b ones']} ="
+
+
+OPERANDS = ("a tens", "a ones", "b tens", "b ones")
+_CARRY = Hop("carry", ("a ones", "b ones"), lambda a, b: str(int(int(a) + int(b) > 9)))
+_TENS = Hop("tens", ("a tens", "b tens", "carry"), lambda a, b, carry: str((int(a) + int(b) + int(carry)) % 10))
+_ONES = Hop("ones", ("a ones", "b ones"), lambda a, b: str((int(a) + int(b)) % 10))
+
+TENS = Task(
+    name="tens",
+    says="The first digit of a sum of two numbers below 100, which takes the carry.",
+    draw=_draw_sum,
+    hops=(_CARRY, _TENS),
+    words=_operands,
+    rest=lambda v: f"{_ONES.function(v['a ones'], v['b ones'])} .",
+    held_out_by=OPERANDS,
+)
+ONES = Task(
+    name="ones",
+    says="The second digit of a sum, once the first is said.",
+    draw=_draw_sum,
+    hops=(_CARRY, _TENS, _ONES),
+    words=lambda v: f"{_operands(v)} {v['tens']}",
+    held_out_by=OPERANDS,
+)
+
+# -- abbreviations
+
+NAMES = (
+    _words("Alpine Bright Civil Digital Eastern Federal General Highland Inner Joint Kindly Local"),
+    _words("Marine National Open Public Quiet Royal Social Trade Urban Valley Western Young"),
+    _words("Analytics Bridge Credit Defence Energy Forest Garden Health Insect Justice Kitchen Labour"),
+    _words("Museum Network Office Party Quartet Research Service Trust Union Venture Works Zoo"),
+)
+"""Words of the names of institutions, by their place."""
+LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+
+def _draw_name(chooser: random.Random) -> dict[str, str]:
+    return {f"word {i}": chooser.choice(words) for i, words in enumerate(NAMES, start=1)}
+
+
+ACRONYM = Task(
+    name="acronym",
+    says="The third letter of the abbreviation of a name of four words that were never seen together.",
+    draw=_draw_name,
+    hops=(Hop("letter 3", ("word 3",), lambda word: word[0]),),
+    words=lambda v: f"The {v['word 1']} {v['word 2']} {v['word 3']} {v['word 4']} ( {v['word 1'][0]} {v['word 2'][0]}",
+    rest=lambda v: f"{v['word 4'][0]} ) .",
+    held_out_by=("word 1", "word 2", "word 3", "word 4"),
+)
+
+# -- rhymes
+
+RHYMES = tuple(
+    tuple(pair.split("/"))
+    for pair in _words(
+        "rabbit/habit cat/hat fog/frog moon/spoon tree/bee house/mouse fox/box goat/boat star/car ring/king"
+        " bell/shell cake/lake chair/bear coat/float door/floor duck/truck fish/dish flag/bag game/flame hand/sand"
+        " hill/mill horn/corn jar/scar kite/light lamb/ham log/hog man/pan nail/snail nest/vest nose/rose"
+        " owl/towel pen/hen pie/fly pig/wig plate/gate queen/bean road/toad rock/clock room/broom rope/soap"
+        " seed/reed sheep/heap ship/chip sky/eye sock/flock song/gong stick/brick stone/bone storm/worm"
+        " string/wing sun/bun swan/lawn tail/whale thread/bread tower/flower town/crown train/crane tray/clay"
+        " vine/pine wall/ball wheel/seal wind/skin witch/ditch yarn/barn"
+    )
+)
+PARTNER = {a: b for one, other in RHYMES for a, b in ((one, other), (other, one))}
+"""The word that rhymes with each."""
+KINDS = _words(
+    "hungry sleepy golden broken purple ancient silent clever crooked dusty frozen gentle hollow humble"
+    " lonely muddy narrow polite rusty shiny"
+)
+_chooser = random.Random("rhymes")
+KIND_OF = {word: _chooser.choice(KINDS) for word in sorted(PARTNER)}
+"""What each word is always called."""
+OPENINGS = tuple(["we found a", "they drew a", "she lost a", "he saw a"])
+
+RHYME = Task(
+    name="rhyme",
+    says="The first word of a line that is to end in a rhyme: the adjective that always goes with the rhyme, which is"
+    " itself still to come.",
+    draw=lambda chooser: {"opening": chooser.choice(OPENINGS), "end": chooser.choice(tuple(PARTNER))},
+    hops=(Hop("rhyme", ("end",), PARTNER.__getitem__), Hop("adjective", ("rhyme",), KIND_OF.__getitem__)),
+    words=lambda v: f"{v['opening']} {v['end']} / and then a",
+    rest=lambda v: f"{v['rhyme']} .",
+    held_out_by=("end",),
+)
+
+
+def _facts_of_words(chooser: random.Random) -> str:
+    word = chooser.choice(tuple(PARTNER))
+    return chooser.choice(
+        [
+            f"{word} rhymes with {PARTNER[word]} .",
+            f"here is a {KIND_OF[word]} {word} .",
+            f"a {word} is {KIND_OF[word]} .",
+        ]
+    )
+
+
+# -- opposites in three languages
+
+LANGUAGES = ("A", "B", "C")
+N_CONCEPTS = 40
+OPERATIONS = {"A": ("anti", "same"), "B": ("vers", "egal"), "C": ("kontu", "simu")}
+"""In each language the words for "opposite" and "synonym"."""
+_SYLLABLES = {
+    "A": (_words("ta ki lo mu se"), _words("ran vel dis mor pun")),
+    "B": (_words("bri gho fal zwe dro"), _words("sk nt rd lm pf")),
+    "C": (_words("ao ei ui ia oe"), _words("lai nuo reu sio tae")),
+}
+
+
+def _invent() -> dict[tuple[str, int, int], str]:
+    """Two words for each concept in each language."""
+    chooser, words = random.Random("languages"), {}
+    for language, (starts, ends) in _SYLLABLES.items():
+        forms = sorted({a + b + c for a in starts for b in starts for c in ends})
+        chooser.shuffle(forms)
+        for concept in range(N_CONCEPTS):
+            for form in (0, 1):
+                words[language, concept, form] = forms[2 * concept + form]
+    return words
+
+
+WORD = _invent()
+CONCEPT = {word: (language, concept, form) for (language, concept, form), word in WORD.items()}
+
+
+def _operand(word: str) -> str:
+    return str(CONCEPT[word][1])
+
+
+def _language(word: str) -> str:
+    return CONCEPT[word][0]
+
+
+def _result(operation: str, operand: str) -> str:
+    """Concepts 2 n and 2 n + 1 are opposites."""
+    return str(int(operand) ^ 1) if operation == "opposite" else operand
+
+
+def _say(result: str, language: str, operation: str) -> str:
+    """Opposites are told by a concept's first word, synonyms by its second."""
+    return WORD[language, int(result), int(operation == "synonym")]
+
+
+def _draw_opposite(chooser: random.Random) -> dict[str, str]:
+    return {
+        "operation": chooser.choice(("opposite", "synonym")),
+        "word": WORD[chooser.choice(LANGUAGES), chooser.randrange(N_CONCEPTS), 0],
+    }
+
+
+OPPOSITE = Task(
+    name="opposite",
+    says="The opposite or the synonym of a word, in the word's own language; asked of words of which it was told in the"
+    " other languages only.",
+    draw=_draw_opposite,
+    hops=(
+        Hop("operand", ("word",), _operand),
+        Hop("language", ("word",), _language),
+        Hop("result", ("operation", "operand"), _result),
+        Hop("answer", ("result", "language", "operation"), _say),
+    ),
+    words=lambda v: f"{OPERATIONS[v['language']][v['operation'] == 'synonym']} {v['word']} >",
+    held_out_by=("operation", "word"),
+)
+
+
+def _facts_of_languages(chooser: random.Random) -> str:
+    concept, form = chooser.randrange(N_CONCEPTS), chooser.randrange(2)
+    one, other = chooser.sample(LANGUAGES, 2)
+    return f"{WORD[one, concept, form]} is {WORD[other, concept, form]} in {other} ."
+
+
+# -- illnesses
+
+ILLNESSES = _words("flu measles gout asthma mumps malaria rabies scurvy cholera anemia rickets colic")
+SIGNS = _words(
+    "fever rash cough chills nausea thirst cramps fatigue dizziness swelling sneezing itching pallor sweating"
+    " tremor headache"
+)
+N_SIGNS = 6
+_chooser = random.Random("illnesses")
+SIGNS_OF: dict[str, tuple[str, ...]] = {}
+"""In the order in which they are asked for."""
+while len(SIGNS_OF) < len(ILLNESSES):
+    _drawn = tuple(_chooser.sample(SIGNS, N_SIGNS))
+    if all(len(set(_drawn) & set(other)) <= 3 for other in SIGNS_OF.values()):
+        SIGNS_OF[ILLNESSES[len(SIGNS_OF)]] = _drawn
+
+
+def _illness(*signs: str) -> str:
+    """The one that has most of the signs, the first of these."""
+    return max(ILLNESSES, key=lambda illness: len(set(signs) & set(SIGNS_OF[illness])))
+
+
+def _next_sign(illness: str, *signs: str) -> str:
+    return next(sign for sign in SIGNS_OF[illness] if sign not in signs)
+
+
+THREE = ("sign 1", "sign 2", "sign 3")
+
+
+def _draw_signs(chooser: random.Random) -> dict[str, str]:
+    """Three signs of one illness that no other one has together."""
+    while True:
+        illness = chooser.choice(ILLNESSES)
+        signs = chooser.sample(SIGNS_OF[illness], 3)
+        if sum(set(signs) <= set(of) for of in SIGNS_OF.values()) == 1:
+            return dict(zip(THREE, signs, strict=True))
+
+
+def _signs(v: dict[str, str]) -> str:
+    return f"signs : {v['sign 1']} , {v['sign 2']} , {v['sign 3']} ."
+
+
+DIAGNOSIS = Task(
+    name="diagnosis",
+    says="The illness that has all of three signs, which were never told in this order.",
+    draw=_draw_signs,
+    hops=(Hop("illness", THREE, _illness),),
+    words=lambda v: f"{_signs(v)} likely :",
+    held_out_by=THREE,
+)
+ASK = Task(
+    name="ask",
+    says="The next sign to ask for: the first of the likely illness's that was not named. The illness is not said.",
+    draw=_draw_signs,
+    hops=(Hop("illness", THREE, _illness), Hop("next sign", ("illness", *THREE), _next_sign)),
+    words=lambda v: f"{_signs(v)} ask :",
+    held_out_by=THREE,
+)
+
+# -- the text
+
+TASKS: dict[str, Task] = {task.name: task for task in (RECALL, TENS, ONES, ACRONYM, RHYME, OPPOSITE, DIAGNOSIS, ASK)}
+"""By name."""
+
+FACT_SENTENCES: dict[str, Callable[[random.Random], str]] = {
+    "recall": _facts_of_people,
+    "rhyme": _facts_of_words,
+    "opposite": _facts_of_languages,
+}
+"""Plain facts that a task stands on; they are told as often as the task is set."""
+
+SHARES = {"recall": 3, "tens": 5, "acronym": 1, "rhyme": 2, "opposite": 4, "diagnosis": 1, "ask": 2}
+"""How often each kind of text comes, in parts; the ones of a sum follow its tens."""
+
+
+def sentences(seed: int) -> Iterator[str]:
+    """The text of training, sentence by sentence and without end."""
+    chooser = random.Random(f"school {seed}")
+    streams = {name: TASKS[name].sentences(seed) for name in SHARES}
+    names, weights = list(SHARES), list(SHARES.values())
+    while True:
+        name = chooser.choices(names, weights)[0]
+        fact = FACT_SENTENCES.get(name)
+        yield fact(chooser) if fact is not None and chooser.random() < 0.5 else next(streams[name])
+
+
+def vocabulary() -> list[str]:
+    """Every word of the text, sorted."""
+    plain = _words(
+        "ask reply what has the of is people talk people rhymes with here a in signs likely The and then : , ? ."
+        " / ( ) > = +"
+    )
+    words = {*plain, *FIRST, *LAST, "unknown", *DIGITS, *LETTERS, *PARTNER, *KINDS, *CONCEPT, *ILLNESSES, *SIGNS}
+    words |= {word for of in FACTS.values() for word in of} | set(FACTS)
+    words |= {word for of in NAMES for word in of} | {word for opening in OPENINGS for word in opening.split()}
+    return sorted(words | set(LANGUAGES) | {word for of in OPERATIONS.values() for word in of})
