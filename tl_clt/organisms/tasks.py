@@ -85,8 +85,9 @@ class Task:
         return Case(self.words(values), values[self.hops[-1].name], values)
 
     def is_held_out(self, inputs: Values) -> bool:
-        """Whether a prompt is kept out of the text of training: the same on every machine and with every seed."""
-        key = "|".join([self.name, *(inputs[name] for name in self.held_out_by)])
+        """Whether a prompt is kept out of the text of training: the same on every machine and with every seed, and in
+        every task that is held out by the same values."""
+        key = "|".join(inputs[name] for name in self.held_out_by)
         return zlib.crc32(key.encode()) % 1000 < 1000 * self.held_out_share
 
     def cases(self, n: int, *, held_out: bool, seed: int = 0) -> list[Case]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-from tl_clt.organisms.tasks import Hop, Task
+from tl_clt.organisms.tasks import Hop, Task, Values
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -98,7 +98,7 @@ def _draw_sum(chooser: random.Random) -> dict[str, str]:
     return {"a tens": str(a // 10), "a ones": str(a % 10), "b tens": str(b // 10), "b ones": str(b % 10)}
 
 
-def _operands(v: dict[str, str]) -> str:
+def _operands(v: Values) -> str:
     return f"{v['a tens']} {v['a ones']} + {v['b tens']} {v['b ones']} ="
 
 
@@ -313,7 +313,7 @@ def _draw_signs(chooser: random.Random) -> dict[str, str]:
             return dict(zip(THREE, signs, strict=True))
 
 
-def _signs(v: dict[str, str]) -> str:
+def _signs(v: Values) -> str:
     return f"signs : {v['sign 1']} , {v['sign 2']} , {v['sign 3']} ."
 
 

@@ -1,0 +1,274 @@
+"""Where a trained organism holds what a task needs, found without any CLT: by interchange interventions and by probes.
+
+Interchange (Geiger et al. 2021, "Causal Abstractions of Neural Networks"): the residual stream behind a layer, at one
+position, is taken from another prompt of the task. Where it carries a variable, and nothing else that the answer needs,
+    follows: with a prompt whose variable differs, the answer becomes the task's with the other value, and
+    keeps:   with a prompt whose variable is the same, and whose answer is not, the answer stays.
+A place that carries the answer, or all of the prompt, follows and does not keep.
+
+Probes tell only where a variable can be read; a linear one, on prompts held out, beside the same with labels shuffled.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from pandas import DataFrame
+from torch import Tensor
+
+from tl_clt.arguments import as_seed, as_whole, shown
+from tl_clt.errors import ConfigError
+from tl_clt.lens import FwdHook, HookedModel, block_hook, run_with_cache, run_with_hooks, to_tokens, token_strings
+from tl_clt.organisms.tasks import Case, Task
+from tl_clt.shapes import TokenBatch
+
+STREAM = "hook_resid_post"
+RIDGE = 1e-2
+"""Of probes, in units of the mean square of what they read."""
+
+
+@torch.no_grad()
+def interchange(
+    model: HookedModel,
+    task: Task,
+    variable: str,
+    *,
+    n_pairs: int = 64,
+    held_out: bool = True,
+    seed: int = 0,
+) -> DataFrame:
+    """What comes of exchanging the residual stream at each layer and position, for one variable of a task.
+
+    Prompts are those that the model answers right. A pair's wanted answer is, where there is such a pair, neither the
+    prompt's own nor the other prompt's.
+
+    Args:
+        model: the organism.
+        task: what it is asked.
+        variable: an input or a hop of the task.
+        n_pairs: pairs of prompts, fewer where there are fewer.
+        held_out: whether prompts are such as were kept out of the text of training.
+        seed: of prompts, pairs and random directions.
+
+    Returns:
+        One row a layer and position: variable, layer, pos, token (at that position, on one of the prompts), follows and
+        keeps (shares of pairs; NaN where there are none), random_direction (as follows, with a change of the same size
+        in a random direction), copied (of the pairs of `follows`, those in which the wanted answer is the other
+        prompt's own: what an answer that is merely copied does).
+
+    Raises:
+        ConfigError: the task has no such variable; no two prompts differ in it; prompts have different lengths.
+    """
+    n_pairs = as_whole("n_pairs", n_pairs, 1)
+    seed = as_seed("seed", seed)
+    cases, tokens = _answered_right(model, task, 8 * n_pairs, held_out, seed)
+    _require(variable, cases[0], task)
+    chooser = random.Random(f"{task.name} {variable} {seed}")
+    changing, same = _pairs(task, cases, variable, n_pairs, chooser)
+    if not changing:
+        raise ConfigError(f"No two prompts of {task.name} that the model answers right differ in {variable}.")
+    wanted = [task.run(cases[a].values, _given(task, variable, cases[b])) for a, b in changing]
+    answer = task.hops[-1].name
+    ids = _ids(model, [w[answer] for w in wanted] + [cases[a].answer for a, _ in same])
+    n, pairs = len(changing), [*changing, *same]
+    to, source = torch.tensor(pairs).unbind(dim=1)
+    names = [block_hook(layer, STREAM) for layer in range(model.cfg.n_layers)]
+    _, cache = run_with_cache(model, tokens, lambda name: name in names)
+    generator = torch.Generator().manual_seed(seed)
+    copied = np.mean([w[answer] == cases[b].answer for w, (_, b) in zip(wanted, changing, strict=True)])
+    rows = []
+    for layer, name in enumerate(names):
+        for pos in range(tokens.shape[1]):
+            there = cache[name][:, pos]
+            change = there[source] - there[to]
+            drawn = torch.randn(change[:n].shape, generator=generator).to(change)
+            at_random = drawn * change[:n].norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
+            changes = torch.cat([change, at_random])
+            logits = run_with_hooks(model, tokens[torch.cat([to, to[:n]])], [_add(name, pos, changes)])
+            right = (logits[:, -1].argmax(dim=-1) == torch.cat([ids, ids[:n]])).double()
+            rows.append(
+                {
+                    "variable": variable,
+                    "layer": layer,
+                    "pos": pos,
+                    "token": token_strings(model, tokens[0])[pos],
+                    "follows": float(right[:n].mean()),
+                    "keeps": float(right[n : len(pairs)].mean()) if same else float("nan"),
+                    "random_direction": float(right[len(pairs) :].mean()),
+                    "copied": float(copied),
+                }
+            )
+    return DataFrame(rows)
+
+
+def find_variables(
+    model: HookedModel, task: Task, *, n_pairs: int = 64, held_out: bool = True, seed: int = 0
+) -> DataFrame:
+    """Where each variable of a task is carried: the layer and position where `follows` and `keeps` are together
+    greatest, chosen with one seed and measured with the next.
+
+    Args and errors as of `interchange`. The last hop is the answer itself and is left out; so are inputs.
+
+    Returns:
+        One row a variable, as of `interchange`, and elsewhere: the mean of `follows` over all other places from that
+        layer on.
+    """
+    rows = []
+    for hop in task.hops[:-1]:
+        searched = interchange(model, task, hop.name, n_pairs=n_pairs, held_out=held_out, seed=seed)
+        score = searched["follows"] + searched["keeps"].fillna(0)
+        best = int(score.idxmax())
+        again = interchange(model, task, hop.name, n_pairs=n_pairs, held_out=held_out, seed=seed + 1)
+        row = again.loc[best].to_dict()
+        others = again.drop(index=best)
+        later = others[others["layer"] >= row["layer"]]
+        rows.append({**row, "elsewhere": float(later["follows"].mean())})
+    return DataFrame(rows)
+
+
+@torch.no_grad()
+def probe(model: HookedModel, task: Task, variable: str, *, n_prompts: int = 512, seed: int = 0) -> DataFrame:
+    """How well a variable can be read, linearly, from the residual stream behind each layer at each position.
+
+    Trained on prompts of the text, tested on prompts held out of it.
+
+    Returns:
+        One row a layer and position: variable, layer (-1 is the embedding), pos, accuracy (balanced over the values
+        that are tested), shuffled (the same probe trained on shuffled labels), values (how many are tested).
+
+    Raises:
+        ConfigError: the task has no such variable, or prompts have different lengths.
+    """
+    n_prompts, seed = as_whole("n_prompts", n_prompts, 2), as_seed("seed", seed)
+    splits = []
+    for held_out in (False, True):
+        cases = task.cases(n_prompts, held_out=held_out, seed=seed)
+        _require(variable, cases[0], task)
+        splits.append((_tokens(model, task, cases), [case.values[variable] for case in cases]))
+    (train_tokens, train_labels), (test_tokens, test_labels) = splits
+    classes = sorted(set(train_labels))
+    known = [i for i, label in enumerate(test_labels) if label in classes]
+    if not known:
+        raise ConfigError(f"{variable} of {task.name} has no value in both splits, so that no probe can be tested.")
+    shuffled = list(train_labels)
+    random.Random(seed).shuffle(shuffled)
+    names = [block_hook(0, "hook_resid_pre"), *(block_hook(layer, STREAM) for layer in range(model.cfg.n_layers))]
+    read = [run_with_cache(model, t, lambda name: name in names)[1] for t in (train_tokens, test_tokens[known])]
+    truth = np.array([classes.index(test_labels[i]) for i in known])
+    rows = []
+    for layer, name in enumerate(names, start=-1):
+        for pos in range(train_tokens.shape[1]):
+            x, z = (cache[name][:, pos].double().cpu().numpy() for cache in read)
+            told = [
+                _read_out(x, np.array([classes.index(label) for label in labels]), len(classes), z)
+                for labels in (train_labels, shuffled)
+            ]
+            right = [float(np.mean([np.mean(t[truth == c] == c) for c in np.unique(truth)])) for t in told]
+            row = {"variable": variable, "layer": layer, "pos": pos, "accuracy": right[0], "shuffled": right[1]}
+            rows.append(row | {"values": len(np.unique(truth))})
+    return DataFrame(rows)
+
+
+def _read_out(x: np.ndarray, labels: np.ndarray, n_classes: int, z: np.ndarray) -> np.ndarray:
+    """Classes of the rows of z, by ridge regression of each class on the rows of x; the largest wins."""
+    mean = x.mean(axis=0)
+    x, z = x - mean, z - mean
+    y = np.eye(n_classes)[labels]
+    gram = x.T @ x
+    gram[np.diag_indices_from(gram)] += RIDGE * max(gram.trace() / len(gram), 1e-12)
+    return (z @ np.linalg.solve(gram, x.T @ (y - y.mean(axis=0))) + y.mean(axis=0)).argmax(axis=1)
+
+
+# -- prompts
+
+
+def _answered_right(model: HookedModel, task: Task, n: int, held_out: bool, seed: int) -> tuple[list[Case], TokenBatch]:
+    """Prompts that the model answers right, and their tokens.
+
+    Raises:
+        ConfigError: it answers fewer than two.
+    """
+    cases = task.cases(n, held_out=held_out, seed=seed)
+    tokens = _tokens(model, task, cases)
+    right = model(tokens)[:, -1].argmax(dim=-1) == _ids(model, [case.answer for case in cases])
+    if int(right.sum()) < 2:
+        raise ConfigError(f"The model answers {int(right.sum())} of {len(cases)} prompts of {task.name}: no pairs.")
+    return [case for case, ok in zip(cases, right.tolist(), strict=True) if ok], tokens[right]
+
+
+def _tokens(model: HookedModel, task: Task, cases: Sequence[Case]) -> TokenBatch:
+    rows = [to_tokens(model, case.prompt).flatten() for case in cases]
+    if len({len(row) for row in rows}) > 1:
+        raise ConfigError(
+            f"Prompts of {task.name} have different lengths, so that their positions cannot be exchanged."
+        )
+    return torch.stack(rows)
+
+
+def _ids(model: HookedModel, words: Sequence[str]) -> Int[Tensor, " n"]:
+    """The token of each word, which must be one."""
+    found = []
+    for word in words:
+        ids = to_tokens(model, word).flatten()
+        found.append(int(ids[-1]))
+    return torch.tensor(found)
+
+
+def _require(variable: str, case: Case, task: Task) -> None:
+    if variable not in case.values:
+        raise ConfigError(f"variable is {shown(variable)}: {task.name} has {', '.join(case.values)}.")
+
+
+# -- pairs
+
+
+def _given(task: Task, variable: str, other: Case) -> dict[str, str]:
+    """The variable's value on another prompt."""
+    return {variable: other.values[variable]}
+
+
+def _pairs(
+    task: Task, cases: Sequence[Case], variable: str, n: int, chooser: random.Random
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Rows and others: whose exchange changes the answer, best to one that neither has; and whose variable is the same,
+    but not the answer."""
+    changing: list[tuple[int, int]] = []
+    same: list[tuple[int, int]] = []
+    answer = task.hops[-1].name
+    for a in chooser.sample(range(len(cases)), len(cases)):
+        merely: int | None = None
+        of_same: int | None = None
+        found: int | None = None
+        for b in chooser.sample(range(len(cases)), len(cases)):
+            if cases[b].values[variable] == cases[a].values[variable]:
+                if of_same is None and cases[b].answer != cases[a].answer:
+                    of_same = b
+            elif found is None:
+                wanted = task.run(cases[a].values, _given(task, variable, cases[b]))[answer]
+                if wanted not in (cases[a].answer, cases[b].answer):
+                    found = b
+                elif wanted != cases[a].answer and merely is None:
+                    merely = b
+            if found is not None and of_same is not None:
+                break
+        chosen = merely if found is None else found
+        if chosen is not None and len(changing) < n:
+            changing.append((a, chosen))
+        if of_same is not None and len(same) < n:
+            same.append((a, of_same))
+        if len(changing) == len(same) == n:
+            break
+    return changing, same
+
+
+def _add(name: str, pos: int, change: Float[Tensor, "batch d_model"]) -> FwdHook:
+    def add(x: Float[Tensor, "batch pos d_model"], hook: object) -> Float[Tensor, "batch pos d_model"]:
+        x = x.clone()
+        x[:, pos] += change
+        return x
+
+    return name, add
