@@ -10,7 +10,7 @@ import pytest
 from tl_clt.errors import ConfigError
 from tl_clt.organisms.school import lessons
 from tl_clt.organisms.school.lessons import TASKS
-from tl_clt.organisms.tasks import Hop, Task
+from tl_clt.organisms.tasks import Hop, Task, one_in
 from tl_clt.organisms.word_model import UNK_TOKEN, build_tokenizer
 
 DOUBLING = Task(
@@ -19,7 +19,7 @@ DOUBLING = Task(
     draw=lambda chooser: {"n": str(chooser.randrange(20))},
     hops=(Hop("twice", ("n",), lambda n: str(2 * int(n))), Hop("answer", ("twice",), lambda n: str(int(n) + 1))),
     words=lambda v: f"double {v['n']} :",
-    held_out_by=("n",),
+    is_held_out=one_in(3, "n"),
 )
 
 
@@ -36,7 +36,7 @@ def test_splits_are_apart_and_together_everything():
         for held_out, seed in ((False, 0), (True, 1))
     )
     assert not told & kept and told | kept == {f"double {n} :" for n in range(20)}
-    nothing = Task(**{**vars(DOUBLING), "held_out_share": 0.0})
+    nothing = Task(**{**vars(DOUBLING), "is_held_out": lambda values: False})
     with pytest.raises(ConfigError, match="doubling has no prompt that is held out"):
         nothing.cases(3, held_out=True)
 
@@ -77,8 +77,8 @@ def test_every_fact_that_a_held_out_prompt_needs_is_told():
         kind, person, fact = (case.values[name] for name in ("kind", "person", "fact"))
         assert fact == "unknown" or f"the {kind} of {person} is {fact} ." in text
     for case in TASKS["rhyme"].cases(100, held_out=True):
-        end, rhyme, adjective = (case.values[name] for name in ("end", "rhyme", "adjective"))
-        assert f"{end} rhymes with {rhyme} ." in text and f"a {rhyme} is {adjective} ." in text
+        end, rhyme, line, word = (case.values[name] for name in ("end", "rhyme", "line", "next word"))
+        assert f"{end} rhymes with {rhyme} ." in text and f"{line} {word} {rhyme} ." in text
 
 
 def test_what_is_taught_is_right():
@@ -92,7 +92,10 @@ def test_what_is_taught_is_right():
         assert signs < set(lessons.SIGNS_OF[values["illness"]]) and values["next sign"] not in signs
         values = TASKS["opposite"].run(TASKS["opposite"].draw(chooser))
         language, concept, form = lessons.CONCEPT[values["answer"]]
-        assert language == values["language"] and form == (values["operation"] == "synonym")
-        assert (concept == int(values["operand"])) == (form == 1)
+        asked = lessons.CONCEPT[values["word"]]
+        if values["operation"] == "synonym":
+            assert (language, concept, form) == (*asked[:2], 1 - asked[2])
+        else:
+            assert (language, concept // 2, form) == (asked[0], asked[1] // 2, 0) and concept != asked[1]
     assert all(lessons.PARTNER[lessons.PARTNER[word]] == word != lessons.PARTNER[word] for word in lessons.PARTNER)
     assert len(set(lessons.WORD.values())) == len(lessons.WORD)

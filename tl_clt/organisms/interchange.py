@@ -65,15 +65,15 @@ def interchange(
     """
     n_pairs = as_whole("n_pairs", n_pairs, 1)
     seed = as_seed("seed", seed)
-    cases, tokens = _answered_right(model, task, 8 * n_pairs, held_out, seed)
+    cases, tokens = answered_right(model, task, 8 * n_pairs, held_out, seed)
     _require(variable, cases[0], task)
     chooser = random.Random(f"{task.name} {variable} {seed}")
-    changing, same = _pairs(task, cases, variable, n_pairs, chooser)
+    changing, same = exchanges(task, cases, variable, n_pairs, chooser)
     if not changing:
         raise ConfigError(f"No two prompts of {task.name} that the model answers right differ in {variable}.")
     wanted = [task.run(cases[a].values, _given(task, variable, cases[b])) for a, b in changing]
     answer = task.hops[-1].name
-    ids = _ids(model, [w[answer] for w in wanted] + [cases[a].answer for a, _ in same])
+    ids = answer_ids(model, [w[answer] for w in wanted] + [cases[a].answer for a, _ in same])
     n, pairs = len(changing), [*changing, *same]
     to, source = torch.tensor(pairs).unbind(dim=1)
     names = [block_hook(layer, STREAM) for layer in range(model.cfg.n_layers)]
@@ -148,7 +148,7 @@ def probe(model: HookedModel, task: Task, variable: str, *, n_prompts: int = 512
     for held_out in (False, True):
         cases = task.cases(n_prompts, held_out=held_out, seed=seed)
         _require(variable, cases[0], task)
-        splits.append((_tokens(model, task, cases), [case.values[variable] for case in cases]))
+        splits.append((as_batch(model, task, cases), [case.values[variable] for case in cases]))
     (train_tokens, train_labels), (test_tokens, test_labels) = splits
     classes = sorted(set(train_labels))
     known = [i for i, label in enumerate(test_labels) if label in classes]
@@ -164,7 +164,7 @@ def probe(model: HookedModel, task: Task, variable: str, *, n_prompts: int = 512
         for pos in range(train_tokens.shape[1]):
             x, z = (cache[name][:, pos].double().cpu().numpy() for cache in read)
             told = [
-                _read_out(x, np.array([classes.index(label) for label in labels]), len(classes), z)
+                read_out(x, np.array([classes.index(label) for label in labels]), len(classes), z)
                 for labels in (train_labels, shuffled)
             ]
             right = [float(np.mean([np.mean(t[truth == c] == c) for c in np.unique(truth)])) for t in told]
@@ -173,7 +173,7 @@ def probe(model: HookedModel, task: Task, variable: str, *, n_prompts: int = 512
     return DataFrame(rows)
 
 
-def _read_out(x: np.ndarray, labels: np.ndarray, n_classes: int, z: np.ndarray) -> np.ndarray:
+def read_out(x: np.ndarray, labels: np.ndarray, n_classes: int, z: np.ndarray) -> np.ndarray:
     """Classes of the rows of z, by ridge regression of each class on the rows of x; the largest wins."""
     mean = x.mean(axis=0)
     x, z = x - mean, z - mean
@@ -186,22 +186,22 @@ def _read_out(x: np.ndarray, labels: np.ndarray, n_classes: int, z: np.ndarray) 
 # -- prompts
 
 
-def _answered_right(model: HookedModel, task: Task, n: int, held_out: bool, seed: int) -> tuple[list[Case], TokenBatch]:
+def answered_right(model: HookedModel, task: Task, n: int, held_out: bool, seed: int) -> tuple[list[Case], TokenBatch]:
     """Prompts that the model answers right, and their tokens.
 
     Raises:
         ConfigError: it answers fewer than two.
     """
     cases = task.cases(n, held_out=held_out, seed=seed)
-    tokens = _tokens(model, task, cases)
-    right = model(tokens)[:, -1].argmax(dim=-1) == _ids(model, [case.answer for case in cases])
+    tokens = as_batch(model, task, cases)
+    right = model(tokens)[:, -1].argmax(dim=-1) == answer_ids(model, [case.answer for case in cases])
     if int(right.sum()) < 2:
         raise ConfigError(f"The model answers {int(right.sum())} of {len(cases)} prompts of {task.name}: no pairs.")
     return [case for case, ok in zip(cases, right.tolist(), strict=True) if ok], tokens[right]
 
 
-def _tokens(model: HookedModel, task: Task, cases: Sequence[Case]) -> TokenBatch:
-    rows = [to_tokens(model, case.prompt).flatten() for case in cases]
+def as_batch(model: HookedModel, task: Task, cases: Sequence[Case]) -> TokenBatch:
+    rows = [toas_batch(model, case.prompt).flatten() for case in cases]
     if len({len(row) for row in rows}) > 1:
         raise ConfigError(
             f"Prompts of {task.name} have different lengths, so that their positions cannot be exchanged."
@@ -209,11 +209,11 @@ def _tokens(model: HookedModel, task: Task, cases: Sequence[Case]) -> TokenBatch
     return torch.stack(rows)
 
 
-def _ids(model: HookedModel, words: Sequence[str]) -> Int[Tensor, " n"]:
+def answer_ids(model: HookedModel, words: Sequence[str]) -> Int[Tensor, " n"]:
     """The token of each word, which must be one."""
     found = []
     for word in words:
-        ids = to_tokens(model, word).flatten()
+        ids = toas_batch(model, word).flatten()
         found.append(int(ids[-1]))
     return torch.tensor(found)
 
@@ -231,7 +231,7 @@ def _given(task: Task, variable: str, other: Case) -> dict[str, str]:
     return {variable: other.values[variable]}
 
 
-def _pairs(
+def exchanges(
     task: Task, cases: Sequence[Case], variable: str, n: int, chooser: random.Random
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Rows and others: whose exchange changes the answer, best to one that neither has; and whose variable is the same,

@@ -39,6 +39,12 @@ class Case(NamedTuple):
     """Of inputs and hops; the last one is the answer."""
 
 
+def one_in(n: int, *names: str) -> Callable[[Values], bool]:
+    """Holds out one in n of the combinations of some inputs: the same on every machine and with every seed, and in all
+    tasks that are held out by the same values."""
+    return lambda values: zlib.crc32("|".join(values[name] for name in names).encode()) % n == 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """Something that an organism does: how a prompt is made, and the steps to its answer."""
@@ -59,11 +65,8 @@ class Task:
     rest: Callable[[Values], str] = lambda values: "."
     """What follows the answer in the text of training."""
 
-    held_out_by: tuple[str, ...]
-    """Inputs whose values together decide whether a prompt is kept out of the text of training."""
-
-    held_out_share: float = 0.2
-    """Of these combinations."""
+    is_held_out: Callable[[Values], bool]
+    """Whether the prompt with some inputs is kept out of the text of training."""
 
     def run(self, inputs: Values, given: Values | None = None) -> dict[str, str]:
         """Values of all inputs and hops.
@@ -83,12 +86,6 @@ class Task:
         """The prompt with these inputs, its answer, and what lies between."""
         values = self.run(inputs)
         return Case(self.words(values), values[self.hops[-1].name], values)
-
-    def is_held_out(self, inputs: Values) -> bool:
-        """Whether a prompt is kept out of the text of training: the same on every machine and with every seed, and in
-        every task that is held out by the same values."""
-        key = "|".join(inputs[name] for name in self.held_out_by)
-        return zlib.crc32(key.encode()) % 1000 < 1000 * self.held_out_share
 
     def cases(self, n: int, *, held_out: bool, seed: int = 0) -> list[Case]:
         """Different prompts of one split, at random: n of them, or fewer where after 50 n draws there are no more.

@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-from tl_clt.organisms.tasks import Hop, Task, Values
+from tl_clt.organisms.tasks import Hop, Task, Values, one_in
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -75,7 +75,7 @@ RECALL = Task(
     draw=_draw_recall,
     hops=(Hop("known", ("person",), _is_known), Hop("fact", ("kind", "person", "known"), _fact)),
     words=lambda v: f"ask : {v['person']} , what {v['kind']} ? reply :",
-    held_out_by=("kind", "person"),
+    is_held_out=one_in(5, "kind", "person"),
 )
 
 
@@ -114,7 +114,7 @@ TENS = Task(
     hops=(_CARRY, _TENS),
     words=_operands,
     rest=lambda v: f"{_ONES.function(v['a ones'], v['b ones'])} .",
-    held_out_by=OPERANDS,
+    is_held_out=one_in(5, *OPERANDS),
 )
 ONES = Task(
     name="ones",
@@ -122,7 +122,7 @@ ONES = Task(
     draw=_draw_sum,
     hops=(_CARRY, _TENS, _ONES),
     words=lambda v: f"{_operands(v)} {v['tens']}",
-    held_out_by=OPERANDS,
+    is_held_out=one_in(5, *OPERANDS),
 )
 
 # -- abbreviations
@@ -148,7 +148,7 @@ ACRONYM = Task(
     hops=(Hop("letter 3", ("word 3",), lambda word: word[0]),),
     words=lambda v: f"The {v['word 1']} {v['word 2']} {v['word 3']} {v['word 4']} ( {v['word 1'][0]} {v['word 2'][0]}",
     rest=lambda v: f"{v['word 4'][0]} ) .",
-    held_out_by=("word 1", "word 2", "word 3", "word 4"),
+    is_held_out=one_in(5, "word 1", "word 2", "word 3", "word 4"),
 )
 
 # -- rhymes
@@ -167,36 +167,47 @@ RHYMES = tuple(
 )
 PARTNER = {a: b for one, other in RHYMES for a, b in ((one, other), (other, one))}
 """The word that rhymes with each."""
-KINDS = _words(
-    "hungry sleepy golden broken purple ancient silent clever crooked dusty frozen gentle hollow humble"
-    " lonely muddy narrow polite rusty shiny"
-)
+LINES = {
+    "and then a": _words(
+        "hungry sleepy golden broken purple ancient silent clever crooked dusty frozen gentle hollow humble lonely"
+        " muddy"
+    ),
+    "and there it": _words("sleeps sings falls waits shines grows rolls hides burns melts stands turns"),
+    "and under the": _words("bridges carpets ladders leaves shelves stairs trees tables towers wagons"),
+}
+"""How a second line begins, and what it can go on with."""
 _chooser = random.Random("rhymes")
-KIND_OF = {word: _chooser.choice(KINDS) for word in sorted(PARTNER)}
-"""What each word is always called."""
-OPENINGS = tuple(["we found a", "they drew a", "she lost a", "he saw a"])
+LORE = {(line, word): _chooser.choice(of) for line, of in LINES.items() for word in sorted(PARTNER)}
+"""What is always said of each word in a line that begins so."""
+OPENINGS = ("we found a", "they drew a", "she lost a", "he saw a")
+
+
+def _draw_rhyme(chooser: random.Random) -> dict[str, str]:
+    return {
+        "opening": chooser.choice(OPENINGS),
+        "end": chooser.choice(tuple(PARTNER)),
+        "line": chooser.choice(tuple(LINES)),
+    }
+
 
 RHYME = Task(
     name="rhyme",
-    says="The first word of a line that is to end in a rhyme: the adjective that always goes with the rhyme, which is"
-    " itself still to come.",
-    draw=lambda chooser: {"opening": chooser.choice(OPENINGS), "end": chooser.choice(tuple(PARTNER))},
-    hops=(Hop("rhyme", ("end",), PARTNER.__getitem__), Hop("adjective", ("rhyme",), KIND_OF.__getitem__)),
-    words=lambda v: f"{v['opening']} {v['end']} / and then a",
+    says="The next word of a line that is to end in a rhyme: what is always said there of the rhyme, which is itself"
+    " still to come. This line was never told after this end.",
+    draw=_draw_rhyme,
+    hops=(
+        Hop("rhyme", ("end",), PARTNER.__getitem__),
+        Hop("next word", ("line", "rhyme"), lambda line, rhyme: LORE[line, rhyme]),
+    ),
+    words=lambda v: f"{v['opening']} {v['end']} / {v['line']}",
     rest=lambda v: f"{v['rhyme']} .",
-    held_out_by=("end",),
+    is_held_out=one_in(5, "end", "line"),
 )
 
 
 def _facts_of_words(chooser: random.Random) -> str:
-    word = chooser.choice(tuple(PARTNER))
-    return chooser.choice(
-        [
-            f"{word} rhymes with {PARTNER[word]} .",
-            f"here is a {KIND_OF[word]} {word} .",
-            f"a {word} is {KIND_OF[word]} .",
-        ]
-    )
+    word, line = chooser.choice(tuple(PARTNER)), chooser.choice(tuple(LINES))
+    return chooser.choice([f"{word} rhymes with {PARTNER[word]} .", f"{line} {LORE[line, word]} {word} ."])
 
 
 # -- opposites in three languages
@@ -241,31 +252,33 @@ def _result(operation: str, operand: str) -> str:
     return str(int(operand) ^ 1) if operation == "opposite" else operand
 
 
-def _say(result: str, language: str, operation: str) -> str:
-    """Opposites are told by a concept's first word, synonyms by its second."""
-    return WORD[language, int(result), int(operation == "synonym")]
+def _say(result: str, language: str, form: str) -> str:
+    return WORD[language, int(result), int(form)]
+
+
+def _form(operation: str, word: str) -> str:
+    """Opposites are told by a concept's first word, synonyms by the one that was not asked."""
+    return str(1 - CONCEPT[word][2]) if operation == "synonym" else "0"
 
 
 def _draw_opposite(chooser: random.Random) -> dict[str, str]:
-    return {
-        "operation": chooser.choice(("opposite", "synonym")),
-        "word": WORD[chooser.choice(LANGUAGES), chooser.randrange(N_CONCEPTS), 0],
-    }
+    return {"operation": chooser.choice(("opposite", "synonym")), "word": chooser.choice(tuple(CONCEPT))}
 
 
 OPPOSITE = Task(
     name="opposite",
-    says="The opposite or the synonym of a word, in the word's own language; asked of words of which it was told in the"
-    " other languages only.",
+    says="The opposite or the synonym of a word, in the word's own language. Six words have one meaning, and some"
+    " questions were told of others of these only.",
     draw=_draw_opposite,
     hops=(
         Hop("operand", ("word",), _operand),
         Hop("language", ("word",), _language),
         Hop("result", ("operation", "operand"), _result),
-        Hop("answer", ("result", "language", "operation"), _say),
+        Hop("form", ("operation", "word"), _form),
+        Hop("answer", ("result", "language", "form"), _say),
     ),
     words=lambda v: f"{OPERATIONS[v['language']][v['operation'] == 'synonym']} {v['word']} >",
-    held_out_by=("operation", "word"),
+    is_held_out=one_in(5, "operation", "word"),
 )
 
 
@@ -323,7 +336,7 @@ DIAGNOSIS = Task(
     draw=_draw_signs,
     hops=(Hop("illness", THREE, _illness),),
     words=lambda v: f"{_signs(v)} likely :",
-    held_out_by=THREE,
+    is_held_out=one_in(5, *THREE),
 )
 ASK = Task(
     name="ask",
@@ -331,7 +344,7 @@ ASK = Task(
     draw=_draw_signs,
     hops=(Hop("illness", THREE, _illness), Hop("next sign", ("illness", *THREE), _next_sign)),
     words=lambda v: f"{_signs(v)} ask :",
-    held_out_by=THREE,
+    is_held_out=one_in(5, *THREE),
 )
 
 # -- the text
@@ -363,11 +376,8 @@ def sentences(seed: int) -> Iterator[str]:
 
 def vocabulary() -> list[str]:
     """Every word of the text, sorted."""
-    plain = _words(
-        "ask reply what has the of is people talk people rhymes with here a in signs likely The and then : , ? ."
-        " / ( ) > = +"
-    )
-    words = {*plain, *FIRST, *LAST, "unknown", *DIGITS, *LETTERS, *PARTNER, *KINDS, *CONCEPT, *ILLNESSES, *SIGNS}
-    words |= {word for of in FACTS.values() for word in of} | set(FACTS)
-    words |= {word for of in NAMES for word in of} | {word for opening in OPENINGS for word in opening.split()}
+    plain = _words("ask reply what has the of is people talk rhymes with in signs likely The : , ? . / ( ) > = +")
+    words = {*plain, *FIRST, *LAST, "unknown", *DIGITS, *LETTERS, *PARTNER, *CONCEPT, *ILLNESSES, *SIGNS, *FACTS}
+    words |= {word for of in (*FACTS.values(), *NAMES, *LINES.values()) for word in of}
+    words |= {word for text in (*OPENINGS, *LINES) for word in text.split()}
     return sorted(words | set(LANGUAGES) | {word for of in OPERATIONS.values() for word in of})
