@@ -201,7 +201,7 @@ def answered_right(model: HookedModel, task: Task, n: int, held_out: bool, seed:
 
 
 def as_batch(model: HookedModel, task: Task, cases: Sequence[Case]) -> TokenBatch:
-    rows = [toas_batch(model, case.prompt).flatten() for case in cases]
+    rows = [to_tokens(model, case.prompt).flatten() for case in cases]
     if len({len(row) for row in rows}) > 1:
         raise ConfigError(
             f"Prompts of {task.name} have different lengths, so that their positions cannot be exchanged."
@@ -213,7 +213,7 @@ def answer_ids(model: HookedModel, words: Sequence[str]) -> Int[Tensor, " n"]:
     """The token of each word, which must be one."""
     found = []
     for word in words:
-        ids = toas_batch(model, word).flatten()
+        ids = to_tokens(model, word).flatten()
         found.append(int(ids[-1]))
     return torch.tensor(found)
 
