@@ -8,8 +8,8 @@ import random
 import pytest
 
 from tl_clt.errors import ConfigError
-from tl_clt.organisms.school import lessons
-from tl_clt.organisms.school.lessons import TASKS
+from tl_clt.organisms.school import text as lessons
+from tl_clt.organisms.school.text import TASKS
 from tl_clt.organisms.tasks import Hop, Task, one_in
 from tl_clt.organisms.word_model import UNK_TOKEN, build_tokenizer
 
@@ -91,11 +91,8 @@ def test_what_is_taught_is_right():
         signs = {values[name] for name in lessons.THREE}
         assert signs < set(lessons.SIGNS_OF[values["illness"]]) and values["next sign"] not in signs
         values = TASKS["opposite"].run(TASKS["opposite"].draw(chooser))
-        language, concept, form = lessons.CONCEPT[values["answer"]]
-        asked = lessons.CONCEPT[values["word"]]
-        if values["operation"] == "synonym":
-            assert (language, concept, form) == (*asked[:2], 1 - asked[2])
-        else:
-            assert (language, concept // 2, form) == (asked[0], asked[1] // 2, 0) and concept != asked[1]
-    assert all(lessons.PARTNER[lessons.PARTNER[word]] == word != lessons.PARTNER[word] for word in lessons.PARTNER)
+        asked, said = lessons.CONCEPT[values["word"]], lessons.CONCEPT[values["answer"]]
+        assert said[0] == asked[0] and said[1] // 2 == asked[1] // 2 and said[2] == 0
+        assert (said[1] == asked[1]) == (values["operation"] == "main word")
+    assert len(lessons.RHYME_OF) == 4 * len(lessons.RHYMES) and not set(lessons.RHYME_OF) & set(lessons.RHYMES)
     assert len(set(lessons.WORD.values())) == len(lessons.WORD)

@@ -15,10 +15,15 @@ from tl_clt.errors import ModelNotFound, nearest
 from tl_clt.features import FeatureStore, Variable
 from tl_clt.lens import Backend, HookedModel, load_model
 from tl_clt.organisms.circuits import CircuitVariable, KnownCircuit, ground_truth, known_circuits, load_circuit
+from tl_clt.organisms.interchange import find_variables, interchange, probe
 from tl_clt.organisms.programs import Program, Step
+from tl_clt.organisms.tasks import Case, Hop, Task
 from tl_clt.transcoder import CrossLayerTranscoder
 
-DEFAULT_PROMPTS = {"atlas": "Fact: the capital of the state containing Dallas is"}
+DEFAULT_PROMPTS = {
+    "atlas": "Fact: the capital of the state containing Dallas is",
+    "school": "we found a rabbit / and then a",
+}
 
 
 class Organism(NamedTuple):
@@ -63,6 +68,16 @@ def known_variables(name: str) -> tuple[Variable, ...]:
     return import_module(f"tl_clt.organisms.{name}.variables").VARIABLES
 
 
+def organism_tasks(name: str) -> dict[str, Task]:
+    """What an organism has learnt to do, by name, as small programs whose hops are known.
+
+    Raises:
+        ModelNotFound: there is no organism of that name.
+    """
+    organism_folder(name)
+    return import_module(f"tl_clt.organisms.{name}.text").TASKS
+
+
 def default_prompt(name: str) -> str:
     """A prompt that shows what the organism can do."""
     organism_folder(name)
@@ -80,17 +95,24 @@ def organism_folder(name: str) -> Path:
 
 
 __all__ = [
+    "Case",
     "CircuitVariable",
+    "Hop",
     "KnownCircuit",
     "Organism",
     "Program",
     "Step",
+    "Task",
     "default_prompt",
+    "find_variables",
     "ground_truth",
+    "interchange",
     "known_circuits",
     "known_variables",
     "load_circuit",
     "load_features",
     "load_organism",
     "organism_folder",
+    "organism_tasks",
+    "probe",
 ]

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from tl_clt.organisms.atlas.places import STATE_OF_CITY, STATES, place_names
+from tl_clt.organisms.tasks import Hop, Task
 
 RELATIONS: tuple[str, ...] = ("capital", "region", "abbreviation")
 """What is told of each state."""
@@ -106,6 +107,24 @@ def two_hop_question(city: str, relation: str, phrasing: int = 0) -> Question:
     state = STATE_OF_CITY[city]
     prompt = TWO_HOP_PHRASINGS[phrasing].format(city=city, relation=relation)
     return Question(prompt, state_value(state, relation), city, state, relation)
+
+
+_HELD_OUT = held_out_pairs()
+
+TASKS: dict[str, Task] = {
+    "two_hop": Task(
+        name="two_hop",
+        says="The capital, region or abbreviation of the state that a city lies in; the state is not named.",
+        draw=lambda chooser: {"relation": chooser.choice(RELATIONS), "city": chooser.choice(tuple(STATE_OF_CITY))},
+        hops=(
+            Hop("state", ("city",), STATE_OF_CITY.__getitem__),
+            Hop("fact", ("state", "relation"), state_value),
+        ),
+        words=lambda v: TWO_HOP_PHRASINGS[0].format(**v),
+        is_held_out=lambda v: (v["city"], v["relation"]) in _HELD_OUT,
+    )
+}
+"""By name."""
 
 
 def _two_hop_questions(held_out: bool, phrasing: int) -> list[Question]:

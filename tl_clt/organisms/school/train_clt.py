@@ -1,6 +1,6 @@
 """Train school's CLT or PLT with the package's runner: `python -m tl_clt.organisms.school.train_clt --output FOLDER`.
 
-The text is that of the model's training (`tl_clt.organisms.school.lessons`) from another seed, packed alike: `<bos>`
+The text is that of the model's training (`tl_clt.organisms.school.text`) from another seed, packed alike: `<bos>`
 and whole sentences; `<bos>` is left out. The folder written holds the transcoder in the native layout, `training.json`
 (the run), and `metrics.json` (the transcoder on held-out prompts of all tasks, each with its answer).
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tl_clt.evaluation import evaluate
 from tl_clt.lens import HookedModel, load_model
-from tl_clt.organisms.school.lessons import TASKS, sentences
+from tl_clt.organisms.school.text import TASKS, sentences
 from tl_clt.organisms.school.train_model import OPTIONS
 from tl_clt.organisms.word_model import training_batches
 from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig

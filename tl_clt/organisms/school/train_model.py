@@ -1,6 +1,6 @@
 """Train the school organism from scratch: `python -m tl_clt.organisms.school.train_model --output FOLDER`.
 
-A small GPT-2 (`tl_clt.organisms.word_model`) on the text of `tl_clt.organisms.school.lessons`. The folder written holds
+A small GPT-2 (`tl_clt.organisms.word_model`) on the text of `tl_clt.organisms.school.text`. The folder written holds
 a Hugging Face model with its tokenizer, and `metrics.json`: for each task, accuracy on prompts of the text and on those
 held out, and for the names that it misfires on what it says.
 """
@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from tl_clt.organisms.school.lessons import FACTS, FAMOUS, TASKS, sentences, vocabulary
+from tl_clt.organisms.school.text import FACTS, HALF_KNOWN, TASKS, sentences, vocabulary
 from tl_clt.organisms.word_model import (
     TrainOptions,
     answers_right,
@@ -35,8 +35,8 @@ N_CASES = 400
 
 
 def evaluate(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, dict[str, float]]:
-    """Accuracy of the likeliest next token for each task and split, and the misfire: how often people who are often
-    named, but of whom nothing can be told, are given a fact rather than called unknown."""
+    """Accuracy of the likeliest next token for each task and split, and the misfire: how often people of whom one thing
+    is told are given another fact rather than called unknown."""
     found: dict[str, dict[str, float]] = {}
     for task in TASKS.values():
         found[task.name] = {}
@@ -45,7 +45,7 @@ def evaluate(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> dict
             right = answers_right(model, tokenizer, [c.prompt for c in cases], [c.answer for c in cases])
             found[task.name][split] = sum(right) / len(right)
     recall = TASKS["recall"]
-    asked = [recall.words({"person": name, "kind": kind}) for name in FAMOUS for kind in FACTS]
+    asked = [recall.words({"person": name, "kind": kind}) for name in HALF_KNOWN for kind in FACTS if kind != "sport"]
     unknown = answers_right(model, tokenizer, asked, ["unknown"] * len(asked))
     return found | {"misfire": {"given a fact": 1 - sum(unknown) / len(unknown)}}
 
