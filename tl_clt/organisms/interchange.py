@@ -1,10 +1,13 @@
 """Where a trained organism holds what a task needs, found without any CLT: by interchange interventions and by probes.
 
-Interchange (Geiger et al. 2021, "Causal Abstractions of Neural Networks"): the residual stream behind a layer, at one
-position, is taken from another prompt of the task. Where it carries a variable, and nothing else that the answer needs,
-    follows: with a prompt whose variable differs, the answer becomes the task's with the other value, and
-    keeps:   with a prompt whose variable is the same, and whose answer is not, the answer stays.
-A place that carries the answer, or all of the prompt, follows and does not keep.
+Interchange (Geiger et al. 2021, "Causal Abstractions of Neural Networks"): something of the residual stream behind a
+layer, at one position, is taken from another prompt of the task, where it is
+    part="all"   everything there. What carries a variable and nothing else that the answer needs follows and keeps:
+                 follows: with a prompt whose variable differs, the answer becomes the task's with the other value;
+                 keeps: with a prompt whose variable is the same, and whose answer is not, the answer stays.
+                 A place that carries the answer, or all of the prompt, may follow, and does not keep.
+    part="mean"  the difference of the means over prompts of the text with either value of the variable: for places
+                 that carry other things beside it. It is 0 where the variable is the same: it keeps by definition.
 
 Probes tell only where a variable can be read; a linear one, on prompts held out, beside the same with labels shuffled.
 """
@@ -13,11 +16,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from pandas import DataFrame
+from pandas import DataFrame, concat
 from torch import Tensor
 
 from tl_clt.arguments import as_seed, as_whole, shown
@@ -26,7 +30,10 @@ from tl_clt.lens import FwdHook, HookedModel, block_hook, run_with_cache, run_wi
 from tl_clt.organisms.tasks import Case, Task
 from tl_clt.shapes import TokenBatch
 
+Part = Literal["all", "mean"]
 STREAM = "hook_resid_post"
+N_FOR_MEANS = 2000
+"""Prompts of the text over which means are taken."""
 RIDGE = 1e-2
 """Of probes, in units of the mean square of what they read."""
 
@@ -37,6 +44,7 @@ def interchange(
     task: Task,
     variable: str,
     *,
+    part: Part = "all",
     n_pairs: int = 64,
     held_out: bool = True,
     seed: int = 0,
@@ -50,18 +58,19 @@ def interchange(
         model: the organism.
         task: what it is asked.
         variable: an input or a hop of the task.
+        part: what is exchanged: everything, or the difference of means.
         n_pairs: pairs of prompts, fewer where there are fewer.
         held_out: whether prompts are such as were kept out of the text of training.
         seed: of prompts, pairs and random directions.
 
     Returns:
-        One row a layer and position: variable, layer, pos, token (at that position, on one of the prompts), follows and
-        keeps (shares of pairs; NaN where there are none), random_direction (as follows, with a change of the same size
-        in a random direction), copied (of the pairs of `follows`, those in which the wanted answer is the other
-        prompt's own: what an answer that is merely copied does).
+        One row a layer and position: variable, layer, pos, token (at that position, on one of the prompts), part,
+        follows and keeps (shares of pairs; NaN where there are none), random_direction (as follows, with a change of
+        the same size in a random direction), copied (of the pairs of `follows`, those in which the wanted answer is the
+        other prompt's own: what an answer that is merely copied does).
 
     Raises:
-        ConfigError: the task has no such variable; no two prompts differ in it; prompts have different lengths.
+        ConfigError: the task has no such variable, or it never decides the answer; prompts have different lengths.
     """
     n_pairs = as_whole("n_pairs", n_pairs, 1)
     seed = as_seed("seed", seed)
@@ -70,7 +79,7 @@ def interchange(
     chooser = random.Random(f"{task.name} {variable} {seed}")
     changing, same = exchanges(task, cases, variable, n_pairs, chooser)
     if not changing:
-        raise ConfigError(f"No two prompts of {task.name} that the model answers right differ in {variable}.")
+        raise ConfigError(f"The answers of {task.name} that the model gives right never depend on {variable}.")
     wanted = [task.run(cases[a].values, _given(task, variable, cases[b])) for a, b in changing]
     answer = task.hops[-1].name
     ids = answer_ids(model, [w[answer] for w in wanted] + [cases[a].answer for a, _ in same])
@@ -78,13 +87,13 @@ def interchange(
     to, source = torch.tensor(pairs).unbind(dim=1)
     names = [block_hook(layer, STREAM) for layer in range(model.cfg.n_layers)]
     _, cache = run_with_cache(model, tokens, lambda name: name in names)
+    carried = cache if part == "all" else _means(model, task, variable, cases, names, seed)
     generator = torch.Generator().manual_seed(seed)
     copied = np.mean([w[answer] == cases[b].answer for w, (_, b) in zip(wanted, changing, strict=True)])
     rows = []
     for layer, name in enumerate(names):
         for pos in range(tokens.shape[1]):
-            there = cache[name][:, pos]
-            change = there[source] - there[to]
+            change = carried[name][source, pos] - carried[name][to, pos]
             drawn = torch.randn(change[:n].shape, generator=generator).to(change)
             at_random = drawn * change[:n].norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
             changes = torch.cat([change, at_random])
@@ -96,6 +105,7 @@ def interchange(
                     "layer": layer,
                     "pos": pos,
                     "token": token_strings(model, tokens[0])[pos],
+                    "part": part,
                     "follows": float(right[:n].mean()),
                     "keeps": float(right[n : len(pairs)].mean()) if same else float("nan"),
                     "random_direction": float(right[len(pairs) :].mean()),
@@ -108,25 +118,33 @@ def interchange(
 def find_variables(
     model: HookedModel, task: Task, *, n_pairs: int = 64, held_out: bool = True, seed: int = 0
 ) -> DataFrame:
-    """Where each variable of a task is carried: the layer and position where `follows` and `keeps` are together
-    greatest, chosen with one seed and measured with the next.
+    """Where each hop of a task is carried: the layer, position and part for which the lesser of `follows` and `keeps`
+    is greatest, the earliest of these, chosen with one seed and measured with the next.
 
-    Args and errors as of `interchange`. The last hop is the answer itself and is left out; so are inputs.
+    Args and errors as of `interchange`. The last hop is the answer itself and is left out.
 
     Returns:
-        One row a variable, as of `interchange`, and elsewhere: the mean of `follows` over all other places from that
-        layer on.
+        One row a hop, as of `interchange`, and elsewhere: the mean of `follows` over all other places from that layer
+        on, with the same part.
     """
     rows = []
     for hop in task.hops[:-1]:
-        searched = interchange(model, task, hop.name, n_pairs=n_pairs, held_out=held_out, seed=seed)
-        score = searched["follows"] + searched["keeps"].fillna(0)
-        best = int(score.idxmax())
-        again = interchange(model, task, hop.name, n_pairs=n_pairs, held_out=held_out, seed=seed + 1)
-        row = again.loc[best].to_dict()
-        others = again.drop(index=best)
-        later = others[others["layer"] >= row["layer"]]
-        rows.append({**row, "elsewhere": float(later["follows"].mean())})
+        searched, again = (
+            concat(
+                [
+                    interchange(model, task, hop.name, part=part, n_pairs=n_pairs, held_out=held_out, seed=s)
+                    for part in get_args(Part)
+                ],
+                ignore_index=True,
+            )
+            for s in (seed, seed + 1)
+        )
+        score = searched[["follows", "keeps"]].min(axis=1)
+        found = int(searched["layer"][score >= score.max()].idxmin())
+        row = again.loc[found].to_dict()
+        others = again.drop(index=found)
+        others = others[(others["layer"] >= row["layer"]) & (others["part"] == row["part"])]
+        rows.append({**row, "elsewhere": float(others["follows"].mean())})
     return DataFrame(rows)
 
 
@@ -181,6 +199,24 @@ def read_out(x: np.ndarray, labels: np.ndarray, n_classes: int, z: np.ndarray) -
     gram = x.T @ x
     gram[np.diag_indices_from(gram)] += RIDGE * max(gram.trace() / len(gram), 1e-12)
     return (z @ np.linalg.solve(gram, x.T @ (y - y.mean(axis=0))) + y.mean(axis=0)).argmax(axis=1)
+
+
+def _means(
+    model: HookedModel, task: Task, variable: str, cases: Sequence[Case], names: Sequence[str], seed: int
+) -> dict[str, Float[Tensor, "n_prompts pos d_model"]]:
+    """For each prompt, means of the stream over other prompts, of the text, with the same value of the variable; where
+    there are none, over all of them."""
+    told = task.cases(N_FOR_MEANS, held_out=False, seed=seed)
+    _, cache = run_with_cache(model, as_batch(model, task, told), lambda name: name in names)
+    members: dict[str, list[int]] = {}
+    for i, case in enumerate(told):
+        members.setdefault(case.values[variable], []).append(i)
+    everywhere = list(range(len(told)))
+    found = {}
+    for name in names:
+        means = {v: cache[name][members.get(v, everywhere)].mean(dim=0) for v in {c.values[variable] for c in cases}}
+        found[name] = torch.stack([means[case.values[variable]] for case in cases])
+    return found
 
 
 # -- prompts

@@ -120,8 +120,8 @@ TENS = Task(
 ONES = Task(
     name="ones",
     says="The second digit of a sum, once the first is said.",
-    draw=_draw_sum,
-    hops=(_CARRY, _TENS, _ONES),
+    draw=lambda chooser: {"tens": (sum_of := TENS.run(_draw_sum(chooser)))["tens"]} | {x: sum_of[x] for x in OPERANDS},
+    hops=(_ONES,),
     words=lambda v: f"{_operands(v)} {v['tens']}",
     is_held_out=one_in(5, *OPERANDS),
 )
