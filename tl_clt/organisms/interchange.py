@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from pandas import DataFrame, concat
 from torch import Tensor
 
-from tl_clt.arguments import as_seed, as_whole, shown
+from tl_clt.arguments import as_seed, as_whole
 from tl_clt.errors import ConfigError
 from tl_clt.lens import FwdHook, HookedModel, block_hook, run_with_cache, run_with_hooks, to_tokens, token_strings
 from tl_clt.organisms.tasks import Case, Task
@@ -256,7 +256,7 @@ def answer_ids(model: HookedModel, words: Sequence[str]) -> Int[Tensor, " n"]:
 
 def _require(variable: str, case: Case, task: Task) -> None:
     if variable not in case.values:
-        raise ConfigError(f"variable is {shown(variable)}: {task.name} has {', '.join(case.values)}.")
+        raise ConfigError(f"variable is {variable!r:.60}: {task.name} has {', '.join(case.values)}.")
 
 
 # -- pairs

@@ -1,0 +1,112 @@
+"""Where a trained organism carries what its tasks need: on atlas, whose state is computed behind the city."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tl_clt.errors import ConfigError
+from tl_clt.organisms import find_variables, interchange, load_organism, organism_tasks, probe
+from tl_clt.organisms.interchange import answered_right, exchanges
+from tl_clt.organisms.tasks import Hop
+
+TASK = organism_tasks("atlas")["two_hop"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_organism("atlas").model
+
+
+@pytest.fixture(scope="module")
+def everything(model):
+    return interchange(model, TASK, "state", n_pairs=24).set_index(["layer", "pos"])
+
+
+@pytest.fixture(scope="module")
+def means(model):
+    return interchange(model, TASK, "state", part="mean", n_pairs=24).set_index(["layer", "pos"])
+
+
+def test_behind_the_last_layer_only_the_last_position_matters(model, everything, means):
+    last, at = model.cfg.n_layers - 1, max(pos for _, pos in everything.index)
+    for table in (everything, means):
+        before = table.loc[[(last, pos) for pos in range(at)]]
+        assert (before["follows"] == 0).all() and (before["keeps"] == 1).all()
+    # The whole stream there is the other prompt's answer, which is not the task's with both relations different.
+    assert everything.loc[(last, at), "follows"] == everything.loc[(last, at), "copied"] == 0
+    assert everything.loc[(last, at), "keeps"] == 0
+
+
+def test_the_state_is_carried_at_the_last_position_beside_what_is_asked(model, means):
+    found = find_variables(model, TASK, n_pairs=24).iloc[0]
+    assert (found["variable"], found["token"], found["part"]) == ("state", "is", "mean")
+    assert 0 < found["layer"] < model.cfg.n_layers
+    assert found["follows"] >= 0.9 and found["random_direction"] <= 0.1 and found["elsewhere"] <= 0.2
+    assert found["copied"] == 0
+    assert means.loc[(found["layer"], found["pos"]), "follows"] >= 0.9
+    assert (means["keeps"] == 1).all()  # a mean less itself
+
+
+def test_one_exchange_written_anew(model):
+    """Follows and keeps of one place, with TransformerLens's own hooks."""
+    table = interchange(model, TASK, "state", n_pairs=6, seed=3).set_index(["layer", "pos"])
+    cases, tokens = answered_right(model, TASK, 48, True, 3)
+    changing, same = exchanges(TASK, cases, "state", 6, random.Random("two_hop state 3"))
+    name = "blocks.0.hook_resid_post"
+    kept = []
+    for pairs in (changing, same):
+        right = []
+        for a, b in pairs:
+            _, cache = model.run_with_cache(tokens[b])
+
+            def take(x, hook, there=cache[name]):
+                x[:, 7] = there[:, 7]
+                return x
+
+            answer = model.run_with_hooks(tokens[a], fwd_hooks=[(name, take)])[0, -1].argmax()
+            wanted = TASK.run({"city": cases[b].values["city"], "relation": cases[a].values["relation"]})["fact"]
+            right.append(model.to_string(answer).strip() == (wanted if pairs is changing else cases[a].answer))
+        kept.append(sum(right) / len(right))
+    assert [table.loc[(0, 7), "follows"], table.loc[(0, 7), "keeps"]] == pytest.approx(kept)
+
+
+def test_pairs_tell_a_carried_variable_from_a_copied_answer(model):
+    cases, _ = answered_right(model, TASK, 60, True, 0)
+    changing, same = exchanges(TASK, cases, "state", 20, random.Random(0))
+    assert changing and same
+    for a, b in changing:
+        wanted = TASK.run(cases[a].values, {"state": cases[b].values["state"]})["fact"]
+        assert wanted not in (cases[a].answer, cases[b].answer)
+    for a, b in same:
+        assert cases[a].values["state"] == cases[b].values["state"] and cases[a].answer != cases[b].answer
+
+
+def test_probes_read_the_state_where_it_is_and_not_in_the_embedding(model):
+    table = probe(model, TASK, "state", n_prompts=400)
+    last = table["pos"].max()
+    at_last = table[table["pos"] == last].set_index("layer")
+    assert at_last.loc[-1, "accuracy"] <= 2 / at_last.loc[-1, "values"]
+    assert at_last.loc[1, "accuracy"] >= 0.8
+    assert (table["shuffled"] <= 0.2).all()
+
+
+def test_what_cannot_be_exchanged(model):
+    with pytest.raises(ConfigError, match="variable is 'mood': two_hop has"):
+        interchange(model, TASK, "mood")
+    idle = replace(idle, hops=(Hop("idle", ("city",), lambda city: str(len(city))), *TASK.hops))
+    with pytest.raises(ConfigError, match="never depend on idle"):
+        interchange(model, idle, "idle", n_pairs=4)
+    uneven = replace(TASK, words=lambda v: f"the {v['relation']} " * len(v["city"]))
+    with pytest.raises(ConfigError, match="differ in length"):
+        interchange(model, uneven, "state", n_pairs=4)
+
+
+def test_the_model_is_as_it_was(model):
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    interchange(model, TASK, "state", n_pairs=2)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
