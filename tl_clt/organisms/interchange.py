@@ -34,6 +34,8 @@ Part = Literal["all", "mean"]
 STREAM = "hook_resid_post"
 N_FOR_MEANS = 2000
 """Prompts of the text over which means are taken."""
+MOST_TRIED = 40
+"""Other prompts that are tried for one whose exchange gives an answer that neither has."""
 RIDGE = 1e-2
 """Of probes, in units of the mean square of what they read."""
 
@@ -274,30 +276,27 @@ def exchanges(
     but not the answer."""
     changing: list[tuple[int, int]] = []
     same: list[tuple[int, int]] = []
-    answer = task.hops[-1].name
-    for a in chooser.sample(range(len(cases)), len(cases)):
-        merely: int | None = None
-        of_same: int | None = None
-        found: int | None = None
-        for b in chooser.sample(range(len(cases)), len(cases)):
-            if cases[b].values[variable] == cases[a].values[variable]:
-                if of_same is None and cases[b].answer != cases[a].answer:
-                    of_same = b
-            elif found is None:
+    answer, everything = task.hops[-1].name, range(len(cases))
+    alike: dict[str, list[int]] = {}
+    for i, case in enumerate(cases):
+        alike.setdefault(case.values[variable], []).append(i)
+    for a in chooser.sample(everything, len(cases)):
+        if len(changing) < n:
+            merely: int | None = None
+            for b in chooser.sample(everything, min(MOST_TRIED, len(cases))):
                 wanted = task.run(cases[a].values, _given(task, variable, cases[b]))[answer]
                 if wanted not in (cases[a].answer, cases[b].answer):
-                    found = b
-                elif wanted != cases[a].answer and merely is None:
+                    changing.append((a, b))
+                    break
+                if wanted != cases[a].answer:
                     merely = b
-            if found is not None and of_same is not None:
-                break
-        chosen = merely if found is None else found
-        if chosen is not None and len(changing) < n:
-            changing.append((a, chosen))
-        if of_same is not None and len(same) < n:
-            same.append((a, of_same))
-        if len(changing) == len(same) == n:
-            break
+            else:
+                if merely is not None:
+                    changing.append((a, merely))
+        if len(same) < n:
+            others = [b for b in alike[cases[a].values[variable]] if cases[b].answer != cases[a].answer]
+            if others:
+                same.append((a, chooser.choice(others)))
     return changing, same
 
 
