@@ -15,7 +15,7 @@ from tests.features.cases import Case, collect, same_files
 from tests.models import tiny_clt
 from tests.training.distributed.processes import Processes
 from tl_clt import feature_acts
-from tl_clt.errors import ConfigError, DatasetError, FormatError, MemoryLimit, OutputNotEmpty
+from tl_clt.errors import ConfigError, DatasetError, FormatError, MemoryLimit, OutputNotEmpty, PromptError
 from tl_clt.features import FeatureStore, direct_logits, strongest_connections
 from tl_clt.features import collect as module
 from tl_clt.features.kept import rank_at_random
@@ -158,6 +158,13 @@ def test_special_tokens_are_left_out_as_in_training():
     assert special_token_ids(model) == sorted(sae_lens.get_special_token_ids(model.tokenizer))
     wanted = module.counted_tokens(torch.tensor([[5, 1, 7], [1, 1, 9]]), torch.tensor([1, 0]))
     assert wanted.tolist() == [[False, False, True], [False, False, True]]
+
+
+def test_a_prompt_that_cannot_be_taken_is_named_before_the_pass(case: Case, tmp_path):
+    wrong = case._replace(prompts=[*case.prompts, torch.tensor([5])])
+    with pytest.raises(PromptError, match=r"^prompts\[90\]: The prompt is 1 token long"):
+        collect(wrong, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
 
 
 class Cut(Exception):

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
@@ -153,6 +154,10 @@ def collect_features(
     )
     path = as_path("folder", folder)
     prompts = held_out_prompts(model, text, settings.context_size)
+    if isinstance(text, (list, tuple, Tensor, np.ndarray)):
+        # A prompt that cannot be taken is told before the pass, which may be long, and not within it.
+        for _ in up_to(held_out_prompts(model, text, settings.context_size), settings.max_tokens):
+            pass
     _check_memory(clt, settings)
     with sharing(clt.W_enc.device) as processes:
         started = {"clt": clt.fingerprint(), "settings": asdict(settings)}
