@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from tl_clt.arguments import as_path, as_switch, as_whole
 from tl_clt.errors import ConfigError, DatasetError, MemoryLimit, OutputNotEmpty
+from tl_clt.features.checksums import write_checksums
 from tl_clt.features.connections import strongest_connections
 from tl_clt.features.kept import LAST, KeptContexts, Windows, rank_at_random, rank_by_peak
 from tl_clt.features.logits import direct_logits
@@ -495,6 +496,7 @@ def _finish(
         save_file(held_out.tensors(), unfinished / HELD_OUT)
         (unfinished / TOKENS).write_text(json.dumps(tokens, ensure_ascii=False), encoding="utf-8")
         (unfinished / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        write_checksums(unfinished)
     shutil.rmtree(path / UNFINISHED)
 
 
