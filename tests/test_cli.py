@@ -346,6 +346,40 @@ def test_these_are_all_commands():
     assert set(get_command(app).commands) == set(COMMANDS)
 
 
+WRITES = [
+    ("demo", "--output", "mine"),
+    ("demo", "--output", "it.safetensors"),
+    ("trace", "--model", "atlas", "--clt", "atlas", "--prompt", PROMPT, "--output", "mine"),
+    ("trace", "--model", "atlas", "--clt", "atlas", "--prompt", PROMPT, "--output", "new", "--figure", "it.png"),
+    ("export", "graph.safetensors", "--output", "mine"),
+    ("export", "graph.safetensors", "--format", "circuit-tracer", "--output", ".", "--slug", "it"),
+    ("export", "atlas", "--output", "folder"),
+    ("export", "atlas", "--format", "circuit-tracer", "--output", "folder"),
+    ("import", "graph.json", "--output", "mine"),
+    ("features", "--clt", "atlas", "--dataset", "text.txt", "--output", "folder"),
+    ("evaluate", "--clt", "atlas", "--dataset", "text.txt", "--output", "folder"),
+    ("tradeoff", "--model", "atlas", "--clt", "atlas", "--dataset", "text.txt", "--output", "folder"),
+    ("train", "--model", "atlas", "--dataset", "text.txt", "--training-tokens", "1000", "--output", "folder"),
+]
+
+
+def test_every_command_that_writes_is_here():
+    made = get_command(app).commands
+    options = {name: {o for p in one.get_params(typer.Context(one)) for o in p.opts} for name, one in made.items()}
+    assert {one[0] for one in WRITES} == {name for name in made if "--output" in options[name]}
+
+
+@pytest.mark.parametrize("arguments", WRITES, ids=" ".join)
+def test_no_command_replaces_what_is_there(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "it.html", "it.png", "it.json", "text.txt", "folder/mine"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{name}: kept")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert "OutputNotEmpty" in run(*arguments, status=1)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_says_what_every_option_is_for(command):
     shown = " ".join(re.sub("[│╭╮╰╯─]", " ", run(command, "--help")).split())

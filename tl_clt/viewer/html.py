@@ -133,7 +133,8 @@ def save_html(
     title: str | None = None,
     max_features: int | None = MOST_FEATURES,
 ) -> Path:
-    """Write one HTML file that shows graphs, with all that it needs, to be opened without a network.
+    """Write one HTML file that shows graphs, with all that it needs, to be opened without a network. All or nothing; a
+    file that is there is replaced, as one wants it who saves a page again from a notebook.
 
     Raises:
         ConfigError: as of `page_data`.
