@@ -131,7 +131,10 @@ def _kept(output: Path) -> str:
     if any((output / UNFINISHED).glob("part-*")):
         return f"What was read is in {output}: the same command with --resume goes on from there."
     if not (output / ABOUT).is_file():
-        return "Nothing was read yet; remove the folder, or go on with --resume."
+        begun = (output / UNFINISHED).is_dir()
+        return "Nothing was read yet" + (
+            ": the same command with --resume goes on." if begun else ", and nothing is left."
+        )
     labels = "with the labels that it had" if (output / LABELS).is_file() else "without labels"
     asked = " and does not ask again for what was answered" if (output / ANSWERS).is_dir() else ""
     return f"The store is in {output}, {labels}: the same command with --resume labels it{asked}."
