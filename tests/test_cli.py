@@ -515,7 +515,9 @@ def graph_file(tmp_path_factory) -> str:
 def test_a_graph_exported_is_imported_as_it_was(graph_file, tmp_path):
     whole = AttributionGraph.load(graph_file)
     exported, folder = tmp_path / "g.json", tmp_path / "graphs"
-    assert str(exported) in run("export", graph_file, "--output", str(exported))
+    assert str(exported) in run("export", graph_file, "--output", str(exported), "--features", "atlas")
+    nodes = json.loads(exported.read_text())["nodes"]
+    assert all(node["clerp"] for node in nodes if node["feature_type"] == "cross layer transcoder")
     run("import", str(exported), "--output", str(tmp_path / "again.safetensors"))
     assert AttributionGraph.load(tmp_path / "again.safetensors") == whole
     options = ("--format", "circuit-tracer", "--node-threshold", "0.7", "--edge-threshold", "0.9")

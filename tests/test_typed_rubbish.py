@@ -130,7 +130,7 @@ def calls(right: Right) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     direction = torch.ones(32, dtype=torch.float64)
     exported = {
         **{"graph": graph, "slug": "g", "scan": "m", "node_threshold": 0.8, "edge_threshold": 0.9},
-        **{"labels": {(0, 1): "words"}, "pinned": [-1], "supernodes": {"outputs": [-1]}},
+        **{"features": None, "labels": {(0, 1): "words"}, "pinned": [-1], "supernodes": {"outputs": [-1]}},
     }
     return {
         "attribute": (
