@@ -432,6 +432,8 @@ def test_train_has_an_option_for_every_field_with_its_default_and_docstring():
             assert option.show_default == (default if isinstance(default, str) else json.dumps(default))
         else:
             assert default is None or name in cfg.chosen
+    for name in ("model_name", "dataset_path", "output_path"):
+        assert options[name].required and "left out" not in options[name].help and len(options[name].help) > 40
     assert options["lr"].help.startswith("Adam's learning rate. Where left out: ")
     assert options["span"].help.endswith("1 for per-layer transcoders.")
 

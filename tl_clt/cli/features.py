@@ -35,7 +35,9 @@ def features(
     dataset: Annotated[str, typer.Option(help="Text to read: a text file, dataset folder, or hub dataset.")],
     output: Annotated[Path, typer.Option(help="New folder for the store.")],
     model: ModelOfCLT = None,
-    max_tokens: Annotated[Optional[int], typer.Option(help="Read so many tokens of it. Default: all.")] = None,
+    max_tokens: Annotated[
+        Optional[int], typer.Option(help="Read whole prompts of it until they have so many tokens. Default: all.")
+    ] = None,
     context_size: Annotated[
         Optional[int], typer.Option(help="Tokens of a prompt at most. Default: 128, or the model's own if less.")
     ] = None,

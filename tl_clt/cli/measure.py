@@ -22,7 +22,7 @@ from tl_clt.cli.app import (
 from tl_clt.cli.interruption import interruption
 
 HeldOutText = Annotated[str, typer.Option(help="Held-out text: a text file, dataset folder, or hub dataset.")]
-MaxTokens = Annotated[int, typer.Option(help="Measure on so many tokens of it.")]
+MaxTokens = Annotated[int, typer.Option(help="Measure on whole prompts of it, until they have so many tokens.")]
 ContextSize = Annotated[
     Optional[int], typer.Option(help="Tokens of a prompt at most. Default: 128, or the model's own if less.")
 ]

@@ -125,7 +125,8 @@ def collect_features(
     Args:
         text: what `evaluate` takes: prompts, token ids, a text file, a folder, a hub name, a `datasets` object.
         folder: a new or empty folder.
-        max_tokens: stop after so many tokens. None for all.
+        max_tokens: stop after the prompt that reaches so many tokens, those kept out for labels among them: prompts
+            are read whole. None for all.
         context_size: tokens of a prompt at most. None for 128, or the model's own where that is less.
         n_top, n_per_band: contexts of the greatest activations, and of each quarter.
         before, after: tokens of a window around its peak.
