@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
@@ -427,6 +428,34 @@ def test_what_features_are_left_out_and_why_is_told(page, graph, tmp_path):
     other = next(n.number for n in graph.nodes if n.kind == NodeKind.FEATURE and f"{n.layer}/{n.index}" not in known)
     page.evaluate("i => tlclt.store.select(i)", other)
     assert "left out of this file: save_html(..., max_features=None)" in page.locator(".card").inner_text()
+
+
+CONTEXTS = [
+    (["Fact", ":", " the", " capital", "\n\n", "Dallas"], "Fact: the capital\n\nDallas"),
+    ([" leading", " spaces", "\n", "  two"], " leading spaces\n  two"),
+    (["<bos>", "the", "New York", "is"], "<bos> the New York is"),
+    (["sub", "word", "s", " stay", " whole"], "subwords stay whole"),
+    (["it", "\t", "is"], "it\tis"),
+]
+"""Tokens as tokenizers give them, and how they are read: those without any space at an end are whole words."""
+
+
+@pytest.mark.parametrize(("tokens", "text"), CONTEXTS)
+def test_contexts_are_read_as_the_text_they_are_from(page, graph, tmp_path, tokens, text):
+    example = {"tokens": tokens, "activations": [*[0.0] * (len(tokens) - 1), 2.0], "position": len(tokens) - 1}
+    node = graph.top(1, "feature")[0].node
+    record = {**Records().get(node.layer, node.index).to_dict(), "examples": [{**example, "quantile": "top"}]}
+    source = SimpleNamespace(get=lambda *_: SimpleNamespace(to_dict=lambda: record))
+    show(page, graph.save_html(tmp_path / "contexts.html", features=source).as_uri())
+    page.evaluate("i => tlclt.store.select(i)", node.number)
+    context = page.locator(".card .context").first
+    assert context.evaluate("e => e.textContent") == text
+    assert context.evaluate("e => getComputedStyle(e).whiteSpace") == "pre-wrap"
+    assert [span.inner_text() for span in context.locator(".here").all()] == [tokens[-1]]
+    # A line break is one on the page: the lines are as many as the text's.
+    height = context.evaluate("e => e.clientHeight - 8")
+    line = context.evaluate("e => parseFloat(getComputedStyle(e).lineHeight)")
+    assert round(height / line) == len(text.split("\n"))
 
 
 def test_without_features_the_card_says_how_to_add_them(page, graph, tmp_path):
