@@ -319,7 +319,8 @@ def test_intervene_shows_what_changes_and_says_what_is_inactive():
         (("--value", "1:99:3=1"), "there is no position 99"),
         (("--value", "1:2:3=1", "--through-layer", "most"), "through_layer is 'most': give one of all"),
         (("--value", "1:2:3=1", "--freeze", "norms"), "ConfigError: freeze is 'norms'"),
-        (("--value", "1:2:3=1", "--top", "0"), "k is 0"),
+        (("--value", "1:2:3=1", "--top", "0"), "InterventionError: --top is 0: give 1 to"),
+        (("--value", "1:2:3=1", "--top", "99999"), "--top is 99999: give 1 to"),
     ],
 )
 def test_intervene_refuses_what_is_not_there(options, error, as_users_run_it):

@@ -81,6 +81,13 @@ def put(folder: Path, values: Any) -> Path:
     return path
 
 
+@pytest.mark.parametrize("load", [load_neuronpedia, load_circuit_tracer])
+def test_what_is_no_graph_is_told_of_both_programs(tmp_path, load):
+    (tmp_path / "graph.json").write_text("[")
+    with pytest.raises(FormatError, match="no graph of Neuronpedia's or circuit-tracer's"):
+        load(tmp_path / "graph.json")
+
+
 # -- what is written -----------------------------------------------------------------------------------------------
 
 

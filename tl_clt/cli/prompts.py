@@ -248,6 +248,7 @@ def intervene(
     """Change features on a prompt and show which next tokens become likelier or less likely."""
     with plain_errors():
         with console.status("Loading the model and the CLT"):
+            from tl_clt.arguments import as_whole
             from tl_clt.interventions import intervene as change
             from tl_clt.interventions import parse_intervention
 
@@ -259,6 +260,7 @@ def intervene(
         last: int | str | None = through_layer
         if through_layer is not None and through_layer.removeprefix("-").isdecimal():
             last = int(through_layer)
+        as_whole("--top", top, 1, hooked.cfg.d_vocab, why="the size of the vocabulary", error=InterventionError)
         effect = change(hooked, transcoder, prompt, changes, last, freeze)  # type: ignore[arg-type]
         _show_effect(effect, top)
 

@@ -116,7 +116,7 @@ def load_circuit_tracer(path: str | Path) -> AttributionGraph:
             contradict each other.
         MemoryLimit: its edges do not fit in the memory there is.
     """
-    return read_graph(as_path("path", path), "graph of circuit-tracer's")
+    return read_graph(as_path("path", path))
 
 
 # -- bundles of features ----------------------------------------------------------------------------------------------

@@ -537,7 +537,7 @@ class _File(_Strict):
 MEND = "Export the graph again, or copy the file again."
 
 
-def read_graph(path: Path, what: str) -> AttributionGraph:
+def read_graph(path: Path) -> AttributionGraph:
     """Read a graph in the layout that Neuronpedia and circuit-tracer share. Nothing in the file is trusted.
 
     Of a graph that this package wrote, the equal graph. Others tell neither what was pruned away nor which features
@@ -553,7 +553,7 @@ def read_graph(path: Path, what: str) -> AttributionGraph:
         raise FormatError(f"'{path}' is a folder. Give the JSON file within it.")
     if not path.is_file():
         raise FormatError(f"'{path}' does not exist. Check the path.")
-    with reading(path, what, MEND):
+    with reading(path, "graph of Neuronpedia's or circuit-tracer's", MEND):
         file = _validate(path, _File, read_json(path.read_text(encoding="utf-8"), finite=True))
         about = file.metadata.tl_clt
         if about is not None and about.version > VERSION:

@@ -117,7 +117,7 @@ def load_neuronpedia(path: str | Path) -> AttributionGraph:
             contradict each other.
         MemoryLimit: its edges do not fit in the memory there is.
     """
-    return read_graph(as_path("path", path), "graph of Neuronpedia's")
+    return read_graph(as_path("path", path))
 
 
 def save_neuronpedia_features(records: Iterable[RecordValues], folder: str | Path) -> Path:
