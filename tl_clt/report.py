@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 from pandas import DataFrame
 
 from tl_clt.errors import ConfigError
@@ -113,6 +115,28 @@ def diverging_colours() -> Colormap:
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("signs", [NEGATIVE, "#ffffff", POSITIVE])
+
+
+def table_to_json(table: DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table in plain values; None where a number is infinite or none."""
+    return [{name: _finite(value) for name, value in row.items()} for row in table.to_dict("records")]  # type: ignore
+
+
+def _finite(value: Any) -> Any:
+    plain = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
+
+
+def table_from_json(rows: Any, columns: Sequence[str]) -> DataFrame:
+    """The table that `table_to_json` wrote, NaN where it has None.
+
+    Raises:
+        ValueError, TypeError: these are no rows with just these columns.
+    """
+    if any(set(row) != set(columns) for row in rows):
+        raise ValueError(f"not every row of its table has {', '.join(columns)}")
+    table = DataFrame(rows, columns=list(columns))
+    return table.where(table.notna(), np.nan).infer_objects()
 
 
 def as_html(headline: str, tables: Mapping[str, DataFrame]) -> str:

@@ -115,7 +115,7 @@ def measure_faithfulness(
         ModelUnsupported: the model has one layer, so that nothing comes later.
     """
     require_model(model)
-    named = _named(clts)
+    named = name_transcoders(clts)
     plan = _Plan(
         kinds=as_choices("kinds", kinds, KINDS),
         n_perturbations=as_whole("n_perturbations", n_perturbations, 1),
@@ -127,7 +127,7 @@ def measure_faithfulness(
     )
     progress = as_switch("progress", progress)
     _check(model, named)
-    texts = _texts(model, prompts)
+    texts = read_prompts(model, prompts)
     n_jobs = len(named) * len(texts) * (model.cfg.n_layers - 1)
     rows: list[tuple] = []
     with tqdm(total=n_jobs, desc="perturbing", unit=" layers", delay=2.0, disable=not progress) as bar:
@@ -156,7 +156,10 @@ class _LastBlock(Exception):
     """Ends a pass after the last block."""
 
 
-def _named(clts: CrossLayerTranscoder | Mapping[str, CrossLayerTranscoder]) -> dict[str, CrossLayerTranscoder]:
+def name_transcoders(
+    clts: CrossLayerTranscoder | Mapping[str, CrossLayerTranscoder],
+) -> dict[str, CrossLayerTranscoder]:
+    """Transcoders by name; one by itself is "PLT" or "CLT"."""
     if isinstance(clts, CrossLayerTranscoder):
         return {"PLT" if clts.cfg.span == 1 else "CLT": clts}
     if not isinstance(clts, Mapping):
@@ -164,7 +167,8 @@ def _named(clts: CrossLayerTranscoder | Mapping[str, CrossLayerTranscoder]) -> d
     return dict(clts)
 
 
-def _texts(model: HookedModel, prompts: Prompt | Sequence[Prompt]) -> list[Tokens]:
+def read_prompts(model: HookedModel, prompts: Prompt | Sequence[Prompt]) -> list[Tokens]:
+    """Token ids of each of some prompts, of which there must be one at least."""
     if hasattr(prompts, "__len__") and not isinstance(prompts, str) and len(prompts) == 0:
         raise DatasetError("There are no prompts to measure on: give at least one.")
     return to_prompts(model, prompts)  # type: ignore[arg-type]
