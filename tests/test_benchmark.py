@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from tests.benchmarks.hops import train
 from tests.models import tiny_clt
-from tl_clt.benchmark import (
+from tl_clt.benchmark.hops import (
     activations,
     answers_kept,
     explained_by,
@@ -21,6 +20,7 @@ from tl_clt.benchmark import (
     without_far_writes,
     writes_by_distance,
 )
+from tl_clt.benchmark.train import train_on_circuit
 from tl_clt.errors import CLTMismatch, ConfigError
 from tl_clt.organisms import known_circuits, load_circuit
 from tl_clt.transcoder import CrossLayerTranscoder, CrossLayerTranscoderConfig
@@ -144,7 +144,7 @@ def test_writes_by_distance_count_activation_times_norm():
 
 def test_what_is_trained_on_a_circuit_shows_its_hop():
     circuit = load_circuit("sum")
-    clt = train(circuit, span=1, sparsity=1.0, seed=0, start="random", n_steps=400)
+    clt = train_on_circuit(circuit, span=1, sparsity=1.0, seed=0, n_steps=400)
     report = measure_hops(circuit, clt, n_pairs=24, n_graphs=2)
     assert (report.hop_recall, report.answers_kept) == (1, 1)
     assert report.l0[0] < 8 and report.explained_variance[0] > 0.9
@@ -154,7 +154,7 @@ def test_a_penalty_on_far_writes_leaves_few():
     circuit = load_circuit("hops")
     far = []
     for settings in ({}, {"far_write_coefficient": 0.3}):
-        clt = train(circuit, span=2, sparsity=1.0, seed=0, start="random", n_steps=500, **settings)
+        clt = train_on_circuit(circuit, span=2, sparsity=1.0, seed=0, n_steps=500, **settings)
         acts = clt.encode(activations(circuit, clt)[0])
         far.append(writes_by_distance(clt, acts)[1])
     assert far[1] < far[0] / 4
