@@ -49,7 +49,7 @@ class Candidate(NamedTuple):
 
     activation: Activation
     sparsity: float
-    """Of "jumprelu" lambda at the end of training, of "topk" k, of "neurons" the share of activations kept at most."""
+    """Of "jumprelu" lambda at the end of training, of "topk" k, of "neurons" the share of activations kept."""
 
     seed: int
 
@@ -111,7 +111,7 @@ def run_benchmark(
     kinds: Kind | Sequence[Kind] = KINDS,
     sparsities: Sequence[float] = (0.3, 1.0, 3.0, 10.0),
     k: Sequence[int] = (2, 4, 8),
-    neurons_kept: Sequence[float] = (1.0, 0.75, 0.5),
+    neurons_kept: Sequence[float] = (1.0, 0.5, 0.1),
     n_seeds: int = 3,
     n_steps: int = 1500,
     n_pairs: int = 64,
@@ -129,7 +129,7 @@ def run_benchmark(
             thresholds that leave fewer; "untrained" is a CLT of chance.
         sparsities: lambdas of JumpReLU transcoders; () for none.
         k: of TopK transcoders; () for none.
-        neurons_kept: shares of the neurons' activations that thresholds leave at most; 1 for no threshold.
+        neurons_kept: shares of the neurons' activations that thresholds leave, ties with the last included; 1 for none.
         n_seeds: transcoders of each; intervals are over these.
         n_steps: of training.
         n_pairs: pairs of prompts for the swaps of each variable.

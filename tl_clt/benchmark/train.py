@@ -31,7 +31,7 @@ FEATURES, STEPS, LR, WARM_UP = 32, 1500, 4e-3, 50
 def train_on_circuit(
     circuit: KnownCircuit,
     span: int,
-    sparsity: float,
+    sparsity: float | int,
     seed: int,
     *,
     activation: Literal["jumprelu", "topk"] = "jumprelu",

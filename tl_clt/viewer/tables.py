@@ -194,32 +194,33 @@ def curves_table(report: FaithfulnessCurves) -> Table:
 
 BENCHMARK_COLUMNS = {
     "l0": "L0",
-    "explained_variance": "EV",
-    "answers_kept": "answers",
+    "answers_kept": "right",
     "accuracy": "told",
     "swap": "swap",
     "hop_recall": "hop recall",
     "hops_shown": "hops shown",
-    "precision": "precision",
+    "precision": "prec.",
 }
 
 
 def benchmark_table(report: BenchmarkReport) -> Table:
     """What transcoders show of known circuits: means over seeds, of hop recall and hops shown with the range."""
-    table = Table("circuit", "judged", "sparsity", "seeds", *BENCHMARK_COLUMNS.values(), padding=(0, 0))
-    table.title = "Known circuits, means over seeds (least to most). told: a variable from its features; swap: answers"
-    table.title += " that follow it; hop recall: variables with both; hops shown: of the paths there are"
+    table = Table("circuit", "judged", "at", *BENCHMARK_COLUMNS.values(), padding=(0, 0))
+    table.title = "Known circuits, means over seeds (least to most below). at: lambda, k or share of neurons kept; L0:"
+    table.title += " active features, all layers; right: answers with it in place of the MLPs; told: variables, from"
+    table.title += " their features; swap: answers that follow it; hop recall: variables with both; hops shown: paths,"
+    table.title += " of those there are; prec.: features in graphs that are functions of what the program has"
     table.title_justify = "left"
     for row in report.summary.to_dict("records"):
         cells = []
         for name in BENCHMARK_COLUMNS:
-            with_range = name in ("hop_recall", "hops_shown") and row[f"{name}_least"] < row[f"{name}_most"]
-            low, high = (row[f"{name}_{end}"] if with_range else float("nan") for end in ("least", "most"))
-            cells.append(_between(row[name], low, high, 1 if name == "l0" else 2))
-        kind, how = row["kind"], {"jumprelu": "lambda", "topk": "k"}[row["activation"]]
-        how = {"neurons": f"{row['sparsity']:.0%} kept", "untrained": ""}.get(kind, f"{how} {row['sparsity']:g}")
-        judged = kind.upper() if kind in ("clt", "plt") else kind
-        table.add_row(row["judge"], judged, how, str(row["runs"]), *cells)
+            cell = "" if isna(row[name]) else f"{row[name]:.{1 if name == 'l0' else 2}f}"
+            least, most = row[f"{name}_least"], row[f"{name}_most"]
+            cells.append(f"{cell}\n{least:.2f} to {most:.2f}" if name.startswith("hop") and least < most else cell)
+        kind, at = row["kind"], f"{'k' if row['activation'] == 'topk' else 'λ'} {row['sparsity']:g}"
+        at = {"neurons": f"{row['sparsity']:.0%}", "untrained": ""}.get(kind, at)
+        judged = {"plt": "PLT", "clt": "CLT", "untrained": "chance"}.get(kind, kind)
+        table.add_row(row["judge"], judged, at, *cells)
     return table
 
 
