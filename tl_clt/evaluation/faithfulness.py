@@ -119,7 +119,7 @@ def measure_faithfulness(
     plan = _Plan(
         kinds=as_choices("kinds", kinds, KINDS),
         n_perturbations=as_whole("n_perturbations", n_perturbations, 1),
-        size=as_number("size", size, above=0),
+        size=float(as_number("size", size, above=0)),
         freeze=as_choices("freeze", freeze, get_args(Freeze)),
         model_freeze=as_choices("model_freeze", model_freeze, get_args(Freeze)),
         batch_size=as_whole("batch_size", batch_size, 1),
@@ -169,7 +169,8 @@ def name_transcoders(
 
 def read_prompts(model: HookedModel, prompts: Prompt | Sequence[Prompt]) -> list[Tokens]:
     """Token ids of each of some prompts, of which there must be one at least."""
-    if hasattr(prompts, "__len__") and not isinstance(prompts, str) and len(prompts) == 0:
+    has_length = hasattr(prompts, "__len__") and not isinstance(prompts, str) and getattr(prompts, "ndim", 1) > 0
+    if has_length and len(prompts) == 0:
         raise DatasetError("There are no prompts to measure on: give at least one.")
     return to_prompts(model, prompts)  # type: ignore[arg-type]
 
