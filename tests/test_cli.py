@@ -636,6 +636,7 @@ def test_what_cannot_be_benchmarked_is_one_message_and_no_file(tmp_path, options
 def test_benchmark_says_the_defaults_that_its_functions_have():
     from tl_clt.benchmark import known_judges, run_benchmark
     from tl_clt.benchmark.judges import KINDS
+    from tl_clt.evaluation import measure_curves
 
     options = {option.name: option.help for option in get_command(app).commands["benchmark"].params}
     defaults = {name: parameter.default for name, parameter in signature(run_benchmark).parameters.items()}
@@ -645,6 +646,6 @@ def test_benchmark_says_the_defaults_that_its_functions_have():
     for name in ("n_seeds", "n_steps", "n_pairs", "n_graphs"):
         assert f"Default: {defaults[name]}." in options[name]
     assert all(name in options["judges"] for name in known_judges()) and all(kind in options["kinds"] for kind in KINDS)
-    curves = signature(tl_clt.measure_curves).parameters
+    curves = signature(measure_curves).parameters
     for name in ("errors", "freeze"):
         assert f"Default: {curves[name].default}." in options[name]

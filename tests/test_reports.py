@@ -15,7 +15,6 @@ from tl_clt import (
     evaluate,
     graph_figures,
     intervene,
-    measure_curves,
     measure_faithfulness,
     measure_interaction,
     sweep_end_layer,
@@ -24,7 +23,7 @@ from tl_clt import (
 )
 from tl_clt.benchmark import run_benchmark
 from tl_clt.errors import ConfigError, OutputNotEmpty
-from tl_clt.evaluation import EvaluationReport
+from tl_clt.evaluation import EvaluationReport, measure_curves
 from tl_clt.evaluation.tradeoff import compare
 from tl_clt.report import Report
 

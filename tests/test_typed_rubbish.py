@@ -241,7 +241,7 @@ def calls(right: Right) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             },
         ),
         "measure_curves": (
-            tl_clt.measure_curves,
+            evaluation.measure_curves,
             {
                 **{"model": model, "clts": clt, "prompts": [TOKENS], "targets": [3], "metric": "logit"},
                 **{"counterfactuals": [[*TOKENS[:-1], 9]], "errors": "nodes", "rankings": ["random"]},

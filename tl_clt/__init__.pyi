@@ -3,7 +3,6 @@ from tl_clt.attribution import AttributionGraph as AttributionGraph
 from tl_clt.attribution import NodeKind as NodeKind
 from tl_clt.attribution import attribute as attribute
 from tl_clt.evaluation import evaluate as evaluate
-from tl_clt.evaluation import measure_curves as measure_curves
 from tl_clt.evaluation import measure_faithfulness as measure_faithfulness
 from tl_clt.features import FeatureStore as FeatureStore
 from tl_clt.features import collect_features as collect_features
