@@ -16,6 +16,7 @@ from tl_clt.features import FeatureStore, Variable
 from tl_clt.lens import Backend, HookedModel, load_model
 from tl_clt.organisms.circuits import CircuitVariable, KnownCircuit, ground_truth, known_circuits, load_circuit
 from tl_clt.organisms.programs import Program, Step
+from tl_clt.organisms.prompts import BenchmarkPrompt
 from tl_clt.transcoder import CrossLayerTranscoder
 
 DEFAULT_PROMPTS = {"atlas": "Fact: the capital of the state containing Dallas is"}
@@ -63,6 +64,12 @@ def known_variables(name: str) -> tuple[Variable, ...]:
     return import_module(f"tl_clt.organisms.{name}.variables").VARIABLES
 
 
+def benchmark_prompts(name: str) -> list[BenchmarkPrompt]:
+    """Prompts that an organism was not trained on, with their right answers, in an order of no meaning."""
+    organism_folder(name)
+    return import_module(f"tl_clt.organisms.{name}.prompts").benchmark_prompts()
+
+
 def default_prompt(name: str) -> str:
     """A prompt that shows what the organism can do."""
     organism_folder(name)
@@ -80,11 +87,13 @@ def organism_folder(name: str) -> Path:
 
 
 __all__ = [
+    "BenchmarkPrompt",
     "CircuitVariable",
     "KnownCircuit",
     "Organism",
     "Program",
     "Step",
+    "benchmark_prompts",
     "default_prompt",
     "ground_truth",
     "known_circuits",
