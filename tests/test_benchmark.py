@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
+from pandas.testing import assert_frame_equal
 
-from tests.benchmarks.hops import train
 from tests.models import tiny_clt
-from tl_clt.benchmark import (
+from tl_clt.benchmark import BenchmarkReport, Candidate, Judge, known_judges, load_judge, run_benchmark
+from tl_clt.benchmark.hops import (
+    HopReport,
     activations,
     answers_kept,
     explained_by,
@@ -21,7 +26,9 @@ from tl_clt.benchmark import (
     without_far_writes,
     writes_by_distance,
 )
-from tl_clt.errors import CLTMismatch, ConfigError
+from tl_clt.benchmark.judges import JUDGES, Run
+from tl_clt.benchmark.train import train_on_circuit
+from tl_clt.errors import CLTMismatch, ConfigError, FormatError
 from tl_clt.organisms import known_circuits, load_circuit
 from tl_clt.transcoder import CrossLayerTranscoder, CrossLayerTranscoderConfig
 from tl_clt.transcoder.decoders import DenseDecoders
@@ -144,7 +151,7 @@ def test_writes_by_distance_count_activation_times_norm():
 
 def test_what_is_trained_on_a_circuit_shows_its_hop():
     circuit = load_circuit("sum")
-    clt = train(circuit, span=1, sparsity=1.0, seed=0, start="random", n_steps=400)
+    clt = train_on_circuit(circuit, span=1, sparsity=1.0, seed=0, n_steps=400)
     report = measure_hops(circuit, clt, n_pairs=24, n_graphs=2)
     assert (report.hop_recall, report.answers_kept) == (1, 1)
     assert report.l0[0] < 8 and report.explained_variance[0] > 0.9
@@ -154,7 +161,7 @@ def test_a_penalty_on_far_writes_leaves_few():
     circuit = load_circuit("hops")
     far = []
     for settings in ({}, {"far_write_coefficient": 0.3}):
-        clt = train(circuit, span=2, sparsity=1.0, seed=0, start="random", n_steps=500, **settings)
+        clt = train_on_circuit(circuit, span=2, sparsity=1.0, seed=0, n_steps=500, **settings)
         acts = clt.encode(activations(circuit, clt)[0])
         far.append(writes_by_distance(clt, acts)[1])
     assert far[1] < far[0] / 4
@@ -172,3 +179,146 @@ def test_the_report_says_the_main_figures():
     circuit = load_circuit("sum")
     report = measure_hops(circuit, neurons_as_transcoder(circuit), n_pairs=4, n_graphs=1)
     assert repr(report) == "HopReport(hop_recall=1.00, hops_shown=1.00, precision=1.00, answers_kept=1.00)"
+
+
+def test_a_report_of_hops_from_its_json(tmp_path):
+    circuit = load_circuit("hops")
+    for clt in (neurons_as_transcoder(circuit), memoriser(circuit)):
+        report = measure_hops(circuit, clt, n_pairs=8, n_graphs=1)
+        again = HopReport.from_json(report.to_json())
+        assert_frame_equal(again.variables, report.variables)
+        assert again.to_json() == report.to_json() and again.numbers == pytest.approx(report.numbers, nan_ok=True)
+    folder = report.save(tmp_path / "hops")
+    assert {path.name for path in folder.iterdir()} == {"report.json", "variables.csv", "hops.png"}
+    assert (folder / "report.json").read_text() == report.to_json()
+
+
+def test_the_figure_of_hops_has_a_bar_for_each_number():
+    circuit = load_circuit("hops")
+    report = measure_hops(circuit, memoriser(circuit), n_pairs=8, n_graphs=4)
+    drawn = {bars.get_label(): [bar.get_height() for bar in bars] for bars in report.plot().axes[0].containers}
+    table = report.variables
+    assert drawn["told (balanced accuracy)"] == table["accuracy"].tolist()
+    assert drawn["paths through it, of those there are"] == (table["through"] / table["through_there"]).tolist()
+
+
+@pytest.mark.parametrize(
+    "changed", [None, {"hop_recall": "much"}, {"variables": []}, {"variables": [{"variable": "a"}]}, {"l0": [1.0, "a"]}]
+)
+def test_what_is_no_report_of_hops_is_refused(changed):
+    circuit = load_circuit("sum")
+    values = measure_hops(circuit, neurons_as_transcoder(circuit), n_pairs=4, n_graphs=1).to_dict()
+    text = "no JSON" if changed is None else json.dumps(values | changed)
+    with pytest.raises(FormatError, match="no report of hops"):
+        HopReport.from_json(text)
+
+
+def test_thresholds_leave_the_strongest_of_the_neurons():
+    circuit = load_circuit("hops")
+    whole = neurons_as_transcoder(circuit)
+    inputs, _ = activations(circuit, whole)
+    acts = whole.encode(inputs)
+    for kept in (0.75, 0.5, 0.25):
+        clt = neurons_as_transcoder(circuit, kept)
+        left = clt.encode(inputs)
+        for layer in clt.layers:
+            written, norms = acts[:, layer], whole.W_dec[layer][:, 0].norm(dim=-1)
+            stays = left[:, layer] != 0
+            assert int(stays.sum()) >= kept * int((written != 0).sum())
+            torch.testing.assert_close(left[:, layer][stays], written[stays])
+            sizes = written * norms
+            assert not (~stays & (sizes > 0)).any() or sizes[stays].min() > sizes[~stays].max()
+        assert clt.cfg.activation == "jumprelu" and clt.cfg.span == 1
+
+
+def test_the_benchmark_judges_all_that_is_asked_for():
+    report = run_benchmark(
+        "hops", sparsities=[1.0], k=[2], neurons_kept=[1.0], n_seeds=2, n_steps=20, n_pairs=24, n_graphs=1,
+        progress=False,
+    )  # fmt: skip
+    found = [tuple(run.candidate) for run in report.runs]
+    trained = [
+        (kind, *how, seed) for kind in ("plt", "clt") for how in (("jumprelu", 1), ("topk", 2)) for seed in (0, 1)
+    ]
+    untrained = [("untrained", "jumprelu", 0, seed) for seed in (0, 1)]
+    assert found == [("neurons", "jumprelu", 1, 0), *untrained, *trained]
+    assert report.table["hop_recall"].iloc[0] == 1 and report.table["hop_recall"].iloc[1] == 0
+    assert (report.table.query("kind == 'plt'")["far"] == 0).all()
+    assert report.table.query("activation == 'topk'")["l0"].max() <= 4
+    again = BenchmarkReport.from_json(report.to_json())
+    assert_frame_equal(again.table, report.table)
+    assert again.to_json() == report.to_json() and again.info == report.info
+    # One run is what measuring the same transcoder gives.
+    circuit, last = load_circuit("hops"), report.runs[-1]
+    clt = train_on_circuit(circuit, 2, 2, 1, activation="topk", n_steps=20)
+    assert measure_hops(circuit, clt, n_pairs=24, n_graphs=1, seed=1).to_json() == last.report.to_json()
+
+
+def test_a_model_of_one_layer_has_no_clt():
+    report = run_benchmark(
+        "sum", kinds=["clt", "plt"], sparsities=[1.0], k=[], n_seeds=1, n_steps=5, n_pairs=4, n_graphs=1, progress=False
+    )
+    assert report.table["kind"].tolist() == ["plt"]
+
+
+def test_the_summary_has_means_ranges_and_intervals_over_seeds():
+    circuit = load_circuit("sum")
+    one = measure_hops(circuit, neurons_as_transcoder(circuit), n_pairs=4, n_graphs=1)
+    recalls, nan = (0.2, 0.4, 0.9), float("nan")
+    runs = [
+        Run("sum", Candidate("clt", "topk", 4.0, seed), replace(one, hop_recall=recall, precision=nan))
+        for seed, recall in enumerate(recalls)
+    ]
+    report = BenchmarkReport(runs=[*runs, Run("sum", Candidate("neurons", "jumprelu", 1.0, 0), one)], info={})
+    of, neurons = report.summary.to_dict("records")
+    assert (of["runs"], of["hop_recall"], of["hop_recall_least"], of["hop_recall_most"]) == (3, 0.5, 0.2, 0.9)
+    half = 4.302653 * pd.Series(recalls).std() / 3**0.5  # Student's t of 2 degrees of freedom
+    assert (of["hop_recall_low"], of["hop_recall_high"]) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-6)
+    assert math.isnan(of["precision"]) and neurons["hop_recall"] == 1 and math.isnan(neurons["hop_recall_low"])
+
+
+def test_a_further_model_becomes_a_judge_by_an_entry(monkeypatch):
+    circuit, seen = load_circuit("sum"), []
+
+    def make(candidate, n_steps):
+        seen.append((candidate, n_steps))
+        return neurons_as_transcoder(circuit)
+
+    def measure(clt, n_pairs, n_graphs, seed):
+        return measure_hops(circuit, clt, n_pairs=n_pairs, n_graphs=n_graphs, seed=seed)
+
+    monkeypatch.setitem(JUDGES, "school", lambda name: Judge(4, make, measure))
+    report = run_benchmark(
+        "school", kinds="clt", sparsities=[], k=[3], n_seeds=1, n_pairs=4, n_graphs=1, n_steps=7, progress=False
+    )
+    assert seen == [(Candidate("clt", "topk", 3.0, 0), 7)]
+    assert report.table["judge"].tolist() == ["school"] and "school" in known_judges()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"judges": "hop"}, "give one of hops, sum, equal, parity, automaton. Nearest: 'hops'"),
+        ({"kinds": ["saes"]}, "give one of neurons, untrained, plt, clt"),
+        ({"sparsities": [-1.0]}, r"sparsities\[0\] is -1"),
+        ({"k": [0]}, r"k\[0\] is 0"),
+        ({"k": [99], "kinds": "plt", "sparsities": []}, "k is 99"),
+        ({"neurons_kept": [2.0]}, r"neurons_kept\[0\] is 2"),
+        ({"n_seeds": 0}, "n_seeds is 0"),
+        ({"kinds": "plt", "k": [], "sparsities": []}, "kinds with a lambda, a k or a share"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(changed, words, as_users_run_it):
+    with pytest.raises(ConfigError, match=words):
+        run_benchmark(**{"judges": "sum", "progress": False, **changed})
+
+
+def test_what_is_no_judge_is_refused():
+    with pytest.raises(ConfigError, match="Nearest: 'parity'"):
+        load_judge("parities")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"runs": []}', '{"runs": [{"judge": "a"}]}'])
+def test_what_is_no_benchmark_report_is_refused(text):
+    with pytest.raises(FormatError, match="no benchmark report"):
+        BenchmarkReport.from_json(text)

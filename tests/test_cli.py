@@ -319,7 +319,8 @@ def test_intervene_shows_what_changes_and_says_what_is_inactive():
         (("--value", "1:99:3=1"), "there is no position 99"),
         (("--value", "1:2:3=1", "--through-layer", "most"), "through_layer is 'most': give one of all"),
         (("--value", "1:2:3=1", "--freeze", "norms"), "ConfigError: freeze is 'norms'"),
-        (("--value", "1:2:3=1", "--top", "0"), "k is 0"),
+        (("--value", "1:2:3=1", "--top", "0"), "InterventionError: --top is 0: give 1 to"),
+        (("--value", "1:2:3=1", "--top", "99999"), "--top is 99999: give 1 to"),
     ],
 )
 def test_intervene_refuses_what_is_not_there(options, error, as_users_run_it):
@@ -334,6 +335,7 @@ COMMANDS = (
     "train",
     "evaluate",
     "tradeoff",
+    "benchmark",
     "view",
     "list",
     "export",
@@ -344,6 +346,40 @@ COMMANDS = (
 
 def test_these_are_all_commands():
     assert set(get_command(app).commands) == set(COMMANDS)
+
+
+WRITES = [
+    ("demo", "--output", "mine"),
+    ("demo", "--output", "it.safetensors"),
+    ("trace", "--model", "atlas", "--clt", "atlas", "--prompt", PROMPT, "--output", "mine"),
+    ("trace", "--model", "atlas", "--clt", "atlas", "--prompt", PROMPT, "--output", "new", "--figure", "it.png"),
+    ("export", "graph.safetensors", "--output", "mine"),
+    ("export", "graph.safetensors", "--format", "circuit-tracer", "--output", ".", "--slug", "it"),
+    ("export", "atlas", "--output", "folder"),
+    ("export", "atlas", "--format", "circuit-tracer", "--output", "folder"),
+    ("import", "graph.json", "--output", "mine"),
+    ("features", "--clt", "atlas", "--dataset", "text.txt", "--output", "folder"),
+    ("evaluate", "--clt", "atlas", "--dataset", "text.txt", "--output", "folder"),
+    ("tradeoff", "--model", "atlas", "--clt", "atlas", "--dataset", "text.txt", "--output", "folder"),
+    ("train", "--model", "atlas", "--dataset", "text.txt", "--training-tokens", "1000", "--output", "folder"),
+]
+
+
+def test_every_command_that_writes_is_here():
+    made = get_command(app).commands
+    options = {name: {o for p in one.get_params(typer.Context(one)) for o in p.opts} for name, one in made.items()}
+    assert {one[0] for one in WRITES} == {name for name in made if "--output" in options[name]}
+
+
+@pytest.mark.parametrize("arguments", WRITES, ids=" ".join)
+def test_no_command_replaces_what_is_there(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "it.html", "it.png", "it.json", "text.txt", "folder/mine"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{name}: kept")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert "OutputNotEmpty" in run(*arguments, status=1)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -398,6 +434,8 @@ def test_train_has_an_option_for_every_field_with_its_default_and_docstring():
             assert option.show_default == (default if isinstance(default, str) else json.dumps(default))
         else:
             assert default is None or name in cfg.chosen
+    for name in ("model_name", "dataset_path", "output_path"):
+        assert options[name].required and "left out" not in options[name].help and len(options[name].help) > 40
     assert options["lr"].help.startswith("Adam's learning rate. Where left out: ")
     assert options["span"].help.endswith("1 for per-layer transcoders.")
 
@@ -481,7 +519,9 @@ def graph_file(tmp_path_factory) -> str:
 def test_a_graph_exported_is_imported_as_it_was(graph_file, tmp_path):
     whole = AttributionGraph.load(graph_file)
     exported, folder = tmp_path / "g.json", tmp_path / "graphs"
-    assert str(exported) in run("export", graph_file, "--output", str(exported))
+    assert str(exported) in run("export", graph_file, "--output", str(exported), "--features", "atlas")
+    nodes = json.loads(exported.read_text())["nodes"]
+    assert all(node["clerp"] for node in nodes if node["feature_type"] == "cross layer transcoder")
     run("import", str(exported), "--output", str(tmp_path / "again.safetensors"))
     assert AttributionGraph.load(tmp_path / "again.safetensors") == whole
     options = ("--format", "circuit-tracer", "--node-threshold", "0.7", "--edge-threshold", "0.9")
@@ -543,3 +583,108 @@ def test_trace_draws_the_shown_graph_where_asked(tmp_path):
     assert list(tmp_path.iterdir()) == []
     assert "picture" in run(*atlas, "--figure", str(tmp_path / "g.svg"))
     assert (tmp_path / "g.svg").read_text().startswith("<?xml")
+
+
+SHORT = ("--judge", "hops", "--k", "2", "--sparsity", "1", "--n-seeds", "1", "--n-steps", "5", "--n-pairs", "4")
+
+
+def test_benchmark_judges_known_circuits(tmp_path):
+    from tl_clt.benchmark import BenchmarkReport
+
+    output = run("benchmark", "--quick", *SHORT, "--n-graphs", "1", "--output", str(tmp_path / "b"))
+    for words in ("Known circuits", "hop recall", "neurons", "10%", "chance", "λ 1", "k 2", "PLT", "CLT"):
+        assert words in output
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {
+        *("report.json", "runs.csv", "summary.csv", "hops.png")
+    }
+    report = BenchmarkReport.from_json((tmp_path / "b" / "report.json").read_text())
+    # What is said goes before what --quick stands for.
+    assert set(report.table["judge"]) == {"hops"} and (report.info["n_steps"], report.info["n_pairs"]) == (5, 4)
+    assert sorted(report.table.query("kind == 'neurons'")["sparsity"]) == [0.1, 1.0]
+
+
+def test_benchmark_draws_the_curves_of_a_clt(tmp_path):
+    from tl_clt.evaluation import FaithfulnessCurves
+    from tl_clt.organisms import benchmark_prompts
+
+    folder = tmp_path / "curves"
+    output = run("benchmark", "--clt", ATLAS_CLT, "--n-prompts", "2", "--output", str(folder))
+    for words in ("influence", "magnitude", "random", "area", "distance", "Circuits of 2 prompts, ablated to zero"):
+        assert words in output
+    report = FaithfulnessCurves.from_json((folder / "report.json").read_text())
+    first = benchmark_prompts("atlas")[:2]
+    assert [target.strip() for target in report.info["targets"]] == [prompt.target for prompt in first]
+    assert (folder / "curves.png").is_file()
+    options = ("--counterfactual", "--errors", "removed", "--freeze", "all", "--max-feature-nodes", "50", "--seed", "3")
+    output = run("benchmark", "--clt", ATLAS_CLT, "--n-prompts", "1", *options, "--output", str(tmp_path / "other"))
+    assert "ablated to counterfactual; metric difference, errors removed" in " ".join(output.split())
+
+
+def test_benchmark_reads_prompts_of_files(tmp_path):
+    from tl_clt.evaluation import FaithfulnessCurves
+
+    text, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    text.write_text(PROMPT + "\n\nthe region of the state containing Tucson is\n")
+    other = PROMPT.replace("Dallas", "Oakland")
+    lines.write_text(json.dumps({"prompt": PROMPT, "target": "Houston", "counterfactual": other}) + "\n")
+    targets = []
+    for file, more in ((text, ()), (lines, ("--counterfactual",))):
+        folder = tmp_path / file.suffix
+        run("benchmark", "--clt", ATLAS_CLT, "--prompts", str(file), *more, "--output", str(folder))
+        report = FaithfulnessCurves.from_json((folder / "report.json").read_text())
+        targets.append([target.strip() for target in report.info["targets"]])
+    assert targets == [["Austin", "West"], ["Houston"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        (("--judge", "hop"), "ConfigError", "give one of hops, sum, equal, parity, automaton. Nearest: 'hops'"),
+        (("--kind", "sae"), "ConfigError", "give one of neurons, untrained, plt, clt"),
+        (("--n-seeds", "0"), "ConfigError", "n_seeds is 0"),
+        (("--metric", "logit"), "ConfigError", "--metric is of faithfulness curves. Leave it out, or give --clt"),
+        (("--counterfactual",), "ConfigError", "--counterfactual is of faithfulness curves"),
+        (
+            ("--clt", "atlas", "--quick"),
+            "ConfigError",
+            "--quick is of known circuits. Leave it out, or leave out --clt",
+        ),
+        (("--clt", "atlas", "--judge", "hops"), "ConfigError", "--judge is of known circuits"),
+        (("--clt", "atlass"), "FormatError", "Nearest names: atlas"),
+        (("--clt", "atlas", "--metric", "loss"), "ConfigError", "give one of logit, difference, log_prob"),
+        (("--clt", "atlas", "--errors", "no"), "ConfigError", "give one of nodes, kept, removed"),
+        (("--clt", "atlas", "--n-prompts", "0"), "ConfigError", "--n-prompts is 0"),
+        (("--clt", "atlas", "--prompts", "no/file"), "DatasetError", "'no/file' is no file"),
+        (("--clt", "atlas", "--prompts", "EMPTY"), "DatasetError", "has no prompts: write one on each line"),
+        (("--clt", "atlas", "--prompts", "BAD"), "DatasetError", "Line 2 of"),
+        (("--clt", "atlas", "--prompts", "TEXT", "--counterfactual"), "ConfigError", "has no counterfactual prompts"),
+        (("--clt", "atlas", "--prompts", "TEXT", "--metric", "difference"), "ConfigError", "needs counterfactual"),
+    ],
+)
+def test_what_cannot_be_benchmarked_is_one_message_and_no_file(tmp_path, options, error, words, as_users_run_it):
+    files = {"EMPTY": "\n", "TEXT": PROMPT, "BAD": f'{{"prompt": "{PROMPT}"}}\n{{"prompt": 3}}\n'}
+    paths = {name: tmp_path / f"{name}.jsonl" if name == "BAD" else tmp_path / name for name in files}
+    for name, text in files.items():
+        paths[name].write_text(text)
+    given = [str(paths.get(option, option)) for option in options]
+    output = run("benchmark", *given, "--output", str(tmp_path / "out"), status=1)
+    assert error in output and words in " ".join(output.split()) and "Traceback" not in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_benchmark_says_the_defaults_that_its_functions_have():
+    from tl_clt.benchmark import known_judges, run_benchmark
+    from tl_clt.benchmark.judges import KINDS
+    from tl_clt.evaluation import measure_curves
+
+    options = {option.name: option.help for option in get_command(app).commands["benchmark"].params}
+    defaults = {name: parameter.default for name, parameter in signature(run_benchmark).parameters.items()}
+    for name in ("sparsities", "k", "neurons_kept"):
+        *before, last = (f"{value:g}" for value in defaults[name])
+        assert f"Default: {', '.join(before)} and {last}." in options[name]
+    for name in ("n_seeds", "n_steps", "n_pairs", "n_graphs"):
+        assert f"Default: {defaults[name]}." in options[name]
+    assert all(name in options["judges"] for name in known_judges()) and all(kind in options["kinds"] for kind in KINDS)
+    curves = signature(measure_curves).parameters
+    for name in ("errors", "freeze"):
+        assert f"Default: {curves[name].default}." in options[name]

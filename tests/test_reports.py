@@ -21,14 +21,16 @@ from tl_clt import (
     sweep_strength,
     validate,
 )
+from tl_clt.benchmark import run_benchmark
 from tl_clt.errors import ConfigError, OutputNotEmpty
-from tl_clt.evaluation import EvaluationReport
+from tl_clt.evaluation import EvaluationReport, measure_curves
 from tl_clt.evaluation.tradeoff import compare
 from tl_clt.report import Report
 
 RUDE = "<script>alert('&')</script>"
 NAMES = (
-    *("evaluation", "validation", "faithfulness", "tradeoff", "effect", "strength sweep", "end layer sweep"),
+    *("evaluation", "validation", "faithfulness", "tradeoff", "effect", "strength sweep", "end layer sweep", "curves"),
+    *("hops", "benchmark"),
     "interaction",
     "graph figures",
 )
@@ -45,6 +47,7 @@ def reports() -> dict[str, Report]:
     quick: dict[str, Any] = {"progress": False}
     graph = attribute(model, clt, tokens[0], **quick)
     one = (model, clt, tokens[0])
+    benchmark = run_benchmark("sum", kinds="neurons", neurons_kept=[1.0], n_pairs=4, n_graphs=1, **quick)
     return {
         "evaluation": evaluate(model, clt, tokens, n_graphs=1, **quick),
         "validation": validate(graph, model, clt, n_features=2, **quick),
@@ -55,6 +58,9 @@ def reports() -> dict[str, Report]:
         "end layer sweep": sweep_end_layer(*one, CHANGE, [5, 7], **quick),
         "graph figures": graph_figures(graph, model=model, clt=clt),
         "interaction": measure_interaction(*one, CHANGE, OTHER, [5, 7], **quick),
+        "curves": measure_curves(model, {RUDE: clt}, tokens, shares=(0.5, 1.0), **quick),
+        "hops": benchmark.runs[0].report,
+        "benchmark": benchmark,
     }
 
 
@@ -111,7 +117,7 @@ def test_one_line_of_text_and_escaped_html(report: Report):
 
 
 def test_names_that_a_user_gave_are_in_the_html_and_do_nothing(reports: dict[str, Report]):
-    for name in ("evaluation", "faithfulness", "tradeoff"):
+    for name in ("evaluation", "faithfulness", "tradeoff", "curves"):
         assert "&lt;script&gt;" in reports[name]._repr_html_()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from tl_clt import (
 from tl_clt.errors import FormatError, NotWritten, OutputNotEmpty, TlCltError
 from tl_clt.evaluation.tradeoff import Tradeoff, compare
 from tl_clt.files import MEND, files_into, new_file, new_folder, require_file, require_new
+from tl_clt.viewer import save_circuit_tracer, save_figure, save_html, save_neuronpedia
 
 REPORTS = ("evaluation", "validation", "faithfulness", "tradeoff", "effect")
 WHAT = ("graph", "clt", "circuit-tracer", *REPORTS, "added")
@@ -188,6 +190,15 @@ def test_a_folder_that_holds_something_is_refused(savings, tmp_path, what):
     with pytest.raises(OutputNotEmpty, match="is not empty. Give a new folder"):
         savings[what].save(tmp_path)
     assert list(contents(tmp_path)) == [tmp_path / "mine"]
+
+
+@pytest.mark.parametrize(
+    "save",
+    [AttributionGraph.save, AttributionGraph.save_html, save_html, save_figure, save_neuronpedia, save_circuit_tracer],
+)
+def test_single_files_say_that_they_replace(save):
+    """Who saves again from a notebook wants the new one; folders of many files, and commands, refuse instead."""
+    assert re.search("(that is there|of the same name) is replaced", " ".join(save.__doc__.split()))
 
 
 @pytest.mark.parametrize("what", WHAT)

@@ -130,7 +130,7 @@ def calls(right: Right) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     direction = torch.ones(32, dtype=torch.float64)
     exported = {
         **{"graph": graph, "slug": "g", "scan": "m", "node_threshold": 0.8, "edge_threshold": 0.9},
-        **{"labels": {(0, 1): "words"}, "pinned": [-1], "supernodes": {"outputs": [-1]}},
+        **{"features": None, "labels": {(0, 1): "words"}, "pinned": [-1], "supernodes": {"outputs": [-1]}},
     }
     return {
         "attribute": (
@@ -240,6 +240,15 @@ def calls(right: Right) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
                 **{"progress": False},
             },
         ),
+        "measure_curves": (
+            evaluation.measure_curves,
+            {
+                **{"model": model, "clts": clt, "prompts": [TOKENS], "targets": [3], "metric": "logit"},
+                **{"counterfactuals": [[*TOKENS[:-1], 9]], "errors": "nodes", "rankings": ["random"]},
+                **{"shares": [0.5, 1.0], "freeze": "none", "max_feature_nodes": None, "batch_size": 4, "seed": 0},
+                **{"progress": False},
+            },
+        ),
         "direct_logits": (features.direct_logits, {**pair, "layer": 1, "features": torch.tensor([3])}),
         "promoted_tokens": (features.promoted_tokens, {**pair, "layer": 1, "features": torch.tensor([3]), "k": 2}),
         "clt.encode": (clt.encode, {"x": right.inputs}),
@@ -295,7 +304,8 @@ NAMES = (
     *("Intervention.of", "feature_acts"),
     *("Intervention.scale", "Intervention.noise", "DirectionIntervention", "parse_intervention", "intervention_hooks"),
     *("intervene", "intervene.masked", "effect.top_changes", "swap_interventions", "sweep_end_layer"),
-    *("sweep_strength", "measure_interaction", "validate", "evaluate", "measure_faithfulness", "direct_logits"),
+    *("sweep_strength", "measure_interaction", "validate", "evaluate", "measure_faithfulness", "measure_curves"),
+    *("direct_logits",),
     *("promoted_tokens", "clt.encode", "clt.forward", "clt.decode", "clt.decoder_rows", "clt.save_pretrained"),
     *("from_pretrained", "CrossLayerTranscoder", "CrossLayerTranscoderConfig", "load_model", "load_model.device"),
     *("graph_figures", "save_neuronpedia", "save_circuit_tracer", "load_neuronpedia", "load_circuit_tracer"),

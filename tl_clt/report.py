@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 from pandas import DataFrame
 
 from tl_clt.errors import ConfigError
@@ -113,6 +117,66 @@ def diverging_colours() -> Colormap:
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("signs", [NEGATIVE, "#ffffff", POSITIVE])
+
+
+def finite(value: Any) -> Any:
+    """A tree of dicts and lists in plain values, in which floats that JSON has no word for are None."""
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    plain = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
+
+
+def read_fields(cls: type[Any], values: Any, parts: Mapping[str, Callable[[Any], Any]] = MappingProxyType({})) -> Any:
+    """A dataclass from what JSON holds, each field of the type that its annotation states; None is nan for a float.
+
+    Args:
+        cls: the dataclass.
+        values: a mapping with its fields; others are left alone.
+        parts: how values of types that are not JSON's own are read, by the type's name.
+
+    Raises:
+        ValueError, LookupError: a field that is missing, or of another type.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"a {cls.__name__} is {type(values).__name__}")
+    given = [f for f in fields(cls) if f.name in values or f.default is MISSING]
+    return cls(**{f.name: _read_field(f.name, str(f.type), values[f.name], parts) for f in given})
+
+
+def _read_field(name: str, kind: str, value: Any, parts: Mapping[str, Callable[[Any], Any]]) -> Any:
+    if kind.startswith("list[") and isinstance(value, list):
+        return [_read_field(name, kind[len("list[") : -1], one, parts) for one in value]
+    if kind in parts:
+        return parts[kind](value)
+    if kind.startswith("float") and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if value is None and kind == "float":
+        return math.nan
+    if value is None and kind.endswith("| None"):
+        return None
+    if {"int": int, "str": str, "str | None": str, "dict[str, Any]": dict}.get(kind) is type(value):
+        return value
+    raise ValueError(f"{name} is {str(value)[:40]!r}, where {kind} was expected")
+
+
+def table_to_json(table: DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table in plain values; None where a number is infinite or none."""
+    return finite(table.to_dict("records"))
+
+
+def table_from_json(rows: Any, columns: Sequence[str]) -> DataFrame:
+    """The table that `table_to_json` wrote, NaN where it has None.
+
+    Raises:
+        ValueError, TypeError: these are no rows with just these columns.
+    """
+    if any(set(row) != set(columns) for row in rows):
+        raise ValueError(f"not every row of its table has {', '.join(columns)}")
+    table = DataFrame(rows, columns=list(columns))
+    return table.where(table.notna(), np.nan).infer_objects()
 
 
 def as_html(headline: str, tables: Mapping[str, DataFrame]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tl_clt.arguments import as_path, as_whole, shown
 from tl_clt.errors import ConfigError, DatasetError
-from tl_clt.lens import HookedModel, Prompt, model_name, to_tokens
+from tl_clt.lens import HookedModel, Prompt, at_fault, model_name, one_after_another, to_tokens
 from tl_clt.shapes import TokenBatch, Tokens
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def held_out_prompts(model: HookedModel, dataset: HeldOut, context_size: int | N
 
     Raises:
         DatasetError: there is nothing in it of at least two tokens, or it cannot be read.
-        PromptError, TokenizerMissing: a prompt that the model cannot take.
+        PromptError, TokenizerMissing: a prompt that the model cannot take; it says which.
         ConfigError: context_size is out of range.
     """
     size = _context_size(model, context_size)
@@ -56,7 +56,7 @@ def held_out_prompts(model: HookedModel, dataset: HeldOut, context_size: int | N
     if isinstance(dataset, (list, tuple, Tensor)):
         if len(dataset) == 0:
             raise DatasetError("There are no prompts to evaluate on: give at least one.")
-        return (to_tokens(model, prompt) for prompt in dataset)
+        return one_after_another(model, dataset)
     if not isinstance(dataset, (str, Path)) and not hasattr(dataset, "column_names"):
         raise DatasetError(
             f"The held-out text is {shown(dataset)}: give a list of prompts, ids [n_prompts, pos], a text file, a"
@@ -65,6 +65,28 @@ def held_out_prompts(model: HookedModel, dataset: HeldOut, context_size: int | N
     if isinstance(dataset, (str, Path)):
         as_path("The held-out text", dataset, DatasetError)
     return _nonempty(_rows(model, dataset, size), dataset)
+
+
+def read_held_out(
+    model: HookedModel, dataset: HeldOut, max_tokens: int | None, context_size: int | None = None
+) -> list[Tokens]:
+    """All prompts that will be measured on, read and checked before a model runs.
+
+    Args:
+        max_tokens: stop after the prompt that reaches so many tokens; None for all.
+
+    Raises:
+        DatasetError, PromptError, TokenizerMissing, ConfigError: as `held_out_prompts`; or fewer than two tokens to
+            measure on.
+    """
+    most = as_whole("max_tokens", max_tokens, 1, none="all")
+    prompts = list(up_to(held_out_prompts(model, dataset, context_size), most))
+    if sum(len(tokens) - 1 for tokens in prompts) < 2:
+        raise DatasetError(
+            "There is one token to measure on, beside position 0: what a CLT explains of how outputs vary takes two at"
+            " least. Give more or longer prompts."
+        )
+    return prompts
 
 
 def batches(model: HookedModel, prompts: Iterator[Tokens]) -> Iterator[TokenBatch]:
@@ -128,10 +150,10 @@ def _rows(model: HookedModel, source: Any, size: int) -> Iterator[Tokens]:
     # Any dataset of a token or more: how long its rows are is looked at here.
     opened = open_dataset(source, model, prepend_bos=bos is not None)
     start = [] if bos is None else [bos]
-    for row in opened:
+    for number, row in enumerate(opened):
         (column, value), *_ = row.items()  # type: ignore[union-attr]
         if column not in TEXT_COLUMNS:
-            yield from _long_enough(model, torch.as_tensor(value)[:size])
+            yield from _long_enough(model, torch.as_tensor(value)[:size], number)
             continue
         assert tokenizer is not None
         if not isinstance(value, str):
@@ -139,13 +161,15 @@ def _rows(model: HookedModel, source: Any, size: int) -> Iterator[Tokens]:
         ids = tokenizer(value, add_special_tokens=False, verbose=False)["input_ids"]
         step = size - len(start)
         for at in range(0, len(ids), step):
-            yield from _long_enough(model, torch.tensor(start + ids[at : at + step]))
+            yield from _long_enough(model, torch.tensor(start + ids[at : at + step]), number)
 
 
-def _long_enough(model: HookedModel, tokens: Tensor) -> Iterator[Tokens]:
+def _long_enough(model: HookedModel, tokens: Tensor, row: int) -> Iterator[Tokens]:
     """Nothing, where there would be no position to measure."""
     if len(tokens) >= 2:
-        yield to_tokens(model, tokens)
+        with at_fault(f"Row {row} of the dataset"):
+            prompt = to_tokens(model, tokens)
+        yield prompt
 
 
 def _nonempty(prompts: Iterator[Tokens], source: Any) -> Iterator[Tokens]:

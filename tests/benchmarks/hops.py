@@ -1,10 +1,9 @@
 """Which hops of known circuits CLTs and PLTs show: `python -m tests.benchmarks.hops --rows F` prints a table.
 
-32 features a layer, JumpReLU with the tanh penalty, at several lambdas and seeds. Each step is `define_step`, the
-package's definition of a training step, on all prompts at the position of the answer; lambda rises linearly over the
-run, and Adam's rate falls to 0 over its last fifth. Beside them the model's own neurons (what there is to show) and
-CLTs that were not trained (chance). Rows are added to `--rows`, a file of JSON lines, as they are done, and what is
-there already is not done again.
+32 features a layer, JumpReLU with the tanh penalty, at several lambdas and seeds, trained by
+`tl_clt.benchmark.train`; unlike `tl-clt benchmark` with other starts and penalties on far writes too. Beside them the
+model's own neurons (what there is to show) and CLTs that were not trained (chance). Rows are added to `--rows`, a file
+of JSON lines, as they are done, and what is there already is not done again.
 """
 
 from __future__ import annotations
@@ -17,93 +16,11 @@ from typing import Annotated, Any
 import pandas as pd
 import torch
 import typer
-from sae_lens.saes.sae import TrainStepInput
 
-from tl_clt.benchmark import HopReport, activations, measure_hops, neurons_as_transcoder
-from tl_clt.organisms import KnownCircuit, known_circuits, load_circuit
-from tl_clt.training.clt import (
-    TrainingCLT,
-    TrainingCLTConfig,
-    define_step,
-    init_decoder_biases,
-    init_encoder_biases,
-    init_from_tokens,
-)
-from tl_clt.training.data.batches import apply_scale, estimate_scale
-from tl_clt.training.export import export
+from tl_clt.benchmark import measure_hops, neurons_as_transcoder
+from tl_clt.benchmark.train import train_on_circuit
+from tl_clt.organisms import known_circuits, load_circuit
 from tl_clt.transcoder import CrossLayerTranscoder
-
-FEATURES, STEPS, LR, WARM_UP = 32, 1500, 4e-3, 50
-
-
-def train(
-    circuit: KnownCircuit, span: int, sparsity: float, seed: int, start: str, n_steps: int = STEPS, **settings: Any
-) -> CrossLayerTranscoder:
-    """A CLT of a known circuit, trained on all its prompts at once."""
-    cfg = circuit.model.cfg
-    batch = torch.stack(activations(circuit, neurons_as_transcoder(circuit)), dim=1)
-    scale = estimate_scale([batch])
-    batch = apply_scale(batch, scale)
-    torch.manual_seed(seed)
-    clt = TrainingCLT(
-        TrainingCLTConfig(
-            d_in=cfg.d_model,
-            d_sae=cfg.n_layers * FEATURES,
-            n_layers=cfg.n_layers,
-            d_transcoder=FEATURES,
-            span=span,
-            activation="jumprelu",
-            dtype="float32",
-            input_scale=scale.inputs,
-            output_scale=scale.outputs,
-            **settings,
-        )
-    )
-    if start == "tokens":
-        init_from_tokens(clt, batch[:, 0], batch[:, 1])
-    else:
-        init_encoder_biases(clt, batch[:, 0])
-        init_decoder_biases(clt, batch[:, 1])
-    adam = torch.optim.Adam(clt.parameters(), lr=LR)
-    constant = {"dead_feature": clt.cfg.dead_feature_coefficient}
-    constant["far_write"] = settings.get("far_write_coefficient", 0.0)
-    for step in range(n_steps):
-        for group in adam.param_groups:
-            group["lr"] = LR * min(1.0, (step + 1) / WARM_UP, 5 * (n_steps - step) / n_steps)
-        coefficients = constant | {"sparsity": sparsity * (step + 1) / n_steps}
-        adam.zero_grad(set_to_none=True)
-        define_step(clt, TrainStepInput(batch, coefficients, None, step, False)).loss.backward()
-        adam.step()
-    return export(clt)
-
-
-def row_of(report: HopReport) -> dict[str, Any]:
-    """The figures of one CLT, means over variables and each variable's own; "through_answer" is the last one's."""
-    table = report.variables
-    by_variable = {
-        name: table[name].tolist()
-        for name in ("shown", "accuracy", "accuracy_shuffled", "swap", "swap_other", "swap_replaced", "through")
-    }
-    return {
-        "hop_recall": report.hop_recall,
-        "hops_shown": report.hops_shown,
-        "precision": report.precision,
-        "l0": sum(report.l0),
-        "l0_per_layer": report.l0,
-        "explained_variance": min(report.explained_variance),
-        "answers_kept": report.answers_kept,
-        "answers_kept_without_far": report.answers_kept_without_far,
-        "far": 1 - report.writes_by_distance[0],
-        "writes_by_distance": report.writes_by_distance,
-        "through_answer": by_variable["through"][-1],
-        "accuracy": table["accuracy"].mean(),
-        "accuracy_shuffled": table["accuracy_shuffled"].mean(),
-        "swap": table["swap"].mean(),
-        "swap_other": table["swap_other"].mean(),
-        "swap_replaced": table["swap_replaced"].mean(),
-        "by_variable": by_variable,
-    }
-
 
 COLUMNS = {
     "l0": "L0",
@@ -140,7 +57,8 @@ def main(
     known = {tuple(row[key] for key in keys) for row in done}
 
     def add(values: tuple[Any, ...], clt: CrossLayerTranscoder) -> None:
-        row = dict(zip(keys, values, strict=True)) | row_of(measure_hops(loaded, clt, seed=values[-1]))
+        report = measure_hops(loaded, clt, seed=values[-1])
+        row = {**dict(zip(keys, values, strict=True)), **report.numbers, "report": report.to_dict()}
         done.append(row)
         with rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -152,13 +70,14 @@ def main(
             add(key, neurons_as_transcoder(loaded))
         for seed in range(seeds):
             if (key := (name, "untrained", None, None, None, seed)) not in known:
-                add(key, train(loaded, n_layers, 0.0, seed, "random", n_steps=0))
+                add(key, train_on_circuit(loaded, n_layers, 0.0, seed, n_steps=0))
         for seed, span, strength, begin, far in itertools.product(range(seeds), kind, sparsity, start, far_write):
             key = (name, span, strength, begin, far, seed)
             # One layer's CLT is a PLT, and a PLT has no far writes.
             if key not in known and not (span == "clt" and n_layers == 1) and not (span == "plt" and far > 0):
                 settings = {"far_write_coefficient": far} if far > 0 else {}
-                add(key, train(loaded, n_layers if span == "clt" else 1, strength, seed, begin, **settings))
+                layers = n_layers if span == "clt" else 1
+                add(key, train_on_circuit(loaded, layers, strength, seed, start=begin, **settings))
     frame = pd.DataFrame(done)
     means = frame.groupby(by.split(","), sort=False, dropna=False)[list(COLUMNS)].mean().rename(columns=COLUMNS)
     counts = frame.groupby(by.split(","), sort=False, dropna=False).size().rename("runs")

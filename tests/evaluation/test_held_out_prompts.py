@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
 from tests.models import random_tokens, save_hf, tiny_clt, tiny_hf, tiny_hooked
-from tl_clt import evaluate, load_model
+from tl_clt import attribute, evaluate, load_model
 from tl_clt import texts as module
 from tl_clt.errors import DatasetError, PromptError, TokenizerMissing
+from tl_clt.evaluation import measure_faithfulness
+from tl_clt.evaluation.tradeoff import compare
+from tl_clt.lens import to_token_batch
 from tl_clt.texts import batches, held_out_prompts, up_to
 
 
@@ -97,8 +102,42 @@ def test_numbers_in_a_column_of_text_are_refused(model):
 
 
 def test_one_token_is_too_little_to_measure_on(model):
-    with pytest.raises(DatasetError, match="There is one token to measure on"):
+    with pytest.raises(DatasetError, match="There is one token to measure on"), never_run(model):
         evaluate(model, tiny_clt(model, dtype=torch.float32), [[0, 3]], n_graphs=0)
+
+
+@contextmanager
+def never_run(model):
+    """Within, a pass of the model is an error."""
+
+    def fail(*_):
+        raise AssertionError("the model ran")
+
+    handle = model.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(("wrong", "words"), [("", "is empty"), ([5], "1 token long"), ([5, 64], "out of range")])
+def test_the_prompt_at_fault_is_named_before_the_model_runs(model, wrong, words):
+    clt, prompts = tiny_clt(model, dtype=torch.float32), ["w5 w6 w7", *[[0, 9, 9, 9]] * 300, wrong, "w5 w6"]
+    for measure in (partial(evaluate, model, clt), partial(compare, model, transcoders={"a": clt}, neuron_l0s=[2])):
+        with pytest.raises(PromptError, match=rf"^prompts\[301\]: .*{words}"), never_run(model):
+            measure(dataset=prompts)
+    for several in (attribute, measure_faithfulness):
+        with pytest.raises(PromptError, match=rf"^prompts\[301\]: .*{words}"), never_run(model):
+            several(model, clt, prompts)
+
+
+def test_the_prompt_at_fault_is_named_in_what_is_given_otherwise(model):
+    rows = Dataset.from_dict({"tokens": [[0, 5, 6], [3], [0, 64]]})
+    with pytest.raises(PromptError, match=r"^Row 2 of the dataset: Token id 64 is out of range"):
+        ids(model, rows)
+    padded = {"input_ids": [[0, 5, 6], [0, 5, 6]], "attention_mask": [[1, 1, 1], [1, 0, 0]]}
+    with pytest.raises(PromptError, match=r"^prompts\[1\]: The prompt is 1 token long"):
+        to_token_batch(model, padded)
 
 
 def test_text_needs_a_tokenizer(tmp_path):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.conftest import small_disk
 from tests.features import cases
 from tests.features.cases import Case, collect, same_files
 from tests.models import tiny_clt
 from tests.training.distributed.processes import Processes
 from tl_clt import feature_acts
-from tl_clt.errors import ConfigError, DatasetError, FormatError, MemoryLimit, OutputNotEmpty
+from tl_clt.errors import ConfigError, DatasetError, FormatError, MemoryLimit, NotWritten, OutputNotEmpty, PromptError
 from tl_clt.features import FeatureStore, direct_logits, strongest_connections
 from tl_clt.features import collect as module
 from tl_clt.features.kept import rank_at_random
@@ -160,6 +162,13 @@ def test_special_tokens_are_left_out_as_in_training():
     assert wanted.tolist() == [[False, False, True], [False, False, True]]
 
 
+def test_a_prompt_that_cannot_be_taken_is_named_before_the_pass(case: Case, tmp_path):
+    wrong = case._replace(prompts=[*case.prompts, torch.tensor([5])])
+    with pytest.raises(PromptError, match=r"^prompts\[90\]: The prompt is 1 token long"):
+        collect(wrong, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
 class Cut(Exception):
     """Ends a pass in its midst."""
 
@@ -194,6 +203,51 @@ def test_a_resumed_pass_makes_the_same_store(case: Case, store: FeatureStore, tm
     n_resumed = len(passed)
     collect(case, tmp_path / "whole")
     assert n_resumed == len(passed) - n_resumed - 4  # the four batches that were written are not read again
+
+
+def test_a_full_disk_before_anything_was_read_leaves_nothing(case: Case, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "a" / "s", tmp_path / "empty"):
+        with (
+            small_disk(),
+            pytest.raises(NotWritten, match="part-0.*could not be written.*Nothing half-written is left"),
+        ):
+            collect(case, folder)
+    assert not list((tmp_path / "empty").iterdir()) and not list((tmp_path / "a").glob("*"))
+
+
+@pytest.mark.parametrize("when", ["in the pass", "at its end"])
+def test_a_full_disk_keeps_what_was_read(case: Case, store: FeatureStore, tmp_path: Path, monkeypatch, when: str):
+    monkeypatch.setattr(module, "BATCHES_BETWEEN_FILES", 2)
+    written, write, finish = count(), module.Collected.write, module._finish
+
+    def fills(self, path):
+        with small_disk() if next(written) == 1 and when == "in the pass" else nullcontext():
+            write(self, path)
+
+    def fills_at_its_end(*args):
+        with small_disk() if when == "at its end" else nullcontext():
+            finish(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Collected, "write", fills)
+        patch.setattr(module, "_finish", fills_at_its_end)
+        with pytest.raises(NotWritten, match=r"What was read before is kept in '.*s': the same call with resume=True"):
+            collect(case, tmp_path / "s")
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["unfinished"]
+    collect(case, tmp_path / "s", resume=True)
+    same_files(tmp_path / "s", store.folder)
+
+
+def test_an_error_does_not_remove_what_another_call_began(case: Case, tmp_path: Path):
+    begun = tmp_path / "s" / "unfinished" / "features.json"
+    begun.parent.mkdir(parents=True)
+    begun.write_text("{}")
+    with pytest.raises(OutputNotEmpty):
+        collect(case, tmp_path / "s")
+    with pytest.raises(FormatError):
+        collect(case, tmp_path / "s", resume=True)
+    assert begun.read_text() == "{}"
 
 
 def test_a_finished_store_is_given_back_to_whoever_asks_for_the_same(case: Case, tmp_path: Path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from tests.features.cases import Case, collect
 from tests.models import tiny_clt
 from tl_clt import CrossLayerTranscoder, FeatureStore, load_features
 from tl_clt.errors import CLTMismatch, FeatureNotFound, FormatError
-from tl_clt.features.store import FeatureRecord, Histogram, Label, LabelPart, TokenValue
+from tl_clt.features import checksums
+from tl_clt.features.checksums import write_checksums
+from tl_clt.features.store import PARTS, FeatureRecord, Histogram, Label, LabelPart, TokenValue
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +132,100 @@ def test_truncated_and_missing_files_are_named(folder: Path, name: str):
         FeatureStore.open(folder)
 
 
+LABELS = ("labels.json", "labels.safetensors")
+
+
+@pytest.fixture
+def labelled(folder: Path) -> Path:
+    values = {(l, f): Label(f"{l} {f}", [], 0.75, None, 0.5, 0.25) for l in range(3) for f in range(12)}  # noqa: E741
+    FeatureStore.open(folder).write_labels(values, {"labeller": "me", "layers": []})
+    return folder
+
+
+def read_all(folder: Path) -> None:
+    store = FeatureStore.open(folder)
+    assert store.is_labelled
+    _ = list(store), store.labels(), store.statistics(), store.label_summary(), [store.held_out(p) for p in PARTS]
+
+
+@pytest.mark.parametrize("name", (*FILES, *LABELS))
+def test_a_flipped_bit_is_noticed_wherever_it_is(labelled: Path, name: str):
+    whole = (labelled / name).read_bytes()
+    read_all(labelled)
+    for at in range(0, len(whole), max(1, len(whole) // 97)):
+        (labelled / name).write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(
+            FormatError, match=rf"{re.escape(name)}' is damaged: bytes \d+ to \d+.*Copy the folder again"
+        ):
+            read_all(labelled)
+    (labelled / name).write_bytes(whole)
+    read_all(labelled)
+
+
+def test_what_was_read_before_is_checked_again_when_it_changes(labelled: Path):
+    store, path = FeatureStore.open(labelled), labelled / "examples.safetensors"
+    _ = store[2, 11]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(FormatError, match="is damaged"):
+        _ = list(store)
+
+
+def test_one_feature_is_read_without_the_rest_of_a_large_file(labelled: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checksums, "BLOCK_BYTES", 64)
+    (labelled / "checksums.json").unlink()
+    write_checksums(labelled)
+    whole = (labelled / "examples.safetensors").read_bytes()
+    (labelled / "examples.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    store = FeatureStore.open(labelled)
+    places = [(layer, feature) for layer in range(3) for feature in range(12)]
+    damaged = []
+    for place in places:
+        try:
+            _ = store[place]
+        except FormatError:
+            damaged.append(place)
+    assert 1 <= len(damaged) < 6
+
+
+@pytest.mark.parametrize("missing", LABELS)
+@pytest.mark.parametrize("has_checksums", [True, False])
+def test_labels_that_are_half_there_are_damage(labelled: Path, missing: str, has_checksums: bool):
+    if not has_checksums:
+        (labelled / "checksums.json").unlink()
+    (labelled / missing).unlink()
+    with pytest.raises(FormatError, match=f"is damaged: it lacks {missing}.*remove labels.json and labels.safetensors"):
+        FeatureStore.open(labelled)
+    (labelled / next(name for name in LABELS if name != missing)).unlink()
+    assert not FeatureStore.open(labelled).is_labelled
+
+
+def test_a_store_of_an_older_release_has_no_checksums(labelled: Path):
+    (labelled / "checksums.json").unlink()
+    read_all(labelled)
+    store = FeatureStore.open(labelled)
+    store.write_labels({(1, 2): Label("new", [], None, None, None, None)}, {"labeller": "me", "layers": []})
+    assert list(json.loads((labelled / "checksums.json").read_text())["files"]) == list(LABELS)
+    assert store[1, 2].label == "new"
+    read_all(labelled)
+
+
+def test_damaged_checksums_are_told(labelled: Path):
+    path = labelled / "checksums.json"
+    whole = path.read_text()
+    for content in (
+        whole[:40],
+        "[]",
+        whole.replace("16384", "0"),
+        whole.replace('"features.json": "', '"features.json": "0'),
+    ):
+        path.write_text(content)
+        with pytest.raises(FormatError, match="checksums.json"):
+            FeatureStore.open(labelled)
+
+
 def test_files_of_two_stores_are_told(case: Case, folder: Path, tmp_path: Path):
+    (folder / "checksums.json").unlink()
     smaller = tiny_clt(case.model, d_transcoder=10, l0=2, dtype=torch.float32)
     other = collect(case._replace(clt=smaller), tmp_path / "other").folder
     for name in ("statistics.safetensors", "examples.safetensors"):
@@ -150,6 +246,7 @@ def test_files_of_two_stores_are_told(case: Case, folder: Path, tmp_path: Path):
 )
 def test_foreign_indices_are_refused(folder: Path, content: str, message: str):
     (folder / "features.json").write_text(content)
+    (folder / "checksums.json").unlink()
     with pytest.raises(FormatError, match=message):
         FeatureStore.open(folder)
 
@@ -167,6 +264,7 @@ def test_numbers_that_point_beyond_are_an_error_of_the_file(folder: Path, tensor
     tensors = load_file(folder / "examples.safetensors")
     tensors[tensor] = change(tensors[tensor]).contiguous()
     save_file(tensors, folder / "examples.safetensors")
+    (folder / "checksums.json").unlink()
     store = FeatureStore.open(folder)
     with pytest.raises(FormatError, match=r"examples\.safetensors"):
         for feature in range(12):
@@ -181,6 +279,13 @@ def test_no_store_is_told_from_an_unfinished_one(tmp_path: Path):
         FeatureStore.open(tmp_path)
     with pytest.raises(FormatError, match="give a path"):
         FeatureStore.open("")
+
+
+def test_all_of_an_organisms_store_is_as_it_was_written():
+    folder = load_features("atlas").folder
+    of_files = json.loads((folder / "checksums.json").read_text())["files"]
+    assert sorted(of_files) == sorted((*FILES, *LABELS))
+    read_all(folder)
 
 
 def test_an_organisms_store_is_opened_by_its_name():

@@ -223,6 +223,24 @@ def test_figure_has_a_band_of_layers_and_what_was_asked_for() -> None:
     assert len(draw_progress(lines[:1]).axes) == 4
 
 
+@pytest.mark.parametrize(("l0_per_layer", "scale"), [([4.0, 4.0, 4.0], "linear"), ([0.0, 4.0, 30.0], "log")])
+def test_a_flat_line_stands_on_an_axis_with_numbers(l0_per_layer: list[float], scale: str) -> None:
+    """Of a TopK run L0 is k throughout; of layers that differ a hundredfold the least is seen as well."""
+    lines = [line(n, l0_per_layer=l0_per_layer) for n in range(1, 9)]
+    figure = draw_progress(lines, 4.0)
+    figure.canvas.draw()
+    l0 = figure.axes[2]
+    low, high = l0.get_ylim()
+    assert l0.get_yscale() == scale and low < max(min(l0_per_layer), 0.05) and high > max(l0_per_layer)
+    assert low == 0 or scale == "log"
+    for axes in figure.axes:
+        ends = axes.get_ylim()
+        numbered = [
+            tick for tick, text in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True) if text.get_text()
+        ]
+        assert sum(ends[0] <= tick <= ends[1] for tick in numbered) >= 2
+
+
 # -- layers that do not learn
 
 

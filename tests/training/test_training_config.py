@@ -86,7 +86,7 @@ def test_what_is_left_out_is_chosen_from_the_budget_and_says_why(tokens: int, ba
     assert 16 <= cfg.n_eval_prompts <= 256
     # Rounded to two digits.
     assert cfg.lr == pytest.approx(min(max(0.045 / cfg.n_steps**0.5, 2e-4), 4e-3), rel=0.05)
-    of_data = {"train_batch_size_tokens", "n_eval_prompts", "n_batches_for_scale"}
+    of_data = {"context_size", "train_batch_size_tokens", "n_eval_prompts", "n_batches_for_scale"}
     assert set(cfg.chosen) == {"k", "lr", "lr_warm_up_steps", "lr_decay_steps", *of_data} and all(cfg.chosen.values())
     assert all(f"{name} = {getattr(cfg, name)}: {reason}" in cfg.in_words() for name, reason in cfg.chosen.items())
     assert "Activation topk, 8 features" in cfg.in_words() and "above 10 times the median" in cfg.in_words()
@@ -186,3 +186,14 @@ def test_a_learning_rate_that_is_no_number_is_refused(as_users_run_it, value: ob
         CLTTrainingRunnerConfig(d_transcoder=4, lr=value)
     with pytest.raises(ConfigError, match="lr is .*: give a finite number"):
         CLTTrainingRunnerConfig.from_dict({"d_transcoder": 4, "lr": value})
+
+
+def test_a_context_that_nobody_asked_for_is_no_more_than_the_model_takes():
+    """And what depends on it is that of a config that was given it."""
+    left_out, given = CLTTrainingRunnerConfig(d_transcoder=8), CLTTrainingRunnerConfig(d_transcoder=8, context_size=8)
+    assert left_out.context_size == 128 and left_out.fitted_to(128) is left_out and left_out.fitted_to(4096) is left_out
+    assert left_out.fitted_to(8).to_dict() == given.to_dict()
+    assert given.fitted_to(4) is given
+    assert "context_size = 128: 128, or as many as the model takes" in left_out.in_words()
+    assert "context_size = 8: the model takes no more" in left_out.fitted_to(8).in_words()
+    assert "context_size" not in given.in_words()

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -21,13 +22,14 @@ from tl_clt import (
     NodeKind,
     attribute,
     load_circuit_tracer,
+    load_features,
     load_neuronpedia,
     load_organism,
     save_circuit_tracer,
     save_neuronpedia,
 )
 from tl_clt.attribution.targets import DifferenceTarget, DirectionTarget, FeatureTarget, TokenTarget
-from tl_clt.errors import ConfigError, FormatError, NodeNotFound, NotFinite, NotWritten
+from tl_clt.errors import CLTMismatch, ConfigError, FormatError, NodeNotFound, NotFinite, NotWritten
 from tl_clt.viewer.formats.graph_json import cantor_pair, cantor_unpair
 
 SCHEMA = json.loads((Path(__file__).parents[1] / "data" / "neuronpedia-graph-schema.json").read_text())
@@ -77,6 +79,13 @@ def put(folder: Path, values: Any) -> Path:
     path = folder / "graph.json"
     path.write_text(json.dumps(values))
     return path
+
+
+@pytest.mark.parametrize("load", [load_neuronpedia, load_circuit_tracer])
+def test_what_is_no_graph_is_told_of_both_programs(tmp_path, load):
+    (tmp_path / "graph.json").write_text("[")
+    with pytest.raises(FormatError, match="no graph of Neuronpedia's or circuit-tracer's"):
+        load(tmp_path / "graph.json")
 
 
 # -- what is written -----------------------------------------------------------------------------------------------
@@ -147,11 +156,46 @@ def test_influence_is_the_share_of_all_nodes_up_to_there(atlas, tmp_path):
         number = next(n.number for n in atlas.nodes if (n.index, n.layer, n.pos, n.kind) == (*at, NodeKind.FEATURE))
         # Those before it have as much influence or more.
         expected = influence[influence >= influence[number]].sum() / influence.sum()
-        assert node["influence"] == pytest.approx(float(expected), rel=1e-5)  # influence is in float32
-    hidden = [n for n in values["nodes"] if (n["influence"] or 0) > values["metadata"]["node_threshold"]]
-    assert hidden == []
+        # The one that reaches the threshold has no more; influence is in float32.
+        assert node["influence"] == pytest.approx(min(float(expected), 0.7), rel=1e-5)
     assert load_neuronpedia(tmp_path / "graph.json") == atlas.prune(0.7, 0.9)
     assert values["metadata"]["pruning_settings"] == {"node_threshold": 0.7, "edge_threshold": 0.9}
+
+
+@pytest.mark.parametrize("threshold", [None, 0.7])
+@pytest.mark.parametrize("pruned_before", [False, True])
+def test_the_threshold_is_the_one_pruned_with_and_hides_nothing(atlas, tmp_path, threshold, pruned_before):
+    graph = atlas.prune(0.6, 0.9) if pruned_before else atlas
+    expected = threshold or (0.6 if pruned_before else 1.0)
+    values = written(graph, tmp_path, node_threshold=threshold)
+    save_circuit_tracer(graph, tmp_path / "graphs", slug="g", scan="m", node_threshold=threshold)
+    (listed,) = json.loads((tmp_path / "graphs" / "graph-metadata.json").read_text())["graphs"]
+    assert values["metadata"]["node_threshold"] == listed["node_threshold"] == expected
+    shown = [node["influence"] for node in values["nodes"] if node["influence"] is not None]
+    assert 0.9 * expected < max(shown) <= expected
+
+
+def test_features_are_named_by_their_labels_or_by_what_they_promote(atlas, tmp_path):
+    store = load_features("atlas")
+    graph = atlas.prune()
+    place = next((n.layer, n.index) for n in graph.nodes if n.kind == NodeKind.FEATURE)
+    values = written(graph, tmp_path, features=store, labels={place: "mine"})
+    for node in values["nodes"]:
+        if node["feature_type"] != "cross layer transcoder":
+            continue
+        layer, feature = int(node["layer"]), int(node["node_id"].split("_")[1])
+        record = store[layer, feature]
+        words = "promotes " + ", ".join(repr(pair.token) for pair in record.top_logits[:3])
+        assert node["clerp"] == ("mine" if (layer, feature) == place else record.label or words)
+    no_label = replace(store[place], label=None)
+    values = written(graph, tmp_path, features=SimpleNamespace(get=lambda *_: no_label))
+    assert {n["clerp"] for n in values["nodes"] if n["feature_type"] == "cross layer transcoder"} == {
+        "promotes " + ", ".join(repr(pair.token) for pair in no_label.top_logits[:3])
+    }
+    values = written(graph, tmp_path, features=SimpleNamespace(get=lambda *_: None))
+    assert {n["clerp"] for n in values["nodes"] if n["feature_type"] == "cross layer transcoder"} == {""}
+    with pytest.raises(CLTMismatch, match="another CLT"):
+        written(replace(graph, info={**graph.info, "clt_fingerprint": "x"}), tmp_path, features=store)
 
 
 def test_position_and_bias_nodes_are_counted_and_kept_apart(atlas, tmp_path):

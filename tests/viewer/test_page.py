@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -428,6 +430,34 @@ def test_what_features_are_left_out_and_why_is_told(page, graph, tmp_path):
     assert "left out of this file: save_html(..., max_features=None)" in page.locator(".card").inner_text()
 
 
+CONTEXTS = [
+    (["Fact", ":", " the", " capital", "\n\n", "Dallas"], "Fact: the capital\n\nDallas"),
+    ([" leading", " spaces", "\n", "  two"], " leading spaces\n  two"),
+    (["<bos>", "the", "New York", "is"], "<bos> the New York is"),
+    (["sub", "word", "s", " stay", " whole"], "subwords stay whole"),
+    (["it", "\t", "is"], "it\tis"),
+]
+"""Tokens as tokenizers give them, and how they are read: those without any space at an end are whole words."""
+
+
+@pytest.mark.parametrize(("tokens", "text"), CONTEXTS)
+def test_contexts_are_read_as_the_text_they_are_from(page, graph, tmp_path, tokens, text):
+    example = {"tokens": tokens, "activations": [*[0.0] * (len(tokens) - 1), 2.0], "position": len(tokens) - 1}
+    node = graph.top(1, "feature")[0].node
+    record = {**Records().get(node.layer, node.index).to_dict(), "examples": [{**example, "quantile": "top"}]}
+    source = SimpleNamespace(get=lambda *_: SimpleNamespace(to_dict=lambda: record))
+    show(page, graph.save_html(tmp_path / "contexts.html", features=source).as_uri())
+    page.evaluate("i => tlclt.store.select(i)", node.number)
+    context = page.locator(".card .context").first
+    assert context.evaluate("e => e.textContent") == text
+    assert context.evaluate("e => getComputedStyle(e).whiteSpace") == "pre-wrap"
+    assert [span.inner_text() for span in context.locator(".here").all()] == [tokens[-1]]
+    # A line break is one on the page: the lines are as many as the text's.
+    height = context.evaluate("e => e.clientHeight - 8")
+    line = context.evaluate("e => parseFloat(getComputedStyle(e).lineHeight)")
+    assert round(height / line) == len(text.split("\n"))
+
+
 def test_without_features_the_card_says_how_to_add_them(page, graph, tmp_path):
     show(page, graph.save_html(tmp_path / "plain.html").as_uri())
     click(page, graph.top(1, "feature")[0].node.number)
@@ -476,6 +506,58 @@ def test_the_state_stands_in_the_address_and_in_a_file(page, graph, path, tmp_pa
     page.get_by_test_id("import").set_input_files(tmp_path / "state.json")
     wait_until(page, "tlclt.store.notes.groups.length === 1")
     assert state(page) == before
+    assert page.get_by_test_id("said").inner_text() == "The state was read."
+
+
+def test_a_state_with_pins_of_other_graphs_says_how_many_it_does_not_know(page, path, tmp_path):
+    (known,) = ids(page, 0)
+    for unknown, said in (["x"], "1 of its pinned nodes is unknown here."), (["x", "y"], "2 of its pinned nodes are"):
+        given = {"notes": [{"pinned": [known, *unknown]}]}
+        show(page, f"{path.as_uri()}#{quote(json.dumps(given))}")
+        wait_until(page, "tlclt.store.pinned.length === 1")
+        assert said in page.get_by_test_id("said").inner_text()
+        assert f"{len(unknown)} pinned node" in page.get_by_test_id("summary").inner_text()
+    show(page, path.as_uri())
+    exported = {**page.evaluate("tlclt.store.export()"), "state": given}
+    (tmp_path / "state.json").write_text(json.dumps(exported))
+    page.get_by_test_id("export").click()
+    page.get_by_test_id("import").set_input_files(tmp_path / "state.json")
+    wait_until(page, "tlclt.store.pinned.length === 1")
+    assert page.get_by_test_id("said").inner_text() == "The state was read. 2 of its pinned nodes are unknown here."
+
+
+LONG = "a label that says in many words what a feature is active at, with a_word_without_a_break_" + "that_goes_on_" * 5
+
+
+def test_long_labels_are_read_in_full_and_nothing_overflows(page, graph):
+    page.set_viewport_size({"width": 1400, "height": 900})
+    first = int(graph.nodes.where(NodeKind.FEATURE)[0])
+    (edge,) = page.evaluate(
+        "i => [...tlclt.store.graph.inEdges(i), ...tlclt.store.graph.outEdges(i)].slice(0, 1)", first
+    )
+    page.evaluate("([i, text]) => { tlclt.store.relabel(i, text); tlclt.store.select(i); }", [first, LONG])
+    pin(page, *graph.nodes.where(NodeKind.FEATURE)[:7].tolist())
+    settle(page)
+    field = page.get_by_test_id("label")
+    assert field.input_value() == LONG
+    assert field.evaluate("e => e.scrollHeight <= e.clientHeight && e.scrollWidth <= e.clientWidth")
+    boxes = page.evaluate("[...document.querySelectorAll('[data-box] title')].map(t => t.textContent)")
+    assert any(box.startswith(LONG) for box in boxes)
+    other = page.evaluate(
+        "([e, i]) => { const g = tlclt.store.graph; return g.source[e] === i ? g.target[e] : g.source[e]; }",
+        [edge, first],
+    )
+    page.evaluate("i => tlclt.store.select(i)", other)
+    settle(page)
+    titles = page.evaluate("[...document.querySelectorAll('aside .cell.name')].map(e => e.title)")
+    assert any(title.startswith(LONG) for title in titles)
+    for wide in (1400, 1000):
+        page.set_viewport_size({"width": wide, "height": 900})
+        settle(page)
+        rights = page.evaluate("[...document.querySelectorAll('.tlclt *')].map(e => e.getBoundingClientRect().right)")
+        assert max(rights) <= wide + 1
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.set_viewport_size({"width": 1280, "height": 800})
 
 
 @pytest.mark.parametrize("rubbish", ["%", "{", "[]", '{"notes":7,"kinds":[],"layers":"x","graph":9,"selected":5}'])

@@ -124,7 +124,7 @@ def as_targets(targets: Any) -> list[Target] | None:
 
 
 def as_token_ids(model: HookedModel, targets: Any) -> list[int]:
-    """The ids of tokens that a caller names as he may name targets, each once.
+    """The ids of tokens that a caller names as he may name targets, as often as he names them.
 
     Raises:
         TargetError, TokenizerMissing: as `token_id`; or what is named is no token.
@@ -133,7 +133,7 @@ def as_token_ids(model: HookedModel, targets: Any) -> list[int]:
     for token in tokens:
         if isinstance(token, NAMED_TARGETS):
             raise TargetError(f"tokens names a {type(token).__name__}: give token ids or one-token strings.")
-    return list(dict.fromkeys(token_id(model, token) for token in tokens))  # type: ignore[arg-type]
+    return [token_id(model, token) for token in tokens]  # type: ignore[arg-type]
 
 
 def _as_target(name: str, target: Any) -> Target:

@@ -4,6 +4,7 @@ from tl_clt.cli.interruption import end_interrupted
 
 try:
     from tl_clt.cli.app import app, list_transcoders
+    from tl_clt.cli.benchmark import benchmark
     from tl_clt.cli.exchange import export, import_graph
     from tl_clt.cli.features import features
     from tl_clt.cli.measure import evaluate, tradeoff
@@ -15,6 +16,7 @@ except KeyboardInterrupt:
 
 __all__ = [
     "app",
+    "benchmark",
     "demo",
     "evaluate",
     "export",

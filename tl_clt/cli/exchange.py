@@ -45,6 +45,13 @@ def export(
     edge_threshold: Annotated[
         Optional[float], typer.Option(help="Share of influence that edges keep. Default: the graph as it is.")
     ] = None,
+    features: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Of a graph: feature store of its CLT (a folder, or a bundled organism), whose labels go with it;"
+            " features without one are named by what they promote. Default: the viewer's own words, or none."
+        ),
+    ] = None,
     source_set: Annotated[
         Optional[str], typer.Option(help="Neuronpedia's name for the set of features, if it has their pages.")
     ] = None,
@@ -66,10 +73,10 @@ def export(
         thresholds = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
         names = {"slug": slug, "scan": scan}
         if Path(source).is_dir() or bundled_folder(source, "features") is not None:
-            given = {**names, **thresholds, "source_set": source_set, "upload": upload or None}
+            given = {**names, **thresholds, "features": features, "source_set": source_set, "upload": upload or None}
             _export_features(source, output, format, [name for name, value in given.items() if value is not None])
             return
-        _export_graph(Path(source), output, format, {**names, **thresholds}, source_set, upload)
+        _export_graph(Path(source), output, format, {**names, **thresholds}, features, source_set, upload)
 
 
 def _export_features(source: str, output: Path, format: str, of_graphs: list[str]) -> None:
@@ -95,12 +102,20 @@ def _export_features(source: str, output: Path, format: str, of_graphs: list[str
 
 
 def _export_graph(
-    file: Path, output: Path, format: str, options: dict[str, Any], source_set: str | None, upload: bool
+    file: Path,
+    output: Path,
+    format: str,
+    options: dict[str, Any],
+    features: Path | None,
+    source_set: str | None,
+    upload: bool,
 ) -> None:
     from tl_clt.attribution import AttributionGraph
+    from tl_clt.features import FeatureStore
     from tl_clt.files import require_unused
     from tl_clt.viewer import formats
 
+    options = {**options, "features": None if features is None else FeatureStore.open(features)}
     if format == "circuit-tracer":
         if source_set is not None or upload:
             raise ConfigError("--source-set and --upload are for --format neuronpedia. Leave them out.")

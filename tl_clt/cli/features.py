@@ -35,7 +35,9 @@ def features(
     dataset: Annotated[str, typer.Option(help="Text to read: a text file, dataset folder, or hub dataset.")],
     output: Annotated[Path, typer.Option(help="New folder for the store.")],
     model: ModelOfCLT = None,
-    max_tokens: Annotated[Optional[int], typer.Option(help="Read so many tokens of it. Default: all.")] = None,
+    max_tokens: Annotated[
+        Optional[int], typer.Option(help="Read whole prompts of it until they have so many tokens. Default: all.")
+    ] = None,
     context_size: Annotated[
         Optional[int], typer.Option(help="Tokens of a prompt at most. Default: 128, or the model's own if less.")
     ] = None,
@@ -131,7 +133,10 @@ def _kept(output: Path) -> str:
     if any((output / UNFINISHED).glob("part-*")):
         return f"What was read is in {output}: the same command with --resume goes on from there."
     if not (output / ABOUT).is_file():
-        return "Nothing was read yet; remove the folder, or go on with --resume."
+        begun = (output / UNFINISHED).is_dir()
+        return "Nothing was read yet" + (
+            ": the same command with --resume goes on." if begun else ", and nothing is left."
+        )
     labels = "with the labels that it had" if (output / LABELS).is_file() else "without labels"
     asked = " and does not ask again for what was answered" if (output / ANSWERS).is_dir() else ""
     return f"The store is in {output}, {labels}: the same command with --resume labels it{asked}."

@@ -22,7 +22,7 @@ from tl_clt.cli.app import (
 from tl_clt.cli.interruption import interruption
 
 HeldOutText = Annotated[str, typer.Option(help="Held-out text: a text file, dataset folder, or hub dataset.")]
-MaxTokens = Annotated[int, typer.Option(help="Measure on so many tokens of it.")]
+MaxTokens = Annotated[int, typer.Option(help="Measure on whole prompts of it, until they have so many tokens.")]
 ContextSize = Annotated[
     Optional[int], typer.Option(help="Tokens of a prompt at most. Default: 128, or the model's own if less.")
 ]
@@ -107,7 +107,7 @@ def tradeoff(
     with plain_errors():
         from tl_clt.evaluation.tradeoff import check_training, compare, short_names, train_transcoders, training_config
         from tl_clt.files import files_into, require_new
-        from tl_clt.texts import held_out_prompts
+        from tl_clt.texts import read_held_out
 
         require_new(output)
         interruption.kept = lambda: _kept(output)
@@ -121,8 +121,8 @@ def tradeoff(
             given = dict(zip(short_names(clt or ()), loaded, strict=True))
             hooked: Any = load_model(model, backend=backend, device=device)  # type: ignore[arg-type]
         if train_on is not None:
-            # Text that cannot be read is told before the training, not after it.
-            next(held_out_prompts(hooked, dataset, context_size))
+            # Text that cannot be measured on is told before the training, not after it.
+            read_held_out(hooked, dataset, max_tokens, context_size)
             base = training_config(hooked, training_tokens, lr, context_size, device, seed)
             given |= train_transcoders(hooked, train_on, base, d_transcoder or (), l0 or (), output)
         found = compare(

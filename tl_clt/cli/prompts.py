@@ -40,13 +40,24 @@ N_EVALUATION_SENTENCES = 100
 @app.command()
 def demo(
     prompt: Annotated[Optional[str], typer.Option(help="A prompt in atlas's own words.")] = None,
-    output: Annotated[Path, typer.Option(help="Graph file to write.")] = Path("atlas-graph.safetensors"),
+    output: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Graph file to write, and beside it the page, as .html. Default: atlas-graph.safetensors, which the"
+            " demo replaces."
+        ),
+    ] = None,
 ) -> None:
     """Trace a prompt through the bundled model "atlas" and show how it arrives at its answer."""
     with plain_errors():
-        from tl_clt.files import require_file
+        from tl_clt.files import require_file, require_unused
 
-        require_file(output)
+        # What it wrote before under its own name it may replace; under a name that was given, something else may be.
+        check = require_file if output is None else require_unused
+        output = output or Path("atlas-graph.safetensors")
+        page = output.with_suffix(".html")
+        for path in {output, page}:
+            check(path)
         with console.status("Loading the model and its CLT"):
             import torch
 
@@ -71,7 +82,6 @@ def demo(
 
             report = _evaluate_on_atlas(model, clt)
         console.print(evaluation_table(report))
-        page = output.with_suffix(".html")
         pruned.save_html(page, features=features)
         console.print(f"The page is in {page}: open it in a browser.", soft_wrap=True)
 
@@ -238,6 +248,7 @@ def intervene(
     """Change features on a prompt and show which next tokens become likelier or less likely."""
     with plain_errors():
         with console.status("Loading the model and the CLT"):
+            from tl_clt.arguments import as_whole
             from tl_clt.interventions import intervene as change
             from tl_clt.interventions import parse_intervention
 
@@ -249,6 +260,7 @@ def intervene(
         last: int | str | None = through_layer
         if through_layer is not None and through_layer.removeprefix("-").isdecimal():
             last = int(through_layer)
+        as_whole("--top", top, 1, hooked.cfg.d_vocab, why="the size of the vocabulary", error=InterventionError)
         effect = change(hooked, transcoder, prompt, changes, last, freeze)  # type: ignore[arg-type]
         _show_effect(effect, top)
 

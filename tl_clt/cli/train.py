@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import textwrap
@@ -107,9 +108,6 @@ def run(resume: Path | None, settings: dict[str, Any]) -> None:
             with console.status("Loading the model"):
                 device = own_device(cfg.device)
                 hooked = load_model(cfg.model_name, backend=cfg.backend, device=device)  # type: ignore[arg-type]
-            if "context_size" not in settings:
-                shorter = {"context_size": min(cfg.data.context_size, hooked.cfg.n_ctx)}
-                cfg = CLTTrainingRunnerConfig.from_dict(values | shorter)
         runner = CLTTrainingRunner(cfg, model=hooked, on_start=lambda memory: console.print(f"Memory: about {memory}"))
         with progress_shown(), plain_warnings():
             runner.run(resume)
@@ -296,6 +294,9 @@ def _option(part: str | None, field_: Field[Any], kind: type, help_text: str) ->
     shown: Any = False
     if default not in (None, MISSING):
         shown = default if isinstance(default, str) else json.dumps(default)
+    if field_.name in REQUIRED:
+        # What Python may leave out, since it can give the runner a model and a dataset, a command must be given.
+        help_text = re.sub(r"[.;] [^.;]*left out[^.;]*\.$", ".", help_text)
     told = typer.Option(*names, help=help_text, show_default=shown, rich_help_panel=PANELS[part])
     return Annotated[Optional[kind], told]
 

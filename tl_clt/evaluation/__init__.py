@@ -1,5 +1,6 @@
 """How good a CLT is."""
 
+from tl_clt.evaluation.curves import FaithfulnessCurves, measure_curves
 from tl_clt.evaluation.evaluate import evaluate, replaced
 from tl_clt.evaluation.faithfulness import FaithfulnessReport, measure_faithfulness
 from tl_clt.evaluation.report import FIGURES, EvaluationReport, GraphNumbers
@@ -7,9 +8,11 @@ from tl_clt.evaluation.report import FIGURES, EvaluationReport, GraphNumbers
 __all__ = [
     "FIGURES",
     "EvaluationReport",
+    "FaithfulnessCurves",
     "FaithfulnessReport",
     "GraphNumbers",
     "evaluate",
+    "measure_curves",
     "measure_faithfulness",
     "replaced",
 ]

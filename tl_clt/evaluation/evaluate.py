@@ -18,12 +18,12 @@ from tl_clt.arguments import as_seed, as_share, as_switch, as_whole
 from tl_clt.attribution import AttributionGraph, NodeKind, PruneMasks, attribute
 from tl_clt.attribution.edges import ROWS_AT_ONCE
 from tl_clt.attribution.influence import SMALLEST_ROW_SUM
-from tl_clt.errors import DatasetError, LocalModelMismatch, ModelUnsupported
+from tl_clt.errors import LocalModelMismatch, ModelUnsupported
 from tl_clt.evaluation.report import EvaluationReport, GraphNumbers
 from tl_clt.lens import FwdHook, HookedModel, block_hook, model_name, run_with_hooks, user_hooks_aside
 from tl_clt.replacement import attach, check_fit, require_free
 from tl_clt.shapes import Logits, TokenBatch
-from tl_clt.texts import HeldOut, batches, held_out_prompts, up_to
+from tl_clt.texts import HeldOut, batches, read_held_out
 from tl_clt.transcoder import CrossLayerTranscoder, explained_variance
 
 DENSITY_EDGES = [10 ** (exponent / 2) for exponent in range(-12, 1)]
@@ -68,21 +68,20 @@ def evaluate(
         CLTMismatch, HookNotFound: the CLT is of another model.
         AlreadyAttached: a CLT is attached to the model.
         DatasetError, PromptError, TokenizerMissing: nothing to read, texts that are too short, or a prompt that the
-            model cannot take.
+            model cannot take, by its number. All that will be measured on is checked before the model runs.
         ConfigError: an argument out of range.
 
     Where a prompt cannot be traced, for want of memory or as the model is (MemoryLimit, ModelUnsupported or
     LocalModelMismatch, as `attribute` raises them), everything else is measured all the same: the report holds the
     graphs until then, `graphs_missing` says why there are no more, and a warning says it before the long part.
     """
-    max_tokens = as_whole("max_tokens", max_tokens, 1, none="all")
     n_graphs = as_whole("n_graphs", n_graphs, 0)
     graph_tokens = as_whole("graph_tokens", graph_tokens, 2)
     max_unexplored = as_share("max_unexplored", max_unexplored, zero=True, none="all")
     seed, progress = as_seed("seed", seed), as_switch("progress", progress)
     check_fit(model, clt)
     require_free(model)
-    seen = list(up_to(held_out_prompts(model, dataset, context_size), max_tokens))
+    seen = read_held_out(model, dataset, max_tokens, context_size)
     drawn = random.Random(seed).sample(seen, min(n_graphs, len(seen)))
     graphs, missing = [], None
     try:
@@ -98,11 +97,6 @@ def evaluate(
         for tokens in batches(model, iter(seen)):
             add_batch(layers, predictions, model, clt, tokens)
             bar.update(tokens[:, 1:].numel())
-    if predictions.n < 2:
-        raise DatasetError(
-            "There is one token to measure on, beside position 0: what a CLT explains of how outputs vary takes two at"
-            " least. Give more or longer prompts."
-        )
     return EvaluationReport(
         model=model_name(model),
         clt=clt.cfg.to_dict(),

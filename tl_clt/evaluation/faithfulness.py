@@ -115,11 +115,11 @@ def measure_faithfulness(
         ModelUnsupported: the model has one layer, so that nothing comes later.
     """
     require_model(model)
-    named = _named(clts)
+    named = name_transcoders(clts)
     plan = _Plan(
         kinds=as_choices("kinds", kinds, KINDS),
         n_perturbations=as_whole("n_perturbations", n_perturbations, 1),
-        size=as_number("size", size, above=0),
+        size=float(as_number("size", size, above=0)),
         freeze=as_choices("freeze", freeze, get_args(Freeze)),
         model_freeze=as_choices("model_freeze", model_freeze, get_args(Freeze)),
         batch_size=as_whole("batch_size", batch_size, 1),
@@ -127,7 +127,7 @@ def measure_faithfulness(
     )
     progress = as_switch("progress", progress)
     _check(model, named)
-    texts = _texts(model, prompts)
+    texts = read_prompts(model, prompts)
     n_jobs = len(named) * len(texts) * (model.cfg.n_layers - 1)
     rows: list[tuple] = []
     with tqdm(total=n_jobs, desc="perturbing", unit=" layers", delay=2.0, disable=not progress) as bar:
@@ -156,7 +156,10 @@ class _LastBlock(Exception):
     """Ends a pass after the last block."""
 
 
-def _named(clts: CrossLayerTranscoder | Mapping[str, CrossLayerTranscoder]) -> dict[str, CrossLayerTranscoder]:
+def name_transcoders(
+    clts: CrossLayerTranscoder | Mapping[str, CrossLayerTranscoder],
+) -> dict[str, CrossLayerTranscoder]:
+    """Transcoders by name; one by itself is "PLT" or "CLT"."""
     if isinstance(clts, CrossLayerTranscoder):
         return {"PLT" if clts.cfg.span == 1 else "CLT": clts}
     if not isinstance(clts, Mapping):
@@ -164,8 +167,10 @@ def _named(clts: CrossLayerTranscoder | Mapping[str, CrossLayerTranscoder]) -> d
     return dict(clts)
 
 
-def _texts(model: HookedModel, prompts: Prompt | Sequence[Prompt]) -> list[Tokens]:
-    if hasattr(prompts, "__len__") and not isinstance(prompts, str) and len(prompts) == 0:
+def read_prompts(model: HookedModel, prompts: Prompt | Sequence[Prompt]) -> list[Tokens]:
+    """Token ids of each of some prompts, of which there must be one at least."""
+    has_length = hasattr(prompts, "__len__") and not isinstance(prompts, str) and getattr(prompts, "ndim", 1) > 0
+    if has_length and len(prompts) == 0:
         raise DatasetError("There are no prompts to measure on: give at least one.")
     return to_prompts(model, prompts)  # type: ignore[arg-type]
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
@@ -14,7 +14,7 @@ from pandas import DataFrame
 
 from tl_clt.errors import ConfigError, FormatError
 from tl_clt.files import read_json
-from tl_clt.report import GREY, PALETTE, Report
+from tl_clt.report import GREY, PALETTE, Report, finite, read_fields
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -151,7 +151,7 @@ class EvaluationReport(Report[FigureName]):
         """Fields and what follows from them, for JSON, which has None in place of what is infinite or no number."""
         derived = ("l0_mean_per_layer", "l0_sum_over_layers", "cross_entropy_recovered")
         means = self.graph_means
-        return _finite(
+        return finite(
             asdict(self)
             | {name: getattr(self, name) for name in derived}
             | {"graph_means": None if means is None else asdict(means)}
@@ -169,7 +169,8 @@ class EvaluationReport(Report[FigureName]):
             FormatError: it is no such text.
         """
         try:
-            report = _read(cls, read_json(text))
+            graph_numbers = {"GraphNumbers": partial(read_fields, GraphNumbers)}
+            report = read_fields(cls, read_json(text), graph_numbers)
             n_layers = report.clt["n_layers"]
             per_layer = [getattr(report, name) for name in PER_LAYER]
             if n_layers < 1 or any(len(values) != n_layers for values in per_layer):
@@ -233,39 +234,6 @@ class EvaluationReport(Report[FigureName]):
             "numbers": DataFrame({"measure": list(known), "value": list(known.values())}),
             "by layer": DataFrame({"layer": range(len(self.l0_per_layer)), **by_layer}),
         }
-
-
-def _finite(value: Any) -> Any:
-    """A tree of dicts and lists in which floats that JSON has no word for are None."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _read(cls: type[Any], values: Any) -> Any:
-    """One of this file's dataclasses from what JSON holds, each field of the type that it states."""
-    if not isinstance(values, dict):
-        raise ValueError(f"a {cls.__name__} is {type(values).__name__}")
-    given = [f for f in fields(cls) if f.name in values or f.default is MISSING]
-    return cls(**{f.name: _read_field(f.name, str(f.type), values[f.name]) for f in given})
-
-
-def _read_field(name: str, kind: str, value: Any) -> Any:
-    if kind.startswith("list[") and isinstance(value, list):
-        return [_read_field(name, kind[len("list[") : -1], one) for one in value]
-    if kind == "GraphNumbers":
-        return _read(GraphNumbers, value)
-    if kind.startswith("float") and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
-    if value is None and kind == "float":
-        return math.nan
-    if value is None and kind.endswith("| None"):
-        return None
-    if {"int": int, "str": str, "str | None": str, "dict[str, Any]": dict}.get(kind) is type(value):
-        return value
-    raise ValueError(f"{name} is {str(value)[:40]!r}, where {kind} was expected")
 
 
 def _draw_layers(report: EvaluationReport, figure: Figure) -> None:

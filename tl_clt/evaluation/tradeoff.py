@@ -23,7 +23,7 @@ from tl_clt.lens.weights import NORMALISED
 from tl_clt.replacement import check_fit
 from tl_clt.report import GREY, PALETTE, Report
 from tl_clt.shapes import TokenBatch
-from tl_clt.texts import DEFAULT_CONTEXT, HeldOut, batches, held_out_prompts, up_to
+from tl_clt.texts import DEFAULT_CONTEXT, HeldOut, batches, held_out_prompts, read_held_out, up_to
 from tl_clt.transcoder import CrossLayerTranscoder, CrossLayerTranscoderConfig
 
 if TYPE_CHECKING:
@@ -107,20 +107,21 @@ def compare(
         TlCltError: as `evaluate`.
     """
     candidates: dict[str, CrossLayerTranscoder] = dict(transcoders)
+    if not candidates and not neuron_l0s:
+        raise ConfigError("There is nothing to compare: give transcoders, or L0s of neurons.")
+    for clt in candidates.values():
+        check_fit(model, clt)
+    prompts = read_held_out(model, dataset, max_tokens, context_size)
     if neuron_l0s:
         text = up_to(held_out_prompts(model, dataset, context_size), THRESHOLD_TOKENS)
         found = thresholded_neurons(model, batches(model, text), neuron_l0s)
         candidates |= {f"neurons-l0-{l0:g}": neurons for l0, neurons in found.items()}
-    if not candidates:
-        raise ConfigError("There is nothing to compare: give transcoders, or L0s of neurons.")
-    for clt in candidates.values():
-        check_fit(model, clt)
     reports, rows = {}, []
     for name, clt in tqdm(candidates.items(), desc="Comparing", unit=" transcoders", delay=2.0, disable=not progress):
         reports[name] = evaluate(
             model,
             clt,
-            dataset,
+            prompts,
             max_tokens=max_tokens,
             context_size=context_size,
             n_graphs=n_graphs,

@@ -12,11 +12,13 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
@@ -25,7 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_clt.arguments import as_path, as_switch, as_whole
-from tl_clt.errors import ConfigError, DatasetError, MemoryLimit, OutputNotEmpty
+from tl_clt.errors import ConfigError, DatasetError, MemoryLimit, NotWritten, OutputNotEmpty
+from tl_clt.features.checksums import write_checksums
 from tl_clt.features.connections import strongest_connections
 from tl_clt.features.kept import LAST, KeptContexts, Windows, rank_at_random, rank_by_peak
 from tl_clt.features.logits import direct_logits
@@ -122,7 +125,8 @@ def collect_features(
     Args:
         text: what `evaluate` takes: prompts, token ids, a text file, a folder, a hub name, a `datasets` object.
         folder: a new or empty folder.
-        max_tokens: stop after so many tokens. None for all.
+        max_tokens: stop after the prompt that reaches so many tokens, those kept out for labels among them: prompts
+            are read whole. None for all.
         context_size: tokens of a prompt at most. None for 128, or the model's own where that is less.
         n_top, n_per_band: contexts of the greatest activations, and of each quarter.
         before, after: tokens of a window around its peak.
@@ -136,7 +140,8 @@ def collect_features(
         CLTMismatch, HookNotFound: the CLT is of another model.
         ConfigError: a pass is to be resumed that had another CLT or other settings.
         DatasetError, PromptError, TokenizerMissing: the text cannot be read, or differs from that of a resumed pass.
-        OutputNotEmpty, NotWritten: the folder holds something else, or cannot be written.
+        OutputNotEmpty, NotWritten: the folder holds something else, or cannot be written. Where a disk becomes full,
+            what was read stays and the call can be resumed; where nothing was read yet, nothing is left.
         MemoryLimit: what is kept would not fit.
     """
     check_fit(model, clt)
@@ -153,20 +158,55 @@ def collect_features(
     )
     path = as_path("folder", folder)
     prompts = held_out_prompts(model, text, settings.context_size)
+    if isinstance(text, (list, tuple, Tensor, np.ndarray)):
+        # A prompt that cannot be taken is told before the pass, which may be long, and not within it.
+        for _ in up_to(held_out_prompts(model, text, settings.context_size), settings.max_tokens):
+            pass
     _check_memory(clt, settings)
     with sharing(clt.W_enc.device) as processes:
         started = {"clt": clt.fingerprint(), "settings": asdict(settings)}
+        is_new, was_begun = not path.exists(), (path / UNFINISHED / ABOUT).is_file()
         if processes.on_main(partial(_is_finished, path, started, as_switch("resume", resume), prompts)):
             return FeatureStore.open(path)
-        held_out = HeldOutPrompts(settings.label_tokens)
-        counted = held_out.kept_apart(up_to(prompts, settings.max_tokens))
-        done = _done(path / UNFINISHED)
-        show = tqdm(desc="Features", unit=" tokens", disable=not progress or processes.rank > 0)
-        with show:
-            found = _pass(model, clt, counted, settings, path / UNFINISHED, processes, done, show)
-        processes.everywhere(lambda: None)
-        processes.on_main(lambda: _finish(model, clt, settings, path, found, held_out))
+        with _kept_or_gone(path, is_new, mine=processes.rank == 0 and not was_begun):
+            held_out = HeldOutPrompts(settings.label_tokens)
+            counted = held_out.kept_apart(up_to(prompts, settings.max_tokens))
+            done = _done(path / UNFINISHED)
+            n_files = len(list((path / UNFINISHED).glob("part-*")))
+            own_file = path / UNFINISHED / f"part-{processes.rank}-of-{processes.n}-{n_files}.safetensors"
+            processes.everywhere(lambda: None)  # all have named their files before one is written
+            show = tqdm(desc="Features", unit=" tokens", disable=not progress or processes.rank > 0)
+            with show:
+                found, *_ = processes.everywhere(
+                    lambda: _pass(model, clt, counted, settings, own_file, processes, done, show)
+                )
+            processes.on_main(lambda: _finish(model, clt, settings, path, found, held_out))
     return FeatureStore.open(path)
+
+
+@contextmanager
+def _kept_or_gone(path: Path, is_new: bool, mine: bool) -> Iterator[None]:
+    """Within, an error leaves what the pass can go on from, and says so where it is that of a full disk; or nothing.
+
+    Args:
+        path: folder of the store.
+        is_new: whether it was made for it.
+        mine: whether the beginning in it was made by this call and this process, which then removes it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        is_kept = any((path / UNFINISHED).glob("part-*"))
+        if mine and not is_kept:
+            shutil.rmtree(path / UNFINISHED, ignore_errors=True)
+            if is_new and path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        if is_kept and isinstance(error, NotWritten):
+            raise NotWritten(
+                f"{error} What was read before is kept in '{path}': the same call with resume=True (`--resume`) goes on"
+                " from there."
+            ) from error
+        raise
 
 
 class Passed(NamedTuple):
@@ -181,7 +221,7 @@ def _pass(
     clt: CrossLayerTranscoder,
     prompts: Iterable[tuple[int, Tokens]],
     settings: Settings,
-    folder: Path,
+    own_file: Path,
     processes: Processes,
     done: dict[int, int],
     show: tqdm,
@@ -189,8 +229,7 @@ def _pass(
     """This process's share of the batches, into a file of its own. Every process reads the whole text."""
     collected = Collected(clt, settings)
     special = torch.tensor(special_token_ids(model), dtype=torch.long, device=clt.W_enc.device)
-    own_file = folder / f"part-{processes.rank}-of-{processes.n}-{len(list(folder.glob('part-*')))}.safetensors"
-    processes.everywhere(lambda: None)  # all have named their files before one is written
+    store = own_file.parent.parent
     n_prompts, n_batches, unwritten = 0, 0, 0
     batches = numbered_batches(model, prompts, values_per_token=2 * clt.cfg.d_transcoder)
     for n_batches, batch in enumerate(batches, start=1):
@@ -200,7 +239,7 @@ def _pass(
         if number in done:
             if done[number] != digest:
                 raise DatasetError(
-                    f"Batch {number} of the text is another than in the pass that is to be resumed: '{folder.parent}'"
+                    f"Batch {number} of the text is another than in the pass that is to be resumed: '{store}'"
                     " was begun on another text. Give the same text, or a new folder."
                 )
             continue
@@ -216,7 +255,7 @@ def _pass(
         collected.write(own_file)
     if any(number >= n_batches for number in done):
         raise DatasetError(
-            f"The text ends before that of the pass that is to be resumed: '{folder.parent}' was begun on another text."
+            f"The text ends before that of the pass that is to be resumed: '{store}' was begun on another text."
             " Give the same text, or a new folder."
         )
     return Passed(n_prompts, n_batches)
@@ -490,6 +529,7 @@ def _finish(
         save_file(held_out.tensors(), unfinished / HELD_OUT)
         (unfinished / TOKENS).write_text(json.dumps(tokens, ensure_ascii=False), encoding="utf-8")
         (unfinished / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        write_checksums(unfinished)
     shutil.rmtree(path / UNFINISHED)
 
 

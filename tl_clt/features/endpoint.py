@@ -178,10 +178,16 @@ class EndpointLabeller:
                     raise LabellerError(self._refused(error.code, error.read(400))) from error
                 time.sleep(min(2.0**attempt, 8.0) / 2)
             except (OSError, http.client.HTTPException) as error:
-                # A timeout is an OSError too; urllib wraps what else goes wrong on the way.
+                # A timeout is an OSError too; urllib wraps what goes wrong before the answer.
+                reason = getattr(error, "reason", error)
+                if isinstance(reason, TimeoutError):
+                    raise LabellerError(
+                        f"{self.url} gave no answer within {self.timeout:g} s. Is base_url right? A slow one needs a"
+                        " longer timeout."
+                    ) from error
                 raise LabellerError(
-                    f"{self.url} gave no answer within {self.timeout:g} s ({getattr(error, 'reason', error)}). Is it"
-                    " running, and is base_url right? A slow one needs a longer timeout."
+                    f"{self.url} cannot be reached ({str(reason).strip() or type(reason).__name__}). Is it running, and"
+                    " is base_url right?"
                 ) from error
         raise AssertionError("every attempt returns or raises")
 

@@ -7,6 +7,7 @@
     held_out.safetensors   prompts that no example is from: labels are chosen on some of them and scored on others
     labels.safetensors     labels and their scores, once there are some
     labels.json            who gave them, and what a random dictionary reaches
+    checksums.json         of all these files, so that damage is told where it is read
 
 Nothing in it can run code. `store[layer, feature]` reads the rows of one feature and no others.
 """
@@ -28,10 +29,11 @@ from torch import Tensor
 from tl_clt.arguments import as_path, as_whole
 from tl_clt.bundled import bundled_folder
 from tl_clt.errors import CLTMismatch, FeatureNotFound, FormatError
+from tl_clt.features.checksums import CheckedFolder, write_checksums
 from tl_clt.files import files_into, read_json, reading
 from tl_clt.report import as_html
 from tl_clt.transcoder import CrossLayerTranscoder
-from tl_clt.transcoder.tensor_files import TensorFile, open_tensors
+from tl_clt.transcoder.tensor_files import TensorFile
 
 FORMAT = "tl_clt.features"
 VERSION = 1
@@ -39,6 +41,10 @@ ABOUT, TOKENS = "features.json", "tokens.json"
 STATISTICS, EXAMPLES, HELD_OUT = "statistics.safetensors", "examples.safetensors", "held_out.safetensors"
 LABELS, LABELS_ABOUT = "labels.safetensors", "labels.json"
 MEND = "Copy the folder again, or make it anew with `tl-clt features`."
+MEND_OF_LABELS = (
+    "Copy the folder again; or remove labels.json and labels.safetensors, and label the store anew (`tl-clt features"
+    " --resume`)."
+)
 BANDS = ("top", "0.75-1.0", "0.5-0.75", "0.25-0.5", "0.0-0.25")
 """What an example is one of: the greatest activations, or a quarter of a random sample, by rank."""
 PARTS = ("choosing", "scoring")
@@ -231,17 +237,19 @@ class FeatureStore:
     about: dict[str, Any] = field(repr=False)
     """What `features.json` holds: `clt`, `text`, `settings`."""
     _tokens: dict[int, str] = field(repr=False)
+    _files: CheckedFolder = field(repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: str | Path, clt: CrossLayerTranscoder | None = None) -> FeatureStore:
-        """Open a store; nothing but its index is read.
+        """Open a store; nothing but its index is read. What else is read later is checked then, by its checksums.
 
         Args:
             folder: what `collect_features` or `tl-clt features` wrote, or the name of a bundled organism ("atlas").
             clt: a CLT that it must belong to.
 
         Raises:
-            FormatError: there is no store, it is unfinished, or a file is truncated or of another kind.
+            FormatError: there is no store, it is unfinished, or a file is missing, truncated, damaged or of another
+                kind.
             CLTMismatch: it belongs to another CLT.
         """
         path = as_path("folder", folder, FormatError)
@@ -253,7 +261,8 @@ class FeatureStore:
                     f"'{path}' holds an unfinished store. Finish it: the same call with resume=True (`--resume`)."
                 )
             raise FormatError(f"'{path}' is no feature store: it has no {ABOUT}. Make one with `tl-clt features`.")
-        about = _read_mapping(path / ABOUT)
+        files = CheckedFolder(path, {LABELS: MEND_OF_LABELS, LABELS_ABOUT: MEND_OF_LABELS}, MEND)
+        about = _read_mapping(files, ABOUT)
         if about.get("format") != FORMAT or about.get("version") != VERSION:
             raise FormatError(
                 f"'{path / ABOUT}' is of format {about.get('format')!r:.40}, version {about.get('version')!r:.20}; this"
@@ -263,8 +272,8 @@ class FeatureStore:
             size = {name: int(about["clt"][name]) for name in ("n_layers", "d_transcoder")}
             _ = str(about["clt"]["fingerprint"]), int(about["text"]["n_tokens"])
         with reading(path / TOKENS, "list of tokens", MEND):
-            tokens = {int(number): str(text) for number, text in _read_mapping(path / TOKENS).items()}
-        store = cls(path, about, tokens)
+            tokens = {int(number): str(text) for number, text in _read_mapping(files, TOKENS).items()}
+        store = cls(path, about, tokens, files)
         store._check_files(**size)
         if clt is not None:
             store.require_clt(clt)
@@ -324,7 +333,7 @@ class FeatureStore:
         feature = as_whole(
             "feature", where[1], 0, self.d_transcoder - 1, why="the features of a layer", error=FeatureNotFound
         )
-        with self._opened(STATISTICS) as file:
+        with self._files.open_tensors(STATISTICS) as file:
             row = {name: file.part(name, (layer, feature)) for name in PER_FEATURE}
         counts, n_active = row["histogram"].tolist(), int(row["n_active"])
         label = self.label(layer, feature)
@@ -376,7 +385,7 @@ class FeatureStore:
         stats = self.statistics()
         rows = []
         if self.is_labelled:
-            with self._opened(LABELS) as file:
+            with self._files.open_tensors(LABELS) as file:
                 starts = file.part("starts", (slice(None),))
                 labelled = torch.nonzero(starts.diff()).flatten().tolist()
             rows = [divmod(number, self.d_transcoder) for number in labelled]
@@ -391,16 +400,16 @@ class FeatureStore:
 
     def statistics(self) -> dict[str, Tensor]:
         """Of every feature [n_layers, d_transcoder]: n_active, max_activation, decoder_norm."""
-        with self._opened(STATISTICS) as file:
+        with self._files.open_tensors(STATISTICS) as file:
             return {name: file.part(name, (slice(None),)) for name in STATISTIC_COLUMNS}
 
     def label_summary(self) -> dict[str, Any]:
         """Who gave the labels, and by layer what they and those of a random dictionary score (`labels.json`)."""
-        return _read_mapping(self.folder / LABELS_ABOUT) if self.is_labelled else {}
+        return _read_mapping(self._files, LABELS_ABOUT) if self.is_labelled else {}
 
     def held_out(self, part: str) -> list[Int[Tensor, " _"]]:
         """Prompts that no example is from: those that labels are chosen on ("choosing"), or scored on ("scoring")."""
-        with self._opened(HELD_OUT) as file:
+        with self._files.open_tensors(HELD_OUT) as file:
             tokens, starts, of = (file.part(name, (slice(None),)) for name in ("tokens", "starts", "part"))
         with reading(self.folder / HELD_OUT, "list of prompts", MEND):
             prompts = torch.tensor_split(tokens.long(), starts[1:-1].tolist()) if len(of) else ()
@@ -443,6 +452,7 @@ class FeatureStore:
             }
             save_file(tensors, unfinished / LABELS)
             (unfinished / LABELS_ABOUT).write_text(json.dumps(dict(about), indent=2) + "\n", encoding="utf-8")
+            write_checksums(unfinished, self.folder)
 
     # -- details
 
@@ -451,7 +461,7 @@ class FeatureStore:
         if not self.is_labelled:
             return None
         at = layer * self.d_transcoder + feature
-        with self._opened(LABELS) as file:
+        with self._files.open_tensors(LABELS) as file:
             first, last = file.part("starts", (slice(at, at + 2),)).tolist()
             if first == last:
                 return None
@@ -470,7 +480,7 @@ class FeatureStore:
 
     def _examples(self, layer: int, feature: int) -> Iterator[Example]:
         at = layer * self.d_transcoder + feature
-        with self._opened(EXAMPLES) as file:
+        with self._files.open_tensors(EXAMPLES) as file:
             first, last = file.part("first_example", (slice(at, at + 2),)).tolist()
             starts = file.part("first_token", (slice(first, last + 1),)).tolist()
             tokens = file.part("tokens", (slice(starts[0], starts[-1]),)).tolist() if starts else []
@@ -494,9 +504,6 @@ class FeatureStore:
     def _text(self, token: int) -> str:
         return self._tokens.get(token, f"#{token}")
 
-    def _opened(self, name: str) -> Any:
-        return open_tensors(self.folder / name)
-
     def _check_files(self, n_layers: int, d_transcoder: int) -> None:
         """Raise unless every file is there with tensors of the right shapes; none is read."""
         n = n_layers * d_transcoder
@@ -513,10 +520,13 @@ class FeatureStore:
         }
         if self.is_labelled:
             wanted[LABELS] = {"texts": (None,), "starts": (n + 1,), "scores": (n_layers, d_transcoder, len(SCORES))}
+        of_labels = {name: (self.folder / name).is_file() for name in (LABELS, LABELS_ABOUT)}
+        for name, is_there in of_labels.items():
+            if not is_there and any(of_labels.values()):
+                raise FormatError(f"The feature store '{self.folder}' is damaged: it lacks {name}. {MEND_OF_LABELS}")
+        self.label_summary()
         for name, tensors in wanted.items():
-            if not (self.folder / name).is_file():
-                raise FormatError(f"The feature store '{self.folder}' lacks {name}. {MEND}")
-            with self._opened(name) as file:
+            with self._files.open_tensors(name) as file:
                 for key, shape in tensors.items():
                     _require_shape(file, key, shape)
 
@@ -544,9 +554,9 @@ def _require_shape(file: TensorFile, key: str, shape: Sequence[int | None]) -> N
         )
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
-    with reading(path, "JSON mapping", MEND):
-        values = read_json(path.read_text(encoding="utf-8"))
+def _read_mapping(files: CheckedFolder, name: str) -> dict[str, Any]:
+    with reading(files.folder / name, "JSON mapping", MEND_OF_LABELS if name == LABELS_ABOUT else MEND):
+        values = read_json(files.read_text(name))
         if not isinstance(values, dict):
             raise ValueError(f"it holds {type(values).__name__}")
         return values

@@ -78,7 +78,7 @@ class Outcomes:
         self.prompt: Tokens = to_tokens(model, prompt)
         n_pos = len(self.prompt)
         self.pos = as_whole("pos", pos, -n_pos, n_pos - 1, why="the prompt's positions", error=InterventionError)
-        self.ids = as_token_ids(model, targets)
+        self.ids = list(dict.fromkeys(as_token_ids(model, targets)))
         if not self.ids:
             raise InterventionError("There are no tokens to report: name at least one.")
 

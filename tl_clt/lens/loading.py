@@ -10,7 +10,7 @@ import struct
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from tl_clt.arguments import as_choice, as_device, as_dtype, as_path
 from tl_clt.bundled import ORGANISMS, bundled_folder, bundled_organisms
+from tl_clt.connection import hub_or_cache
 from tl_clt.errors import ModelNotFound, ModelUnsupported, nearest
 from tl_clt.lens.hooks import HookedModel, HookedTransformer, TransformerBridge
 
@@ -65,12 +66,14 @@ def load_model(
     backend = as_choice("backend", backend, get_args(Backend))
     where, dtype = as_device("device", "cpu" if device is None else device), as_dtype("dtype", dtype)
     path = _local_path(name_or_path)
-    with _quietly():
+    if path is None and backend == "hooked":
+        _require_known(str(name_or_path))
+    with _quietly(), hub_or_cache() if path is None else nullcontext("") as unreached:
         if path is None and backend == "hooked":
-            return _hooked_from_hub(str(name_or_path), where, dtype)
+            return _hooked_from_hub(str(name_or_path), where, dtype, unreached)
         source = str(name_or_path) if path is None else str(path)
         gguf = path is not None and path.is_file()
-        hf_model, tokenizer = _read_gguf(path, dtype) if gguf and path else _read_folder(source, dtype)
+        hf_model, tokenizer = _read_gguf(path, dtype) if gguf and path else _read_folder(source, dtype, unreached)
         if backend == "bridge":
             # Given no tokenizer, the bridge fails or makes one up that reads text as ids without meaning.
             given = _empty_tokenizer() if tokenizer is None else tokenizer
@@ -115,7 +118,8 @@ def model_shape(name_or_path: str | Path) -> tuple[int, int] | None:
     if path is not None and path.is_file():
         return None
     try:
-        config = AutoConfig.from_pretrained(str(name_or_path) if path is None else str(path)).get_text_config()
+        with hub_or_cache() if path is None else nullcontext():
+            config = AutoConfig.from_pretrained(str(name_or_path) if path is None else str(path)).get_text_config()
     except (OSError, ValueError, KeyError, HFValidationError, HfHubHTTPError):
         return None
     n_layers, d_model = (getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size"))
@@ -139,12 +143,12 @@ def _local_path(name_or_path: str | Path) -> Path | None:
     return path if path.exists() else None
 
 
-def _read_folder(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+def _read_folder(source: str, dtype: torch.dtype, unreached: str) -> tuple[PreTrainedModel, Any]:
     """A Hugging Face model and, where its files are there, the tokenizer."""
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager")
     except (OSError, ValueError, HFValidationError, HfHubHTTPError, RuntimeError) as error:
-        raise _not_found(source, error) from error
+        raise _not_found(source, error, unreached) from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
@@ -190,7 +194,8 @@ def _empty_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"": 0}, unk_token="")))
 
 
-def _hooked_from_hub(name: str, device: torch.device, dtype: torch.dtype) -> HookedTransformer:
+def _require_known(name: str) -> None:
+    """Raise unless HookedTransformer knows a model of this name."""
     known = tl_loading.make_model_alias_map()
     if name.lower() not in known:
         raise ModelNotFound(
@@ -198,10 +203,13 @@ def _hooked_from_hub(name: str, device: torch.device, dtype: torch.dtype) -> Hoo
             f" and no model that HookedTransformer knows.{nearest(name, known)}"
             " For other hub models use backend='bridge'."
         )
+
+
+def _hooked_from_hub(name: str, device: torch.device, dtype: torch.dtype, unreached: str) -> HookedTransformer:
     try:
         model = HookedTransformer.from_pretrained_no_processing(name, device=str(device), dtype=dtype)
     except (OSError, HfHubHTTPError) as error:
-        raise _not_found(name, error) from error
+        raise _not_found(name, error, unreached) from error
     return model.eval()
 
 
@@ -249,10 +257,10 @@ def _plain_name(source: str) -> str:
     return path.stem if path.suffix == ".gguf" else (path.name if path.exists() else source)
 
 
-def _not_found(source: str, error: Exception) -> ModelNotFound:
+def _not_found(source: str, error: Exception, unreached: str) -> ModelNotFound:
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ModelNotFound(
-        f"'{source}' could not be loaded ({first_line}). It must be a bundled organism"
+        f"'{source}' could not be loaded ({first_line}).{unreached} It must be a bundled organism"
         f" ({', '.join(bundled_organisms())}), a Hugging Face folder, a .gguf file, or a hub name that can be"
         " reached."
     )

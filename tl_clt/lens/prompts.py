@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -77,7 +78,7 @@ def to_prompts(model: HookedModel, prompts: PromptBatch) -> list[Tokens]:
     """Token ids [pos] of each of several prompts, or of one.
 
     Raises:
-        TokenizerMissing, PromptError: as `to_tokens`.
+        TokenizerMissing, PromptError: as `to_tokens`; of several, it says which is at fault.
     """
     if not is_several(prompts):
         return [to_tokens(model, prompts)]  # type: ignore[arg-type]
@@ -85,7 +86,31 @@ def to_prompts(model: HookedModel, prompts: PromptBatch) -> list[Tokens]:
         rows = _masked(model, *_unpacked(prompts))
         own = [row.new_ones(len(row)) for row in rows.tokens] if rows.mask is None else rows.mask
         return [row[mask.bool()] for row, mask in zip(rows.tokens, own, strict=True)]
-    return [to_tokens(model, prompt) for prompt in prompts]  # type: ignore[arg-type]
+    return list(one_after_another(model, prompts))  # type: ignore[arg-type]
+
+
+def one_after_another(model: HookedModel, prompts: Iterable[Prompt], name: str = "prompts") -> Iterator[Tokens]:
+    """Token ids [pos] of each of several prompts.
+
+    Args:
+        name: what the prompts are called in an error, which says which of them is at fault: "prompts[3]".
+
+    Raises:
+        TokenizerMissing, PromptError: as `to_tokens`.
+    """
+    for number, prompt in enumerate(prompts):
+        with at_fault(f"{name}[{number}]"):
+            tokens = to_tokens(model, prompt)
+        yield tokens
+
+
+@contextmanager
+def at_fault(name: str) -> Iterator[None]:
+    """Within, an error says which prompt it is of."""
+    try:
+        yield
+    except PromptError as error:
+        raise PromptError(f"{name}: {error}") from error
 
 
 def _read(model: HookedModel, text: str) -> Tensor:
@@ -256,11 +281,12 @@ def _masked(model: HookedModel, prompts: Tensor, attention_mask: Tensor | None) 
     _check_range(model, prompts)
     device = model.W_E.device
     tokens, mask = prompts.to(device, torch.long), (attention_mask != 0).long().to(device)
-    for row, own in zip(tokens, mask.bool(), strict=True):
+    for number, (row, own) in enumerate(zip(tokens, mask.bool(), strict=True)):
         where = torch.nonzero(own).flatten()
-        if len(where) and len(where) != int(where[-1] - where[0]) + 1:
-            raise PromptError("attention_mask has a gap: padding is before a prompt, or behind it.")
-        to_tokens(model, row[own])
+        with at_fault(f"prompts[{number}]") if len(tokens) > 1 else nullcontext():
+            if len(where) and len(where) != int(where[-1] - where[0]) + 1:
+                raise PromptError("attention_mask has a gap: padding is before a prompt, or behind it.")
+            to_tokens(model, row[own])
     return PromptRows(tokens, mask)
 
 

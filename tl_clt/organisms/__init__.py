@@ -17,6 +17,7 @@ from tl_clt.lens import Backend, HookedModel, load_model
 from tl_clt.organisms.circuits import CircuitVariable, KnownCircuit, ground_truth, known_circuits, load_circuit
 from tl_clt.organisms.interchange import find_variables, interchange, probe
 from tl_clt.organisms.programs import Program, Step
+from tl_clt.organisms.prompts import BenchmarkPrompt
 from tl_clt.organisms.tasks import Case, Hop, Task
 from tl_clt.transcoder import CrossLayerTranscoder
 
@@ -78,6 +79,12 @@ def organism_tasks(name: str) -> dict[str, Task]:
     return import_module(f"tl_clt.organisms.{name}.text").TASKS
 
 
+def benchmark_prompts(name: str) -> list[BenchmarkPrompt]:
+    """Prompts that an organism was not trained on, with their right answers, in an order of no meaning."""
+    organism_folder(name)
+    return import_module(f"tl_clt.organisms.{name}.prompts").benchmark_prompts()
+
+
 def default_prompt(name: str) -> str:
     """A prompt that shows what the organism can do."""
     organism_folder(name)
@@ -96,6 +103,7 @@ def organism_folder(name: str) -> Path:
 
 __all__ = [
     "Case",
+    "BenchmarkPrompt",
     "CircuitVariable",
     "Hop",
     "KnownCircuit",
@@ -103,6 +111,7 @@ __all__ = [
     "Program",
     "Step",
     "Task",
+    "benchmark_prompts",
     "default_prompt",
     "find_variables",
     "ground_truth",

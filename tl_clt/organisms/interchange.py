@@ -141,8 +141,9 @@ def find_variables(
             )
             for s in (seed, seed + 1)
         )
-        score = searched[["follows", "keeps"]].min(axis=1)
-        found = int(searched["layer"][score >= score.max()].idxmin())
+        score = np.fmin(searched["follows"].to_numpy(), searched["keeps"].to_numpy())
+        best = np.flatnonzero(score >= score.max())
+        found = int(best[searched["layer"].to_numpy()[best].argmin()])
         row = again.loc[found].to_dict()
         others = again.drop(index=found)
         others = others[(others["layer"] >= row["layer"]) & (others["part"] == row["part"])]

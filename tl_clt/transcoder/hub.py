@@ -18,6 +18,7 @@ from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from tl_clt.bundled import bundled_organisms
+from tl_clt.connection import hub_or_cache
 from tl_clt.errors import CLTMismatch, FormatError, NotWritten
 
 
@@ -196,23 +197,25 @@ def parse(where: str) -> HubPath:
 
 def fetch_file(where: HubPath) -> Path:
     """One file, downloaded unless it is cached."""
-    try:
-        return Path(hf_hub_download(where.repo, where.path, revision=where.revision))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise _unreachable(where, error) from error
+    with hub_or_cache() as unreached:
+        try:
+            return Path(hf_hub_download(where.repo, where.path, revision=where.revision))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise _unreachable(where, error, unreached) from error
 
 
 def fetch_folder(where: HubPath, patterns: list[str]) -> Path:
     """The files of a folder (and its sub-folders) that match one of the patterns."""
     wanted = [where.file(pattern) for pattern in patterns]
-    try:
-        whole = Path(snapshot_download(where.repo, revision=where.revision, allow_patterns=wanted))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise _unreachable(where, error) from error
+    with hub_or_cache() as unreached:
+        try:
+            whole = Path(snapshot_download(where.repo, revision=where.revision, allow_patterns=wanted))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise _unreachable(where, error, unreached) from error
     return whole / where.path
 
 
-def _unreachable(where: HubPath, error: Exception) -> FormatError | NotWritten:
+def _unreachable(where: HubPath, error: Exception, unreached: str) -> FormatError | NotWritten:
     place = f"{where.repo}/{where.path}".rstrip("/") + (f"@{where.revision}" if where.revision else "")
     if isinstance(error, OSError) and error.errno in NO_PLACE:
         return NotWritten(
@@ -220,9 +223,8 @@ def _unreachable(where: HubPath, error: Exception) -> FormatError | NotWritten:
             f" ({error.strerror}). Make room there, or set HF_HOME to a folder on another disk; what was downloaded"
             " is taken up again."
         )
-    offline = " HF_HUB_OFFLINE is set, so that only what is cached is looked at." if constants.HF_HUB_OFFLINE else ""
     return FormatError(
         f"'{place}' is neither a folder here nor a hub repository that can be reached"
-        f" ({type(error).__name__}).{offline} Check the path or name, the revision and the connection; a gated"
+        f" ({type(error).__name__}).{unreached} Check the path or name, the revision and the connection; a gated"
         " repository also needs `hf auth login`. `tl-clt list` names public transcoders."
     )

@@ -84,11 +84,10 @@ def page_data(
     """
     named = _as_graphs(graphs)
     max_features = as_whole("max_features", max_features, 0, none="all")
-    if features is not None and not isinstance(features, FeatureSource):
-        raise ConfigError(f"features is {shown(features)}: give a FeatureStore, or what has get(layer, feature).")
+    features = None if features is None else as_feature_source(features)
     if title is not None and not isinstance(title, str):
         raise ConfigError(f"title is {shown(title)}: give a text, or None for the prompt.")
-    _require_one_clt([graph for _, graph in named], features)
+    require_one_clt([graph for _, graph in named], features)
     entries = [_graph_data(name, graph) for name, graph in named]
     found, left_out = _feature_data(entries, features, max_features)
     return {
@@ -102,7 +101,18 @@ def page_data(
     }
 
 
-def _require_one_clt(graphs: list[AttributionGraph], features: FeatureSource | None) -> None:
+def as_feature_source(features: object) -> FeatureSource:
+    """Where what is known of features comes from.
+
+    Raises:
+        ConfigError: it has no `get`.
+    """
+    if not isinstance(features, FeatureSource):
+        raise ConfigError(f"features is {shown(features)}: give a FeatureStore, or what has get(layer, feature).")
+    return features
+
+
+def require_one_clt(graphs: list[AttributionGraph], features: FeatureSource | None) -> None:
     """Raise where graphs, or what is known of features, are of several CLTs, whose features mean different things. What
     does not say which CLT it is of passes.
 
@@ -133,7 +143,8 @@ def save_html(
     title: str | None = None,
     max_features: int | None = MOST_FEATURES,
 ) -> Path:
-    """Write one HTML file that shows graphs, with all that it needs, to be opened without a network.
+    """Write one HTML file that shows graphs, with all that it needs, to be opened without a network. All or nothing; a
+    file that is there is replaced, as one wants it who saves a page again from a notebook.
 
     Raises:
         ConfigError: as of `page_data`.

@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from tl_clt.attribution import AttributionGraph
-from tl_clt.evaluation import EvaluationReport
+from tl_clt.benchmark import BenchmarkReport
+from tl_clt.evaluation import EvaluationReport, FaithfulnessCurves
 from tl_clt.features import FeatureRecord, FeatureStore
 from tl_clt.interventions import InterventionEffect
 from tl_clt.viewer.story import Group
@@ -163,6 +164,71 @@ def tradeoff_table(table: DataFrame) -> Table:
     for row in table.to_dict("records"):
         shown.add_row(*(_cell(row[column]) for column in TRADEOFF_COLUMNS))
     return shown
+
+
+CURVE_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+"""Of the nodes, at which a table says how faithful circuits are."""
+
+
+def curves_table(report: FaithfulnessCurves) -> Table:
+    """Areas of faithfulness curves, and some of their points."""
+    info = report.info
+    title = f"Circuits of {report.table['prompt'].nunique()} prompts, ablated to {info['ablated_to']}; metric"
+    title += f" {info['metric']}, errors {info['errors']}. area under f and distance from 1, 95% intervals; f by share"
+    curves = report.curves
+    shares = [share for share in CURVE_SHARES if share in set(curves["share"])]
+    table = Table("transcoder", "ranking", "area", "distance", *(f"f({share:g})" for share in shares), "f(1)")
+    table.title, table.title_justify = title, "left"
+    for row in report.areas.to_dict("records"):
+        of = curves[(curves["transcoder"] == row["transcoder"]) & (curves["ranking"] == row["ranking"])]
+        points = of.set_index("share")["faithfulness"]
+        table.add_row(
+            escape(row["transcoder"]),
+            row["ranking"],
+            *(_between(row[name], row[f"{name}_low"], row[f"{name}_high"], 3) for name in ("area", "distance")),
+            *(f"{points[share]:.2f}" for share in shares),
+            f"{row['whole']:.2f}",
+        )
+    return table
+
+
+BENCHMARK_COLUMNS = {
+    "l0": "L0",
+    "answers_kept": "right",
+    "accuracy": "told",
+    "swap": "swap",
+    "hop_recall": "hop recall",
+    "hops_shown": "hops shown",
+    "precision": "prec.",
+}
+
+
+def benchmark_table(report: BenchmarkReport) -> Table:
+    """What transcoders show of known circuits: means over seeds, of hop recall and hops shown with the range."""
+    table = Table("circuit", "judged", "at", *BENCHMARK_COLUMNS.values(), padding=(0, 0))
+    table.title = "Known circuits, means over seeds (least to most below). at: lambda, k or share of neurons kept; L0:"
+    table.title += " active features, all layers; right: answers with it in place of the MLPs; told: variables, from"
+    table.title += " their features; swap: answers that follow it; hop recall: variables with both; hops shown: paths,"
+    table.title += " of those there are; prec.: features in graphs that are functions of what the program has"
+    table.title_justify = "left"
+    for row in report.summary.to_dict("records"):
+        cells = []
+        for name in BENCHMARK_COLUMNS:
+            cell = "" if isna(row[name]) else f"{row[name]:.{1 if name == 'l0' else 2}f}"
+            least, most = row[f"{name}_least"], row[f"{name}_most"]
+            cells.append(f"{cell}\n{least:.2f} to {most:.2f}" if name.startswith("hop") and least < most else cell)
+        kind, at = row["kind"], f"{'k' if row['activation'] == 'topk' else 'λ'} {row['sparsity']:g}"
+        at = {"neurons": f"{row['sparsity']:.0%}", "untrained": ""}.get(kind, at)
+        judged = {"plt": "PLT", "clt": "CLT", "untrained": "chance"}.get(kind, kind)
+        table.add_row(row["judge"], judged, at, *cells)
+    return table
+
+
+def _between(value: float, low: float, high: float, digits: int) -> str:
+    """A number, with what it lies between where that is known."""
+    if isna(value):
+        return ""
+    return f"{value:.{digits}f}" if isna(low) else f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def _cell(value: object) -> str:

@@ -77,8 +77,8 @@ class DataSettings:
     training_tokens: int = 2_000_000
     """Tokens to train on, repeats of the dataset included. Exactly so many: the last batch may be shorter."""
 
-    context_size: int = 128
-    """Tokens of a prompt."""
+    context_size: WholeOrChosen = CHOSEN
+    """Tokens of a prompt. Where left out: 128, or as many as the model takes where these are fewer."""
 
     train_batch_size_tokens: WholeOrChosen = CHOSEN
     """Tokens of a training step. Where left out: the power of two of at least 128 and at most 4096 tokens that makes

@@ -26,6 +26,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_clt.arguments import shown
+from tl_clt.connection import hub_or_cache
 from tl_clt.errors import ConfigError, DatasetError, TrainingWarning
 from tl_clt.lens import HookedModel, model_name, require_tokenizer
 
@@ -134,7 +135,13 @@ def _from_path(source: str | Path, streaming: bool) -> AnyDataset:
             return _from_text(path) if builder is None else _load(builder, streaming, data_files=str(path))
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return _one_split(load_from_disk(str(path)), name)
-        return _one_split(_load(str(path) if path.is_dir() else str(source), streaming), name)
+        if path.is_dir():
+            return _one_split(_load(str(path), streaming), name)
+        with hub_or_cache() as unreached:
+            try:
+                return _one_split(_load(str(source), streaming), name)
+            except (DatasetNotFoundError, HFValidationError, HfHubHTTPError, ValueError, OSError) as error:
+                raise _unreadable(name, error, unreached) from error
     except DatasetError:
         raise
     except UnicodeDecodeError as error:
@@ -149,11 +156,11 @@ def _load(name: str, streaming: bool, **options: Any) -> AnyDataset:
     return load_dataset(name, split="train", streaming=streaming, **options)
 
 
-def _unreadable(name: str, error: Exception) -> DatasetError:
+def _unreadable(name: str, error: Exception, unreached: str = "") -> DatasetError:
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return DatasetError(
-        f"{name} could not be read ({first_line}). It must be a text file, a .json, .jsonl, .csv or .parquet file, a"
-        " folder of such files or one saved with save_to_disk, or a hub dataset that can be reached."
+        f"{name} could not be read ({first_line}).{unreached} It must be a text file, a .json, .jsonl, .csv or .parquet"
+        " file, a folder of such files or one saved with save_to_disk, or a hub dataset that can be reached."
     )
 
 

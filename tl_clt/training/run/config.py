@@ -192,6 +192,16 @@ class CLTTrainingRunnerConfig:
         object.__setattr__(other, "chosen", {k: v for k, v in self.chosen.items() if k not in values})
         return other
 
+    def fitted_to(self, n_ctx: int) -> CLTTrainingRunnerConfig:
+        """This config for a model that takes so many tokens: a context_size that nobody asked for is no more, and what
+        was chosen by it is chosen anew."""
+        if "context_size" not in self.chosen or self.data.context_size <= n_ctx:
+            return self
+        other = replace(self, **{name: None for name in self.chosen} | {"context_size": n_ctx})
+        reason = {"context_size": f"the model takes no more; {DEFAULT_CONTEXT} where it does"}
+        object.__setattr__(other, "chosen", reason | other.chosen)
+        return other
+
     def in_words(self) -> str:
         """The activation, what was chosen where nothing was said, and why, and what of the text is left out."""
         data = self.data
@@ -264,6 +274,7 @@ class CLTTrainingRunnerConfig:
         return cls(**as_tuples)
 
 
+DEFAULT_CONTEXT = 128
 STEPS_WANTED, SMALLEST_BATCH, LARGEST_BATCH = 300, 128, 4096
 LR_TIMES_ROOT_OF_STEPS, SMALLEST_LR, LARGEST_LR = 0.045, 2e-4, 4e-3
 PROMPTS_PER_EVAL_PROMPT, FEWEST_EVAL_PROMPTS, MOST_EVAL_PROMPTS = 16, 16, 256
@@ -286,6 +297,9 @@ def choose(cfg: CLTTrainingRunnerConfig) -> None:
     if clt.selects:
         reason = "nothing was said of L0" if clt.target_l0 is None else f"target_l0 is {clt.target_l0:g}"
         fill(clt, "k", clt.k_asked_for(), reason)
+    fill(
+        data, "context_size", DEFAULT_CONTEXT, f"{DEFAULT_CONTEXT}, or as many as the model takes where it takes fewer"
+    )
     tokens = max(1, data.training_tokens)
     wanted = 2 ** round(math.log2(max(1.0, tokens / STEPS_WANTED)))
     parts = max(1, cfg.n_data_parallel)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -474,8 +475,9 @@ def draw_progress(
     _draw_by_layer(l0, tokens, [line.l0_per_layer for line in lines], PALETTE[2])
     if target_l0 is not None:
         l0.axhline(target_l0, color="black", linestyle="--", linewidth=0.9, label=f"asked for: {target_l0:g}")
-    greatest = max(line.l0_greatest for line in lines)
-    l0.set(title="L0: active features per layer and token", yscale="log", ylim=(LEAST_L0_SHOWN, max(2 * greatest, 1)))
+    counts = [count for line in lines for count in line.l0_per_layer] + ([] if target_l0 is None else [target_l0])
+    l0.set_title("L0: active features per layer and token")
+    _set_scale(l0, [max(count, LEAST_L0_SHOWN) for count in counts])
     shares = [line.dead_share for line in lines]
     most = max(0.05, 1.1 * max(shares))
     dead.plot(tokens, shares, color=PALETTE[1], marker=_marker(lines))
@@ -494,15 +496,28 @@ def draw_progress(
 
 
 LEAST_L0_SHOWN = 0.05
-"""Where the axis of L0 ends: a silent layer is at its foot."""
+"""Where a logarithmic axis of L0 ends: a silent layer is at its foot."""
+LEAST_SPREAD = 10
+"""Values whose greatest is so many times the least are shown on a logarithmic axis."""
+
+
+def _set_scale(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis where values spread widely. Others, a flat line above all, stand on one from 0, with numbers
+    beside it: a logarithmic one would be empty but for a line at its top, or have no number beside it."""
+    shown = [value for value in values if value > 0 and math.isfinite(value)]
+    if shown and max(shown) >= LEAST_SPREAD * min(shown):
+        axes.set(yscale="log", ylim=(min(shown) / 1.5, 1.5 * max(shown)))
+    else:
+        axes.set(ylim=(0, 1.25 * max(shown, default=0.8)))
 
 
 def _draw_losses(axes: Axes, tokens: list[int], lines: Sequence[TrainingProgress]) -> None:
     names = dict.fromkeys(name for line in lines for name in line.losses)
+    _set_scale(axes, [value for line in lines for value in line.losses.values()])
     for name in names:
         values = [line.losses.get(name, 0.0) for line in lines]
         axes.plot(tokens, [v if v > 0 else float("nan") for v in values], label=shorten(name), marker=_marker(lines))
-    axes.set(title="Terms of the loss", yscale="log")
+    axes.set_title("Terms of the loss")
 
 
 def _draw_by_layer(axes: Axes, tokens: list[int], values: list[list[float]], color: str) -> None:

@@ -127,6 +127,9 @@ class Start(NamedTuple):
     d_model: int
     """Width of its residual stream."""
 
+    n_ctx: int
+    """Tokens that it takes."""
+
     name: str
     """The model's, as the CLT's config has it."""
 
@@ -237,6 +240,7 @@ class CLTTrainingRunner:
         cfg = self.cfg
         source: list[tuple[HookedModel, AnyDataset]] = []
         start = grid.on_main(lambda: self._prepare(resume, source))
+        self.cfg = cfg = cfg.fitted_to(start.n_ctx)
         if start.checkpoint is not None:
             # What this run chose by itself, for another number of tokens perhaps, is as it was.
             before = start.checkpoint.about["config"]
@@ -284,6 +288,7 @@ class CLTTrainingRunner:
         checkpoint = None if resume is None else find_checkpoint(cfg, Path(resume))
         require_checkpoint_folder(cfg, checkpoint)
         model = self.model or self._load_model()
+        cfg = cfg.fitted_to(model.cfg.n_ctx)
         check_fits(model, cfg.clt, cfg.data)
         source_of_data = cfg.dataset_path if self.dataset is None else self.dataset
         assert source_of_data is not None
@@ -305,7 +310,7 @@ class CLTTrainingRunner:
             require_same_text(checkpoint, text)
         source.append((model, dataset))
         name = cfg.model_name or model_name(model)
-        return Start(model.cfg.n_layers, model.cfg.d_model, name, fingerprint, text, checkpoint)
+        return Start(model.cfg.n_layers, model.cfg.d_model, model.cfg.n_ctx, name, fingerprint, text, checkpoint)
 
     def _check_memory(self, start: Start, grid: ProcessGrid) -> None:
         shape = replace(self._clt_config(start, None), device="meta")

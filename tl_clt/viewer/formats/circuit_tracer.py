@@ -22,6 +22,7 @@ from tl_clt.errors import ConfigError, FeatureNotFound, FormatError
 from tl_clt.files import files_into, new_folder, read_json, reading, require_new
 from tl_clt.viewer.formats.feature_json import MEND, RecordValues, check_record, parse_feature, write_feature
 from tl_clt.viewer.formats.graph_json import as_json, model_of, read_graph, require_name, write_graph
+from tl_clt.viewer.html import FeatureSource
 
 LISTING = "graph-metadata.json"
 INDEX = "index.json.gz"
@@ -37,6 +38,7 @@ def save_circuit_tracer(
     scan: str | None = None,
     node_threshold: float | None = None,
     edge_threshold: float | None = None,
+    features: FeatureSource | None = None,
     labels: Mapping[tuple[int, int], str] | None = None,
     pinned: Iterable[int | Node] = (),
     supernodes: Mapping[str, Iterable[int | Node]] | None = None,
@@ -53,7 +55,9 @@ def save_circuit_tracer(
         scan: the model's name; None for the last part of the name that it was traced by.
         node_threshold: prune first, and write the shares of influence in the whole graph; None for the graph as it is.
         edge_threshold: likewise.
-        labels: words for features, by layer and feature.
+        features: what is known of features, a `FeatureStore` for example: each gets its label, or the tokens that it
+            promotes where it has none. Without it, and without labels, the viewer has its own words or none.
+        labels: words for features, by layer and feature, that go before those.
         pinned: nodes that the viewer's subgraph starts with.
         supernodes: groups of nodes by name.
 
@@ -62,6 +66,7 @@ def save_circuit_tracer(
 
     Raises:
         ConfigError: a name has other characters, or a node to be pinned was pruned away.
+        CLTMismatch: the features are of another CLT.
         NotFinite: the graph has values that are infinite or no numbers.
         FormatError: the folder's list of graphs is damaged.
         NotWritten: the disk is full, for example; what was there stays.
@@ -75,6 +80,7 @@ def save_circuit_tracer(
         scan=model_of(graph) if scan is None else scan,
         node_threshold=node_threshold,
         edge_threshold=edge_threshold,
+        features=features,
         labels=labels,
         pinned=pinned,
         supernodes=supernodes,
@@ -110,7 +116,7 @@ def load_circuit_tracer(path: str | Path) -> AttributionGraph:
             contradict each other.
         MemoryLimit: its edges do not fit in the memory there is.
     """
-    return read_graph(as_path("path", path), "graph of circuit-tracer's")
+    return read_graph(as_path("path", path))
 
 
 # -- bundles of features ----------------------------------------------------------------------------------------------

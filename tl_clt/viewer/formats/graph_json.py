@@ -7,7 +7,10 @@ as an equal one. Position and bias nodes, which no other viewer knows, stand the
 counted in the description that viewers show.
 
 A node's `influence` is a cumulative share: of all nodes, ordered from the most to the least influential, the share of
-influence that this node and those before it have. `feature` is the Cantor pairing of layer and feature,
+influence that this node and those before it have. `node_threshold` is the share that the graph was pruned to, and 1 for
+one that was not; viewers hide nodes whose influence is above it, so the node that reaches the share, and those that
+pruning keeps whatever their influence (tokens), have no more. Of a graph that was pruned before, the whole is not
+known: what it keeps counts as that share. `feature` is the Cantor pairing of layer and feature,
 (l + f)(l + f + 1) / 2 + f. Node ids name a node and mean nothing: reading takes layers and positions from their fields.
 """
 
@@ -37,6 +40,7 @@ from tl_clt.errors import ConfigError, FormatError, MemoryLimit, NodeNotFound, N
 from tl_clt.files import read_json, reading
 from tl_clt.machine import GIB, free_memory
 from tl_clt.viewer.checks import as_graph, as_groups, as_labels, as_nodes
+from tl_clt.viewer.html import FeatureSource, as_feature_source, require_one_clt
 
 VERSION = 1
 NAME = re.compile(r"[a-zA-Z0-9_.-]+")
@@ -61,6 +65,8 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.int32, to
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
 COLUMNS = ("layer", "pos", "index", "activation")
+N_PROMOTED = 3
+"""Output tokens that stand for a feature without a label."""
 MOST_LAYERS = 10_000
 MOST_DENSE = 4096
 """Nodes up to which edges that come from elsewhere are held as a dense matrix."""
@@ -111,7 +117,9 @@ class Selection(NamedTuple):
     numbers: list[int]
     """Of each node that is written, its number in the graph given."""
     influence: list[float]
-    """Of each node that is written, its cumulative share of the influence in the graph given."""
+    """Of each node that is written, its cumulative share of the influence in the graph given; at most `threshold`."""
+    threshold: float
+    """The share of influence that nodes were pruned to, now or before; 1 where they were not."""
 
 
 def select(graph: AttributionGraph, node_threshold: float | None, edge_threshold: float | None) -> Selection:
@@ -122,10 +130,13 @@ def select(graph: AttributionGraph, node_threshold: float | None, edge_threshold
     shares[order] = influence[order].cumsum(0) / influence.sum().clamp_min(torch.finfo(torch.float64).tiny)
     shares = shares.clamp_max(1.0)  # sums of many shares may round up
     if node_threshold is None and edge_threshold is None:
-        return Selection(graph, list(range(len(graph.nodes))), shares.tolist())
+        before = graph.info.get("node_threshold")
+        threshold = float(before) if isinstance(before, (int, float)) and 0 < before <= 1 else 1.0
+        return Selection(graph, list(range(len(graph.nodes))), (shares * threshold).tolist(), threshold)
     thresholds = (0.8 if node_threshold is None else node_threshold, 0.98 if edge_threshold is None else edge_threshold)
     kept = prune_graph(graph, *thresholds).nodes.cpu()
-    return Selection(graph.prune(*thresholds), torch.nonzero(kept).flatten().tolist(), shares[kept].tolist())
+    numbers = torch.nonzero(kept).flatten().tolist()
+    return Selection(graph.prune(*thresholds), numbers, shares[kept].clamp_max(thresholds[0]).tolist(), thresholds[0])
 
 
 def write_graph(
@@ -135,6 +146,7 @@ def write_graph(
     scan: str,
     node_threshold: float | None = None,
     edge_threshold: float | None = None,
+    features: FeatureSource | None = None,
     labels: Mapping[tuple[int, int], str] | None = None,
     pinned: Iterable[int | Node] = (),
     supernodes: Mapping[str, Iterable[int | Node]] | None = None,
@@ -148,7 +160,8 @@ def write_graph(
         scan: name of the model, as the viewer knows it.
         node_threshold: prune the graph first, see `AttributionGraph.prune`; None for the graph as it is.
         edge_threshold: likewise.
-        labels: words for features, by layer and feature.
+        features: what is known of features, see `words_for`.
+        labels: words for features, by layer and feature, that go before those.
         pinned: nodes of the graph that the viewer's subgraph starts with.
         supernodes: groups of nodes by name.
         description: a line about the graph; what is not among its nodes is added to it.
@@ -165,6 +178,7 @@ def write_graph(
     chosen = select(as_graph(graph), node_threshold, edge_threshold)
     written = chosen.graph
     _require_finite(written)
+    words = words_for(written, features) | words
     ids = _node_ids(written)
     nodes = _nodes_out(written, ids, chosen.influence, words)
     kinds = [NodeKind(kind) for kind in written.nodes.kind.tolist()]
@@ -176,17 +190,13 @@ def write_graph(
     is_other = [kind in OF_OTHERS for kind in kinds]
     of_other = [is_other[start] for start in source]
     thresholds = {name: written.info[name] for name in ("node_threshold", "edge_threshold") if name in written.info}
-    shown_up_to = max((x for x, kind in zip(chosen.influence, kinds, strict=True) if kind != NodeKind.LOGIT), default=1)
     metadata: dict[str, Any] = {
         "slug": slug,
         "scan": scan,
         "transcoder_list": [],
         "prompt_tokens": [_text("a token of the prompt", token) for token in written.prompt_tokens],
         "prompt": _text("the prompt", written.info.get("prompt", "".join(written.prompt_tokens))),
-        # Viewers hide nodes whose cumulative share is above it: it lets through all that is written.
-        "node_threshold": max(
-            shown_up_to, float(written.info["node_threshold"]) if node_threshold is not None else 0.0
-        ),
+        "node_threshold": float(chosen.threshold),
         "schema_version": 1,
         "info": {
             "description": " ".join(filter(None, (description, _said_of_rest(written, of_other)))),
@@ -221,6 +231,34 @@ def write_graph(
         "links": [link for link, other in zip(links, of_other, strict=True) if not other],
     }
     return values
+
+
+def words_for(graph: AttributionGraph, features: FeatureSource | None) -> dict[tuple[int, int], str]:
+    """Words for a graph's features, by layer and feature: the label, or where one has none the tokens that it pushes up
+    most. None are made up for what nothing is known of: viewers have their own words for it, or show its number.
+
+    Args:
+        features: a `FeatureStore`, or what has `get(layer, feature)`.
+
+    Raises:
+        ConfigError, CLTMismatch: it is something else, or of another CLT.
+    """
+    if features is None:
+        return {}
+    require_one_clt([graph], as_feature_source(features))
+    nodes, found = graph.nodes, {}
+    is_feature = nodes.is_kind(NodeKind.FEATURE)
+    places = zip(nodes.layer[is_feature].tolist(), nodes.index[is_feature].tolist(), strict=True)
+    for layer, feature in sorted(set(places)):
+        record = features.get(layer, feature)
+        if record is None:
+            continue
+        known = record.to_dict()
+        promoted = ", ".join(repr(str(token)) for token, _ in (known.get("top_logits") or ())[:N_PROMOTED])
+        words = known.get("label") or (f"promotes {promoted}" if promoted else "")
+        if words:
+            found[layer, feature] = words
+    return found
 
 
 def as_json(values: Any) -> str:
@@ -499,7 +537,7 @@ class _File(_Strict):
 MEND = "Export the graph again, or copy the file again."
 
 
-def read_graph(path: Path, what: str) -> AttributionGraph:
+def read_graph(path: Path) -> AttributionGraph:
     """Read a graph in the layout that Neuronpedia and circuit-tracer share. Nothing in the file is trusted.
 
     Of a graph that this package wrote, the equal graph. Others tell neither what was pruned away nor which features
@@ -515,7 +553,7 @@ def read_graph(path: Path, what: str) -> AttributionGraph:
         raise FormatError(f"'{path}' is a folder. Give the JSON file within it.")
     if not path.is_file():
         raise FormatError(f"'{path}' does not exist. Check the path.")
-    with reading(path, what, MEND):
+    with reading(path, "graph of Neuronpedia's or circuit-tracer's", MEND):
         file = _validate(path, _File, read_json(path.read_text(encoding="utf-8"), finite=True))
         about = file.metadata.tl_clt
         if about is not None and about.version > VERSION:

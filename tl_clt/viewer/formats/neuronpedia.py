@@ -35,6 +35,7 @@ from tl_clt.viewer.formats.graph_json import (
     require_name,
     write_graph,
 )
+from tl_clt.viewer.html import FeatureSource
 
 KEY = "NEURONPEDIA_API_KEY"
 MOST_BYTES = 100 * 2**20
@@ -51,6 +52,7 @@ def save_neuronpedia(
     node_threshold: float | None = None,
     edge_threshold: float | None = None,
     source_set: str | None = None,
+    features: FeatureSource | None = None,
     labels: Mapping[tuple[int, int], str] | None = None,
     pinned: Iterable[int | Node] = (),
     supernodes: Mapping[str, Iterable[int | Node]] | None = None,
@@ -69,13 +71,16 @@ def save_neuronpedia(
         node_threshold: prune first, and write the shares of influence in the whole graph; None for the graph as it is.
         edge_threshold: likewise.
         source_set: the name there of the set of features, whose pages are shown; None where it has none.
-        labels: words for features, by layer and feature.
+        features: what is known of features, a `FeatureStore` for example: each gets its label, or the tokens that it
+            promotes where it has none. Without it, and without labels, the viewer has its own words or none.
+        labels: words for features, by layer and feature, that go before those.
         pinned: nodes that the viewer's subgraph starts with.
         supernodes: groups of nodes by name.
         description: a line about the graph.
 
     Raises:
         ConfigError: a name has other characters, or a node to be pinned was pruned away.
+        CLTMismatch: the features are of another CLT.
         NotFinite: the graph has values that are infinite or no numbers.
         NotWritten: the path is a folder, or the disk is full, for example; what was there stays.
     """
@@ -87,6 +92,7 @@ def save_neuronpedia(
         scan=model_of(graph) if scan is None else scan,
         node_threshold=node_threshold,
         edge_threshold=edge_threshold,
+        features=features,
         labels=labels,
         pinned=pinned,
         supernodes=supernodes,
@@ -111,7 +117,7 @@ def load_neuronpedia(path: str | Path) -> AttributionGraph:
             contradict each other.
         MemoryLimit: its edges do not fit in the memory there is.
     """
-    return read_graph(as_path("path", path), "graph of Neuronpedia's")
+    return read_graph(as_path("path", path))
 
 
 def save_neuronpedia_features(records: Iterable[RecordValues], folder: str | Path) -> Path:

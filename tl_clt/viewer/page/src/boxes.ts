@@ -36,6 +36,7 @@ export interface Subgraph {
 const WIDTH = 172;
 const LINE = 15;
 const PER_LINE = 20;
+const TITLE_LINES = 4;
 const MOST_LINES = 6;
 
 export function buildSubgraph(store: Store): Subgraph {
@@ -48,7 +49,7 @@ export function buildSubgraph(store: Store): Subgraph {
     const title = group ?? boxName(store, members[0]);
     const lines = group === null ? [] : members.slice(0, MOST_LINES).map((i) => boxName(store, i));
     if (members.length > MOST_LINES) lines.push(`and ${members.length - MOST_LINES} more`);
-    const rows = wrap(title, PER_LINE, 2).length;
+    const rows = wrap(title, PER_LINE, TITLE_LINES).length;
     boxes.push({
       id,
       group,
@@ -184,7 +185,7 @@ export interface BoxText {
 
 /** The lines written in a box. */
 export function textOf(store: Store, box: Box): BoxText[] {
-  const title = wrap(box.title, PER_LINE, 2).map((text, i) => ({
+  const title = wrap(box.title, PER_LINE, TITLE_LINES).map((text, i) => ({
     text,
     y: 18 + i * LINE,
     size: 12.5,

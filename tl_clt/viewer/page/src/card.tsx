@@ -2,7 +2,7 @@
 
 import { scaleLinear, scaleLog } from "d3-scale";
 import { Fragment } from "preact";
-import { useEffect, useLayoutEffect, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 
 import { LongTable } from "./list";
 import { number, Store } from "./store";
@@ -83,7 +83,7 @@ function Strongest({ store }: { store: Store }) {
       <ol class="strongest">
         {top.map((i) => (
           <li key={i}>
-            <button type="button" class="link" onClick={() => store.select(i)}>
+            <button type="button" class="link" title={store.nameOf(i)} onClick={() => store.select(i)}>
               {store.nameOf(i)}
             </button>{" "}
             <span class="quiet">at {graph.data.tokens[graph.data.nodes.pos[i]]?.trim()}</span>{" "}
@@ -95,13 +95,17 @@ function Strongest({ store }: { store: Store }) {
   );
 }
 
-/** Letters of a label in one line of its field. */
-const LABEL_LINE = 38;
-
 function LabelField({ store, node }: { store: Store; node: number }) {
   const given = store.labelOf(node) ?? "";
   const [text, setText] = useState(given);
   useLayoutEffect(() => setText(given), [node, given]);
+  const field = useRef<HTMLTextAreaElement>(null);
+  useLayoutEffect(() => {
+    // As high as what is written in it; the style says where it begins to scroll.
+    const area = field.current!;
+    area.style.height = "auto";
+    area.style.height = `${area.scrollHeight + area.offsetHeight - area.clientHeight}px`;
+  }, [text]);
   const save = () => {
     if (text !== given) store.relabel(node, text === store.featureOf(node)?.label ? "" : text);
   };
@@ -117,8 +121,9 @@ function LabelField({ store, node }: { store: Store; node: number }) {
       <label>
         <span class="unseen">Label of this node</span>
         <textarea
+          ref={field}
           value={text}
-          rows={Math.min(Math.ceil(Math.max(text.length, 1) / LABEL_LINE), 4)}
+          rows={1}
           placeholder={`${store.nameOf(node)}: give it a label`}
           onInput={(event) => setText(event.currentTarget.value)}
           onKeyDown={(event) => {
@@ -243,7 +248,7 @@ function EdgeTable({ store, title, edges, end, share, dropped }: EdgeTableProps)
             const position = graph.data.nodes.pos[other];
             return (
               <>
-                <div class="cell name" role="gridcell" title={graph.data.nodes.label[other]}>
+                <div class="cell name" role="gridcell" title={`${store.nameOf(other)} (${graph.data.nodes.label[other]})`}>
                   {store.nameOf(other)}
                 </div>
                 <div class="cell token" role="gridcell">

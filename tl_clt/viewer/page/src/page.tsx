@@ -256,7 +256,7 @@ function Page({ store, element, onScene, ownsWindow }: PageProps) {
             <NodeTable store={store} visible={visible} found={foundSet} />
           )}
           <p class="summary" role="status" data-testid="summary">
-            {[summarise(graph, visible), summariseFeatures(store.data, Boolean(store.host.loadFeature))].filter(Boolean).join(" ")}
+            {[summarise(graph, visible, store.countUnknown()), summariseFeatures(store.data, Boolean(store.host.loadFeature))].filter(Boolean).join(" ")}
           </p>
           <SubgraphPanel store={store} ask={ask} />
         </main>

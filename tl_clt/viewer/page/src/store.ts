@@ -155,6 +155,11 @@ export class Store {
     return this.notes.pinned.map((id) => this.numberOf(id)).filter((i): i is number => i !== null);
   }
 
+  /** How many pinned nodes this graph, or all graphs, do not have: pruned away, or of another graph. */
+  countUnknown(which: number[] = [this.state.graph]): number {
+    return which.reduce((n, i) => n + this.state.notes[i].pinned.filter((id) => !this.graphs[i].byId.has(id)).length, 0);
+  }
+
   subscribe(listener: () => void): () => void {
     this.listeners.add(listener);
     return () => this.listeners.delete(listener);
@@ -380,8 +385,15 @@ export class Store {
   /** Take over an exported state; an error says what is wrong with it. */
   import(given: unknown): void {
     const state = this.admit(given);
-    this.said = "The state was read.";
     this.set(state);
+    this.sayRead();
+  }
+
+  /** Say that a state was read, and how much of it is of nodes that are not here. */
+  private sayRead(): void {
+    const n = this.countUnknown([...this.graphs.keys()]);
+    const unknown = n ? ` ${n} of its pinned nodes ${n === 1 ? "is" : "are"} unknown here.` : "";
+    this.say(`The state was read.${unknown}`);
   }
 
   /** The state that an export means, each part checked. */
@@ -417,7 +429,7 @@ export class Store {
     this.state = clean({ ...found, ...theme }, this.graphs.length, initialState(this.graphs.length));
     const node = this.selected;
     if (node !== null) this.load(node);
-    this.emit();
+    this.sayRead();
   }
 
   private keepPassing(state: State): State {

@@ -160,6 +160,7 @@ export function SubgraphPanel({ store, ask }: Props) {
               onPointerEnter={() => store.hover(box.members[0])}
               onPointerLeave={() => store.hover(null)}
             >
+              <title>{`${box.title}\n${describeMembers(store, box)}`}</title>
               <rect width={box.width} height={box.height} rx={7} />
               {textOf(store, box).map((line, i) => (
                 <text key={i} class={line.isBold ? "title" : ""} x={box.width / 2} y={line.y} font-size={line.size} data-member={line.member ?? undefined}>
@@ -177,8 +178,12 @@ export function SubgraphPanel({ store, ask }: Props) {
 /** What is written in a box, and then what it stands for in full. */
 function describeBox(store: Store, box: Box): string {
   const written = textOf(store, box).map((line) => line.text).join(" ");
-  if (box.group !== null) return `${written}: group of ${box.members.map((i) => store.graph.data.nodes.label[i]).join(", ")}`;
-  return `${written}: ${store.graph.data.nodes.label[box.members[0]]}`;
+  return `${written}: ${describeMembers(store, box)}`;
+}
+
+function describeMembers(store: Store, box: Box): string {
+  const members = box.members.map((i) => store.graph.data.nodes.label[i]).join(", ");
+  return box.group === null ? members : `group of ${members}`;
 }
 
 /** A number, with its bounds where these differ. */

@@ -97,11 +97,12 @@ export function summariseFeatures(data: PageData, canLoad: boolean): string {
 }
 
 /** What is shown and what is not, in a sentence. */
-export function summarise(graph: Graph, visible: Visible): string {
+export function summarise(graph: Graph, visible: Visible, unknownPins: number): string {
   const list = (entries: [string, number][]) => entries.map(([reason, count]) => `${count} ${reason}`).join(", ");
   const hidden = [
     visible.hiddenNodes.length ? `Nodes hidden: ${list(visible.hiddenNodes)}.` : "",
     visible.hiddenEdges.length ? `Edges hidden: ${list(visible.hiddenEdges)}.` : "",
+    unknownPins ? `${unknownPins} pinned ${unknownPins === 1 ? "node is" : "nodes are"} not in this graph.` : "",
   ];
   const nodes = `${visible.nodes.length} of ${graph.n} nodes`;
   return [`${nodes} and ${visible.edges.length} of ${graph.nEdges} edges shown.`, ...hidden].filter(Boolean).join(" ");

@@ -14,8 +14,12 @@ A hop is shown where, with the group alone,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+import json
+import math
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -26,16 +30,22 @@ from torch import Tensor
 from tl_clt.arguments import as_seed, as_whole, shown
 from tl_clt.attribution import AttributionGraph, NodeKind, attribute
 from tl_clt.attribution.influence import SMALLEST_ROW_SUM
-from tl_clt.errors import ConfigError
+from tl_clt.errors import ConfigError, FormatError
+from tl_clt.files import read_json
 from tl_clt.interventions import Intervention, intervene
 from tl_clt.lens import block_hook, run_with_cache
 from tl_clt.organisms.circuits import CircuitVariable, KnownCircuit, pairs_that_differ, share
 from tl_clt.organisms.programs import Values
 from tl_clt.replacement import attach, check_fit
+from tl_clt.report import GREY, Report, finite, read_fields, table_from_json, table_to_json
 from tl_clt.shapes import NodeMask
 from tl_clt.transcoder import CrossLayerTranscoder, CrossLayerTranscoderConfig, explained_variance
 from tl_clt.transcoder.decoders import DenseDecoders
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FigureName = Literal["hops"]
 PURITY = 0.9
 """Share of a feature's variance that a quantity must explain for the feature to be a function of it."""
 
@@ -48,13 +58,51 @@ FOLDS = 4
 SHUFFLES = 8
 """Of a variable's values, for chance."""
 
+MEANS = ("accuracy", "accuracy_shuffled", "swap", "swap_other", "swap_replaced")
+"""Columns of the table of variables of which the means count."""
+
+BARS = {
+    "accuracy": "told (balanced accuracy)",
+    "accuracy_shuffled": "told, its values shuffled",
+    "swap": "swap followed, the model above",
+    "swap_other": "the same with other features",
+    "swap_replaced": "swap followed, the CLT above",
+    "through": "paths through it, of those there are",
+}
+"""What a figure shows of each variable."""
+
 Acts = Float[Tensor, "n_prompts n_layers d_transcoder"]
 Mask = Bool[Tensor, " d_transcoder"]
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
-class HopReport:
-    """What a CLT shows of a known circuit, at the position of the answer."""
+VARIABLE_COLUMNS = [
+    *(
+        "variable",
+        "layer",
+        "n_features",
+        "accuracy",
+        "accuracy_shuffled",
+        "swap",
+        "swap_other",
+        "swap_replaced",
+        "shown",
+    ),
+    *("through", "through_there"),
+]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class HopReport(Report[FigureName]):
+    """What a CLT shows of a known circuit, at the position of the answer.
+
+    Figure: "hops" (of each variable, how well it is told, how often answers follow its swap, and how much of the paths
+    goes through it). `save` writes it, report.json (which `from_json` reads) and variables.csv.
+    """
+
+    FIGURES: ClassVar[tuple[FigureName, ...]] = get_args(FigureName)
+
+    circuit: str
+    """Its name."""
 
     variables: DataFrame
     """One row a variable of the program: variable, layer, n_features (of its group), accuracy (balanced, on prompts
@@ -90,11 +138,91 @@ class HopReport:
     writes_by_distance: list[float]
     """Share of what active features write, activation times decoder norm, into their own layer, the next, and so on."""
 
-    def __repr__(self) -> str:
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The figures in one row: those of the whole, and means over variables."""
+        table = self.variables
+        return {
+            "hop_recall": self.hop_recall,
+            "hops_shown": self.hops_shown,
+            "precision": self.precision,
+            "l0": sum(self.l0),
+            "explained_variance": min(self.explained_variance),
+            "answers_kept": self.answers_kept,
+            "answers_kept_without_far": self.answers_kept_without_far,
+            "far": sum(self.writes_by_distance[1:]),
+            "through_answer": float(table["through"].iloc[-1]),
+            **{name: float(table[name].mean()) for name in MEANS},
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, for JSON, which has None in place of what is no number."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return finite({**values, "variables": table_to_json(self.variables)})
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: Any) -> HopReport:
+        """The report that `to_dict` wrote.
+
+        Raises:
+            FormatError: it is none.
+        """
+        try:
+            report = read_fields(cls, values, {"DataFrame": partial(table_from_json, columns=VARIABLE_COLUMNS)})
+            if report.variables.empty or len(report.l0) != len(report.explained_variance):
+                raise ValueError("it has no variable, or not every list has an entry for each layer")
+            return report
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise FormatError(f"This is no report of hops ({error}). Give what HopReport.save wrote.") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> HopReport:
+        """The report that `to_json` wrote.
+
+        Raises:
+            FormatError: it is no such text.
+        """
+        try:
+            values = read_json(text)
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"This is no report of hops ({error}). Give what HopReport.save wrote.") from error
+        return cls.from_dict(values)
+
+    def _draw(self, name: str) -> Figure:
+        from matplotlib.figure import Figure
+
+        table, width = self.variables, 0.8 / len(BARS)
+        figure = Figure(figsize=(2.2 * len(table) + 2.5, 4.6), layout="constrained")
+        axes = figure.subplots()
+        there = (table["through"] / table["through_there"]).clip(upper=1)
+        for i, (column, label) in enumerate(BARS.items()):
+            places = [place + (i - (len(BARS) - 1) / 2) * width for place in range(len(table))]
+            axes.bar(places, there if column == "through" else table[column], width, label=label)
+        axes.axhline(SHOWN, color=GREY, linewidth=0.8, linestyle=":")
+        names = zip(table["variable"], table["layer"], strict=True)
+        axes.set_xticks(range(len(table)), [f"{name}\nlayer {layer}" for name, layer in names])
+        axes.set(ylim=(0, 1.02), title=f"{self.circuit}: hop recall {self.hop_recall:.2f}, L0 {sum(self.l0):.1f}")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        return figure
+
+    def _write_numbers(self, folder: Path) -> None:
+        (folder / "report.json").write_text(self.to_json())
+        self.variables.to_csv(folder / "variables.csv", index=False)
+
+    def _in_short(self) -> str:
         return (
-            f"HopReport(hop_recall={self.hop_recall:.2f}, hops_shown={self.hops_shown:.2f},"
-            f" precision={self.precision:.2f}, answers_kept={self.answers_kept:.2f})"
+            f"hop_recall={self.hop_recall:.2f}, hops_shown={self.hops_shown:.2f}, precision={self.precision:.2f},"
+            f" answers_kept={self.answers_kept:.2f}"
         )
+
+    def _tables(self) -> dict[str, DataFrame]:
+        numbers = self.numbers
+        of_all = DataFrame({"measure": list(numbers), "value": list(numbers.values())})
+        return {f"{self.circuit}: numbers": of_all, "by variable": self.variables}
 
 
 @torch.no_grad()
@@ -153,9 +281,10 @@ def measure_hops(
                 "through_there": there.through[variable.name],
             }
         )
-    table = DataFrame(rows)
+    table = DataFrame(rows, columns=VARIABLE_COLUMNS)
     recons = clt.decode(acts, inputs)
     return HopReport(
+        circuit=circuit.name,
         variables=table,
         hop_recall=float(table["shown"].mean()),
         hops_shown=float((table["through"] / table["through_there"]).clip(upper=1).mean()),
@@ -180,8 +309,35 @@ def activations(
     return inputs, outputs
 
 
-def neurons_as_transcoder(circuit: KnownCircuit) -> CrossLayerTranscoder:
-    """The model's own MLPs as a per-layer transcoder, whose features are the neurons: it shows every hop there is."""
+def neurons_as_transcoder(circuit: KnownCircuit, kept: float = 1.0) -> CrossLayerTranscoder:
+    """The model's own MLPs as a per-layer transcoder, whose features are the neurons: it shows every hop there is.
+
+    Args:
+        circuit: the model.
+        kept: below 1, each layer has a threshold of what a neuron writes (activation times norm), that this share of
+            the activations on all prompts is above, and those that are equal to the last of them.
+    """
+    clt = _all_neurons(circuit)
+    if kept == 1:
+        return clt
+    acts = clt.encode(activations(circuit, clt)[0])
+    norms = torch.stack([W.detach()[:, 0].norm(dim=-1) for W in clt.W_dec])
+    cut = CrossLayerTranscoder(replace(clt.cfg, activation="jumprelu"), clt.W_dec)
+    with torch.no_grad():
+        for name in ("W_enc", "b_enc", "b_dec"):
+            cut.get_parameter(name).copy_(clt.get_parameter(name))
+        for layer in clt.layers:
+            written = (acts[:, layer] * norms[layer]).flatten()
+            written = written[written > 0].sort(descending=True).values
+            last = written[max(0, math.ceil(kept * len(written)) - 1)]
+            # Half-way to the next that is less by more than rounding, so that this decides nothing.
+            less = written[written < last * (1 - 1e-4)]
+            limit = (last + (less[0] if len(less) else 0.0)) / 2
+            cut.get_parameter("threshold")[layer] = limit / norms[layer].clamp_min(torch.finfo(norms.dtype).tiny)
+    return cut.requires_grad_(False)
+
+
+def _all_neurons(circuit: KnownCircuit) -> CrossLayerTranscoder:
     model = circuit.model
     weights = dict(model.named_parameters())
     layers = range(model.cfg.n_layers)

@@ -1,0 +1,326 @@
+"""The benchmark: transcoders of several kinds, sparsities and seeds, judged by models whose mechanism is known.
+
+A judge is a model with what makes transcoders of it and what measures their hops, by name in `JUDGES`: so far the
+circuits known by construction. What measures is given a transcoder and a seed and gives a `HopReport`; a further model
+becomes a judge by an entry there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
+
+import numpy as np
+from pandas import DataFrame
+from scipy.stats import t as students_t
+from tqdm.auto import tqdm
+
+from tl_clt.arguments import as_choices, as_number, as_seed, as_several, as_share, as_switch, as_whole
+from tl_clt.benchmark.hops import HopReport, measure_hops, neurons_as_transcoder
+from tl_clt.errors import FormatError
+from tl_clt.files import read_json
+from tl_clt.organisms import KnownCircuit, known_circuits, load_circuit
+from tl_clt.report import GREY, PALETTE, Report, finite, table_to_json
+from tl_clt.transcoder import CrossLayerTranscoder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Kind = Literal["neurons", "untrained", "plt", "clt"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Activation = Literal["jumprelu", "topk"]
+FigureName = Literal["hops"]
+LEVEL = 0.95
+"""Of intervals."""
+
+
+class Candidate(NamedTuple):
+    """A transcoder that is to be judged."""
+
+    kind: Kind
+    """"neurons" are the model's own, "untrained" is a CLT of chance, "plt" writes to its own layer alone."""
+
+    activation: Activation
+    sparsity: float
+    """Of "jumprelu" lambda at the end of training, of "topk" k, of "neurons" the share of activations kept."""
+
+    seed: int
+
+
+class Judge(NamedTuple):
+    """A model whose hops are known."""
+
+    n_layers: int
+    make: Callable[[Candidate, int], CrossLayerTranscoder]
+    """A candidate, trained for so many steps where it is trained."""
+
+    measure: Callable[[CrossLayerTranscoder, int, int, int], HopReport]
+    """What a transcoder shows: with n_pairs, n_graphs and a seed."""
+
+
+def _circuit_judge(name: str) -> Judge:
+    circuit = load_circuit(name)
+
+    def measure(clt: CrossLayerTranscoder, n_pairs: int, n_graphs: int, seed: int) -> HopReport:
+        return measure_hops(circuit, clt, n_pairs=n_pairs, n_graphs=n_graphs, seed=seed)
+
+    return Judge(circuit.model.cfg.n_layers, lambda candidate, n_steps: _make(circuit, candidate, n_steps), measure)
+
+
+def _make(circuit: KnownCircuit, candidate: Candidate, n_steps: int) -> CrossLayerTranscoder:
+    kind, activation, sparsity, seed = candidate
+    if kind == "neurons":
+        return neurons_as_transcoder(circuit, sparsity)
+    # Only here, since it loads sae_lens.
+    from tl_clt.benchmark.train import train_on_circuit
+
+    span = 1 if kind == "plt" else circuit.model.cfg.n_layers
+    steps = 0 if kind == "untrained" else n_steps
+    return train_on_circuit(circuit, span, sparsity, seed, activation=activation, n_steps=steps)
+
+
+JUDGES: dict[str, Callable[[str], Judge]] = dict.fromkeys(known_circuits(), _circuit_judge)
+"""What loads each judge, by name."""
+
+
+def known_judges() -> list[str]:
+    """Names of the judges that `load_judge` knows."""
+    return list(JUDGES)
+
+
+def load_judge(name: str) -> Judge:
+    """A model whose hops are known, with what makes and measures transcoders of it.
+
+    Raises:
+        ConfigError: there is no judge of that name.
+    """
+    [known] = as_choices("judge", name, known_judges())
+    return JUDGES[known](known)
+
+
+def run_benchmark(
+    judges: str | Sequence[str] | None = None,
+    *,
+    kinds: Kind | Sequence[Kind] = KINDS,
+    sparsities: Sequence[float] = (0.3, 1.0, 3.0, 10.0),
+    k: Sequence[int] = (2, 4, 8),
+    neurons_kept: Sequence[float] = (1.0, 0.5, 0.1),
+    n_seeds: int = 3,
+    n_steps: int = 1500,
+    n_pairs: int = 64,
+    n_graphs: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+) -> BenchmarkReport:
+    """Train transcoders of several kinds, sparsities and seeds on each judge, and measure which of its hops they show.
+
+    A CLT of a model of one layer is a PLT, and is left out.
+
+    Args:
+        judges: names of `known_judges`; None for all.
+        kinds: "clt" and "plt" are trained; "neurons" are the model's own, which show every hop there is, with
+            thresholds that leave fewer; "untrained" is a CLT of chance.
+        sparsities: lambdas of JumpReLU transcoders; () for none.
+        k: of TopK transcoders; () for none.
+        neurons_kept: shares of the neurons' activations that thresholds leave, ties with the last included; 1 for none.
+        n_seeds: transcoders of each; intervals are over these.
+        n_steps: of training.
+        n_pairs: pairs of prompts for the swaps of each variable.
+        n_graphs: prompts to trace, at random.
+        seed: the first seed.
+        progress: show a progress bar.
+
+    Raises:
+        ConfigError: an argument out of range, or nothing to judge.
+    """
+    names = known_judges() if judges is None else as_choices("judges", judges, known_judges())
+    chosen = as_choices("kinds", kinds, KINDS)
+    lambdas = [as_number(f"sparsities[{i}]", x, above=0) for i, x in enumerate(sparsities)]
+    ks = [as_whole(f"k[{i}]", x, 1) for i, x in enumerate(k)]
+    kept = [as_share(f"neurons_kept[{i}]", x) for i, x in enumerate(neurons_kept)]
+    n_seeds, n_steps = as_whole("n_seeds", n_seeds, 1), as_whole("n_steps", n_steps, 1)
+    n_pairs, n_graphs = as_whole("n_pairs", n_pairs, 1), as_whole("n_graphs", n_graphs, 1)
+    seed, progress = as_seed("seed", seed), as_switch("progress", progress)
+    trained: list[tuple[Activation, float]] = [
+        *(("jumprelu", float(x)) for x in lambdas),
+        *(("topk", float(x)) for x in ks),
+    ]
+    seeds = range(seed, seed + n_seeds)
+    loaded = {name: load_judge(name) for name in names}
+    jobs = [
+        (name, candidate)
+        for name, judge in loaded.items()
+        for candidate in _candidates(judge, chosen, trained, kept, seeds)
+    ]
+    as_several("What is to be judged", jobs, "kinds with a lambda, a k or a share to judge them at")
+    runs = []
+    for name, candidate in tqdm(jobs, desc="Judging", unit=" transcoders", delay=2.0, disable=not progress):
+        clt = loaded[name].make(candidate, n_steps)
+        runs.append(Run(name, candidate, loaded[name].measure(clt, n_pairs, n_graphs, candidate.seed)))
+    info = {"n_seeds": n_seeds, "n_steps": n_steps, "n_pairs": n_pairs, "n_graphs": n_graphs, "seed": seed}
+    return BenchmarkReport(runs=runs, info=info)
+
+
+def _candidates(
+    judge: Judge,
+    kinds: Sequence[Kind],
+    trained: Sequence[tuple[Activation, float]],
+    neurons_kept: Sequence[float],
+    seeds: Sequence[int],
+) -> Iterator[Candidate]:
+    for kind in kinds:
+        if kind == "neurons":
+            yield from (Candidate(kind, "jumprelu", share, seeds[0]) for share in neurons_kept)
+        elif kind == "untrained":
+            yield from (Candidate(kind, "jumprelu", 0.0, seed) for seed in seeds)
+        elif kind == "plt" or judge.n_layers > 1:
+            yield from (Candidate(kind, *how, seed) for how, seed in product(trained, seeds))
+
+
+class Run(NamedTuple):
+    """One transcoder, judged."""
+
+    judge: str
+    candidate: Candidate
+    report: HopReport
+
+
+OF_A_KIND = ["judge", "kind", "activation", "sparsity"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class BenchmarkReport(Report[FigureName]):
+    """What transcoders of several kinds, sparsities and seeds show of known hops.
+
+    Figure: "hops" (hop recall and hops shown against L0, a column for each judge, means over seeds with the least and
+    the most). `save` writes it, report.json (which `from_json` reads), runs.csv (`table`) and summary.csv.
+    """
+
+    FIGURES: ClassVar[tuple[FigureName, ...]] = get_args(FigureName)
+
+    runs: list[Run]
+    info: dict[str, Any]
+    """n_seeds, n_steps, n_pairs, n_graphs and seed."""
+
+    @cached_property
+    def table(self) -> DataFrame:
+        """One row a run: judge, kind, activation, sparsity, seed, and the numbers of its `HopReport`."""
+        return DataFrame([{"judge": r.judge, **r.candidate._asdict(), **r.report.numbers} for r in self.runs])
+
+    @cached_property
+    def summary(self) -> DataFrame:
+        """For each judge, kind, activation and sparsity: runs (seeds), and of each number the mean over them, the least
+        and the most (_least, _most), and Student's 95% interval of the mean (_low, _high; wide where seeds are few, nan
+        for one)."""
+        rows = []
+        for name, of in self.table.groupby(OF_A_KIND, sort=False):
+            row: dict[str, Any] = dict(zip(OF_A_KIND, name, strict=True)) | {"runs": len(of)}  # type: ignore[arg-type]
+            for column in of.columns.drop([*OF_A_KIND, "seed"]):
+                row |= _over_seeds(column, of[column].dropna().to_numpy(dtype=float))
+            rows.append(row)
+        return DataFrame(rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """`info`, the summary and the runs with their reports, for JSON."""
+        runs = [{"judge": run.judge, **run.candidate._asdict(), "report": run.report.to_dict()} for run in self.runs]
+        return finite({**self.info, "summary": table_to_json(self.summary), "runs": runs})
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> BenchmarkReport:
+        """The report that `to_json` wrote.
+
+        Raises:
+            FormatError: it is no such text.
+        """
+        try:
+            values = read_json(text)
+            runs = [
+                Run(
+                    str(run["judge"]),
+                    Candidate(run["kind"], run["activation"], float(run["sparsity"]), int(run["seed"])),
+                    HopReport.from_dict(run["report"]),
+                )
+                for run in values["runs"]
+            ]
+            if not runs or any(run.candidate.kind not in KINDS for run in runs):
+                raise ValueError("it has no runs, or such of an unknown kind")
+            return cls(runs=runs, info={name: x for name, x in values.items() if name not in ("summary", "runs")})
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+            raise FormatError(f"This is no benchmark report ({error}). Give what `tl-clt benchmark` wrote.") from error
+
+    def _draw(self, name: str) -> Figure:
+        from matplotlib.figure import Figure
+
+        summary = self.summary
+        judges = list(summary.groupby("judge", sort=False))
+        figure = Figure(figsize=(3.4 * len(judges) + 1.5, 6.8), layout="constrained")
+        rows = figure.subplots(2, len(judges), squeeze=False, sharex="col", sharey="row")
+        for (judge, of), (above, below) in zip(judges, rows.T, strict=True):
+            _draw_measure(above, of, "hop_recall")
+            _draw_measure(below, of, "hops_shown")
+            above.set_title(str(judge))
+            below.set_xlabel("L0, sum over layers")
+        rows[0][0].set_ylabel("hop recall")
+        rows[1][0].set_ylabel("hops shown")
+        labelled = (zip(*reversed(axes.get_legend_handles_labels()), strict=True) for axes in rows.flat)
+        handles = {label: handle for pairs in labelled for label, handle in pairs}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+        return figure
+
+    def _write_numbers(self, folder: Path) -> None:
+        (folder / "report.json").write_text(self.to_json())
+        self.table.to_csv(folder / "runs.csv", index=False)
+        self.summary.to_csv(folder / "summary.csv", index=False)
+
+    def _in_short(self) -> str:
+        judges = self.table["judge"].unique().tolist()
+        return f"{len(self.runs)} transcoders judged by {', '.join(judges)}"
+
+    def _tables(self) -> dict[str, DataFrame]:
+        shown = [*OF_A_KIND, "runs", "l0", "hop_recall", "hops_shown", "precision"]
+        return {"means over seeds": self.summary.filter(shown)}
+
+
+LINES = {
+    ("neurons", "jumprelu"): ("neurons", GREY, "o-"),
+    ("untrained", "jumprelu"): ("untrained CLT", PALETTE[7], "x"),
+    ("plt", "jumprelu"): ("PLT, JumpReLU", PALETTE[1], "s-"),
+    ("plt", "topk"): ("PLT, TopK", PALETTE[4], "s--"),
+    ("clt", "jumprelu"): ("CLT, JumpReLU", PALETTE[0], "o-"),
+    ("clt", "topk"): ("CLT, TopK", PALETTE[5], "o--"),
+}
+"""What a line is called and how it is drawn, by kind and activation."""
+
+
+def _draw_measure(axes: Axes, summary: DataFrame, measure: str) -> None:
+    for (kind, activation), (label, colour, style) in LINES.items():
+        line = summary.query(f"kind == '{kind}' and activation == '{activation}'").sort_values("l0")
+        if len(line) > 0:
+            bars = [line[measure] - line[f"{measure}_least"], line[f"{measure}_most"] - line[measure]]
+            axes.errorbar(
+                line["l0"], line[measure], bars, fmt=style, color=colour, label=label, markersize=4, capsize=2
+            )
+    axes.set(ylim=(-0.03, 1.03))
+
+
+def _over_seeds(name: str, values: np.ndarray) -> dict[str, float]:
+    """Mean, range and interval of a number; nan where there is none."""
+    if len(values) == 0:
+        return dict.fromkeys([name, *(f"{name}_{end}" for end in ("least", "most", "low", "high"))], math.nan)
+    mean, half = float(values.mean()), math.nan
+    if len(values) > 1:
+        t = students_t.ppf((1 + LEVEL) / 2, len(values) - 1)
+        half = float(t * values.std(ddof=1) / len(values) ** 0.5)
+    ends = {"least": float(values.min()), "most": float(values.max()), "low": mean - half, "high": mean + half}
+    return {name: mean, **{f"{name}_{end}": value for end, value in ends.items()}}
