@@ -2,15 +2,18 @@
 
 from tl_clt.benchmark.hops import HopReport, measure_hops, neurons_as_transcoder
 from tl_clt.benchmark.judges import BenchmarkReport, Candidate, Judge, known_judges, load_judge, run_benchmark
+from tl_clt.benchmark.tasks import TaskReport, measure_task
 
 __all__ = [
     "BenchmarkReport",
     "Candidate",
     "HopReport",
     "Judge",
+    "TaskReport",
     "known_judges",
     "load_judge",
     "measure_hops",
+    "measure_task",
     "neurons_as_transcoder",
     "run_benchmark",
 ]

@@ -1,6 +1,6 @@
 """Make school's feature store: `python -m tl_clt.organisms.school.collect_features --output FOLDER`.
 
-The text is the model's (`tl_clt.organisms.school.text`) from a seed that neither the model nor its CLT was trained on, a
+The text is that of `tl_clt.organisms.school.text`, from a seed that neither the model nor its CLT was trained on, a
 sentence a prompt. A store belongs to one CLT, by its fingerprint: whoever trains another makes it anew.
 """
 

@@ -39,11 +39,15 @@ def evaluate(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> dict
     is told are given another fact rather than called unknown."""
     found: dict[str, dict[str, float]] = {}
     for task in TASKS.values():
-        found[task.name] = {}
         for split, held_out in (("in the text", False), ("held out", True)):
             cases = task.cases(N_CASES, held_out=held_out)
             right = answers_right(model, tokenizer, [c.prompt for c in cases], [c.answer for c in cases])
-            found[task.name][split] = sum(right) / len(right)
+            # Different prompts are mostly of strangers, of whom there are many more: people who are known stand apart.
+            kinds = {"known": "recall, known people", "unknown": "recall, strangers"}
+            names = [kinds[c.values["known"]] if task.name == "recall" else task.name for c in cases]
+            for name in sorted(set(names)):
+                of = [ok for ok, other in zip(right, names, strict=True) if other == name]
+                found.setdefault(name, {})[split] = sum(of) / len(of)
     recall = TASKS["recall"]
     asked = [recall.words({"person": name, "kind": kind}) for name in HALF_KNOWN for kind in FACTS if kind != "sport"]
     unknown = answers_right(model, tokenizer, asked, ["unknown"] * len(asked))
