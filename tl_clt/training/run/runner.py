@@ -91,7 +91,7 @@ class TrainingRecord(NamedTuple):
     """Tokens trained on."""
 
     data: DataCounts
-    """What was read, and what of it was left out; more than `tokens_seen`, for the shuffling buffer and the metrics."""
+    """What was read, and what of it was left out; a little more than `tokens_seen`, because it is read in chunks."""
 
     seconds: float
     """Wall time of the run, loading and measuring included; of a resumed one, with what it took before."""
