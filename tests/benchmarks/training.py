@@ -1,4 +1,5 @@
-"""How fast a CLT trains: `python -m tests.benchmarks.training` prints a table. Not collected by pytest.
+"""How fast a CLT trains: `python -m tests.benchmarks.training` prints a table of steps, and
+`python -m tests.benchmarks.training run --model atlas` one of a whole run beside its parts. Not collected by pytest.
 
 A full step is forward, losses, backward, clipping by the global norm, and Adam. Ours runs through `fit` of SAELens's
 trainer on synthetic activations; beside it run the steps of `plain_steps`. Every case has a process of its own, so
@@ -7,16 +8,23 @@ that its peak memory is its own. Pin the cores where others use the machine (`ta
 The floor is what the matrix products of a dense step take at the rate of one large product: 6 FLOPs per weight and
 token (2 forward, 4 backward). A sparse step does less than that, so its share exceeds 100%. The rate is measured
 between the steps of each case, because it changes where others use the machine.
+
+A whole run is `CLTTrainingRunner.run` with the model on a thread of its own; beside it stand the same steps on
+activations that are there already, and the model's forward passes alone. With one torch thread for each of the two
+threads of a run, the slower part is what the run could come to. Processor time of the process, in which the parts add
+up, tells what a run does besides, also where others use the machine.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, redirect_stderr
@@ -25,6 +33,7 @@ from functools import partial
 from importlib.metadata import version
 from io import StringIO
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any
 from unittest import mock
 
@@ -39,6 +48,8 @@ from tests.benchmarks.plain_steps import LR, SPARSITY, PlainCLT, plain_step
 K = 32
 GIB = 2**30
 WARM_UP = 3
+NEVER_FIRES = 100.0
+"""Subtracted from a feature's bias."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +132,14 @@ def ours(
     saelens: bool = False,
     autocast: bool = False,
     without: str | None = None,
+    dead: float = 0.0,
     **changes: Any,
 ) -> None:
     """Steps of the trainer's `fit`, from one request of a batch to the next.
 
     Args:
         without: what of the fast step is replaced by plain torch: see `plain_parts`.
+        dead: share of features that count as dead, and never fire, so that AuxK has work.
     """
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -148,6 +161,10 @@ def ours(
     }
     clt = TrainingCLT(TrainingCLTConfig(**(values | changes)))
     init_encoder_biases(clt, batch[:, 0])
+    is_dead = torch.rand(clt.cfg.d_sae, device=clock.device) < dead
+    with torch.no_grad():
+        for b_enc, silent in zip(clt.b_enc, is_dead.unflatten(0, (size.n_layers, -1)), strict=True):
+            b_enc[silent] -= NEVER_FIRES
 
     def provider() -> Iterator[Tensor]:
         while True:
@@ -173,6 +190,7 @@ def ours(
     )
     with redirect_stderr(StringIO()), ExitStack() as replaced:  # its progress bar goes nowhere
         trainer = (SAETrainer if saelens else CLTTrainer)(cfg=cfg, sae=clt, data_provider=provider())
+        replaced.enter_context(mock.patch.object(type(trainer), "dead_neurons", is_dead))
         if without is not None:
             for holder, name, plain_part in plain_parts(trainer)[without]:
                 replaced.enter_context(mock.patch.object(holder, name, plain_part))
@@ -217,6 +235,7 @@ CASES: dict[str, Callable[[Size, Clock, int], None]] = {
     f"TopK k={K}, plain torch": partial(plain, topk=True),
     f"TopK k={K}, ours": partial(ours, topk=True),
     "  TopK's definition on SAELens's own step": partial(ours, topk=True, saelens=True),
+    "  TopK with AuxK, a fifth dead": partial(ours, topk=True, dead=0.2),
     "  TopK without gradients in place": partial(ours, topk=True, without="gradients in place"),
     "  TopK without row norms": partial(ours, topk=True, without="row norms"),
     f"BatchTopK k={K}, ours": partial(ours, topk=True, activation="batchtopk"),
@@ -251,7 +270,12 @@ def run_case(name: str, device: str, n_steps: int) -> Result:
     return Result(statistics.median(seconds), statistics.median(rates), statistics.median(shares), peak)
 
 
-def main(
+app = typer.Typer(invoke_without_command=True)
+
+
+@app.callback()
+def steps_of_cases(
+    context: typer.Context,
     device: Annotated[str, typer.Option(help="cpu or cuda; each has a size of its own.")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     steps: Annotated[int, typer.Option(help="Steps measured, after three that are not.")] = 4,
@@ -259,6 +283,8 @@ def main(
     case: Annotated[str, typer.Option(help="Used by the benchmark itself: print one case as JSON.")] = "",
 ) -> None:
     """Time full training steps, ours beside plain torch."""
+    if context.invoked_subcommand is not None:
+        return
     torch.set_num_threads(threads)
     if case:
         print(json.dumps(asdict(run_case(case, device, steps))))
@@ -293,10 +319,143 @@ def _in_own_process(name: str, device: str, threads: int, steps: int) -> Result:
     return Result(**json.loads(done.stdout.splitlines()[-1]))
 
 
+# -- a whole run beside its parts
+
+
+class Spent:
+    """Seconds on the clock, and of the processor in all threads, since it was made; and of calls that it counts."""
+
+    def __init__(self) -> None:
+        self.began = (time.perf_counter(), time.process_time())
+        self.in_calls = [0.0, 0.0]
+
+    def so_far(self) -> list[float]:
+        """Clock and processor."""
+        return [time.perf_counter() - self.began[0], time.process_time() - self.began[1]]
+
+    def counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The call, whose time is added to `in_calls`."""
+
+        def timed(*args: Any, **options: Any) -> Any:
+            before = self.so_far()
+            result = call(*args, **options)
+            self.in_calls = [a + now - b for a, now, b in zip(self.in_calls, self.so_far(), before, strict=True)]
+            return result
+
+        return timed
+
+
+def random_llama(n_layers: int = 6, d_model: int = 256, n_ctx: int = 128) -> Any:
+    """A Llama with random weights and 1,024 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tl_clt import load_model
+
+    cfg = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=d_model,
+        intermediate_size=4 * d_model,
+        num_hidden_layers=n_layers,
+        num_attention_heads=8,
+        max_position_embeddings=n_ctx,
+    )
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaForCausalLM(cfg).save_pretrained(folder)
+        return load_model(folder)
+
+
+@app.command("run")
+def whole_run(
+    model: Annotated[str, typer.Option(help="What `load_model` takes, or random: a Llama of 6 layers.")] = "atlas",
+    text: Annotated[Path | None, typer.Option(help="To train on; atlas and random have their own.")] = None,
+    tokens: Annotated[int, typer.Option(help="To train on.")] = 50_000,
+    batch: Annotated[int | None, typer.Option(help="Tokens of a step; chosen by the run where left out.")] = None,
+    d_transcoder: Annotated[int, typer.Option(help="Features per layer.")] = 1024,
+    activation: Annotated[str, typer.Option(help="Of the features.")] = "topk",
+    span: Annotated[int | None, typer.Option(help="Layers that a feature writes to; 1 for PLTs.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads, of the model and of the steps each.")] = 1,
+) -> None:
+    """Time a whole run, its steps alone, and the model alone."""
+    from tl_clt import CLTTrainingRunner, CLTTrainingRunnerConfig, load_model
+    from tl_clt.organisms.atlas.train_clt import training_tokens
+    from tl_clt.training.data import batches
+    from tl_clt.training.run.trainer import CLTTrainer
+
+    torch.set_num_threads(threads)
+    logging.getLogger("tl_clt.training").setLevel(logging.INFO)  # in the place of a bar, as from the command line
+    loaded = random_llama() if model == "random" else load_model(model)
+    dataset: Any = text
+    if model == "random":
+        dataset = torch.randint(0, loaded.cfg.d_vocab, (tokens // 64, 128))
+    elif text is None:
+        dataset = training_tokens(loaded, 0)
+    settings = {
+        "d_transcoder": d_transcoder,
+        "activation": activation,
+        "span": span,
+        "training_tokens": tokens,
+        "train_batch_size_tokens": batch,
+        "context_size": min(128, loaded.cfg.n_ctx),
+    }
+    make_reader, seen = batches._reader, dict[bytes, Tensor]()
+    readers: list[Callable[[Tensor], Tensor]] = []
+
+    def remembering(*args: Any) -> Any:
+        read = make_reader(*args)
+        readers.append(read)
+        return lambda prompts: seen.setdefault(prompts.numpy().tobytes(), read(prompts))
+
+    def from_memory(*_: Any) -> Any:
+        return lambda prompts: seen[prompts.numpy().tobytes()]
+
+    def run(reader: Any, **changes: Any) -> tuple[Any, list[float]]:
+        runner = CLTTrainingRunner(CLTTrainingRunnerConfig(**settings, **changes), model=loaded, dataset=dataset)
+        with mock.patch.object(batches, "_reader", reader):
+            spent = Spent()
+            runner.run()
+        return runner, spent.so_far()
+
+    runner, whole = run(remembering)
+    steps = Spent()
+    with mock.patch.object(CLTTrainer, "_train_step", steps.counted(CLTTrainer._train_step)):
+        run(from_memory, prefetch=False)
+    alone, n_read = Spent(), 0
+    for key in list(seen)[: -(-tokens // (32 * settings["context_size"]))]:
+        prompts = torch.frombuffer(bytearray(key), dtype=torch.int64).view(-1, settings["context_size"])
+        alone.counted(readers[0])(prompts)
+        n_read += prompts.numel()
+    times, read = runner.record.times, sum(len(key) for key in seen) // 8
+    in_model, in_steps = ([s / n for s in spent] for spent, n in ((alone.in_calls, n_read), (steps.in_calls, tokens)))
+    training = [times.seconds / tokens, None]
+    rows: dict[str, list[Any]] = {
+        "the model's forward passes alone": in_model,
+        "steps alone": in_steps,
+        "one after the other": [a + b for a, b in zip(in_model, in_steps, strict=True)],
+        "training, from the first batch to the last step": training,
+        "the whole run": [seconds / tokens for seconds in whole],
+    }
+    title = (
+        f"{model}, {loaded.cfg.n_layers} layers, d_model {loaded.cfg.d_model}, {d_transcoder} features per layer,"
+        f" {activation}, {'PLT' if span == 1 else 'CLT'}, {tokens:,} tokens in steps of"
+        f" {runner.cfg.data.train_batch_size_tokens}\n"
+        f"{platform.machine()} CPU, {threads} threads each, torch {torch.__version__}, sae-lens {version('sae-lens')}"
+    )
+    table = Table("", "tokens/s", "processor ms a token", title=title, title_justify="left")
+    for name, (clock, processor) in rows.items():
+        table.add_row(name, f"{1 / clock:,.0f}", "" if processor is None else f"{1e3 * processor:.3f}")
+    console = Console(width=120)
+    console.print(table)
+    console.print(
+        f"Training / the slower part alone: {max(in_model[0], in_steps[0]) / training[0]:.0%}; the whole run:"
+        f" {max(in_model[0], in_steps[0]) * tokens / whole[0]:.0%}. {times} The model read {read:,} tokens."
+    )
+
+
 def _peak_resident() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -390,6 +390,16 @@ def test_a_lengthened_run_resumes_to_the_bit(cfg, model, tokens) -> None:
         CLTTrainingRunner(cfg, model=model, dataset=tokens).run(resume=cfg.checkpoint_path)
 
 
+def test_a_run_that_ended_on_a_short_batch_goes_on_longer_for_as_many_steps_as_it_says(cfg, model, tokens) -> None:
+    cfg = replace(cfg, training_tokens=64 * STEPS - 17)
+    CLTTrainingRunner(cfg, model=model, dataset=tokens).run()
+    told: list[TrainingProgress] = []
+    run = CLTTrainingRunner(replace(cfg, training_tokens=64 * 30), model=model, dataset=tokens, on_progress=told.append)
+    run.run(resume=cfg.checkpoint_path)
+    assert [line.step for line in told] == list(range(STEPS + 1, 32)) and {line.n_steps for line in told} == {31}
+    assert [line.tokens for line in told][-2:] == [64 * 30 - 17, 64 * 30] and told[-1].seconds_left == 0
+
+
 def test_the_checkpoint_of_the_end_gives_the_same_clt_without_a_step(cfg, model, tokens) -> None:
     CLTTrainingRunner(cfg, model=model, dataset=tokens).run()
     told: list[TrainingProgress] = []

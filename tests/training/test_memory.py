@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.training.small_clts import build
+from tests.training.small_clts import D, build
 from tl_clt.errors import NotEnoughMemory
 from tl_clt.training import CLTTrainingRunner, MemoryEstimate
 from tl_clt.training.run import memory
@@ -26,6 +26,17 @@ def test_buffer_and_activations_grow_with_what_they_hold(make_config) -> None:
     assert estimate_memory(clt, make_config(n_batches_in_buffer=64).data).buffer > 2 * small.buffer
     assert estimate_memory(clt, make_config(train_batch_size_tokens=128).data).activations == 2 * small.activations
     assert estimate_memory(clt, make_config(seqpos_slice=(4, None)).data).buffer < small.buffer
+
+
+def test_the_float64_copies_of_the_start_are_counted_where_they_are_more_than_what_comes_later(make_config) -> None:
+    clt = build("topk")
+    small = estimate_memory(clt, make_config().data)
+    assert small.start == 0 and small.total > small.weights
+    # Many first tokens for a small CLT: they are held scaled twice, and each layer's inputs in float64.
+    n = 64 * 10_000
+    many = estimate_memory(clt, make_config(n_batches_for_scale=10_000).data)
+    in_float64 = n * D * 8
+    assert many.start > 2 * in_float64 and many.total == sum(many)
 
 
 def test_what_cannot_fit_is_refused_with_the_parts_before_any_activations(

@@ -8,8 +8,10 @@ import torch
 from tl_clt.training.fast.products import (
     decode,
     decode_places,
+    decode_rows,
     encode,
     encode_places,
+    encode_rows,
     row_norms,
     set_gradients_aside,
     sum_by_target,
@@ -25,6 +27,7 @@ def rand(*shape: int, seed: int) -> torch.Tensor:
 
 
 ACTS = torch.relu(rand(BATCH, F, seed=0))
+ROWS = torch.tensor([5, 0, 2])
 PLACES = support_above(ACTS, torch.zeros(1, 1))
 X = rand(BATCH, D, seed=1)
 
@@ -55,7 +58,7 @@ def by_target(t: dict) -> torch.Tensor:
 
 def by_target_fast(t: dict) -> torch.Tensor:
     whole = decode(t["acts"], t["W_dec"])
-    return sum_by_target(t["b_dec"], [whole, 2 * whole[:, :8], 3 * whole[:, :4]])
+    return t["b_dec"] + sum_by_target([whole, 2 * whole[:, :8], 3 * whole[:, :4]], (3, D))
 
 
 CASES = {
@@ -67,11 +70,19 @@ CASES = {
         lambda t: encode_places(X @ t["W_enc"].detach().T + t["b_enc"].detach(), X, t["W_enc"], t["b_enc"], PLACES),
         lambda t: PLACES.gather(X @ t["W_enc"].T + t["b_enc"]),
     ),
+    "encode_rows": (
+        lambda t: encode_rows(X @ t["W_enc"].detach().T + t["b_enc"].detach(), X, t["W_enc"], t["b_enc"], ROWS),
+        lambda t: (X @ t["W_enc"].T + t["b_enc"])[:, ROWS],
+    ),
     "decode": (lambda t: decode(t["acts"], t["W_dec"]), lambda t: t["acts"] @ t["W_dec"]),
     "decode, sparse": (lambda t: decode(t["acts"], t["W_dec"], PLACES), lambda t: t["acts"] @ t["W_dec"]),
     "decode_places": (
         lambda t: decode_places(t["values"], t["W_dec"], PLACES),
         lambda t: PLACES.to_dense(t["values"]) @ t["W_dec"],
+    ),
+    "decode_rows": (
+        lambda t: decode_rows(t["acts"][:, ROWS], t["W_dec"], ROWS),
+        lambda t: t["acts"][:, ROWS] @ t["W_dec"][ROWS],
     ),
     "row_norms": (lambda t: row_norms(t["W_dec"]), lambda t: t["W_dec"].norm(dim=1)),
     "sum_by_target": (by_target_fast, by_target),
@@ -167,7 +178,7 @@ def test_a_row_of_zeros_has_norm_and_gradient_zero() -> None:
     assert torch.equal(W.grad, torch.zeros_like(W))
 
 
-@pytest.mark.parametrize("name", ["encode", "decode", "decode, sparse", "decode_places"])
+@pytest.mark.parametrize("name", ["encode", "decode", "decode, sparse", "decode_places", "decode_rows"])
 @pytest.mark.parametrize("how", ["autocast", "weights"])
 def test_lower_precision_is_the_product_up_to_rounding(name: str, how: str) -> None:
     ours, plain = CASES[name]

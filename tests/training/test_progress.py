@@ -91,7 +91,8 @@ def test_lines_come_every_so_many_steps_and_after_the_last(model, tokens, make_c
     last = told[-1]
     assert last.tokens == run.cfg.training_tokens and last.seconds_left == 0.0
     assert all(one.tokens_per_second > 0 and one.seconds > 0 and one.n_steps == run.cfg.n_steps for one in told)
-    assert last.l0_mean == pytest.approx(6.0, rel=0.02)  # topk, k = 6: such as are negative do not fire
+    # topk, k = 6: such as are negative do not fire. Over the last steps of three seeds L0 is 5.78 to 5.95.
+    assert last.l0_mean == pytest.approx(6.0, rel=0.05) and last.l0_mean <= 6.0
     assert last.explained_variance == pytest.approx(run.record.metrics.explained_variance, abs=0.1)
     assert last.explained_variance > told[0].explained_variance or len(told) == 1
 

@@ -80,7 +80,7 @@ def test_loss_and_every_gradient_are_those_of_the_definition(products: str, kind
     assert_same_gradients(got, want)
 
 
-@pytest.mark.parametrize(("kind", "shape"), product([k for k in KINDS if "topk" in k], SHAPES))
+@pytest.mark.parametrize(("kind", "shape"), product([k for k in KINDS if "quadratic" not in k], SHAPES))
 @pytest.mark.parametrize("k_aux", [2, 9])
 def test_auxk_is_that_of_the_definition(products: str, kind: str, shape: str, k_aux: int) -> None:
     clt = build(**KINDS[kind], **SHAPES[shape], k_aux=k_aux)
@@ -142,11 +142,11 @@ def test_k_falls_from_k_start(activation: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_add_up_over_backward_passes(products: str, kind: str) -> None:
-    clt = build(**KINDS[kind])
-    want = gradients(clt, clt.step(step_input(clt), FastStep()).loss)
+    clt = build(**KINDS[kind], k_aux=2)
+    want = gradients(clt, clt.step(with_dead(clt), FastStep()).loss)
     fast = FastStep()
     for _ in range(3):
-        clt.step(step_input(clt), fast).loss.backward()
+        clt.step(with_dead(clt), fast).loss.backward()
     for name, parameter in clt.named_parameters():
         torch.testing.assert_close(parameter.grad, 3 * want[name], rtol=1e-10, atol=1e-12)
 

@@ -209,7 +209,7 @@ def auxk_loss(
         k_aux: of each layer.
     """
     share = min(1.0, n_dead / (residual.shape[1] * k_aux))
-    return share * (residual - written).square().sum() / len(residual)
+    return share * mse_loss(written, residual)
 
 
 # -- lambda for an L0: what users want to say is how many features are active, not what one costs

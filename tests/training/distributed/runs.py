@@ -39,9 +39,10 @@ def run(changes: dict[str, Any], resume: str | None = None) -> dict[str, Any]:
     return {"weights": weights, "device": device, "metrics": runner.record.metrics._asdict(), "seen": seen}
 
 
-def refused(changes: dict[str, Any]) -> str:
+def refused(changes: dict[str, Any], resume: str | None = None) -> str:
+    """The error that a run ends with."""
     try:
-        run(changes)
+        run(changes, resume)
     except TlCltError as error:
         return f"{type(error).__name__}: {error}"
     return "accepted"

@@ -97,6 +97,16 @@ def test_errors_of_the_main_process_are_raised_on_all(processes: Processes, tmp_
     assert messages[0] == messages[1] and "2 processes cannot share equally" in messages[0]
 
 
+def test_a_damaged_table_of_progress_is_told_on_all(processes: Processes, tmp_path: Path) -> None:
+    folder = tmp_path / "steps"
+    changes = {"checkpoint_path": str(folder), "checkpoint_every": 6}
+    processes.run(1, runs.run, changes)
+    (folder / "progress.csv").write_text("nonsense\n")
+    messages = processes.run(2, runs.refused, changes, str(folder / "step_00000006"))
+    assert messages[0] == messages[1] and messages[0].startswith("CheckpointError")
+    assert "no table of a run's progress" in messages[0]
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 def test_a_loss_that_is_not_finite_stops_all_processes_alike(processes: Processes, tmp_path: Path, grid: str) -> None:
     n, n_data_parallel = GRIDS[grid]

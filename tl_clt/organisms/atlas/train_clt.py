@@ -86,7 +86,7 @@ def training_tokens(model: HookedModel, seed: int) -> Int[Tensor, "n_prompts con
     assert model.tokenizer is not None
     options = TrainOptions()
     per_batch = options.batch_size * (options.n_ctx - 1)
-    # 512 prompts more than are trained on: the shuffling buffer is refilled beyond the last step.
+    # 512 prompts more than are trained on: some of their tokens are left out.
     n_batches = -(-TRAINING_TOKENS // per_batch) + -(-512 // options.batch_size) + 1
     batches = training_batches(model.tokenizer, sentences(seed + TEXT_SEED_OFFSET), options)
     return torch.cat(list(islice(batches, n_batches)))

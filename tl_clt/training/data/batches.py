@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
@@ -401,17 +401,23 @@ class Position:
 class MixedBatches(Iterator[Batch]):
     """Batches of a fixed size from a buffer that is filled to `size` tokens, shuffled, and emptied to `kept`.
 
+    As soon as the buffer holds all that is still wanted, nothing is read any more, and it is emptied: the last batch
+    may be shorter. Whoever asks for more gets it.
+
     Args:
         chunks: without end.
         size: tokens to which the buffer is filled; a chunk may take it beyond.
         batch_size: tokens of a batch, at most `size`.
         kept: tokens that stay for the next shuffle, about.
         seed: of the shuffling.
+        wanted: tokens of all batches, those before a position that is taken up included.
     """
 
-    def __init__(self, chunks: Iterator[Chunk], *, size: int, batch_size: int, kept: int, seed: int) -> None:
+    def __init__(
+        self, chunks: Iterator[Chunk], *, size: int, batch_size: int, kept: int, seed: int, wanted: int
+    ) -> None:
         self._chunks = chunks
-        self._size, self._batch_size, self._kept = size, batch_size, kept
+        self._size, self._batch_size, self._kept, self._wanted = size, batch_size, kept, wanted
         self._generator = torch.Generator().manual_seed(seed)
         self._rows: Activations | None = None
         self._ids = torch.empty(0, dtype=torch.int64)
@@ -433,8 +439,15 @@ class MixedBatches(Iterator[Batch]):
             self._place, self._tokens_digest, self._ids, self._n_ready, self._generator.get_state(), self.counts
         )
 
+    @property
+    def _n_left(self) -> int:
+        """Tokens that are still wanted; those of a whole batch where more are asked for than that."""
+        left = self._wanted - (self.counts.kept - len(self._ids))
+        return left if left > 0 else self._size
+
     def __next__(self) -> Batch:
-        if self._n_ready == 0:
+        # Fewer tokens than a batch are ready where a run was to end that is now longer.
+        if self._n_ready == 0 or len(self._ids) < min(self._batch_size, self._n_left):
             self._fill()
         assert self._rows is not None
         batch, self._rows = self._rows[: self._batch_size], self._rows[self._batch_size :]
@@ -444,8 +457,8 @@ class MixedBatches(Iterator[Batch]):
 
     def _fill(self) -> None:
         parts, ids = [] if self._rows is None else [self._rows], [self._ids]
-        n_held = len(self._ids)
-        while n_held < self._size:
+        n_held, n_left = len(self._ids), self._n_left
+        while n_held < min(self._size, n_left):
             chunk = next(self._chunks)
             parts.append(chunk.rows)
             ids.append(chunk.ids)
@@ -455,7 +468,8 @@ class MixedBatches(Iterator[Batch]):
         order = torch.randperm(n_held, generator=self._generator)
         self._ids = torch.cat(ids)[order]
         self._rows = _in_order(parts, order)
-        self._n_ready = max(1, (n_held - self._kept) // self._batch_size)
+        kept = self._kept if n_left > n_held else 0
+        self._n_ready = max(1, (min(n_held, n_left) - kept) // self._batch_size)
 
 
 def _in_order(parts: list[Tensor], order: Int[Tensor, " held"]) -> Tensor:
@@ -533,6 +547,8 @@ class ActivationBatches(Iterator[Batch]):
         seed: of the shuffling.
         model_name: for people, in a cache's index.
         position: go on from there; from the beginning where left out.
+        n_trained: tokens that were trained on up to the position. The model runs for `data.training_tokens` in all, and
+            for more only where more batches are asked for.
     """
 
     def __init__(
@@ -546,6 +562,7 @@ class ActivationBatches(Iterator[Batch]):
         seed: int,
         model_name: str,
         position: Position | None = None,
+        n_trained: int = 0,
     ) -> None:
         read = _reader(model, dataset, clt, data, device, model_name)
         source = self._source = _chunks(model, dataset, clt, data, device, read)
@@ -553,11 +570,23 @@ class ActivationBatches(Iterator[Batch]):
         kept = int(buffer * data.activations_mixing_fraction)
         rows = source.find(position.ids) if position is not None and len(position.ids) > 0 else None
         chunks = source.after(None) if position is None else source.after(position.place, position.tokens_digest)
+        # The end of a short last batch was handed out and not trained on.
+        handed_out = 0 if position is None else position.counts.kept - len(position.ids)
+        wanted = data.training_tokens - n_trained + handed_out
         self._prefetching: PrefetchingIterator[Chunk] | None = None
         if data.prefetch:
             n_chunks = -(-(buffer - kept) // (data.store_batch_size_prompts * data.context_size))
-            chunks = self._prefetching = PrefetchingIterator(chunks, max(1, n_chunks))
-        self._batches = MixedBatches(chunks, size=buffer, batch_size=data.train_batch_size_tokens, kept=kept, seed=seed)
+            read_before = 0 if position is None else position.counts.kept
+            self._prefetching = PrefetchingIterator(_until(chunks, wanted - read_before), max(1, n_chunks))
+            chunks = chain(self._prefetching, chunks)
+        self._batches = MixedBatches(
+            chunks,
+            size=buffer,
+            batch_size=data.train_batch_size_tokens,
+            kept=kept,
+            seed=seed,
+            wanted=wanted,
+        )
         if position is not None:
             self._batches.go_on(position, rows)
         self._ahead: list[tuple[Batch, Position]] = []
@@ -595,6 +624,14 @@ class ActivationBatches(Iterator[Batch]):
         """End the thread that runs the model."""
         if self._prefetching is not None:
             self._prefetching.close()
+
+
+def _until(chunks: Iterator[Chunk], n_tokens: int) -> Iterator[Chunk]:
+    """The first of the chunks that have so many tokens together; those after them stay."""
+    while n_tokens > 0:
+        chunk = next(chunks)
+        n_tokens -= chunk.counts.kept
+        yield chunk
 
 
 class HeldOutActivations(NamedTuple):

@@ -71,6 +71,17 @@ def encode_places(
     return _EncodePlaces.apply(hidden_pre, x, W_enc, b_enc, support)
 
 
+def encode_rows(
+    hidden_pre: Float[Tensor, "batch d_transcoder"],
+    x: Float[Tensor, "batch d_model"],
+    W_enc: Float[Tensor, "d_transcoder d_model"],
+    b_enc: Float[Tensor, " d_transcoder"],
+    rows: Int[Tensor, " n_rows"],
+) -> Float[Tensor, "batch n_rows"]:
+    """`encode(x, W_enc, b_enc)` of some features alone, out of a `hidden_pre` that needs no gradient itself."""
+    return _EncodeRows.apply(hidden_pre, x, W_enc, b_enc, rows)
+
+
 def decode(
     feature_acts: Float[Tensor, "batch d_transcoder"],
     W_dec: Float[Tensor, "d_transcoder width"],
@@ -93,16 +104,31 @@ def decode_places(
     return _DecodePlaces.apply(values, W_dec, support)
 
 
+def decode_rows(
+    feature_acts: Float[Tensor, "batch n_rows"],
+    W_dec: Float[Tensor, "d_transcoder width"],
+    rows: Int[Tensor, " n_rows"],
+) -> Float[Tensor, "batch width"]:
+    """`feature_acts @ W_dec[rows]`: what these features alone write."""
+    return _DecodeRows.apply(feature_acts, W_dec, rows)
+
+
 def row_norms(W: Float[Tensor, "d_transcoder width"]) -> Float[Tensor, " d_transcoder"]:
     """The 2-norm of each row."""
     return _RowNorms.apply(W)
 
 
 def sum_by_target(
-    b_dec: Float[Tensor, "n_layers d_model"], written: Sequence[Float[Tensor, "batch _"]], grid: ProcessGrid = SINGLE
+    written: Sequence[Float[Tensor, "batch _"]], shape: tuple[int, int], grid: ProcessGrid = SINGLE
 ) -> Float[Tensor, "batch n_layers d_model"]:
-    """`b_dec` plus what each source layer wrote: to its own layer and the next ones; summed over a grid's features."""
-    return grid.sum_over_features(_SumByTarget.apply(b_dec.shape, *written)) + b_dec
+    """What each source layer wrote, to its own layer and the next ones; summed over sources and a grid's features.
+
+    Args:
+        written: by each source layer, to its targets side by side.
+        shape: n_layers and d_model.
+        grid: the processes.
+    """
+    return grid.sum_over_features(_SumByTarget.apply(shape, *written))
 
 
 class _SumByTarget(torch.autograd.Function):
@@ -174,6 +200,21 @@ class _EncodePlaces(torch.autograd.Function):
         return None, None, _add_sparse_product(W_enc, grad, ctx.support, x), for_bias, None
 
 
+class _EncodeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_pre: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, rows: Tensor) -> Tensor:
+        ctx.low = _product_dtype(W_enc)
+        ctx.save_for_backward(x, W_enc, b_enc, rows)
+        return hidden_pre.index_select(1, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W_enc, b_enc, rows = ctx.saved_tensors
+        for_bias = torch.zeros_like(b_enc).index_copy_(0, rows, grad.sum(dim=0).to(b_enc.dtype))
+        return None, None, _add_product_of_rows(W_enc, rows, grad.T, x, ctx.low), for_bias, None
+
+
 class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, feature_acts: Tensor, W_dec: Tensor, support: Support | None) -> Tensor:
@@ -211,6 +252,22 @@ class _DecodePlaces(torch.autograd.Function):
         values, W_dec = ctx.saved_tensors
         for_values = inner_products(grad, W_dec, ctx.support)
         return for_values, _add_sparse_product(W_dec, values, ctx.support, grad), None
+
+
+class _DecodeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, feature_acts: Tensor, W_dec: Tensor, rows: Tensor) -> Tensor:
+        ctx.low = _product_dtype(W_dec)
+        ctx.save_for_backward(feature_acts, W_dec, rows)
+        return _product(feature_acts, W_dec.index_select(0, rows), ctx.low)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        acts, W_dec, rows = ctx.saved_tensors
+        # The rows are read out once more: kept, those of all layers would take their part of the weights' memory.
+        for_acts = _product(grad, W_dec.index_select(0, rows).T, ctx.low)
+        return for_acts, _add_product_of_rows(W_dec, rows, acts.T, grad, ctx.low), None
 
 
 class _RowNorms(torch.autograd.Function):
@@ -306,6 +363,17 @@ def _add_sparse_product(weight: Tensor, values: Tensor, support: Support, grad: 
     held = _gradient(weight)
     total, adds = (torch.empty_like(weight), False) if held is None else held
     add_outer(total, values, support, grad, adds)
+    return total if held is None else None
+
+
+def _add_product_of_rows(weight: Tensor, rows: Tensor, a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor | None:
+    """The same of a @ b for some rows of the weight, and 0 for the others."""
+    product = a @ b if low is None else a.to(low) @ b.to(low)
+    held = _gradient(weight)
+    total, adds = (torch.empty_like(weight), False) if held is None else held
+    if not adds:
+        total.zero_()
+    total.index_add_(0, rows, product.to(weight.dtype))
     return total if held is None else None
 
 

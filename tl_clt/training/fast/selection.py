@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -75,13 +76,24 @@ def largest(scores: Scores, k: int) -> Largest:
     """
     n_tokens, n_features = scores.shape
     n_groups = n_features // GROUP
-    if scores.device.type != "cpu" or n_groups * GROUP != n_features or n_groups < k:
+    if scores.device.type != "cpu":
         return Largest(*torch.topk(scores, k, dim=1, sorted=False))
+    if n_groups * GROUP != n_features or n_groups < k:
+        return _largest_on_cpu(scores, k)
     grouped = scores.view(n_tokens, GROUP, n_groups)
-    groups = torch.topk(grouped.amax(dim=1), k, dim=1, sorted=False).indices
+    groups = _largest_on_cpu(grouped.amax(dim=1), k).indices
     members = grouped.gather(2, groups[:, None, :].expand(-1, GROUP, -1)).flatten(start_dim=1)
-    values, places = torch.topk(members, k, dim=1, sorted=False)
+    values, places = _largest_on_cpu(members, k)
     return Largest(values, places // k * n_groups + groups.gather(1, places % k))
+
+
+def _largest_on_cpu(scores: Scores, k: int) -> Largest:
+    """By numpy's partition, which takes a third of the time of torch.topk. What is no number is largest in both."""
+    n_others = scores.shape[1] - k
+    if n_others == 0:
+        return Largest(scores, torch.arange(k).expand(len(scores), k))
+    indices = torch.from_numpy(np.argpartition(scores.detach().numpy(), n_others, axis=1)[:, n_others:])
+    return Largest(scores.gather(1, indices), indices)
 
 
 def largest_offers(
@@ -104,7 +116,7 @@ def token_thresholds(scores: Sequence[Scores], n_kept: int, grid: ProcessGrid = 
     """Each token's `n_kept`-th largest score, over the features of all the layers given."""
     offers = [largest(s, min(n_kept, s.shape[1])).values for s in scores]
     together = grid.all_features(torch.cat(offers, dim=1), dim=1)
-    return torch.topk(together, n_kept, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    return largest(together, n_kept).values.amin(dim=1, keepdim=True)
 
 
 def batch_topk(scores: Sequence[Scores], n_kept: int, guess: float, grid: ProcessGrid = SINGLE) -> Selected:

@@ -11,7 +11,7 @@ small enough for the cache, goes through all of them, with derivatives by hand: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -28,20 +28,20 @@ from tl_clt.errors import ConfigError
 from tl_clt.training.clt import CLTStep, LayerFeatures, TrainingCLT
 from tl_clt.training.fast.products import (
     Support,
-    Values,
     apply_far_decoders,
     attach_gradients,
     decode,
     decode_places,
+    decode_rows,
     encode,
     encode_places,
+    encode_rows,
     far_norms,
     row_norms,
     sum_by_target,
     support_above,
-    support_of_topk,
 )
-from tl_clt.training.fast.selection import largest_offers, select
+from tl_clt.training.fast.selection import largest, largest_offers, select
 from tl_clt.training.losses import (
     SparsityKind,
     StraightThrough,
@@ -49,6 +49,7 @@ from tl_clt.training.losses import (
     mse_loss,
     sparsity_loss,
 )
+from tl_clt.training.parallel import ProcessGrid
 
 SPARSE_BELOW = {"cpu": 0.1}
 """Share of active features below which sparse products are faster, by kind of device. Measured on two cores with
@@ -83,23 +84,28 @@ class FastStep:
             )
         inputs, outputs = step_input.sae_in.to(clt.sum_dtype).unbind(dim=1)
         xs = inputs.unbind(dim=1)
-        smallest = None
+        smallest, auxk = None, auxk_of(clt, step_input)
         if clt.cfg.selects:
-            layers, smallest = _selected_layers(clt, xs, step_input.n_training_steps, self)
+            layers, smallest = _selected_layers(clt, xs, step_input.n_training_steps, auxk, self)
         else:
-            layers = _thresholded_layers(clt, xs, step_input.coefficients, self)
-        recons = sum_by_target(clt.b_dec, [one.written for one in layers], clt.grid)
+            layers = _thresholded_layers(clt, xs, step_input.coefficients, auxk, self)
+        shape = (clt.cfg.n_layers, clt.cfg.d_in)
+        recons = sum_by_target([one.written for one in layers], shape, clt.grid) + clt.b_dec
         if clt.W_skip is not None:
             recons = recons + torch.stack([decode(x, W_skip) for x, W_skip in zip(xs, clt.W_skip, strict=True)], dim=1)
         losses = {"mse_loss": mse_loss(recons, outputs)}
-        hidden_pre = [one.hidden_pre for one in layers]
-        losses |= _auxk(clt, xs, hidden_pre, outputs, recons.detach(), step_input)
+        if auxk is not None:
+            by_dead = [one.by_dead for one in layers if one.by_dead is not None]
+            e_hat = sum_by_target(by_dead, shape, clt.grid)
+            losses["auxk_loss"] = auxk.coefficient * auxk_loss(
+                outputs - recons.detach(), e_hat, auxk.n_dead, auxk.k_aux
+            )
         if not clt.cfg.selects:
             losses |= _penalties(clt, layers, step_input.coefficients)
         if (far_write := step_input.coefficients.get("far_write", 0.0)) > 0:
             far = torch.stack([one.far_write(clt.far_weights(s, clt.sum_dtype)) for s, one in enumerate(layers)]).sum()
             losses["far_write_loss"] = far_write * clt.grid.sum_over_features(far) / len(recons)
-        return CLTStep(recons, losses, [one.features for one in layers], hidden_pre, smallest)
+        return CLTStep(recons, losses, [one.features for one in layers], [one.hidden_pre for one in layers], smallest)
 
     def take(self, name: str, layer: int, shape: tuple[int, int], like: Tensor) -> Tensor:
         """The tensor of that name and layer, its values whatever they were."""
@@ -115,12 +121,15 @@ class _Layer(NamedTuple):
     written: Tensor
     far_write: Callable[[Tensor], Tensor]
     """From weights of the features to the sum over tokens and features of activation times weight."""
+    by_dead: Tensor | None
+    """What AuxK's chosen features write, where it has a part in the step. It is made before `written`: `backward()`
+    comes to it afterwards, and adds its few rows to gradients that are there."""
     counts: Tensor | None = None
     dead_features: Tensor | None = None
 
 
 def _thresholded_layers(
-    clt: TrainingCLT, xs: tuple[Tensor, ...], coefficients: dict[str, float], memory: FastStep
+    clt: TrainingCLT, xs: tuple[Tensor, ...], coefficients: dict[str, float], auxk: AuxK | None, memory: FastStep
 ) -> list[_Layer]:
     """ReLU and JumpReLU, with the sums of the sparsity and dead-feature losses."""
     options = TermOptions(
@@ -135,6 +144,7 @@ def _thresholded_layers(
     for layer, (x, threshold) in enumerate(zip(xs, clt.thresholds(), strict=True)):
         shape = (len(x), clt.n_own_features)
         h = encode(x, clt.W_enc[layer], clt.b_enc[layer], memory.take("hidden_pre", layer, shape, x))
+        by_dead = None if auxk is None else auxk.written(clt, layer, x, h.detach())
         out = memory.take("feature_acts", layer, shape, x)
         result = terms_in_blocks(h, threshold.to(x.dtype), _norms(clt, layer), options, out)
         acts = result.feature_acts
@@ -144,12 +154,12 @@ def _thresholded_layers(
         features = LayerFeatures(acts.detach, result.fired)
         written = _to_targets(clt, layer, written)
         far_write = partial(torch.dot, acts.sum(dim=0))
-        layers.append(_Layer(features, h.detach(), written, far_write, result.counts, result.dead_features))
+        layers.append(_Layer(features, h.detach(), written, far_write, by_dead, result.counts, result.dead_features))
     return layers
 
 
 def _selected_layers(
-    clt: TrainingCLT, xs: tuple[Tensor, ...], n_training_steps: int, memory: FastStep
+    clt: TrainingCLT, xs: tuple[Tensor, ...], n_training_steps: int, auxk: AuxK | None, memory: FastStep
 ) -> tuple[list[_Layer], Tensor]:
     """TopK and BatchTopK, and the smallest scores kept."""
     cfg = clt.cfg
@@ -165,7 +175,8 @@ def _selected_layers(
             selected = select(clt, group, scores, k)
         smallest += selected.smallest
         for s, h, where in zip(group, hidden_pre, selected.places, strict=True):
-            layers.append(_kept(clt, s, xs[s], h, where))
+            by_dead = None if auxk is None else auxk.written(clt, s, xs[s], h)
+            layers.append(_kept(clt, s, xs[s], h, where, by_dead))
     of_all_tokens = torch.stack(smallest)
     clt.grid.mean_over_data([of_all_tokens])
     return layers, of_all_tokens
@@ -183,7 +194,9 @@ def _scored(clt: TrainingCLT, layer: int, hidden_pre: Tensor, memory: FastStep) 
     return torch.mul(hidden_pre, _norms(clt, layer).to(hidden_pre.dtype), out=out)
 
 
-def _kept(clt: TrainingCLT, layer: int, x: Tensor, hidden_pre: Tensor, places: Support) -> _Layer:
+def _kept(
+    clt: TrainingCLT, layer: int, x: Tensor, hidden_pre: Tensor, places: Support, by_dead: Tensor | None
+) -> _Layer:
     """One layer's activations at the places. On the sparse path, no gradient of another pre-activation is made."""
     W_enc, b_enc, n_features = clt.W_enc[layer], clt.b_enc[layer], clt.n_own_features
     sparse = len(places.features) / hidden_pre.numel() < _sparse_below(x.device)
@@ -199,7 +212,8 @@ def _kept(clt: TrainingCLT, layer: int, x: Tensor, hidden_pre: Tensor, places: S
         acts = places.to_dense(values)
         features = LayerFeatures(acts.detach, fired)
         written = decode(acts, clt.W_dec[layer])
-    return _Layer(features, hidden_pre, _to_targets(clt, layer, written), partial(_weighted, values, places.features))
+    far_write = partial(_weighted, values, places.features)
+    return _Layer(features, hidden_pre, _to_targets(clt, layer, written), far_write, by_dead)
 
 
 def _weighted(values: Tensor, features: Tensor, weights: Tensor) -> Tensor:
@@ -217,31 +231,6 @@ def _penalties(clt: TrainingCLT, layers: list[_Layer], coefficients: dict[str, f
         dead = clt.grid.sum_over_features(dead) / counts.shape[1]
         losses["dead_feature_loss"] = coefficients["dead_feature"] * dead
     return losses
-
-
-def _auxk(
-    clt: TrainingCLT,
-    xs: tuple[Tensor, ...],
-    hidden_pre: list[Tensor],
-    outputs: Tensor,
-    recons: Tensor,
-    step_input: TrainStepInput,
-) -> dict[str, Tensor]:
-    """AuxK's term, where features are dead."""
-    coefficient, dead = step_input.coefficients.get("auxk", 0.0), step_input.dead_neuron_mask
-    n_dead = 0 if dead is None or coefficient == 0 else int(dead.sum())
-    if dead is None or n_dead == 0:
-        return {}
-    k_aux, residual = clt.cfg.k_aux or clt.cfg.d_in // 2, outputs - recons
-    written: list[Tensor] = []
-    for layer, dead_here in enumerate(dead.unflatten(0, (clt.cfg.n_layers, -1))):
-        chosen = auxk_features(clt, layer, xs[layer], hidden_pre[layer], dead_here, k_aux)
-        if chosen is None:
-            written.append(residual.new_zeros(len(residual), len(clt.targets[layer]) * clt.cfg.d_in))
-        else:
-            written.append(_to_targets(clt, layer, decode_places(chosen[0], clt.W_dec[layer], chosen[1])))
-    by_target = sum_by_target(torch.zeros_like(residual[0]), written, clt.grid)
-    return {"auxk_loss": coefficient * auxk_loss(residual, by_target, n_dead, k_aux)}
 
 
 def _norms(clt: TrainingCLT, layer: int) -> Tensor:
@@ -411,36 +400,80 @@ def _blocks(hidden_pre: Tensor, n_spare: int) -> Iterator[tuple[slice, list[Tens
 # -- AuxK: see `losses`
 
 
-def auxk_features(
-    clt: TrainingCLT,
-    layer: int,
-    x: Float[Tensor, "batch d_model"],
-    hidden_pre: Float[Tensor, "batch d_transcoder"],
-    dead: Bool[Tensor, " all_features"],
-    k_aux: int,
-) -> tuple[Values, Support] | None:
-    """One layer's chosen dead features: their pre-activations, with gradients, and places. None where none is dead.
+@dataclass(frozen=True, kw_only=True)
+class AuxK:
+    """AuxK's part in a step at which features are dead."""
 
-    Args:
-        clt: on a grid, one rank's share of it.
-        layer: which.
-        x: its scaled input.
-        hidden_pre: of this rank's features.
-        dead: of all features of the layer, on whatever rank.
-        k_aux: to choose at a token, of all ranks' features.
-    """
-    grid, d_transcoder = clt.grid, clt.cfg.d_transcoder
-    if not dead.any():
+    coefficient: float
+    """Weight of the term."""
+
+    k_aux: int
+    """Dead features of each layer to choose at a token, of all ranks' features."""
+
+    n_dead: int
+    """Dead features of all layers, on whatever rank."""
+
+    dead: Sequence[Bool[Tensor, " all_features"]]
+    """Which they are, of each layer."""
+
+    def written(
+        self,
+        clt: TrainingCLT,
+        layer: int,
+        x: Float[Tensor, "batch d_model"],
+        hidden_pre: Float[Tensor, "batch d_transcoder"],
+    ) -> Float[Tensor, "batch width"]:
+        """What one layer's chosen dead features write with their pre-activations, to all the layer's targets.
+
+        Where few of them are chosen, products run over the chosen ones alone, and else over all the dead, with zeros
+        for the others.
+
+        Args:
+            clt: on a grid, one rank's share of it.
+            layer: which.
+            x: its scaled input.
+            hidden_pre: of this rank's features, without gradients.
+        """
+        if not self.dead[layer].any():
+            return x.new_zeros(len(x), len(clt.targets[layer]) * clt.cfg.d_in)
+        W_enc, b_enc, W_dec = clt.W_enc[layer], clt.b_enc[layer], clt.W_dec[layer]
+        numbers = self.dead[layer][clt.grid.own(clt.cfg.d_transcoder)].nonzero().flatten()
+        chosen = self._choose(clt.grid, layer, hidden_pre.index_select(1, numbers))
+        if chosen is not None and chosen.sum() < _sparse_below(x.device) * chosen.numel():
+            tokens, places = chosen.nonzero(as_tuple=True)
+            offsets = F.pad(torch.bincount(tokens, minlength=len(x)).cumsum(dim=0), (1, 0))
+            support = Support(numbers[places], offsets, clt.n_own_features)
+            values = encode_places(hidden_pre, x, W_enc, b_enc, support)
+            return _to_targets(clt, layer, decode_places(values, W_dec, support))
+        acts = encode_rows(hidden_pre, x, W_enc, b_enc, numbers)
+        if chosen is not None:
+            acts = acts * chosen.to(acts.dtype)
+        return _to_targets(clt, layer, decode_rows(acts, W_dec, numbers))
+
+    def _choose(
+        self, grid: ProcessGrid, layer: int, hidden_pre: Float[Tensor, "batch n_dead"]
+    ) -> Bool[Tensor, "batch n_dead"] | None:
+        """Which of this rank's dead features are among the `k_aux` of the largest hidden_pre; None where all are."""
+        n_own, n_all = hidden_pre.shape[1], int(self.dead[layer].sum())
+        if n_all <= self.k_aux:
+            return None
+        offers = largest(hidden_pre, min(self.k_aux, n_own))
+        if grid.n_feature_shards > 1:
+            # Every rank offers as many as the one with the most has.
+            most = min(self.k_aux, int(self.dead[layer].unflatten(0, (grid.n_feature_shards, -1)).sum(dim=1).max()))
+            n_offers = offers.values.shape[1]
+            padded = F.pad(offers.values, (0, most - n_offers), value=-torch.inf)
+            kept = largest_offers(padded, self.k_aux, grid)[:, :n_offers]
+        else:
+            kept = torch.ones_like(offers.indices, dtype=torch.bool)
+        return torch.zeros_like(hidden_pre, dtype=torch.bool).scatter_(1, offers.indices, kept)
+
+
+def auxk_of(clt: TrainingCLT, step_input: TrainStepInput) -> AuxK | None:
+    """None where no feature is dead, or the term has no weight."""
+    coefficient, dead = step_input.coefficients.get("auxk", 0.0), step_input.dead_neuron_mask
+    n_dead = 0 if dead is None or coefficient == 0 else int(dead.sum())
+    if dead is None or n_dead == 0:
         return None
-    numbers = dead[grid.own(d_transcoder)].nonzero().flatten()
-    offers = torch.topk(hidden_pre.detach()[:, numbers], min(k_aux, len(numbers)), dim=1, sorted=False)
-    if grid.n_feature_shards == 1:
-        places = support_of_topk(numbers[offers.indices], d_transcoder)
-    else:
-        most = int(dead.unflatten(0, (grid.n_feature_shards, -1)).sum(dim=1).max())
-        padding = (0, min(k_aux, most) - offers.values.shape[1])
-        kept = largest_offers(F.pad(offers.values, padding, value=-torch.inf), min(k_aux, int(dead.sum())), grid)
-        kept = kept[:, : offers.values.shape[1]]
-        offsets = F.pad(kept.sum(dim=1).cumsum(dim=0), (1, 0))
-        places = Support(numbers[offers.indices][kept], offsets, clt.n_own_features)
-    return encode_places(hidden_pre.detach(), x, clt.W_enc[layer], clt.b_enc[layer], places), places
+    by_layer = dead.unflatten(0, (clt.cfg.n_layers, -1)).unbind(dim=0)
+    return AuxK(coefficient=coefficient, k_aux=clt.cfg.k_aux or clt.cfg.d_in // 2, n_dead=n_dead, dead=by_layer)

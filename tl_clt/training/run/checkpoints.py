@@ -28,7 +28,7 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -234,6 +234,16 @@ def scale_of(state: TrainingState, n_layers: int) -> ActivationScale:
         ):
             raise ValueError(f"scale does not have a positive number for each of {n_layers} layers")
         return ActivationScale(*sides)
+
+
+def n_done(state: TrainingState, name: Literal["n_training_samples", "n_training_steps"]) -> int:
+    """Tokens, or steps, that were trained on.
+
+    Raises:
+        CheckpointError: it is no number.
+    """
+    with readable(state.folder):
+        return int(_like(name, state.values[name], 0))
 
 
 def position_of(state: TrainingState) -> Position:

@@ -8,7 +8,7 @@ import torch
 
 from tl_clt.errors import NotEnoughMemory
 from tl_clt.machine import GIB, free_memory
-from tl_clt.training.clt import TrainingCLT
+from tl_clt.training.clt import CHUNK_ELEMENTS, TrainingCLT
 from tl_clt.training.data.batches import DataSettings
 
 
@@ -30,6 +30,10 @@ class MemoryEstimate(NamedTuple):
     buffer: int
     """The shuffling buffer, which is copied to shuffle, and what fills it, on the main process; and the batches that
     scales are set on."""
+
+    start: int
+    """The float64 copies that the first weights are made with (`init_from_tokens`), as far as they are more than the
+    gradients, moments and activations, which come later."""
 
     @property
     def total(self) -> int:
@@ -59,13 +63,29 @@ def estimate_memory(clt: TrainingCLT, data: DataSettings) -> MemoryEstimate:
     held = data.n_batches_for_scale * data.train_batch_size_tokens
     if clt.grid.is_main:
         held += int((3 - data.activations_mixing_fraction) * data.n_batches_in_buffer * positions)
+    later = n_weights * weight + 2 * n_weights * number + step
     return MemoryEstimate(
         weights=n_weights * weight,
         gradients=n_weights * weight,
         moments=2 * n_weights * number,
         activations=step,
         buffer=held * per_token * weight,
+        start=max(0, _at_start(clt, data.n_batches_for_scale * data.train_batch_size_tokens) - later),
     )
+
+
+def _at_start(clt: TrainingCLT, n_tokens: int) -> int:
+    """About what `init_from_tokens` takes besides the weights, for one layer at a time, and its tokens."""
+    n_layers, d_model, n_features = clt.cfg.n_layers, clt.cfg.d_in, clt.n_own_features
+    widest = max(len(targets) for targets in clt.targets) * d_model
+    # What features write, by target and side by side, and the decoders that they take the place of.
+    decoders = 3 * n_features * widest * torch.float64.itemsize
+    # What features read, noise and what is solved for; the tokens' inputs and their copy less the mean.
+    encoders = (5 * n_features + 2 * n_tokens) * d_model * torch.float64.itemsize
+    # The tokens scaled, batch by batch and together.
+    tokens = 2 * n_tokens * 2 * n_layers * d_model * clt.dtype.itemsize
+    biases = 2 * min(CHUNK_ELEMENTS, n_tokens * n_features) * clt.sum_dtype.itemsize
+    return tokens + max(decoders + encoders, biases)
 
 
 def require_memory(estimate: MemoryEstimate, device: torch.device) -> None:

@@ -49,6 +49,7 @@ from tl_clt.training.run.checkpoints import (
     find_checkpoint,
     gather_clt,
     has_more_tokens,
+    n_done,
     position_of,
     read_checkpoint,
     require_checkpoint_folder,
@@ -90,7 +91,7 @@ class TrainingRecord(NamedTuple):
     """Tokens trained on."""
 
     data: DataCounts
-    """What was read, and what of it was left out; more than `tokens_seen`, for the shuffling buffer and the metrics."""
+    """What was read, and what of it was left out; a little more than `tokens_seen`, because it is read in chunks."""
 
     seconds: float
     """Wall time of the run, loading and measuring included; of a resumed one, with what it took before."""
@@ -271,6 +272,7 @@ class CLTTrainingRunner:
                     seed=cfg.seed,
                     model_name=start.name,
                     position=None if state is None else position_of(state),
+                    n_trained=0 if state is None else n_done(state, "n_training_samples"),
                 )
                 raw = opened.enter_context(closing(batches))
             model = source[0][0] if source else None
@@ -350,7 +352,8 @@ class CLTTrainingRunner:
         for weights in first:
             take_over(sae, weights)
             scale = ActivationScale(tuple(sae.cfg.input_scale), tuple(sae.cfg.output_scale))
-        trainer = CLTTrainer(cfg=self._trainer_config(), sae=sae, data_provider=None)
+        trainer_cfg = self._trainer_config(state)
+        trainer = CLTTrainer(cfg=trainer_cfg, sae=sae, data_provider=None)
         if state is not None:
             restore(trainer, state, longer=start.checkpoint is not None and has_more_tokens(cfg, start.checkpoint))
 
@@ -377,7 +380,11 @@ class CLTTrainingRunner:
         trainer.after_step = checkpoints
         table = self._table = self._progress_table(start, sae, checkpoints.folder)
         meter = trainer.progress = ProgressMeter(
-            cfg.steps_per_line, cfg.n_steps, cfg.data.training_tokens, started, self._teller(table, raw)
+            cfg.steps_per_line,
+            trainer_cfg.total_training_steps,
+            cfg.data.training_tokens,
+            started,
+            self._teller(table, raw),
         )
         in_model = 0.0 if raw is None else raw.seconds_in_model
         if grid.is_main:
@@ -517,8 +524,8 @@ class CLTTrainingRunner:
 
     def _progress_table(self, start: Start, clt: TrainingCLT, checkpoints: Path | None) -> ProgressTable:
         before: list[TrainingProgress] = []
-        if start.checkpoint is not None and clt.grid.is_main:
-            before = read_lines(start.checkpoint.folder.parent / TABLE, start.checkpoint.step)
+        if (checkpoint := start.checkpoint) is not None:
+            before = clt.grid.on_main(lambda: read_lines(checkpoint.folder.parent / TABLE, checkpoint.step))
         losses = ["mse_loss", *(f"{name}_loss" for name in clt.get_coefficients())]
         return ProgressTable(losses, checkpoints if clt.grid.is_main else None, before)
 
@@ -567,9 +574,11 @@ class CLTTrainingRunner:
             ),
         )
 
-    def _trainer_config(self) -> CLTTrainerConfig:
+    def _trainer_config(self, state: TrainingState | None) -> CLTTrainerConfig:
         cfg = self.cfg
         ours = {
+            "steps_done": 0 if state is None else n_done(state, "n_training_steps"),
+            "samples_done": 0 if state is None else n_done(state, "n_training_samples"),
             "total_training_samples": cfg.data.training_tokens,
             "train_batch_size_samples": cfg.data.train_batch_size_tokens,
             "lr_end": cfg.lr / 10 if cfg.lr_end is None else cfg.lr_end,

@@ -56,10 +56,17 @@ MAX_NORM = 1.0
 class CLTTrainerConfig(SAETrainerConfig):
     """`SAETrainerConfig` of a run that ends on exactly its tokens: the last batch may be shorter."""
 
+    steps_done: int = 0
+    """Steps of the run that is gone on with."""
+
+    samples_done: int = 0
+    """Tokens of those steps. Where that run had come to its end, its last batch may have been shorter, too."""
+
     @property
     def total_training_steps(self) -> int:
         """Steps, the last one included."""
-        return -(-self.total_training_samples // self.train_batch_size_samples)
+        left = self.total_training_samples - self.samples_done
+        return self.steps_done + -(-left // self.train_batch_size_samples)
 
 
 class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
