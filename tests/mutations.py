@@ -572,11 +572,11 @@ def a_run(folder: Path) -> Run:
     )
     runner = CLTTrainingRunner(cfg, model=tiny_model(), dataset=torch.arange(60 * N_CTX).reshape(60, N_CTX) % D_VOCAB)
     runner.run()
-    start = Start(N_LAYERS, D_MODEL, "tiny", None, "", None)
+    start = Start(N_LAYERS, D_MODEL, N_CTX, "tiny", None, "", None)
 
     def fresh() -> CLTTrainer:
         sae = TrainingCLT(runner._clt_config(start, None), grid=SINGLE)
-        return CLTTrainer(cfg=runner._trainer_config(), sae=sae, data_provider=None)
+        return CLTTrainer(cfg=runner._trainer_config(None), sae=sae, data_provider=None)
 
     return Run(cfg, start, fresh)
 

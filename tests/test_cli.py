@@ -361,6 +361,7 @@ WRITES = [
     ("features", "--clt", "atlas", "--dataset", "text.txt", "--output", "folder"),
     ("evaluate", "--clt", "atlas", "--dataset", "text.txt", "--output", "folder"),
     ("tradeoff", "--model", "atlas", "--clt", "atlas", "--dataset", "text.txt", "--output", "folder"),
+    ("benchmark", "--clt", "atlas", "--n-prompts", "1", "--output", "folder"),
     ("train", "--model", "atlas", "--dataset", "text.txt", "--training-tokens", "1000", "--output", "folder"),
 ]
 

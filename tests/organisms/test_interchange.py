@@ -97,11 +97,11 @@ def test_probes_read_the_state_where_it_is_and_not_in_the_embedding(model):
 def test_what_cannot_be_exchanged(model):
     with pytest.raises(ConfigError, match="variable is 'mood': two_hop has"):
         interchange(model, TASK, "mood")
-    idle = replace(idle, hops=(Hop("idle", ("city",), lambda city: str(len(city))), *TASK.hops))
+    idle = replace(TASK, hops=(Hop("idle", ("city",), lambda city: str(len(city))), *TASK.hops))
     with pytest.raises(ConfigError, match="never depend on idle"):
         interchange(model, idle, "idle", n_pairs=4)
     uneven = replace(TASK, words=lambda v: f"the {v['relation']} " * len(v["city"]))
-    with pytest.raises(ConfigError, match="differ in length"):
+    with pytest.raises(ConfigError, match="have different lengths"):
         interchange(model, uneven, "state", n_pairs=4)
 
 

@@ -128,7 +128,9 @@ def test_an_organisms_clt_is_loaded_by_its_name_unless_a_folder_here_is_named_so
 
 
 def test_a_name_that_is_nearly_an_organisms_gets_it_named():
-    message = r"'atlass' is neither a folder.*nor a bundled organism \(atlas\), nor a name.*Nearest names: atlas\."
+    message = (
+        r"'atlass' is neither a folder.*nor a bundled organism \(atlas, school\), nor a name.*Nearest names: atlas\."
+    )
     with pytest.raises(FormatError, match=message):
         CrossLayerTranscoder.from_pretrained("atlass")
 

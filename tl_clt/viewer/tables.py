@@ -175,20 +175,18 @@ def curves_table(report: FaithfulnessCurves) -> Table:
     info = report.info
     title = f"Circuits of {report.table['prompt'].nunique()} prompts, ablated to {info['ablated_to']}; metric"
     title += f" {info['metric']}, errors {info['errors']}. area under f and distance from 1, 95% intervals; f by share"
-    curves = report.curves
-    shares = [share for share in CURVE_SHARES if share in set(curves["share"])]
-    table = Table("transcoder", "ranking", "area", "distance", *(f"f({share:g})" for share in shares), "f(1)")
+    curves, areas = report.curves, report.areas.to_dict("records")
+    table = Table("", *(f"{escape(row['transcoder'])}\n{row['ranking']}" for row in areas), padding=(0, 1))
     table.title, table.title_justify = title, "left"
-    for row in report.areas.to_dict("records"):
-        of = curves[(curves["transcoder"] == row["transcoder"]) & (curves["ranking"] == row["ranking"])]
-        points = of.set_index("share")["faithfulness"]
-        table.add_row(
-            escape(row["transcoder"]),
-            row["ranking"],
-            *(_between(row[name], row[f"{name}_low"], row[f"{name}_high"], 3) for name in ("area", "distance")),
-            *(f"{points[share]:.2f}" for share in shares),
-            f"{row['whole']:.2f}",
-        )
+    for name in ("area", "distance"):
+        table.add_row(name, *(_between(row[name], row[f"{name}_low"], row[f"{name}_high"], 3) for row in areas))
+    of_each = [
+        curves[(curves["transcoder"] == row["transcoder"]) & (curves["ranking"] == row["ranking"])] for row in areas
+    ]
+    points = [of.set_index("share")["faithfulness"] for of in of_each]
+    for share in (share for share in CURVE_SHARES if share in set(curves["share"])):
+        table.add_row(f"f({share:g})", *(f"{of[share]:.2f}" for of in points))
+    table.add_row("f(1)", *(f"{row['whole']:.2f}" for row in areas))
     return table
 
 
