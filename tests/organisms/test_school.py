@@ -9,7 +9,7 @@ import torch
 
 from tl_clt import evaluate, load_organism
 from tl_clt.benchmark import measure_task
-from tl_clt.organisms import benchmark_prompts, load_features, organism_folder, organism_tasks
+from tl_clt.organisms import benchmark_prompts, default_prompt, load_features, organism_folder, organism_tasks
 from tl_clt.organisms.interchange import answer_ids, as_batch, find_variables
 from tl_clt.organisms.school.train_clt import held_out_prompts
 from tl_clt.transcoder import CrossLayerTranscoder
@@ -103,6 +103,12 @@ def test_a_task_whose_only_hop_is_its_answer_has_nothing_to_show(school):
     report = measure_task(school.model, school.clt, TASKS["diagnosis"], n_pairs=4, n_prompts=40)
     assert len(report.hops) == 0 and report.hop_recall != report.hop_recall
     assert "diagnosis" in repr(report)
+
+
+def test_the_prompt_that_shows_what_it_can_do_is_held_out_and_answered(school):
+    prompt = default_prompt("school")
+    [case] = [case for case in TASKS["rhyme"].cases(400, held_out=True) if case.prompt == prompt]
+    assert school.model.to_string(school.model(prompt)[0, -1].argmax()).strip() == case.answer
 
 
 def test_prompts_for_curves_are_held_out(school):

@@ -23,7 +23,7 @@ from tl_clt.transcoder import CrossLayerTranscoder
 
 DEFAULT_PROMPTS = {
     "atlas": "Fact: the capital of the state containing Dallas is",
-    "school": "we found a rabbit / and then a",
+    "school": "he saw a sled / and there it",
 }
 
 
