@@ -1,8 +1,10 @@
 """Labels of features, each with a score that says what it is worth.
 
-A score is the balanced accuracy (0.5 is chance) with which a label tells contexts in which the feature is active, drawn
-in proportion to activation, from as many in which it is not: random ones, and those most like the former by the
-features that are active there. All contexts are of prompts that no example is from, and on which no label was chosen.
+A score is the balanced accuracy (0.5 is chance) with which a label tells contexts in which the feature is active from
+100 in which it is not: random ones, and those most like the former by the features that are active there. Of the active
+ones at most 100 are taken, without replacement and the stronger the likelier: all of them, weak ones too, where there
+are fewer. Where a feature is active in more than half of the contexts, only the stronger half counts as active. All
+contexts are of prompts that no example is from, and on which no label was chosen.
 Beside it stands what the same labeller reaches on a random dictionary: random directions of the residual stream that
 are active as often as the CLT's own features. A label is worth what it has beyond that.
 """
