@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -94,9 +95,12 @@ def test_probes_read_the_state_where_it_is_and_not_in_the_embedding(model):
     assert (table["shuffled"] <= 0.2).all()
 
 
-def test_what_cannot_be_exchanged(model):
+def test_what_cannot_be_exchanged(model, as_users_run_it):
     with pytest.raises(ConfigError, match="variable is 'mood': two_hop has"):
         interchange(model, TASK, "mood")
+    half: Any = "half"
+    with pytest.raises(ConfigError, match="part is 'half': give 'all' or 'mean'"):
+        interchange(model, TASK, "state", part=half)
     idle = replace(TASK, hops=(Hop("idle", ("city",), lambda city: str(len(city))), *TASK.hops))
     with pytest.raises(ConfigError, match="never depend on idle"):
         interchange(model, idle, "idle", n_pairs=4)

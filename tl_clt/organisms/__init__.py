@@ -17,8 +17,7 @@ from tl_clt.lens import Backend, HookedModel, load_model
 from tl_clt.organisms.circuits import CircuitVariable, KnownCircuit, ground_truth, known_circuits, load_circuit
 from tl_clt.organisms.interchange import find_variables, interchange, probe
 from tl_clt.organisms.programs import Program, Step
-from tl_clt.organisms.prompts import BenchmarkPrompt
-from tl_clt.organisms.tasks import Case, Hop, Task
+from tl_clt.organisms.tasks import BenchmarkPrompt, Case, Hop, Task
 from tl_clt.transcoder import CrossLayerTranscoder
 
 DEFAULT_PROMPTS = {
@@ -82,7 +81,7 @@ def organism_tasks(name: str) -> dict[str, Task]:
 def benchmark_prompts(name: str) -> list[BenchmarkPrompt]:
     """Prompts that an organism was not trained on, with their right answers, in an order of no meaning."""
     organism_folder(name)
-    return import_module(f"tl_clt.organisms.{name}.prompts").benchmark_prompts()
+    return import_module(f"tl_clt.organisms.{name}.text").benchmark_prompts()
 
 
 def default_prompt(name: str) -> str:

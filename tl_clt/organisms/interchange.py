@@ -76,6 +76,8 @@ def interchange(
     """
     n_pairs = as_whole("n_pairs", n_pairs, 1)
     seed = as_seed("seed", seed)
+    if part not in get_args(Part):
+        raise ConfigError(f"part is {part!r:.60}: give {' or '.join(map(repr, get_args(Part)))}.")
     cases, tokens = answered_right(model, task, 8 * n_pairs, held_out, seed)
     _require(variable, cases[0], task)
     chooser = random.Random(f"{task.name} {variable} {seed}")

@@ -39,6 +39,17 @@ class Case(NamedTuple):
     """Of inputs and hops; the last one is the answer."""
 
 
+class BenchmarkPrompt(NamedTuple):
+    """A prompt that an organism was not trained on, to measure circuits on."""
+
+    prompt: str
+    target: str
+    """The right next token."""
+
+    counterfactual: str
+    """Another prompt of as many tokens, with another answer."""
+
+
 def one_in(n: int, *names: str) -> Callable[[Values], bool]:
     """Holds out one in n of the combinations of some inputs: the same on every machine and with every seed, and in all
     tasks that are held out by the same values."""

@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Int
+from rich.console import Console
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from torch import Tensor
@@ -227,3 +229,52 @@ def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, output: Pat
     path = output / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def train_organism(
+    output: Path,
+    words: Sequence[str],
+    sentences: Iterator[str],
+    evaluate: Callable[[GPT2LMHeadModel, PreTrainedTokenizerFast], Mapping[str, object]],
+    options: TrainOptions,
+    say_every: int | None = None,
+) -> dict[str, object]:
+    """Train an organism, write it to a new folder and return what `metrics.json` there holds.
+
+    Args:
+        output: the folder.
+        words: the vocabulary.
+        sentences: the text, without end.
+        evaluate: what the model gets right.
+        options: shape and settings.
+        say_every: steps after which what it gets right is told on stderr; never if None.
+
+    Raises:
+        FileExistsError: the folder is there.
+    """
+    if output.exists():
+        raise FileExistsError(f"{output} already exists; name a new folder")
+    tokenizer = build_tokenizer(words, options.n_ctx)
+    model = build_model(tokenizer, options)
+    start = time.perf_counter()
+
+    def tell(step: int) -> None:
+        if say_every and step and step % say_every == 0:
+            model.eval()
+            Console(stderr=True).print(f"step {step}:", dict(evaluate(model, tokenizer)))
+            model.train()
+
+    loss = train(model, training_batches(tokenizer, sentences, options), options, tell)
+    metrics: dict[str, object] = {
+        "accuracy": dict(evaluate(model, tokenizer)),
+        "final_loss_nats_per_token": round(loss, 4),
+        "seconds": round(time.perf_counter() - start, 1),
+        "tokens_seen": options.steps * options.batch_size * options.n_ctx,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "vocabulary": len(tokenizer),
+        "threads": torch.get_num_threads(),
+        "options": asdict(options),
+    }
+    save(model, tokenizer, output)
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    return metrics

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from tl_clt.organisms.atlas.places import STATE_OF_CITY, STATES, place_names
-from tl_clt.organisms.tasks import Hop, Task
+from tl_clt.organisms.tasks import BenchmarkPrompt, Hop, Task
 
 RELATIONS: tuple[str, ...] = ("capital", "region", "abbreviation")
 """What is told of each state."""
@@ -145,6 +145,21 @@ def train_questions(phrasing: int = 0) -> list[Question]:
 def held_out_questions(phrasing: int = 0) -> list[Question]:
     """Return the two-hop questions whose sentences are never generated, in one of `TWO_HOP_PHRASINGS`."""
     return _two_hop_questions(held_out=True, phrasing=phrasing)
+
+
+def benchmark_prompts() -> list[BenchmarkPrompt]:
+    """The held-out questions in a random order that is always the same.
+
+    The counterfactual of each is the next question there that asks the same of another city, and has another answer.
+    """
+    questions = held_out_questions()
+    random.Random(0).shuffle(questions)
+    found = []
+    for number, question in enumerate(questions):
+        others = [*questions[number + 1 :], *questions[:number]]
+        other = next(q for q in others if q.relation == question.relation and q.answer != question.answer)
+        found.append(BenchmarkPrompt(question.prompt, question.answer, other.prompt))
+    return found
 
 
 def city_questions(phrasing: int = 0) -> list[Question]:

@@ -6,9 +6,6 @@ folder written holds a Hugging Face model with its tokenizer, and `metrics.json`
 
 from __future__ import annotations
 
-import json
-import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -29,15 +26,7 @@ from tl_clt.organisms.atlas.text import (
     vocabulary,
     with_prefix,
 )
-from tl_clt.organisms.word_model import (
-    TrainOptions,
-    answers_right,
-    build_model,
-    build_tokenizer,
-    save,
-    train,
-    training_batches,
-)
+from tl_clt.organisms.word_model import TrainOptions, answers_right, train_organism
 
 
 def accuracy(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, questions: list[Question]) -> float:
@@ -60,30 +49,7 @@ def evaluate(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> dict
             groups[f"{name}_{relation}"] = [q for q in groups[name] if q.relation == relation]
     groups["two_hop_held_out_first_phrasing"] = held_out_questions(0)
     groups["direct"] = groups["direct_city"] + groups["direct_state"]
-    return {name: accuracy(model, tokenizer, questions) for name, questions in groups.items()}
-
-
-def train_atlas(output: Path, options: TrainOptions) -> dict[str, object]:
-    """Train an organism, write it to the new folder `output` and return what `metrics.json` holds."""
-    if output.exists():
-        raise FileExistsError(f"{output} already exists; name a new folder")
-    tokenizer = build_tokenizer(vocabulary(), options.n_ctx)
-    model = build_model(tokenizer, options)
-    start = time.perf_counter()
-    loss = train(model, training_batches(tokenizer, sentences(options.seed), options), options)
-    metrics: dict[str, object] = {
-        "accuracy": {name: round(value, 4) for name, value in evaluate(model, tokenizer).items()},
-        "final_loss_nats_per_token": round(loss, 4),
-        "seconds": round(time.perf_counter() - start, 1),
-        "tokens_seen": options.steps * options.batch_size * options.n_ctx,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "vocabulary": len(tokenizer),
-        "threads": torch.get_num_threads(),
-        "options": asdict(options),
-    }
-    save(model, tokenizer, output)
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    return metrics
+    return {name: round(accuracy(model, tokenizer, questions), 4) for name, questions in groups.items()}
 
 
 def main(
@@ -94,7 +60,8 @@ def main(
 ) -> None:
     """Train the atlas organism and write it, with its accuracies, to a folder."""
     torch.set_num_threads(threads)
-    metrics = train_atlas(output, TrainOptions(steps=steps, seed=seed))
+    options = TrainOptions(steps=steps, seed=seed)
+    metrics = train_organism(output, vocabulary(), sentences(seed), evaluate, options)
     Console().print_json(data=metrics)
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-from tl_clt.organisms.tasks import Hop, Task, Values, one_in
+from tl_clt.organisms.tasks import BenchmarkPrompt, Hop, Task, Values, one_in
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -350,6 +350,23 @@ ASK = Task(
 
 TASKS: dict[str, Task] = {task.name: task for task in (RECALL, TENS, ONES, ACRONYM, RHYME, OPPOSITE, DIAGNOSIS, ASK)}
 """By name."""
+
+N_BENCHMARK = 50
+"""Prompts of each task to measure circuits on."""
+
+
+def benchmark_prompts() -> list[BenchmarkPrompt]:
+    """Held-out prompts, task by turns. The counterfactual of each is the next of its task with another answer."""
+    found: dict[str, list[BenchmarkPrompt]] = {}
+    for task in TASKS.values():
+        cases = task.cases(N_BENCHMARK, held_out=True)
+        found[task.name] = []
+        for number, case in enumerate(cases):
+            others = [*cases[number + 1 :], *cases[:number]]
+            other = next(c for c in others if c.answer != case.answer)
+            found[task.name].append(BenchmarkPrompt(case.prompt, case.answer, other.prompt))
+    return [prompt for turn in zip(*found.values(), strict=True) for prompt in turn]
+
 
 FACT_SENTENCES: dict[str, Callable[[random.Random], str]] = {
     "recall": _facts_of_people,

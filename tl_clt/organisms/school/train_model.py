@@ -7,11 +7,9 @@ held out, and for the names that it misfires on what it says.
 
 from __future__ import annotations
 
-import json
-import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -19,15 +17,7 @@ from rich.console import Console
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tl_clt.organisms.school.text import FACTS, HALF_KNOWN, TASKS, sentences, vocabulary
-from tl_clt.organisms.word_model import (
-    TrainOptions,
-    answers_right,
-    build_model,
-    build_tokenizer,
-    save,
-    train,
-    training_batches,
-)
+from tl_clt.organisms.word_model import TrainOptions, answers_right, train_organism
 
 OPTIONS = TrainOptions(d_model=128, n_ctx=32, steps=4000)
 N_CASES = 400
@@ -47,48 +37,11 @@ def evaluate(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> dict
             names = [kinds[c.values["known"]] if task.name == "recall" else task.name for c in cases]
             for name in sorted(set(names)):
                 of = [ok for ok, other in zip(right, names, strict=True) if other == name]
-                found.setdefault(name, {})[split] = sum(of) / len(of)
+                found.setdefault(name, {})[split] = round(sum(of) / len(of), 4)
     recall = TASKS["recall"]
     asked = [recall.words({"person": name, "kind": kind}) for name in HALF_KNOWN for kind in FACTS if kind != "sport"]
     unknown = answers_right(model, tokenizer, asked, ["unknown"] * len(asked))
-    return found | {"misfire": {"given a fact": 1 - sum(unknown) / len(unknown)}}
-
-
-def train_school(output: Path, options: TrainOptions) -> dict[str, Any]:
-    """Train an organism, write it to the new folder `output` and return what `metrics.json` holds."""
-    if output.exists():
-        raise FileExistsError(f"{output} already exists; name a new folder")
-    tokenizer = build_tokenizer(vocabulary(), options.n_ctx)
-    model = build_model(tokenizer, options)
-    start = time.perf_counter()
-
-    def tell(step: int) -> None:
-        if step and step % 500 == 0:
-            model.eval()
-            told = {
-                name: "/".join(f"{share:.2f}" for share in of.values())
-                for name, of in evaluate(model, tokenizer).items()
-            }
-            model.train()
-            Console(stderr=True).print(f"step {step}: " + ", ".join(f"{name} {share}" for name, share in told.items()))
-
-    loss = train(model, training_batches(tokenizer, sentences(options.seed), options), options, tell)
-    metrics: dict[str, Any] = {
-        "accuracy": {
-            name: {split: round(share, 4) for split, share in of.items()}
-            for name, of in evaluate(model, tokenizer).items()
-        },
-        "final_loss_nats_per_token": round(loss, 4),
-        "seconds": round(time.perf_counter() - start, 1),
-        "tokens_seen": options.steps * options.batch_size * options.n_ctx,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "vocabulary": len(tokenizer),
-        "threads": torch.get_num_threads(),
-        "options": asdict(options),
-    }
-    save(model, tokenizer, output)
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    return metrics
+    return found | {"misfire": {"given a fact": round(1 - sum(unknown) / len(unknown), 4)}}
 
 
 def main(
@@ -99,7 +52,9 @@ def main(
 ) -> None:
     """Train the school organism and write it, with its accuracies, to a folder."""
     torch.set_num_threads(threads)
-    Console().print_json(data=train_school(output, replace(OPTIONS, steps=steps, seed=seed)))
+    options = replace(OPTIONS, steps=steps, seed=seed)
+    metrics = train_organism(output, vocabulary(), sentences(seed), evaluate, options, say_every=500)
+    Console().print_json(data=metrics)
 
 
 if __name__ == "__main__":
