@@ -758,12 +758,13 @@ def test_the_command_says_what_is_wrong_in_one_message(server, graph, other, fil
             (file, "--annotations", str(tmp_path / "other.json")),
             "ConfigError: .*annotations of another graph .*Oakland",
         ),
-        ((file, "--annotations", file), "FormatError: .*dallas. ?safetensors' is truncated or no file of annotations"),
+        ((file, "--annotations", file), "FormatError: .*dallas.safetensors' is truncated or no file of annotations"),
         ((file, "--annotations", str(tmp_path)), "NotWritten: .* is a folder"),
         ((file, "--annotations", f"{file}/n.json"), "NotWritten: .* is no folder"),
     ):
         said = view(*arguments, "--no-browser")
-        assert re.search(error, said) and "Traceback" not in said, said
+        # A long path is broken where the terminal's line ends, wherever that is.
+        assert re.search(error.replace(" ", ""), re.sub(r"\s", "", said)) and "Traceback" not in said, said
     assert sorted(tmp_path.rglob("*")) == before
 
 
