@@ -130,8 +130,8 @@ def on_circuits(n_graphs: int) -> DataFrame:
                 of.setdefault((variable.layer, feature), variable.name)
         chosen = torch.randperm(len(acts), generator=torch.Generator().manual_seed(0))[:n_graphs]
         for row in chosen.tolist():
-            answer = [int(circuit.answers[row])]
-            graph = attribute(circuit.model, clt, circuit.prompts[row], answer, bos="features", progress=False)
+            options = {"targets": [int(circuit.answers[row])], "max_n_logits": 1, "bos": "features", "progress": False}
+            graph = attribute(circuit.model, clt, circuit.prompts[row], **options)
             nodes = graph.nodes
             among = torch.nonzero(nodes.is_kind(NodeKind.FEATURE) & (nodes.pos == at)).flatten().tolist()
             places = {n: (int(nodes.layer[n]), int(nodes.index[n])) for n in among}

@@ -8,8 +8,8 @@ ablated in the model (as in `curves`, with the same measure m and the same nodes
     f = (m(C) - m(0)) / (m(N) - m(0))
 
 is to be a given share at least. The threshold is found by bisection over the ranking of nodes by influence. f need not
-rise with every node: what is found keeps the share, and the next smaller circuit does not. Nor is 1 the most: f is above
-where what is ablated spoke against the answer; then the circuit keeps the share, but is not what the model does.
+rise with every node: what is found keeps the share, and the next smaller circuit does not. Nor is 1 the most: f is
+above where what is ablated spoke against the answer; then the circuit keeps the share, but is not what the model does.
 """
 
 from __future__ import annotations
