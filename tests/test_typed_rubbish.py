@@ -253,7 +253,7 @@ def calls(right: Right) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             tl_clt.find_supernodes,
             {
                 **{"graph": graph, "among": [right.feature], "n_groups": 1, "similarity": 0.5, "responses": None},
-                **{"response_weight": 0.5, "across_positions": False},
+                **{"response_weight": 0.5, "across_positions": False, "signed": True},
             },
         ),
         "measure_supernodes": (

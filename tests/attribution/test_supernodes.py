@@ -80,16 +80,17 @@ def test_groups_are_not_found_where_edges_are_shuffled():
 
 
 def test_a_feature_that_pushes_the_other_way_is_another_group():
-    """Absolute profiles are the same; signed ones are opposite."""
+    """Where signs count: absolute profiles are the same; signed ones are opposite."""
     graph = planted(noise=0)
     adjacency = graph.adjacency.clone()
     adjacency[:, 0] *= -1
     adjacency[0] *= -1
-    groups = find_supernodes(replace(graph, adjacency=adjacency))
+    groups = find_supernodes(replace(graph, adjacency=adjacency), signed=True)
     assert (0,) in groups.members and len(groups) == N_KINDS + 1
-    # What takes from the same and pushes the other way is alike by half: 0, no more than half.
+    assert find_supernodes(replace(graph, adjacency=adjacency)).members == find_supernodes(graph).members
+    # What takes from the same and pushes the other way is alike by 1 and by -1: by 0 on average.
     adjacency[0] *= -1
-    assert (0,) in find_supernodes(replace(graph, adjacency=adjacency), similarity=0.1).members
+    assert (0,) in find_supernodes(replace(graph, adjacency=adjacency), signed=True, similarity=0.1).members
 
 
 def test_equal_profiles_are_one_group_at_a_similarity_of_1_and_all_are_at_0():
@@ -288,6 +289,7 @@ def test_groups_of_chance_are_of_the_same_layers_and_positions_where_there_are_s
         ({"responses": torch.full((N_PLANTED, 1), float("nan"))}, "finite numbers"),
         ({"responses": ["a"]}, "responses has 1 entries"),
         ({"responses": 5}, "responses is 5"),
+        ({"signed": "no"}, "signed is 'no'"),
         ({"across_positions": "yes"}, "across_positions is 'yes'"),
     ],
 )

@@ -1,9 +1,10 @@
 """Supernodes against what is known, and against what they do: `python -m tests.benchmarks.supernodes` prints tables.
 
-1. Groups against the variables of circuits known by construction (neurons as features) and of atlas's two-hop task. A
-   feature's variable is the one, of those its layer computes, whose arguments explain at least .9 of its activation
-   over all prompts (atlas: the coarsest of relation, state, fact and city that does, at its position). Features of
-   none are grouped, but not counted. Beside them, groups by position, by position and layer, and shuffled groups.
+1. Groups against the variables of circuits known by construction, and of atlas's two-hop task. A neuron's variable is
+   the one that it writes; a trained CLT's feature's the one, of those its layer computes, whose arguments explain at
+   least .9 of its activation over all prompts; of atlas's features, at a position, the coarsest of relation, state,
+   fact and city that does. Features of none are grouped, but not counted. Beside them, groups by position, by position
+   and layer, and shuffled groups.
 2. Atlas: influence and predictions of groups against joint ablation, beside groups of chance.
 3. Atlas: nodes that keep a share of the measured behaviour, beside what fixed thresholds keep and random orders take.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,8 +31,9 @@ from tl_clt import (
     measure_supernodes,
     prune_to_behaviour,
 )
-from tl_clt.attribution import Supernodes
+from tl_clt.attribution import Nodes, Supernodes
 from tl_clt.benchmark.hops import PURITY, explained_by, find_group, neurons_as_transcoder
+from tl_clt.benchmark.train import train_on_circuit
 from tl_clt.evaluation import find_consensus
 from tl_clt.organisms import known_circuits, load_circuit, organism_tasks
 from tl_clt.organisms.interchange import as_batch
@@ -40,6 +42,9 @@ console = Console(width=160)
 SHUFFLES = 20
 KNOWN_OF_ATLAS = ("relation", "state", "fact", "city")
 """From the coarsest on."""
+MOST_PROMPTS = 81
+"""Of a circuit, for its graph."""
+SHOWN_BY_VARIABLE = ("edges", "edges and responses", "position and layer")
 
 
 def adjusted_rand(one: Sequence, other: Sequence) -> float:
@@ -57,54 +62,76 @@ def adjusted_rand(one: Sequence, other: Sequence) -> float:
     return 1.0 if most == expected else (both - expected) / (most - expected)
 
 
-def best_groups(known: Sequence[str], groups: Sequence) -> tuple[float, float]:
-    """Purity and recall of each variable's best group (by their harmonic mean), averaged over variables."""
-    found = []
-    for variable in set(known):
+class Agreement(NamedTuple):
+    """Of groups with a known variable: of the group that has most in common with it."""
+
+    purity: float
+    recall: float
+
+
+def best_groups(known: Sequence[str], groups: Sequence) -> dict[str, Agreement]:
+    """For each variable, purity and recall of the group for which their harmonic mean is largest."""
+    found = {}
+    for variable in sorted(set(known)):
         of = {i for i, name in enumerate(known) if name == variable}
-        sets = [{i for i, group in enumerate(groups) if group == name} for name in set(groups)]
+        sets = [{i for i, group in enumerate(groups) if group == name} for name in sorted(set(groups))]
         best = max(sets, key=lambda members: 2 * len(members & of) / (len(members) + len(of)))
-        found.append((len(best & of) / len(best), len(best & of) / len(of)))
-    return tuple(np.mean(found, axis=0))
+        found[variable] = Agreement(len(best & of) / len(best), len(best & of) / len(of))
+    return found
 
 
 def rows_of(
-    graph: AttributionGraph, known: dict[int, str], responses: torch.Tensor, among: list[int]
-) -> Iterator[dict]:
-    """What each way of grouping has in common with the known variables of some nodes."""
+    graph: AttributionGraph, known: dict[int, str], acts: torch.Tensor, among: list[int]
+) -> Iterator[dict[str, Any]]:
+    """What each way of grouping has in common with the known variables of some nodes; for each variable, and of all.
+
+    Args:
+        graph: of one prompt, or several.
+        known: the variable of each node that is judged.
+        acts: over prompts [n_prompts, pos, n_layers, d_transcoder], which are the features' responses.
+        among: the nodes that are grouped.
+    """
     judged = [number for number in among if number in known]
     truth = [known[number] for number in judged]
     if len(set(truth)) < 2 or len(set(truth)) == len(truth):
         return  # nothing to be told apart, or nothing that belongs together
-    place = [(int(graph.nodes.pos[n]), int(graph.nodes.layer[n])) for n in judged]
+    nodes = graph.nodes.take(graph.nodes.where(NodeKind.FEATURE))
+    responses = acts[:, nodes.pos, nodes.layer, nodes.index].T.contiguous()
+    place = [f"{int(graph.nodes.pos[n])} {int(graph.nodes.layer[n])}" for n in judged]
     n_groups = max(len(set(truth)), len({int(graph.nodes.pos[n]) for n in among}))
-    ways: dict[str, dict] = {
+    ways: dict[str, dict[str, Any]] = {
         "edges": {},
+        "edges, signed": {"signed": True},
         "edges, known number": {"n_groups": n_groups},
+        "signed, known number": {"n_groups": n_groups, "signed": True},
         "responses": {"responses": responses, "response_weight": 1.0},
-        "both": {"responses": responses},
+        "edges and responses": {"responses": responses},
         "both, known number": {"responses": responses, "n_groups": n_groups},
     }
     found = {name: group_of(find_supernodes(graph, among, **options), judged) for name, options in ways.items()}
-    found |= {"by position": [pos for pos, _ in place], "by position and layer": place}
+    found |= {"position": [at.split()[0] for at in place], "position and layer": place}
     chooser = np.random.default_rng(len(judged))
     for name, groups in found.items():
-        codes = np.unique(np.array([str(group) for group in groups]), return_inverse=True)[1]
-        purity, recall = best_groups(truth, codes.tolist())
-        mixed = [chooser.permutation(codes) for _ in range(SHUFFLES)]
-        chance = np.mean([(adjusted_rand(truth, m), *best_groups(truth, m.tolist())) for m in mixed], axis=0)
-        yield {
+        mixed = [chooser.permutation(groups).tolist() for _ in range(SHUFFLES)]
+        chance = [best_groups(truth, groups) for groups in mixed]
+        of_all = {
             "groups by": name,
             "features": len(judged),
             "variables": len(set(truth)),
-            "groups": len(set(codes.tolist())),
-            "ARI": adjusted_rand(truth, codes.tolist()),
-            "purity": purity,
-            "recall": recall,
-            "ARI shuffled": chance[0],
-            "purity shuffled": chance[1],
-            "recall shuffled": chance[2],
+            "groups": len(set(groups)),
+            "ARI": adjusted_rand(truth, groups),
+            "ARI shuffled": float(np.mean([adjusted_rand(truth, groups) for groups in mixed])),
         }
+        for variable, (purity, recall) in best_groups(truth, groups).items():
+            by_chance = np.mean([of[variable] for of in chance], axis=0)
+            yield {
+                **of_all,
+                "variable": variable,
+                "purity": purity,
+                "recall": recall,
+                "purity shuffled": by_chance[0],
+                "recall shuffled": by_chance[1],
+            }
 
 
 def group_of(groups: Supernodes, numbers: list[int]) -> list[str]:
@@ -112,35 +139,71 @@ def group_of(groups: Supernodes, numbers: list[int]) -> list[str]:
     return [at[number] for number in numbers]
 
 
-def responses_of(graph: AttributionGraph, acts: torch.Tensor) -> torch.Tensor:
-    """Activations over prompts [n_prompts, pos, n_layers, d_transcoder] of each feature node, at its position."""
-    nodes = graph.nodes.take(graph.nodes.where(NodeKind.FEATURE))
-    return acts[:, nodes.pos, nodes.layer, nodes.index].T.contiguous()
+def join(graphs: Sequence[AttributionGraph]) -> AttributionGraph:
+    """The graph of several prompts of one length: nodes are the same that have one kind, layer, position and feature,
+    tokens those of one position, and edges are means over prompts, 0 where an end is not active. The target is each
+    prompt's own answer."""
+    numbers: dict[tuple[int, ...], int] = {}
+    places = []
+    for graph in graphs:
+        nodes = graph.nodes
+        features = nodes.is_kind(NodeKind.FEATURE)
+        each = torch.stack([nodes.kind, nodes.layer, nodes.pos, nodes.index * features], dim=1).tolist()
+        places.append([numbers.setdefault(tuple(place), len(numbers)) for place in each])
+    ordered = sorted(numbers)
+    rank = torch.tensor([ordered.index(place) for place in numbers])
+    n = len(ordered)
+    adjacency, activation = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    for graph, place in zip(graphs, places, strict=True):
+        at = rank[place]
+        adjacency[at[:, None], at] += graph.adjacency.double() / len(graphs)
+        activation[at] += graph.nodes.activation.double() / len(graphs)
+    nodes = Nodes(*torch.tensor(ordered).unbind(dim=1), activation)
+    return AttributionGraph(
+        nodes=nodes,
+        adjacency=adjacency,
+        expanded=nodes.is_kind(NodeKind.FEATURE, NodeKind.LOGIT),
+        tokens=graphs[0].tokens,
+        prompt_tokens=[f"position {i}" for i in range(len(graphs[0].tokens))],
+        logit_probs=torch.ones(1, dtype=torch.float64),
+        logit_tokens=["answer"],
+        info={"n_layers": graphs[0].info["n_layers"]},
+    )
 
 
-def on_circuits(n_graphs: int) -> DataFrame:
+def on_circuits(n_seeds: int) -> DataFrame:
+    """All prompts of each circuit together: with one neuron a value, one prompt's graph has nothing to group."""
     rows = []
     for name in known_circuits():
         circuit = load_circuit(name)
-        clt, at = neurons_as_transcoder(circuit), circuit.answer_position
-        acts = feature_acts(circuit.model, clt, circuit.prompts)
-        of: dict[tuple[int, int], str] = {}
-        for variable in circuit.variables:
-            for feature in torch.nonzero(find_group(variable, acts[:, at])).flatten().tolist():
-                of.setdefault((variable.layer, feature), variable.name)
-        chosen = torch.randperm(len(acts), generator=torch.Generator().manual_seed(0))[:n_graphs]
-        for row in chosen.tolist():
-            options = {"targets": [int(circuit.answers[row])], "max_n_logits": 1, "bos": "features", "progress": False}
-            graph = attribute(circuit.model, clt, circuit.prompts[row], **options)
+        at = circuit.answer_position
+        clts = {"neurons": [neurons_as_transcoder(circuit)]}
+        clts["trained CLT"] = [train_on_circuit(circuit, circuit.model.cfg.n_layers, 1.0, s) for s in range(n_seeds)]
+        for kind, clt in ((kind, clt) for kind, several in clts.items() for clt in several):
+            acts = feature_acts(circuit.model, clt, circuit.prompts)
+            of: dict[tuple[int, int], str] = {}
+            for variable in circuit.variables:
+                # A neuron is of the variable that it writes, and writes nothing else.
+                written = clt.W_dec[variable.layer][:, 0] @ variable.subspace.T
+                mine = written.norm(dim=1) > 1e-6 if kind == "neurons" else find_group(variable, acts[:, at])
+                for feature in torch.nonzero(mine).flatten().tolist():
+                    of.setdefault((variable.layer, feature), variable.name)
+            graphs = [
+                attribute(circuit.model, clt, prompt, [int(answer)], 1, bos="features", progress=False)
+                for prompt, answer in list(zip(circuit.prompts, circuit.answers, strict=True))[:MOST_PROMPTS]
+            ]
+            graph = join(graphs)
             nodes = graph.nodes
             among = torch.nonzero(nodes.is_kind(NodeKind.FEATURE) & (nodes.pos == at)).flatten().tolist()
             places = {n: (int(nodes.layer[n]), int(nodes.index[n])) for n in among}
             known = {n: of[place] for n, place in places.items() if place in of}
-            rows += ({"of": name, **found} for found in rows_of(graph, known, responses_of(graph, acts), among))
+            about = {"of": f"{name}, {kind}", "graph": len(rows)}
+            rows += [{**about, **found} for found in rows_of(graph, known, acts, among)]
     return DataFrame(rows)
 
 
 def on_atlas(n_graphs: int) -> DataFrame:
+    """One prompt after the other, and all of them together. A variable is one at a position."""
     model, clt = load_organism("atlas")
     task = organism_tasks("atlas")["two_hop"]
     told = task.cases(400, held_out=False)
@@ -150,19 +213,20 @@ def on_atlas(n_graphs: int) -> DataFrame:
         values = [case.values[name] for case in told]
         codes = torch.tensor([sorted(set(values)).index(value) for value in values])
         explained[name] = explained_by(acts.flatten(1), codes).unflatten(0, acts.shape[1:]) >= PURITY
+    cases = task.cases(n_graphs, held_out=True)
+    graphs = [attribute(model, clt, case.prompt, [case.answer], progress=False) for case in cases]
     rows = []
-    for case in task.cases(n_graphs, held_out=True):
-        graph = attribute(model, clt, case.prompt, [case.answer], progress=False)
+    for number, graph in enumerate([*graphs, join(graphs)]):
         nodes = graph.nodes
-        mask = graph.prune_masks().nodes & nodes.is_kind(NodeKind.FEATURE)
-        among = torch.nonzero(mask).flatten().tolist()
+        among = torch.nonzero(graph.prune_masks().nodes & nodes.is_kind(NodeKind.FEATURE)).flatten().tolist()
         known = {}
         for n in among:
             place = (int(nodes.pos[n]), int(nodes.layer[n]), int(nodes.index[n]))
             name = next((name for name in KNOWN_OF_ATLAS if bool(explained[name][place])), None)
             if name is not None:
-                known[n] = name
-        rows += ({"of": "atlas two_hop", **found} for found in rows_of(graph, known, responses_of(graph, acts), among))
+                known[n] = f"{name} at {place[0]}"
+        of = "atlas, each prompt" if number < len(graphs) else "atlas, all prompts"
+        rows += ({"of": of, "graph": number, **found} for found in rows_of(graph, known, acts, among))
     return DataFrame(rows)
 
 
@@ -222,15 +286,20 @@ def behaviour(n_graphs: int) -> DataFrame:
 
 
 def main(
-    n_graphs: Annotated[int, typer.Option(help="Prompts traced, of each circuit and of atlas.")] = 16,
+    n_graphs: Annotated[int, typer.Option(help="Prompts of atlas that are traced.")] = 16,
     n_random: Annotated[int, typer.Option(help="Groups of chance beside each.")] = 4,
+    seeds: Annotated[int, typer.Option(help="CLTs trained on each circuit.")] = 3,
 ) -> None:
     """Print the three tables."""
     torch.set_num_threads(1)
-    found = concat([on_circuits(n_graphs), on_atlas(n_graphs)])
-    means = found.groupby(["of", "groups by"], sort=False).mean()
-    means.insert(0, "graphs", found.groupby(["of", "groups by"], sort=False).size())
+    found = concat([on_circuits(seeds), on_atlas(n_graphs)])
+    by_graph = found.groupby(["of", "groups by", "graph"], sort=False).mean(numeric_only=True)
+    means = by_graph.groupby(["of", "groups by"], sort=False).mean()
+    means.insert(0, "graphs", by_graph.groupby(["of", "groups by"], sort=False).size())
     console.print(f"Groups against known variables, means over graphs\n{means.round(2).to_string()}\n")
+    each = found[(found["of"] == "atlas, each prompt") & found["groups by"].isin(SHOWN_BY_VARIABLE)]
+    by_variable = each.groupby(["variable", "groups by"])[["purity", "recall", "purity shuffled", "recall shuffled"]]
+    console.print(f"By variable, atlas, each prompt\n{by_variable.mean().round(2).to_string()}\n")
     shown = effects(n_graphs, n_random).round(3)
     console.print(f"Groups against joint ablation, atlas\n{shown.to_string(index=False)}\n")
     console.print(f"Pruned to a share of behaviour, atlas\n{behaviour(n_graphs).round(3).to_string(index=False)}")

@@ -3,14 +3,15 @@
 Each feature i has two profiles over all nodes of the graph. With E the edges, I_t the absolute input of a node, and
 o_t = influence_t + w_t its visits (see `influence`),
 
-    in_i(s)  = E[i, s] / I_i           what i is made of, as shares of its input
-    out_i(t) = o_t E[t, i] / I_t       what it does, as shares of what the graph's walks carry
+    in_i(s)  = E[i, s] / I_i                 what i is made of, as shares of its input
+    out_i(t) = sqrt(o_t) E[t, i] / I_t       what it does, as shares of the input of others, by how much these matter
 
-so that neither a feature's size nor what the targets do not depend on counts. Both keep their sign: a feature that a
-word excites and one that it inhibits, or two that push an answer up and down, mean opposite things though their
-absolute profiles are the same. Two features are alike by the mean cosine of their profiles, to which the caller may add
-what they respond to; groups are made by average linkage, so that a group's members are alike on average, not in a
-chain.
+so that a feature's size does not count. (With o_t in place of its root a graph's one target outweighs all features, and
+profiles say only whether a feature reaches it; with no weight, features that nothing depends on count in full.) Unless
+`signed`, profiles are of |E|: where a variable has a feature for each of its values, what speaks for one speaks against
+another, and signs part what belongs together. With signs, features that push an answer up and down are apart. Two
+features are alike by the mean cosine of their profiles, to which the caller may add what they respond to. Groups are
+made by average linkage, so that members are alike on average, and no chain of pairs joins two groups.
 
 Between groups, as between nodes, edges are shares of input, averaged over the members of the target by their visits:
 
@@ -145,6 +146,7 @@ def find_supernodes(
     *,
     n_groups: int | None = None,
     similarity: float = 0.5,
+    signed: bool = False,
     responses: Responses | None = None,
     response_weight: float = 0.5,
     across_positions: bool = False,
@@ -159,6 +161,7 @@ def find_supernodes(
         among: which feature nodes to group: their numbers, or a mask of all nodes; None for all.
         n_groups: as many groups, or fewer where some are equally alike; None for as many as `similarity` leaves.
         similarity: groups are joined as long as their members are alike by this on average, from 0 to 1.
+        signed: whether signs of edges count (see the module), or their sizes alone.
         responses: of each feature of the graph (in the order of `graph.nodes.where(NodeKind.FEATURE)`) a vector,
             its activations over some text for example, compared by cosine; or a label, which are alike where they are
             equal, and name the groups.
@@ -184,7 +187,8 @@ def find_supernodes(
     n_groups = as_whole("n_groups", n_groups, least, why="one for each position", none="what `similarity` leaves")
     similarity = as_share("similarity", similarity, zero=True)
     weight = as_share("response_weight", response_weight, zero=True)
-    parts = [(0.5, part) for part in _profiles(graph, chosen)]
+    signed = as_switch("signed", signed)
+    parts = [(0.5, part if signed else part.abs()) for part in _profiles(graph, chosen)]
     labels = None
     if responses is not None:
         labels, vectors = _as_responses(responses, len(features))
@@ -215,7 +219,7 @@ def _profiles(graph: AttributionGraph, chosen: Int[Tensor, " n"]) -> tuple[Profi
     ours = place[col] >= 0
     row, col, value = row[ours], place[col[ours]], value[ours].double()
     out = into.new_zeros(len(chosen), len(graph.nodes))
-    out[col, row] = value * (walks.output / walks.inputs)[row]
+    out[col, row] = value * (walks.output.sqrt() / walks.inputs)[row]
     return into, out
 
 
