@@ -232,13 +232,14 @@ def _unit(rows: Profiles) -> Profiles:
 def _as_responses(given: Any, n_features: int) -> tuple[list[str] | None, Profiles]:
     """Labels, where it is such that were given, and vectors: of labels, one coordinate for each different one."""
     wanted = f"give a tensor [{n_features}, n] of finite numbers or {n_features} labels, one for each feature node"
+    vectors: Any = given
+    labels: list[str] | None = None
     if isinstance(given, (list, tuple)) and given and all(isinstance(label, str) for label in given):
         labels, at = list(given), {label: i for i, label in enumerate(dict.fromkeys(given))}
         vectors = torch.eye(len(at), dtype=torch.float64)[[at[label] for label in labels]]
     else:
-        labels, vectors = None, given
         ok = isinstance(given, Tensor) and has_values(given) and given.is_floating_point() and given.ndim == 2
-        if not ok or not bool(torch.isfinite(given).all()):
+        if not (ok and bool(torch.isfinite(vectors).all())):
             raise ConfigError(f"responses is {shown(given)}: {wanted}.")
     if len(vectors) != n_features:
         raise ConfigError(f"responses has {len(vectors)} entries for {n_features} features: {wanted}.")
@@ -390,19 +391,17 @@ def draw_alike(
         generator: of the draw.
         apart: whether the features drawn are none of those given.
     """
-    layer, pos = (values.tolist() for values in (graph.nodes.layer, graph.nodes.pos))
-    free = set(graph.nodes.where(NodeKind.FEATURE).tolist()) - (set(nodes) if apart else set())
+    layer, pos = graph.nodes.layer.cpu(), graph.nodes.pos.cpu()
+    free = graph.nodes.is_kind(NodeKind.FEATURE).cpu()
+    if apart:
+        free[list(nodes)] = False
     drawn: list[int] = []
     for place in torch.randperm(len(nodes), generator=generator).tolist():
-        at = (layer[nodes[place]], pos[nodes[place]])
-        pools = (
-            [n for n in sorted(free) if (layer[n], pos[n]) == at],
-            [n for n in sorted(free) if layer[n] == at[0]],
-            [n for n in sorted(free) if pos[n] == at[1]],
-            sorted(free),
-        )
-        pool = next(filter(None, pools), [])
-        if pool:
-            drawn.append(pool[int(torch.randint(len(pool), (1,), generator=generator))])
-            free.discard(drawn[-1])
+        same_layer, same_pos = layer == layer[nodes[place]], pos == pos[nodes[place]]
+        for pool in (free & same_layer & same_pos, free & same_layer, free & same_pos, free):
+            if bool(pool.any()):
+                among = torch.nonzero(pool).flatten()
+                drawn.append(int(among[torch.randint(len(among), (1,), generator=generator)]))
+                free[drawn[-1]] = False
+                break
     return sorted(drawn)

@@ -22,7 +22,7 @@ from typing import NamedTuple, get_args
 
 import torch
 from jaxtyping import Int
-from pandas import DataFrame, concat
+from pandas import DataFrame
 from torch import Tensor
 
 from tl_clt.arguments import as_choice, as_seed, as_several, as_share, as_switch, as_whole, shown
@@ -298,17 +298,19 @@ def find_consensus(graphs: Sequence[AttributionGraph], share: float = 0.5, *, po
     share, positions = as_share("share", share), as_switch("positions", positions)
     if len({graph.info.get("clt_fingerprint") for graph in graphs}) > 1:
         raise CLTMismatch("The graphs are of several CLTs, whose features have nothing to do with each other.")
-    keys = ["layer", "feature", "pos"] if positions else ["layer", "feature"]
-    parts = []
+    found: dict[tuple[int, ...], dict[int, float]] = {}
     for number, graph in enumerate(graphs):
-        at = graph.nodes.where(NodeKind.FEATURE)
-        nodes = graph.nodes.take(at)
-        columns = {"layer": nodes.layer, "feature": nodes.index, "pos": nodes.pos - len(graph.tokens)}
-        found = DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
-        found["influence"] = graph.influence()[at].double().cpu().numpy()
-        parts.append(found.groupby(keys, as_index=False)["influence"].sum().assign(graph=number))
-    every = concat(parts, ignore_index=True)
-    table = every.groupby(keys, as_index=False).agg(n_graphs=("graph", "size"), influence=("influence", "mean"))
-    table["share"] = table["n_graphs"] / len(graphs)
-    table = table[table["share"] >= share - 1e-9].sort_values(["n_graphs", "influence"], ascending=False)
-    return table[[*keys, "n_graphs", "share", "influence"]].reset_index(drop=True)
+        features = graph.nodes.where(NodeKind.FEATURE)
+        nodes, influence = graph.nodes.take(features), graph.influence()[features]
+        from_end = nodes.pos - len(graph.tokens)
+        each = zip(*(values.tolist() for values in (nodes.layer, nodes.index, from_end, influence)), strict=True)
+        for layer, feature, pos, value in each:
+            of = found.setdefault((layer, feature, pos) if positions else (layer, feature), {})
+            of[number] = of.get(number, 0.0) + value
+    n = len(graphs)
+    # Rounding may have made a share of n larger than it is.
+    often = {place: of for place, of in found.items() if len(of) >= share * n - 1e-9}
+    rows = [(*place, len(of), len(of) / n, sum(of.values()) / len(of)) for place, of in often.items()]
+    rows.sort(key=lambda row: (-row[-3], -row[-1]))
+    keys = ["layer", "feature", "pos"] if positions else ["layer", "feature"]
+    return DataFrame(rows, columns=[*keys, "n_graphs", "share", "influence"])

@@ -20,6 +20,7 @@ effects in groups of chance as well, so that only what is beyond says something 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 import torch
 from jaxtyping import Float
 from pandas import DataFrame
-from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -46,6 +46,7 @@ from tl_clt.interventions.validation import (
     rise,
     targets_of,
 )
+from tl_clt.interventions.validation_report import select
 from tl_clt.lens import Freeze, HookedModel, model_name
 from tl_clt.replacement import check_fit
 from tl_clt.report import GREY, PALETTE, Report
@@ -59,12 +60,8 @@ Role = Literal["group", "random"]
 ROLES: tuple[Role, ...] = get_args(Role)
 FEWEST = 3
 """Groups that a correlation is of at least."""
-PAIRS = {
-    "influence": ("influence", "size of joint effect"),
-    "direct": ("direct", "joint effect"),
-    "total": ("total", "joint effect"),
-    "singles": ("singles", "joint effect"),
-}
+PREDICTIONS = ("influence", "direct", "total", "singles")
+"""What joint effects are compared with; influence with their size."""
 COLUMNS = [
     *("supernode", "role", "draw", "n_features", "influence", "direct", "total", "joint", "singles", "answer_kept"),
 ]
@@ -100,15 +97,12 @@ class SupernodeReport(Report[FigureName]):
         three groups, or where all are alike."""
         rows = []
         for role in ROLES:
-            of = self.table[self.table["role"] == role]
-            for name in PAIRS:
-                effect = of["joint"].abs() if name == "influence" else of["joint"]
-                alike = len(of) < FEWEST or of[name].nunique() < 2 or effect.nunique() < 2
-                both = (
-                    (float("nan"),) * 2
-                    if alike
-                    else [float(by(of[name], effect).statistic) for by in (pearsonr, spearmanr)]
-                )
+            of = select(self.table, role=role)
+            for name in PREDICTIONS:
+                told, effect = of[name], of["joint"].abs() if name == "influence" else of["joint"]
+                both = [math.nan, math.nan]
+                if len(of) >= FEWEST and min(told.nunique(), effect.nunique()) > 1:
+                    both = [float(told.corr(effect, method="pearson")), float(told.corr(effect, method="spearman"))]
                 rows.append((role, name, len(of), *both))
         return DataFrame(rows, columns=["role", "prediction", "n_groups", "pearson", "spearman"])
 
@@ -116,18 +110,17 @@ class SupernodeReport(Report[FigureName]):
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(10, 4.6), layout="constrained")
-        for axes, prediction in zip(figure.subplots(1, 2), ("influence", "singles"), strict=True):
-            for i, role in enumerate(reversed(ROLES)):
-                of = self.table[self.table["role"] == role]
-                effect = of["joint"].abs() if prediction == "influence" else of["joint"]
-                axes.plot(
-                    of[prediction], effect, "ox"[1 - i], color=PALETTE[1 - i], label=role, alpha=0.8, zorder=i + 2
-                )
+        left, right = figure.subplots(1, 2)
+        for i, role in enumerate(reversed(ROLES)):
+            of = select(self.table, role=role)
+            look: dict[str, Any] = {"color": PALETTE[1 - i], "alpha": 0.8, "zorder": i + 2, "label": role}
+            left.plot(of["influence"], of["joint"].abs(), "xo"[i], **look)
+            right.plot(of["singles"], of["joint"], "xo"[i], **look)
+        for axes in (left, right):
             axes.axhline(0, color=GREY, linewidth=0.8)
             axes.grid(linewidth=0.3)
-            axes.set(ylabel=PAIRS[prediction][1])
-        figure.axes[0].set(xlabel="influence (sum of members)")
-        figure.axes[1].set(xlabel="sum of single effects")
+        left.set(xlabel="influence (sum of members)", ylabel="size of joint effect")
+        right.set(xlabel="sum of single effects", ylabel="joint effect")
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
         return figure
@@ -138,7 +131,7 @@ class SupernodeReport(Report[FigureName]):
         self.scores.to_csv(folder / "scores.csv", index=False)
 
     def _in_short(self) -> str:
-        groups = self.table[self.table["role"] == "group"]
+        groups = select(self.table, role="group")
         whole = self.scores.iloc[0]
         return (
             f"{len(groups)} groups of {int(groups['n_features'].sum())} features; replacement"
@@ -146,7 +139,7 @@ class SupernodeReport(Report[FigureName]):
         )
 
     def _tables(self) -> dict[str, DataFrame]:
-        groups = self.table[self.table["role"] == "group"]
+        groups = select(self.table, role="group")
         return {"groups": groups, "agreement with joint effects": self.agreement, "scores of the subgraph": self.scores}
 
 
@@ -274,7 +267,8 @@ class _Measurement:
         freeze: Freeze,
     ) -> None:
         self.graph, self.model, self.clt = graph, model, clt
-        self.scale, self.through_layer = scale, through_layer
+        self.scale = scale
+        self.through_layer: ThroughLayer = through_layer
         self.freeze: Freeze = freeze
         self.named = targets_of(graph)
         self.hooks = list(dict.fromkeys(t.hook for t in self.named if isinstance(t, DirectionTarget)))
@@ -310,6 +304,6 @@ class _Measurement:
         """direct and total."""
         graph, targets = self.graph, self.graph.nodes.where(NodeKind.LOGIT)
         sources = torch.tensor(nodes, device=targets.device)
-        direct = sum(graph.out_edges(number)[targets].double() for number in nodes)
+        direct = torch.stack([graph.out_edges(number)[targets] for number in nodes]).double().sum(dim=0)
         total = predict_joint(graph, sources, self.scale)[targets].double()
         return float((self.scale - 1) * direct @ self.weights), float(total @ self.weights)
