@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from tests.attribution.helpers import hold_strongest, leave_untraced, normalised, random_graph
-from tl_clt import AttributionGraph, NodeKind, load_neuronpedia, save_neuronpedia
+from tests.benchmarks.supernodes import adjusted_rand, group_of, join
+from tl_clt import AttributionGraph, NodeKind, attribute, load_neuronpedia, save_neuronpedia
 from tl_clt.attribution import Supernodes, collapse, find_supernodes, score_subgraph
 from tl_clt.attribution.edges import Nodes
 from tl_clt.attribution.supernodes import as_supernodes, draw_alike
+from tl_clt.benchmark import neurons_as_transcoder
 from tl_clt.errors import ConfigError
+from tl_clt.organisms import load_circuit
 
 N_KINDS, N_EACH = 3, 6
 N_PLANTED = N_KINDS * N_EACH
@@ -77,6 +80,34 @@ def test_groups_are_not_found_where_edges_are_shuffled():
     adjacency[:N_PLANTED] = adjacency[:N_PLANTED][mixed]
     groups = find_supernodes(replace(graph, adjacency=adjacency), n_groups=N_KINDS)
     assert any(len(kinds) > 1 for kinds in kinds_of(groups))
+
+
+def test_on_a_known_circuit_neurons_are_grouped_by_the_variable_that_they_write():
+    """`equal`: layer 0 computes a product and a sum by nine neurons each, layer 1 what is made of both. Groups by layer
+    would have half of it."""
+    circuit = load_circuit("equal")
+    neurons, at = neurons_as_transcoder(circuit), circuit.answer_position
+    graph = join(
+        [
+            attribute(circuit.model, neurons, prompt, [int(answer)], 1, bos="features", progress=False)
+            for prompt, answer in zip(circuit.prompts, circuit.answers, strict=True)
+        ]
+    )
+    nodes = graph.nodes
+    among = torch.nonzero(nodes.is_kind(NodeKind.FEATURE) & (nodes.pos == at)).flatten().tolist()
+    variable = {}
+    for number in among:
+        layer, feature = int(nodes.layer[number]), int(nodes.index[number])
+        vector = neurons.W_dec[layer][feature, 0]
+        [variable[number]] = [
+            v.name for v in circuit.variables if v.layer == layer and float((v.subspace @ vector).norm()) > 1e-6
+        ]
+    found = group_of(find_supernodes(graph, among), among)
+    truth = [variable[number] for number in among]
+    assert len(among) == 27 and adjusted_rand(truth, found) == 1
+    assert adjusted_rand(truth, nodes.layer[among].tolist()) < 0.6
+    shuffled = [truth[i] for i in torch.randperm(27, generator=torch.Generator().manual_seed(0)).tolist()]
+    assert abs(adjusted_rand(shuffled, found)) < 0.2
 
 
 def test_a_feature_that_pushes_the_other_way_is_another_group():

@@ -196,12 +196,12 @@ def find_supernodes(
         rows = [row_of[number] for number in numbers]
         parts = [((1 - weight) * share, part) for share, part in parts] + [(weight, vectors[rows])]
         labels = None if labels is None else [labels[row] for row in rows]
-    alike = sum(share * (unit := _unit(part)) @ unit.T for share, part in parts)
+    alike = sum(share * (unit := _unit(part.cpu())) @ unit.T for share, part in parts)
     distances = (1 - torch.as_tensor(alike)).clamp(0, 2)
     if not across:
-        distances[pos[:, None] != pos] = APART
-    assigned = _cluster(distances.cpu().numpy(), n_groups, similarity)
-    influence = graph.influence()[chosen]
+        distances[(pos[:, None] != pos).cpu()] = APART
+    assigned = _cluster(distances.numpy(), n_groups, similarity)
+    influence = graph.influence()[chosen].cpu()
     groups = [np.flatnonzero(assigned == group) for group in np.unique(assigned)]
     groups.sort(key=lambda rows: -float(influence[rows].sum()))
     words = [_word(graph, number) for number in numbers] if labels is None else labels
