@@ -176,6 +176,7 @@ def test_on_atlas_groups_of_the_pruned_graph_do_what_groups_of_chance_do_not():
         ({"graph": 3}, ConfigError, "The graph is 3"),
         ({"scale": 1}, ConfigError, "scale is 1"),
         ({"n_random": -1}, ConfigError, "n_random is -1"),
+        ({"n_random": 10**9}, ConfigError, "give 0 to 1000, each a run"),
         ({"freeze": "some"}, ConfigError, "freeze is 'some'"),
         ({"through_layer": 7}, InterventionError, "through_layer is 7"),
         ({"batch_size": 0}, ConfigError, "batch_size is 0"),

@@ -62,6 +62,8 @@ FEWEST = 3
 """Groups that a correlation is of at least."""
 PREDICTIONS = ("influence", "direct", "total", "singles")
 """What joint effects are compared with; influence with their size."""
+MOST_RANDOM = 1000
+"""Groups of chance beside one: more tell no more."""
 COLUMNS = [
     *("supernode", "role", "draw", "n_features", "influence", "direct", "total", "joint", "singles", "answer_kept"),
 ]
@@ -177,7 +179,7 @@ def measure_supernodes(
         clt: the CLT that the graph was traced with.
         graph: not a contrastive one; its targets are what is measured.
         supernodes: of its features, from `find_supernodes` or by hand.
-        n_random: random groups beside each, and draws for the scores; 0 for none.
+        n_random: random groups beside each, at most 1,000, and draws for the scores; 0 for none.
         scale: what activations are multiplied by; 0 ablates.
         through_layer, freeze: as for `intervene`.
         batch_size: changes in one pass; None for as many as make 256 MiB of logits, at most 64.
@@ -194,7 +196,8 @@ def measure_supernodes(
     check_fit(model, clt)
     scale = as_number("scale", scale)
     require_testable(graph, scale)
-    n_random, seed = as_whole("n_random", n_random, 0), as_seed("seed", seed)
+    n_random = as_whole("n_random", n_random, 0, MOST_RANDOM, why="each a run, and one for each of its features")
+    seed = as_seed("seed", seed)
     batch_size = as_whole("batch_size", batch_size, 1, none="as many as fit")
     freeze, progress = as_choice("freeze", freeze, get_args(Freeze)), as_switch("progress", progress)
     generator = torch.Generator().manual_seed(seed)
