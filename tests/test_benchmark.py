@@ -298,7 +298,7 @@ def test_a_further_model_becomes_a_judge_by_an_entry(monkeypatch):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"judges": "hop"}, "give one of hops, sum, equal, parity, automaton. Nearest: 'hops'"),
+        ({"judges": "hop"}, "give one of hops, sum, equal, parity, automaton, atlas, school. Nearest: 'hops'"),
         ({"kinds": ["saes"]}, "give one of neurons, untrained, plt, clt"),
         ({"sparsities": [-1.0]}, r"sparsities\[0\] is -1"),
         ({"k": [0]}, r"k\[0\] is 0"),

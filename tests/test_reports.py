@@ -13,10 +13,12 @@ from tl_clt import (
     Intervention,
     attribute,
     evaluate,
+    find_supernodes,
     graph_figures,
     intervene,
     measure_faithfulness,
     measure_interaction,
+    measure_supernodes,
     sweep_end_layer,
     sweep_strength,
     validate,
@@ -31,7 +33,7 @@ RUDE = "<script>alert('&')</script>"
 NAMES = (
     *("evaluation", "validation", "faithfulness", "tradeoff", "effect", "strength sweep", "end layer sweep", "curves"),
     *("hops", "benchmark"),
-    "interaction",
+    *("interaction", "supernodes"),
     "graph figures",
 )
 CHANGE = Intervention(layer=0, pos=-1, feature=3, value=20)
@@ -58,6 +60,7 @@ def reports() -> dict[str, Report]:
         "end layer sweep": sweep_end_layer(*one, CHANGE, [5, 7], **quick),
         "graph figures": graph_figures(graph, model=model, clt=clt),
         "interaction": measure_interaction(*one, CHANGE, OTHER, [5, 7], **quick),
+        "supernodes": measure_supernodes(model, clt, graph, find_supernodes(graph), n_random=1, **quick),
         "curves": measure_curves(model, {RUDE: clt}, tokens, shares=(0.5, 1.0), **quick),
         "hops": benchmark.runs[0].report,
         "benchmark": benchmark,

@@ -249,6 +249,27 @@ def calls(right: Right) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
                 **{"progress": False},
             },
         ),
+        "find_supernodes": (
+            tl_clt.find_supernodes,
+            {
+                **{"graph": graph, "among": [right.feature], "n_groups": 1, "similarity": 0.5, "responses": None},
+                **{"response_weight": 0.5, "across_positions": False, "signed": True},
+            },
+        ),
+        "measure_supernodes": (
+            tl_clt.measure_supernodes,
+            {
+                **{**pair, "graph": graph, "supernodes": {"one": [right.feature]}, "n_random": 1, "scale": 0.0},
+                **{"through_layer": None, "freeze": "none", "batch_size": 4, "seed": 0, "progress": False},
+            },
+        ),
+        "prune_to_behaviour": (
+            tl_clt.prune_to_behaviour,
+            {
+                **{**pair, "graph": graph, "share": 0.5, "edge_threshold": 0.9, "log_prob": False},
+                **{"counterfactual": None, "freeze": "none", "batch_size": 32, "seed": 0},
+            },
+        ),
         "direct_logits": (features.direct_logits, {**pair, "layer": 1, "features": torch.tensor([3])}),
         "promoted_tokens": (features.promoted_tokens, {**pair, "layer": 1, "features": torch.tensor([3]), "k": 2}),
         "clt.encode": (clt.encode, {"x": right.inputs}),
@@ -305,7 +326,7 @@ NAMES = (
     *("Intervention.scale", "Intervention.noise", "DirectionIntervention", "parse_intervention", "intervention_hooks"),
     *("intervene", "intervene.masked", "effect.top_changes", "swap_interventions", "sweep_end_layer"),
     *("sweep_strength", "measure_interaction", "validate", "evaluate", "measure_faithfulness", "measure_curves"),
-    *("direct_logits",),
+    *("find_supernodes", "measure_supernodes", "prune_to_behaviour", "direct_logits"),
     *("promoted_tokens", "clt.encode", "clt.forward", "clt.decode", "clt.decoder_rows", "clt.save_pretrained"),
     *("from_pretrained", "CrossLayerTranscoder", "CrossLayerTranscoderConfig", "load_model", "load_model.device"),
     *("graph_figures", "save_neuronpedia", "save_circuit_tracer", "load_neuronpedia", "load_circuit_tracer"),

@@ -2,8 +2,10 @@
 from tl_clt.attribution import AttributionGraph as AttributionGraph
 from tl_clt.attribution import NodeKind as NodeKind
 from tl_clt.attribution import attribute as attribute
+from tl_clt.attribution import find_supernodes as find_supernodes
 from tl_clt.evaluation import evaluate as evaluate
 from tl_clt.evaluation import measure_faithfulness as measure_faithfulness
+from tl_clt.evaluation import prune_to_behaviour as prune_to_behaviour
 from tl_clt.features import FeatureStore as FeatureStore
 from tl_clt.features import collect_features as collect_features
 from tl_clt.features import label_features as label_features
@@ -11,6 +13,7 @@ from tl_clt.interventions import Intervention as Intervention
 from tl_clt.interventions import intervene as intervene
 from tl_clt.interventions import intervention_hooks as intervention_hooks
 from tl_clt.interventions import measure_interaction as measure_interaction
+from tl_clt.interventions import measure_supernodes as measure_supernodes
 from tl_clt.interventions import sweep_end_layer as sweep_end_layer
 from tl_clt.interventions import sweep_strength as sweep_strength
 from tl_clt.interventions import validate as validate

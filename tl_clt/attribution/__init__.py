@@ -7,11 +7,19 @@ from tl_clt.attribution.graph import AttributionGraph, GraphTables, RankedNode
 from tl_clt.attribution.influence import GraphScores, InfluenceShares
 from tl_clt.attribution.local import LocalReplacementModel, build_local_model
 from tl_clt.attribution.pruning import PruneMasks, check_thresholds
+from tl_clt.attribution.supernodes import (
+    CollapsedGraph,
+    Supernodes,
+    collapse,
+    find_supernodes,
+    score_subgraph,
+)
 from tl_clt.attribution.targets import DifferenceTarget, DirectionTarget, FeatureTarget, TokenTarget
 
 __all__ = [
     "check_thresholds",
     "AttributionGraph",
+    "CollapsedGraph",
     "DifferenceTarget",
     "DirectionTarget",
     "FeatureTarget",
@@ -24,8 +32,12 @@ __all__ = [
     "Nodes",
     "PruneMasks",
     "RankedNode",
+    "Supernodes",
     "TokenTarget",
     "attribute",
     "build_local_model",
+    "collapse",
     "find_direct_edges",
+    "find_supernodes",
+    "score_subgraph",
 ]

@@ -91,6 +91,15 @@ def prune_graph(graph: WeightedGraph, node_threshold: float = 0.8, edge_threshol
     return Pruned(mask, edges, cut, [name for name, is_reached in reached.items() if not is_reached])
 
 
+def list_node_thresholds(graph: WeightedGraph) -> list[float]:
+    """The node thresholds at which `prune_graph` keeps one node more, rising: each keeps the nodes that reach it and no
+    others, but for tokens and logits and for what loses its edges."""
+    walks = walk_upstream(graph)
+    running = _running_shares(walks.influence.sort(descending=True).values, walks.unknown_visits)
+    found = running[running > 0].clamp(max=1).unique().tolist()
+    return found or [1.0]
+
+
 class _EdgeScores(NamedTuple):
     known: Float[Tensor, " n_edges"]
     unknown: float
@@ -135,11 +144,15 @@ def _smallest_of_share(values: Float[Tensor, " n"], share: float, unknown: float
     if len(values) == 0:
         return _Smallest(values.new_zeros(()), unknown == 0)
     ordered = values.sort(descending=True).values
-    known = ordered.sum()
-    running = ordered.cumsum(dim=0) / (known + unknown).clamp_min(torch.finfo(values.dtype).tiny)
+    running = _running_shares(ordered, unknown)
     at = int(torch.searchsorted(running, share))
     reached = at < len(ordered) or unknown == 0
     return _Smallest(ordered[min(at, len(ordered) - 1)], reached)
+
+
+def _running_shares(ordered: Float[Tensor, " n"], unknown: float) -> Float[Tensor, " n"]:
+    """The share of the sum, unknown values included, that values make up together with those before them."""
+    return ordered.cumsum(dim=0) / (ordered.sum() + unknown).clamp_min(torch.finfo(ordered.dtype).tiny)
 
 
 class Thresholds(NamedTuple):

@@ -290,7 +290,7 @@ def measure_hops(
         hops_shown=float((table["through"] / table["through_there"]).clip(upper=1).mean()),
         precision=traced.precision,
         l0=(acts != 0).double().sum(dim=-1).mean(dim=0).tolist(),
-        explained_variance=_explained(outputs, recons),
+        explained_variance=explained_by_layer(outputs, recons),
         answers_kept=answers_kept(circuit, clt),
         answers_kept_without_far=answers_kept(circuit, without_far_writes(clt)),
         writes_by_distance=writes_by_distance(clt, acts),
@@ -579,9 +579,10 @@ def writes_by_distance(clt: CrossLayerTranscoder, acts: Acts) -> list[float]:
     return (written / written.sum().clamp_min(1e-30)).tolist()
 
 
-def _explained(
+def explained_by_layer(
     outputs: Float[Tensor, "n_prompts n_layers d_model"], recons: Float[Tensor, "n_prompts n_layers d_model"]
 ) -> list[float]:
+    """Explained variance of each layer's output."""
     out, error = outputs.double(), (outputs - recons).double()
 
     def squared(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The benchmark: transcoders of several kinds, sparsities and seeds, judged by models whose mechanism is known.
 
-A judge is a model with what makes transcoders of it and what measures their hops, by name in `JUDGES`: so far the
-circuits known by construction. What measures is given a transcoder and a seed and gives a `HopReport`; a further model
-becomes a judge by an entry there.
+A judge is a model with what makes transcoders of it and what measures their hops, by name in `JUDGES`: the circuits
+known by construction, which give a `HopReport`, and the trained organisms, where hops are carried as interchange
+interventions find them, which give an `OrganismReport`. A further model becomes a judge by an entry there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
@@ -23,9 +23,19 @@ from tqdm.auto import tqdm
 
 from tl_clt.arguments import as_choices, as_number, as_seed, as_several, as_share, as_switch, as_whole
 from tl_clt.benchmark.hops import HopReport, measure_hops, neurons_as_transcoder
+from tl_clt.benchmark.tasks import Neurons, OrganismReport, find_neurons, measure_organism
+from tl_clt.bundled import bundled_organisms
 from tl_clt.errors import FormatError
 from tl_clt.files import read_json
-from tl_clt.organisms import KnownCircuit, known_circuits, load_circuit
+from tl_clt.lens import load_model
+from tl_clt.organisms import (
+    KnownCircuit,
+    find_variables,
+    known_circuits,
+    load_circuit,
+    organism_tasks,
+    training_tokens,
+)
 from tl_clt.report import GREY, PALETTE, Report, finite, table_to_json
 from tl_clt.transcoder import CrossLayerTranscoder
 
@@ -58,11 +68,11 @@ class Judge(NamedTuple):
     """A model whose hops are known."""
 
     n_layers: int
-    make: Callable[[Candidate, int], CrossLayerTranscoder]
-    """A candidate, trained for so many steps where it is trained."""
+    make: Callable[[Candidate, int], Any]
+    """A candidate, trained for so many steps where it is trained: a transcoder, or an organism's `Neurons`."""
 
-    measure: Callable[[CrossLayerTranscoder, int, int, int], HopReport]
-    """What a transcoder shows: with n_pairs, n_graphs and a seed."""
+    measure: Callable[[Any, int, int, int], HopReport | OrganismReport]
+    """What it shows: with n_pairs, n_graphs and a seed."""
 
 
 def _circuit_judge(name: str) -> Judge:
@@ -86,7 +96,38 @@ def _make(circuit: KnownCircuit, candidate: Candidate, n_steps: int) -> CrossLay
     return train_on_circuit(circuit, span, sparsity, seed, activation=activation, n_steps=steps)
 
 
-JUDGES: dict[str, Callable[[str], Judge]] = dict.fromkeys(known_circuits(), _circuit_judge)
+N_FOR_THRESHOLDS = 4096
+"""Tokens of text that the thresholds of an organism's neurons are set by."""
+
+
+def _organism_judge(name: str) -> Judge:
+    model, tasks = load_model(name), organism_tasks(name)
+
+    @cache
+    def places(n_pairs: int) -> dict[str, DataFrame]:
+        """Where hops are carried: the same for all candidates."""
+        return {task.name: find_variables(model, task, n_pairs=n_pairs) for task in tasks.values() if task.hops[1:]}
+
+    def make(candidate: Candidate, n_steps: int) -> CrossLayerTranscoder | Neurons:
+        kind, activation, sparsity, seed = candidate
+        if kind == "neurons":
+            return find_neurons(model, training_tokens(name, model, N_FOR_THRESHOLDS, seed), sparsity)
+        # Only here, since it loads sae_lens.
+        from tl_clt.benchmark.train import train_on_organism
+
+        span, steps = 1 if kind == "plt" else model.cfg.n_layers, 0 if kind == "untrained" else n_steps
+        return train_on_organism(name, model, span, sparsity, seed, activation=activation, n_steps=steps)
+
+    def measure(clt: CrossLayerTranscoder | Neurons, n_pairs: int, n_graphs: int, seed: int) -> OrganismReport:
+        return measure_organism(name, model, clt, tasks, places=places(n_pairs), n_pairs=n_pairs, seed=seed)
+
+    return Judge(model.cfg.n_layers, make, measure)
+
+
+JUDGES: dict[str, Callable[[str], Judge]] = {
+    **dict.fromkeys(known_circuits(), _circuit_judge),
+    **dict.fromkeys(bundled_organisms(), _organism_judge),
+}
 """What loads each judge, by name."""
 
 
@@ -124,23 +165,24 @@ def run_benchmark(
     A CLT of a model of one layer is a PLT, and is left out.
 
     Args:
-        judges: names of `known_judges`; None for all.
-        kinds: "clt" and "plt" are trained; "neurons" are the model's own, which show every hop there is, with
-            thresholds that leave fewer; "untrained" is a CLT of chance.
+        judges: names of `known_judges`; None for the circuits known by construction. A transcoder of a trained organism
+            takes minutes where one of a circuit takes seconds.
+        kinds: "clt" and "plt" are trained; "neurons" are the model's own, which on a circuit show every hop there is,
+            with thresholds that leave fewer; "untrained" is a CLT of chance.
         sparsities: lambdas of JumpReLU transcoders; () for none.
         k: of TopK transcoders; () for none.
         neurons_kept: shares of the neurons' activations that thresholds leave, ties with the last included; 1 for none.
         n_seeds: transcoders of each; intervals are over these.
         n_steps: of training.
         n_pairs: pairs of prompts for the swaps of each variable.
-        n_graphs: prompts to trace, at random.
+        n_graphs: prompts of circuits to trace, at random.
         seed: the first seed.
         progress: show a progress bar.
 
     Raises:
         ConfigError: an argument out of range, or nothing to judge.
     """
-    names = known_judges() if judges is None else as_choices("judges", judges, known_judges())
+    names = known_circuits() if judges is None else as_choices("judges", judges, known_judges())
     chosen = as_choices("kinds", kinds, KINDS)
     lambdas = [as_number(f"sparsities[{i}]", x, above=0) for i, x in enumerate(sparsities)]
     ks = [as_whole(f"k[{i}]", x, 1) for i, x in enumerate(k)]
@@ -189,7 +231,7 @@ class Run(NamedTuple):
 
     judge: str
     candidate: Candidate
-    report: HopReport
+    report: HopReport | OrganismReport
 
 
 OF_A_KIND = ["judge", "kind", "activation", "sparsity"]
@@ -199,8 +241,9 @@ OF_A_KIND = ["judge", "kind", "activation", "sparsity"]
 class BenchmarkReport(Report[FigureName]):
     """What transcoders of several kinds, sparsities and seeds show of known hops.
 
-    Figure: "hops" (hop recall and hops shown against L0, a column for each judge, means over seeds with the least and
-    the most). `save` writes it, report.json (which `from_json` reads), runs.csv (`table`) and summary.csv.
+    Figure: "hops" (hop recall and hops shown, of organisms swaps followed, against L0, a column for each judge, means
+    over seeds with the least and the most). `save` writes it, report.json (which `from_json` reads), runs.csv (`table`)
+    and summary.csv.
     """
 
     FIGURES: ClassVar[tuple[FigureName, ...]] = get_args(FigureName)
@@ -249,7 +292,7 @@ class BenchmarkReport(Report[FigureName]):
                 Run(
                     str(run["judge"]),
                     Candidate(run["kind"], run["activation"], float(run["sparsity"]), int(run["seed"])),
-                    HopReport.from_dict(run["report"]),
+                    (OrganismReport if "organism" in run["report"] else HopReport).from_dict(run["report"]),
                 )
                 for run in values["runs"]
             ]
@@ -268,11 +311,12 @@ class BenchmarkReport(Report[FigureName]):
         rows = figure.subplots(2, len(judges), squeeze=False, sharex="col", sharey="row")
         for (judge, of), (above, below) in zip(judges, rows.T, strict=True):
             _draw_measure(above, of, "hop_recall")
-            _draw_measure(below, of, "hops_shown")
+            lower = "hops_shown" if "hops_shown" in of and of["hops_shown"].notna().any() else "swap"
+            _draw_measure(below, of, lower)
             above.set_title(str(judge))
             below.set_xlabel("L0, sum over layers")
+            below.set_ylabel(lower.replace("_", " "))
         rows[0][0].set_ylabel("hop recall")
-        rows[1][0].set_ylabel("hops shown")
         labelled = (zip(*reversed(axes.get_legend_handles_labels()), strict=True) for axes in rows.flat)
         handles = {label: handle for pairs in labelled for label, handle in pairs}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
@@ -288,7 +332,7 @@ class BenchmarkReport(Report[FigureName]):
         return f"{len(self.runs)} transcoders judged by {', '.join(judges)}"
 
     def _tables(self) -> dict[str, DataFrame]:
-        shown = [*OF_A_KIND, "runs", "l0", "hop_recall", "hops_shown", "precision"]
+        shown = [*OF_A_KIND, "runs", "l0", "hop_recall", "hops_shown", "precision", "swap"]
         return {"means over seeds": self.summary.filter(shown)}
 
 

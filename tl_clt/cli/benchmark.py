@@ -43,7 +43,8 @@ def benchmark(
         Optional[list[str]],
         typer.Option(
             "--judge",
-            help="Known circuit to judge by: hops, sum, equal, parity or automaton. Repeatable. Default: all.",
+            help="Known circuit to judge by: hops, sum, equal, parity or automaton; or a trained organism: atlas or"
+            " school, with some minutes for each transcoder. Repeatable. Default: the circuits.",
             rich_help_panel=KNOWN,
         ),
     ] = None,
@@ -89,7 +90,7 @@ def benchmark(
         typer.Option(help="Pairs of prompts to swap each variable between. Default: 64.", rich_help_panel=KNOWN),
     ] = None,
     n_graphs: Annotated[
-        Optional[int], typer.Option(help="Prompts to trace. Default: 16.", rich_help_panel=KNOWN)
+        Optional[int], typer.Option(help="Prompts of circuits to trace. Default: 16.", rich_help_panel=KNOWN)
     ] = None,
     clt: Annotated[
         Optional[list[str]],

@@ -1,5 +1,6 @@
 """How good a CLT is."""
 
+from tl_clt.evaluation.behaviour import PrunedToBehaviour, find_consensus, prune_to_behaviour
 from tl_clt.evaluation.curves import FaithfulnessCurves, measure_curves
 from tl_clt.evaluation.evaluate import evaluate, replaced
 from tl_clt.evaluation.faithfulness import FaithfulnessReport, measure_faithfulness
@@ -11,8 +12,11 @@ __all__ = [
     "FaithfulnessCurves",
     "FaithfulnessReport",
     "GraphNumbers",
+    "PrunedToBehaviour",
     "evaluate",
+    "find_consensus",
     "measure_curves",
     "measure_faithfulness",
+    "prune_to_behaviour",
     "replaced",
 ]

@@ -25,7 +25,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
@@ -176,21 +175,27 @@ def measure_curves(
     return FaithfulnessCurves(table=DataFrame(rows, columns=COLUMNS), info=info)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is measured: the arguments of `measure_curves`."""
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """How circuits are measured: arguments of `measure_curves`."""
 
     metric: Metric
     errors: Errors
+    freeze: Freeze
+    batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan(Ablation):
+    """What is measured: the other arguments."""
+
     rankings: Sequence[str]
     shares: Sequence[float]
-    freeze: Freeze
     max_feature_nodes: int | None
-    batch_size: int
     seed: int
 
 
-class _Task(NamedTuple):
+class PromptTask(NamedTuple):
     """One prompt."""
 
     tokens: Tokens
@@ -215,7 +220,7 @@ def _tasks(
     targets: Sequence[int | str] | None,
     counterfactuals: Prompt | Sequence[Prompt] | None,
     metric: Metric,
-) -> list[_Task]:
+) -> list[PromptTask]:
     texts = read_prompts(model, prompts)
     others: Sequence[Tokens | None] = [None] * len(texts)
     if counterfactuals is not None:
@@ -249,7 +254,7 @@ def _tasks(
                     f"The target of prompt {number} is also the likeliest token after its counterfactual, so that there"
                     " is no difference: give another counterfactual, or another metric."
                 )
-        tasks.append(_Task(tokens, chosen, other, against))
+        tasks.append(PromptTask(tokens, chosen, other, against))
     return tasks
 
 
@@ -258,7 +263,7 @@ def _likeliest(model: HookedModel, tokens: Tokens) -> int:
         return int(run_with_hooks(model, tokens[None], [], known)[0, -1].argmax())
 
 
-class _Clean(NamedTuple):
+class Clean(NamedTuple):
     """What features and errors are on a prompt."""
 
     acts: Acts
@@ -267,7 +272,7 @@ class _Clean(NamedTuple):
     """After the last position."""
 
 
-def _clean(model: HookedModel, clt: CrossLayerTranscoder, tokens: Tokens) -> _Clean:
+def _clean(model: HookedModel, clt: CrossLayerTranscoder, tokens: Tokens) -> Clean:
     with user_hooks_aside(model), attach(model, clt):
         names = {
             point: [block_hook(t, f"clt.{point}") for t in clt.layers] for point in ("hook_acts_post", "hook_error")
@@ -275,25 +280,120 @@ def _clean(model: HookedModel, clt: CrossLayerTranscoder, tokens: Tokens) -> _Cl
         wanted = {name for of in names.values() for name in of}
         logits, cache = run_with_cache(model, tokens[None], lambda name: name in wanted)
         acts, errors = (torch.stack([cache[name][0] for name in of], dim=1) for of in names.values())
-    return _Clean(acts, errors, logits[0, -1])
+    return Clean(acts, errors, logits[0, -1])
 
 
-class _Candidates(NamedTuple):
-    """Nodes of a prompt that a circuit may have, and the order in which each ranking takes them."""
+class Candidates(NamedTuple):
+    """Nodes of a prompt's graph that a circuit may have."""
 
+    number: Int[Tensor, " n"]
+    """Of the node in the graph."""
     layer: Int[Tensor, " n"]
     pos: Int[Tensor, " n"]
     feature: Int[Tensor, " n"]
     """-1 for errors."""
 
-    orders: dict[str, Int[Tensor, " n"]]
-    """By ranking."""
+
+def list_candidates(graph: AttributionGraph, errors: Errors) -> Candidates:
+    """The features of a graph, and with errors="nodes" its errors, at positions after 0."""
+    nodes = graph.nodes
+    kinds = [NodeKind.FEATURE, NodeKind.ERROR] if errors == "nodes" else [NodeKind.FEATURE]
+    chosen = torch.nonzero(nodes.is_kind(*kinds) & (nodes.pos > 0)).flatten()
+    feature = nodes.index[chosen].masked_fill(nodes.is_kind(NodeKind.ERROR)[chosen], -1)
+    return Candidates(chosen, nodes.layer[chosen], nodes.pos[chosen], feature)
 
 
-def _measure(model: HookedModel, clt: CrossLayerTranscoder, task: _Task, plan: _Plan, number: int) -> list[tuple]:
+class Measured(NamedTuple):
+    """What comes of one circuit."""
+
+    value: float
+    """m of the circuit."""
+    answer: bool
+    """Whether the likeliest token is the model's."""
+
+
+class Circuits:
+    """Circuits of one prompt, measured in the model itself with all other nodes ablated.
+
+    Args:
+        model, clt: the model, and a CLT of it.
+        task: the prompt, and what is measured on it.
+        how: what is ablated to what, and what is measured.
+    """
+
+    def __init__(self, model: HookedModel, clt: CrossLayerTranscoder, task: PromptTask, how: Ablation) -> None:
+        self.model, self.clt, self.task, self.how = model, clt, task, how
+        self.here = _clean(model, clt, task.tokens)
+        self.away = None if task.other is None else _clean(model, clt, task.other)
+
+    @property
+    def whole(self) -> float:
+        """m of the model as it is."""
+        return float(self._value(self.here.logits[None])[0])
+
+    def measure(self, candidates: Candidates, circuits: Sequence[Int[Tensor, " _"]]) -> list[Measured]:
+        """Measure circuits, each of some of the candidates, by their places among these."""
+        found: list[Measured] = []
+        for start in range(0, len(circuits), self.how.batch_size):
+            logits = self._run(candidates, circuits[start : start + self.how.batch_size])
+            answers = logits.argmax(dim=-1) == self.here.logits.argmax()
+            found += map(Measured, self._value(logits).tolist(), answers.tolist())
+        return found
+
+    def magnitudes(self, candidates: Candidates) -> Float[Tensor, " n"]:
+        """How much of each node is written, or changes."""
+        _, layer, pos, feature = candidates
+        here, away = self.here, self.away
+        acts = here.acts if away is None else here.acts - away.acts
+        errors = here.errors if away is None else here.errors - away.errors
+        sizes = errors[pos, layer].norm(dim=-1)
+        for source in self.clt.layers:
+            at = torch.nonzero((layer == source) & (feature >= 0)).flatten()
+            rows = self.clt.decoder_rows(source, feature[at]).detach()
+            sizes[at] = acts[pos[at], source, feature[at]].abs() * rows.flatten(start_dim=1).norm(dim=1)
+        return sizes
+
+    def _value(self, logits: Float[Tensor, "n d_vocab"]) -> Float[Tensor, " n"]:
+        logits, task = logits.double(), self.task
+        if self.how.metric == "log_prob":
+            return logits.log_softmax(dim=-1)[:, task.target]
+        return logits[:, task.target] - (logits.mean(dim=-1) if task.against is None else logits[:, task.against])
+
+    def _run(
+        self, candidates: Candidates, circuits: Sequence[Int[Tensor, " _"]]
+    ) -> Float[Tensor, "n_circuits d_vocab"]:
+        """Logits after the last position, with all nodes ablated but those of each circuit."""
+        model, clt, here, away = self.model, self.clt, self.here, self.away
+        features = torch.zeros(len(circuits), *here.acts.shape, dtype=torch.bool)
+        errors = torch.zeros(len(circuits), *here.errors.shape[:2], dtype=torch.bool)
+        for row, circuit in enumerate(circuits):
+            layer, pos, feature = (values.cpu()[circuit] for values in candidates[1:])
+            is_error = feature < 0
+            features[row, pos[~is_error], layer[~is_error], feature[~is_error]] = True
+            errors[row, pos[is_error], layer[is_error]] = True
+        if self.how.errors == "kept":
+            errors[:] = True
+        # Position 0 stays as it is.
+        features[:, 0], errors[:, 0] = True, True
+        ablated_acts = torch.zeros_like(here.acts) if away is None else away.acts
+        ablated_errors = torch.zeros_like(here.errors) if away is None else away.errors
+        device = here.acts.device
+        batch = self.task.tokens.expand(len(circuits), -1)
+        hooks: list[FwdHook] = []
+        if self.how.freeze != "none":
+            hooks = intervention_hooks(model, clt, batch, [], None, self.how.freeze)
+        for layer in clt.layers:
+            keep_acts = keep(features[:, :, layer].to(device), ablated_acts[:, layer])
+            keep_error = keep(errors[:, :, layer, None].to(device), ablated_errors[:, layer])
+            hooks.append((block_hook(layer, "clt.hook_acts_post"), keep_acts))
+            hooks.append((block_hook(layer, "clt.hook_error"), keep_error))
+        with user_hooks_aside(model), attach(model, clt, mode="replace_with_error"):
+            return run_with_hooks(model, batch, hooks)[:, -1]
+
+
+def _measure(model: HookedModel, clt: CrossLayerTranscoder, task: PromptTask, plan: _Plan, number: int) -> list[tuple]:
     """Rows of the table, of one prompt."""
-    here = _clean(model, clt, task.tokens)
-    away = None if task.other is None else _clean(model, clt, task.other)
+    circuits = Circuits(model, clt, task, plan)
     target = TokenTarget(task.target) if task.against is None else DifferenceTarget(task.target, task.against)
     graph = attribute(
         model,
@@ -304,23 +404,21 @@ def _measure(model: HookedModel, clt: CrossLayerTranscoder, task: _Task, plan: _
         contrast=task.other,
         progress=False,
     )
-    candidates = _rank(clt, graph, here, away, plan, number)
-    n = len(candidates.layer)
+    candidates = list_candidates(graph, plan.errors)
+    n = len(candidates.number)
+    scores: dict[str, Callable[[], Tensor]] = {
+        "influence": lambda: graph.influence()[candidates.number],
+        "magnitude": lambda: circuits.magnitudes(candidates),
+        "random": lambda: torch.randperm(n, generator=torch.Generator().manual_seed(plan.seed + number)),
+    }
+    orders = {ranking: scores[ranking]().argsort(descending=True, stable=True).cpu() for ranking in plan.rankings}
     counts = [_count(share, n) for share in plan.shares]
-    circuits = [(ranking, count) for ranking in plan.rankings for count in dict.fromkeys([0, *counts])]
-    measures: dict[tuple[str, int], tuple[float, bool]] = {}
-    measure = partial(_answer, metric=plan.metric, target=task.target, against=task.against)
-    answer = int(here.logits.argmax())
-    for start in range(0, len(circuits), plan.batch_size):
-        chunk = circuits[start : start + plan.batch_size]
-        kept = [candidates.orders[ranking][:count] for ranking, count in chunk]
-        logits = _run(model, clt, task.tokens, here, away, candidates, kept, plan)
-        answers = (logits.argmax(dim=-1) == answer).tolist()
-        measures |= dict(zip(chunk, zip(measure(logits).tolist(), answers, strict=True), strict=True))
-    whole = float(measure(here.logits[None])[0])
+    chosen = [(ranking, count) for ranking in plan.rankings for count in dict.fromkeys([0, *counts])]
+    found = circuits.measure(candidates, [orders[ranking][:count] for ranking, count in chosen])
+    measures, whole = dict(zip(chosen, found, strict=True)), circuits.whole
     rows = []
     for ranking in plan.rankings:
-        empty = measures[ranking, 0][0]
+        empty = measures[ranking, 0].value
         for share, count in zip(plan.shares, counts, strict=True):
             value, same = measures[ranking, count]
             rows.append((ranking, share, n, count, value, empty, whole, same))
@@ -330,75 +428,6 @@ def _measure(model: HookedModel, clt: CrossLayerTranscoder, task: _Task, plan: _
 def _count(share: float, n: int) -> int:
     """As many of n as are not more than a share, which rounding may have made smaller than it is."""
     return math.floor(share * n + 1e-9)
-
-
-def _rank(
-    clt: CrossLayerTranscoder, graph: AttributionGraph, here: _Clean, away: _Clean | None, plan: _Plan, number: int
-) -> _Candidates:
-    nodes = graph.nodes
-    kinds = [NodeKind.FEATURE, NodeKind.ERROR] if plan.errors == "nodes" else [NodeKind.FEATURE]
-    chosen = torch.nonzero(nodes.is_kind(*kinds) & (nodes.pos > 0)).flatten()
-    layer, pos, is_error = nodes.layer[chosen], nodes.pos[chosen], nodes.is_kind(NodeKind.ERROR)[chosen]
-    feature = nodes.index[chosen].masked_fill(is_error, -1)
-    scores: dict[str, Callable[[], Tensor]] = {
-        "influence": lambda: graph.influence()[chosen],
-        "magnitude": lambda: _magnitudes(clt, layer, pos, feature, here, away),
-        "random": lambda: torch.randperm(len(chosen), generator=torch.Generator().manual_seed(plan.seed + number)),
-    }
-    orders = {ranking: scores[ranking]().argsort(descending=True, stable=True).cpu() for ranking in plan.rankings}
-    return _Candidates(layer.cpu(), pos.cpu(), feature.cpu(), orders)
-
-
-def _magnitudes(
-    clt: CrossLayerTranscoder, layer: Tensor, pos: Tensor, feature: Tensor, here: _Clean, away: _Clean | None
-) -> Float[Tensor, " n"]:
-    """How much of each node is written, or changes."""
-    acts = here.acts if away is None else here.acts - away.acts
-    errors = here.errors if away is None else here.errors - away.errors
-    sizes = errors[pos, layer].norm(dim=-1)
-    for source in clt.layers:
-        at = torch.nonzero((layer == source) & (feature >= 0)).flatten()
-        rows = clt.decoder_rows(source, feature[at]).detach()
-        sizes[at] = acts[pos[at], source, feature[at]].abs() * rows.flatten(start_dim=1).norm(dim=1)
-    return sizes
-
-
-def _run(
-    model: HookedModel,
-    clt: CrossLayerTranscoder,
-    tokens: Tokens,
-    here: _Clean,
-    away: _Clean | None,
-    candidates: _Candidates,
-    circuits: list[Int[Tensor, " _"]],
-    plan: _Plan,
-) -> Float[Tensor, "n_circuits d_vocab"]:
-    """Logits after the last position, with all nodes ablated but those of each circuit."""
-    features = torch.zeros(len(circuits), *here.acts.shape, dtype=torch.bool)
-    errors = torch.zeros(len(circuits), *here.errors.shape[:2], dtype=torch.bool)
-    for row, circuit in enumerate(circuits):
-        layer, pos, feature = (values[circuit] for values in candidates[:3])
-        is_error = feature < 0
-        features[row, pos[~is_error], layer[~is_error], feature[~is_error]] = True
-        errors[row, pos[is_error], layer[is_error]] = True
-    if plan.errors == "kept":
-        errors[:] = True
-    # Position 0 stays as it is.
-    features[:, 0], errors[:, 0] = True, True
-    ablated_acts = torch.zeros_like(here.acts) if away is None else away.acts
-    ablated_errors = torch.zeros_like(here.errors) if away is None else away.errors
-    device = here.acts.device
-    batch = tokens.expand(len(circuits), -1)
-    hooks: list[FwdHook] = []
-    if plan.freeze != "none":
-        hooks = intervention_hooks(model, clt, batch, [], None, plan.freeze)
-    for layer in clt.layers:
-        keep_acts = keep(features[:, :, layer].to(device), ablated_acts[:, layer])
-        keep_error = keep(errors[:, :, layer, None].to(device), ablated_errors[:, layer])
-        hooks.append((block_hook(layer, "clt.hook_acts_post"), keep_acts))
-        hooks.append((block_hook(layer, "clt.hook_error"), keep_error))
-    with user_hooks_aside(model), attach(model, clt, mode="replace_with_error"):
-        return run_with_hooks(model, batch, hooks)[:, -1]
 
 
 def keep(kept: Bool[Tensor, "batch pos _"], ablated: Float[Tensor, "pos n"]) -> Callable:
@@ -411,15 +440,6 @@ def keep(kept: Bool[Tensor, "batch pos _"], ablated: Float[Tensor, "pos n"]) -> 
         return torch.where(kept, x, ablated.to(x.dtype))
 
     return keep_some
-
-
-def _answer(
-    logits: Float[Tensor, "n d_vocab"], metric: Metric, target: int, against: int | None
-) -> Float[Tensor, " n"]:
-    logits = logits.double()
-    if metric == "log_prob":
-        return logits.log_softmax(dim=-1)[:, target]
-    return logits[:, target] - (logits.mean(dim=-1) if against is None else logits[:, against])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

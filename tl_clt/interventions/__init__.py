@@ -9,6 +9,7 @@ from tl_clt.interventions.intervention import (
     parse_intervention,
     swap_interventions,
 )
+from tl_clt.interventions.supernodes import SupernodeReport, measure_supernodes
 from tl_clt.interventions.sweeps import (
     EndLayerSweep,
     Interaction,
@@ -31,11 +32,13 @@ __all__ = [
     "Intervention",
     "InterventionEffect",
     "StrengthSweep",
+    "SupernodeReport",
     "ThroughLayer",
     "ValidationReport",
     "intervene",
     "intervention_hooks",
     "measure_interaction",
+    "measure_supernodes",
     "parse_intervention",
     "swap_interventions",
     "sweep_end_layer",

@@ -59,6 +59,7 @@ from tl_clt.attribution import (
     TokenTarget,
     attribute,
 )
+from tl_clt.attribution.edges import Nodes as GraphNodes
 from tl_clt.attribution.edges import sum_inputs_from, take_rows
 from tl_clt.attribution.influence import sum_inputs, top_down
 from tl_clt.attribution.targets import NamedTarget
@@ -159,8 +160,10 @@ def validate(
     scale, threshold = as_number("scale", scale), as_number("threshold", threshold, above=0)
     seed, progress = as_seed("seed", seed), as_switch("progress", progress)
     freeze = as_choice("freeze", freeze, get_args(Freeze))
-    _check(graph, scale, baselines)
-    named = _targets_of(graph)
+    require_testable(graph, scale)
+    if isinstance(baselines, str) or len(set(baselines)) < len(baselines) or not set(baselines) <= set(BASELINES):
+        raise ConfigError(f"baselines is {baselines!r}: give some of {BASELINES}, each once, or () for none.")
+    named = targets_of(graph)
     sample = sample_features(graph, n_features, seed)
     if len(sample.node) == 0:
         raise ConfigError("The graph has no feature with any influence on its targets to test.")
@@ -186,7 +189,12 @@ def validate(
     return ValidationReport(measurements=concat(tables, ignore_index=True), threshold=threshold, info=info)
 
 
-def _check(graph: AttributionGraph, scale: float, baselines: Sequence[str]) -> None:
+def require_testable(graph: AttributionGraph, scale: float) -> None:
+    """Raise unless what a graph predicts can be held against features multiplied by a number.
+
+    Raises:
+        ConfigError: the number changes nothing, or the graph is contrastive.
+    """
     if scale == 1:
         raise ConfigError(f"scale is {scale}: give a finite number other than 1, which changes nothing.")
     if graph.contrast_activation is not None:
@@ -194,11 +202,9 @@ def _check(graph: AttributionGraph, scale: float, baselines: Sequence[str]) -> N
             "The graph is contrastive: its edges are differences of two prompts, which no change of a feature on one"
             " prompt shows. Give a graph traced without contrast."
         )
-    if isinstance(baselines, str) or len(set(baselines)) < len(baselines) or not set(baselines) <= set(BASELINES):
-        raise ConfigError(f"baselines is {baselines!r}: give some of {BASELINES}, each once, or () for none.")
 
 
-def _targets_of(graph: AttributionGraph) -> list[NamedTarget]:
+def targets_of(graph: AttributionGraph) -> list[NamedTarget]:
     """What each target node of a graph is.
 
     Raises:
@@ -285,13 +291,13 @@ class _Measurement:
         through = {"constrained": self.clt.cfg.n_layers - 1, "iterative": None, "model": -1}[kind]
         bos = None if kind == "iterative" else self.graph.info.get("bos")
         effect = intervene(self.model, self.clt, tokens, changes, through, self.freeze, record=self.hooks, bos=bos)
-        self._check_graph(effect.baseline_feature_acts[0])
+        require_same_features(self.features, effect)
         hidden_change = effect.hidden_pre - effect.baseline_hidden_pre
         features = self.features
         places = (slice(None), features.pos, features.layer, features.index)
         pre = hidden_change[places]
         acts = (effect.feature_acts - effect.baseline_feature_acts)[places]
-        heights = torch.stack([self._rise(effect, hidden_change, target) for target in self.named], dim=1)
+        heights = torch.stack([rise(effect, hidden_change, target) for target in self.named], dim=1)
         on = ((effect.baseline_feature_acts == 0) & (effect.feature_acts != 0)).flatten(1).sum(dim=1)
         change, act_change = (torch.cat([x.double(), heights], dim=1).cpu() for x in (pre, acts))
         return Measured(change, act_change, on.double().cpu())
@@ -331,24 +337,39 @@ class _Measurement:
         scaled = centred / self.scales[f"{name}.hook_scale"][0, pos].to(vector)
         return scaled if norm.gain is None else scaled * norm.gain.to(vector)
 
-    def _rise(self, effect: InterventionEffect, hidden_change: Acts, target: NamedTarget) -> Float[Tensor, " batch"]:
-        """How much a target has changed."""
-        if isinstance(target, FeatureTarget):
-            return hidden_change[:, target.pos, target.layer, target.feature].double()
-        if isinstance(target, DirectionTarget):
-            seen = effect.recorded[target.hook]
-            change = (seen.value - seen.baseline)[:, target.pos].double()
-            return change @ torch.as_tensor(target.direction).to(change)
-        after, before = (logits[:, target.pos].double() for logits in (effect.logits, effect.baseline_logits))
-        if isinstance(target, DifferenceTarget):
-            return (after - before)[:, int(target.plus)] - (after - before)[:, int(target.minus)]
-        return (after - before)[:, int(target.token)] - (after - before).mean(dim=-1)
 
-    def _check_graph(self, feature_acts: Float[Tensor, "pos n_layers d_transcoder"]) -> None:
-        at = self.features
-        here = feature_acts[at.pos, at.layer, at.index].to(at.activation.dtype)
-        if not torch.allclose(here, at.activation, rtol=1e-2, atol=1e-3):
-            raise _mismatch("features with other activations on its prompt")
+def require_same_features(features: GraphNodes, effect: InterventionEffect) -> None:
+    """Raise unless features are active on the prompt of an effect as they are in their graph.
+
+    Raises:
+        CLTMismatch: they are not.
+    """
+    acts = effect.baseline_feature_acts[0]
+    if bool(((features.layer >= acts.shape[1]) | (features.index >= acts.shape[2])).any()):
+        raise _mismatch("features that this CLT does not have")
+    here = acts[features.pos, features.layer, features.index].to(features.activation.dtype)
+    if not torch.allclose(here, features.activation, rtol=1e-2, atol=1e-3):
+        raise _mismatch("features with other activations on its prompt")
+
+
+def rise(effect: InterventionEffect, hidden_change: Acts, target: NamedTarget) -> Float[Tensor, " batch"]:
+    """How much a target has changed, as what it is.
+
+    Args:
+        effect: which recorded the hooks of directions.
+        hidden_change: of pre-activations.
+        target: of a graph.
+    """
+    if isinstance(target, FeatureTarget):
+        return hidden_change[:, target.pos, target.layer, target.feature].double()
+    if isinstance(target, DirectionTarget):
+        seen = effect.recorded[target.hook]
+        change = (seen.value - seen.baseline)[:, target.pos].double()
+        return change @ torch.as_tensor(target.direction).to(change)
+    after, before = (logits[:, target.pos].double() for logits in (effect.logits, effect.baseline_logits))
+    if isinstance(target, DifferenceTarget):
+        return (after - before)[:, int(target.plus)] - (after - before)[:, int(target.minus)]
+    return (after - before)[:, int(target.token)] - (after - before).mean(dim=-1)
 
 
 def _is_scale_behind(name: str) -> bool:
@@ -523,9 +544,7 @@ class Predictions(NamedTuple):
 
 def predict(graph: AttributionGraph, sources: Nodes) -> Predictions:
     """The three predictions, by one pass from the bottom layer up each."""
-    nodes = graph.nodes
-    features = nodes.is_kind(NodeKind.FEATURE) & (nodes.activation != 0)
-    per_unit = torch.where(features, 1 / torch.where(features, nodes.activation, 1), 0).to(graph.adjacency.dtype)
+    per_unit = _per_unit(graph)
     everything = torch.ones_like(per_unit)
     share = 1 / sum_inputs(graph)
     return Predictions(
@@ -533,6 +552,22 @@ def predict(graph: AttributionGraph, sources: Nodes) -> Predictions:
         _carried(graph, sources, everything, per_unit),
         _carried(graph, sources, share, everything, absolute=True),
     )
+
+
+def predict_joint(graph: AttributionGraph, sources: Nodes, scale: float) -> NodeValues:
+    """Change of every node where several features are multiplied by a number at once, the others reacting as for
+    `total`: (scale - 1) times what comes through all paths, of which those that lead through a source pass on `scale`
+    times as much there, and nothing where they are ablated."""
+    through = _per_unit(graph)
+    through[sources] *= scale
+    return (scale - 1) * _carried(graph, sources, torch.ones_like(through), through).sum(dim=1)
+
+
+def _per_unit(graph: AttributionGraph) -> NodeValues:
+    """1 / activation of each feature; 0 of other nodes."""
+    nodes = graph.nodes
+    features = nodes.is_kind(NodeKind.FEATURE) & (nodes.activation != 0)
+    return torch.where(features, 1 / torch.where(features, nodes.activation, 1), 0).to(graph.adjacency.dtype)
 
 
 def _carried(

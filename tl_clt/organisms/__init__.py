@@ -4,10 +4,13 @@ construction."""
 from __future__ import annotations
 
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from tl_clt.arguments import shown
 from tl_clt.bundled import ORGANISMS, bundled_organisms
@@ -18,6 +21,7 @@ from tl_clt.organisms.circuits import CircuitVariable, KnownCircuit, ground_trut
 from tl_clt.organisms.interchange import find_variables, interchange, probe
 from tl_clt.organisms.programs import Program, Step
 from tl_clt.organisms.tasks import BenchmarkPrompt, Case, Hop, Task
+from tl_clt.organisms.word_model import TrainOptions, training_batches
 from tl_clt.transcoder import CrossLayerTranscoder
 
 DEFAULT_PROMPTS = {
@@ -78,6 +82,30 @@ def organism_tasks(name: str) -> dict[str, Task]:
     return import_module(f"tl_clt.organisms.{name}.text").TASKS
 
 
+TEXT_SEED_OFFSET = 1
+"""Added to the seed, so that a CLT is not trained on the text that its model was trained on."""
+
+
+def training_tokens(name: str, model: HookedModel, n_tokens: int, seed: int) -> Int[Tensor, "n_prompts context"]:
+    """Text of an organism for training its CLTs, packed as it was for the model: `<bos>` and whole sentences.
+
+    Args:
+        name: the organism.
+        model: its model, for the tokenizer.
+        n_tokens: so many that are not `<bos>`, or up to a batch of prompts more.
+        seed: of the text.
+
+    Raises:
+        ModelNotFound: there is no organism of that name.
+    """
+    organism_folder(name)
+    sentences = import_module(f"tl_clt.organisms.{name}.text").sentences(seed + TEXT_SEED_OFFSET)
+    options = TrainOptions(n_ctx=model.cfg.n_ctx)
+    n_batches = -(-n_tokens // (options.batch_size * (options.n_ctx - 1)))
+    assert model.tokenizer is not None
+    return torch.cat(list(islice(training_batches(model.tokenizer, sentences, options), n_batches)))
+
+
 def benchmark_prompts(name: str) -> list[BenchmarkPrompt]:
     """Prompts that an organism was not trained on, with their right answers, in an order of no meaning."""
     organism_folder(name)
@@ -123,4 +151,5 @@ __all__ = [
     "organism_folder",
     "organism_tasks",
     "probe",
+    "training_tokens",
 ]

@@ -212,6 +212,9 @@ def benchmark_table(report: BenchmarkReport) -> Table:
     for row in report.summary.to_dict("records"):
         cells = []
         for name in BENCHMARK_COLUMNS:
+            if name not in row:
+                cells.append("")
+                continue
             cell = "" if isna(row[name]) else f"{row[name]:.{1 if name == 'l0' else 2}f}"
             least, most = row[f"{name}_least"], row[f"{name}_most"]
             cells.append(f"{cell}\n{least:.2f} to {most:.2f}" if name.startswith("hop") and least < most else cell)

@@ -8,25 +8,23 @@ the CLT in the native layout, `training.json` (the run), and `metrics.json` (the
 from __future__ import annotations
 
 from enum import Enum
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from jaxtyping import Int
 from rich.console import Console
-from torch import Tensor
 
 from tl_clt.evaluation import evaluate
-from tl_clt.lens import HookedModel, load_model
-from tl_clt.organisms.atlas.text import all_held_out_questions, sentence_of, sentences, with_prefix
-from tl_clt.organisms.word_model import TrainOptions, training_batches
+from tl_clt.lens import load_model
+from tl_clt.organisms import training_tokens
+from tl_clt.organisms.atlas.text import all_held_out_questions, sentence_of, with_prefix
+from tl_clt.organisms.word_model import TrainOptions
 from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig
 
 TRAINING_TOKENS = 2_000_000
-TEXT_SEED_OFFSET = 1
-"""Added to the seed, so that the CLT is not trained on the text that the model was trained on."""
+N_SPARE_TOKENS = 36_000
+"""More than are trained on: some tokens are left out, and the shuffling buffer is refilled to the end."""
 
 
 class Recipe(str, Enum):
@@ -81,17 +79,6 @@ def clt_config(model_name: str, output: Path, seed: int, recipe: Recipe = Recipe
     )
 
 
-def training_tokens(model: HookedModel, seed: int) -> Int[Tensor, "n_prompts context"]:
-    """Prompts of packed sentences, as many as the run uses without a repeat."""
-    assert model.tokenizer is not None
-    options = TrainOptions()
-    per_batch = options.batch_size * (options.n_ctx - 1)
-    # 512 prompts more than are trained on: some of their tokens are left out.
-    n_batches = -(-TRAINING_TOKENS // per_batch) + -(-512 // options.batch_size) + 1
-    batches = training_batches(model.tokenizer, sentences(seed + TEXT_SEED_OFFSET), options)
-    return torch.cat(list(islice(batches, n_batches)))
-
-
 def held_out_sentences() -> list[str]:
     """Every two-hop question that the model has not seen in training, in all phrasings, with and without "Fact:"."""
     questions = all_held_out_questions()
@@ -108,8 +95,9 @@ def main(
     """Train atlas's CLT and write it, with what it reaches on held-out questions, to a folder."""
     torch.set_num_threads(threads)
     atlas = load_model(model)
+    tokens = training_tokens("atlas", atlas, TRAINING_TOKENS + N_SPARE_TOKENS, seed)
     cfg = clt_config("atlas", output, seed, recipe)
-    runner = CLTTrainingRunner(cfg, model=atlas, dataset=training_tokens(atlas, seed))
+    runner = CLTTrainingRunner(cfg, model=atlas, dataset=tokens)
     clt = runner.run()
     report = evaluate(atlas, clt, held_out_sentences(), n_graphs=0)
     (output / "metrics.json").write_text(report.to_json())

@@ -7,26 +7,23 @@ and whole sentences; `<bos>` is left out. The folder written holds the transcode
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from jaxtyping import Int
 from rich.console import Console
-from torch import Tensor
 
 from tl_clt.evaluation import evaluate
-from tl_clt.lens import HookedModel, load_model
-from tl_clt.organisms.school.text import TASKS, sentences
+from tl_clt.lens import load_model
+from tl_clt.organisms import training_tokens
+from tl_clt.organisms.school.text import TASKS
 from tl_clt.organisms.school.train_model import OPTIONS
-from tl_clt.organisms.word_model import training_batches
 from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig
 
 TRAINING_TOKENS = 2_000_000
-TEXT_SEED_OFFSET = 1
-"""Added to the seed, so that the CLT is not trained on the text that the model was trained on."""
+N_SPARE_TOKENS = 36_000
+"""More than are trained on: some tokens are left out, and the shuffling buffer is refilled to the end."""
 N_CASES = 100
 """Prompts of each task in the evaluation."""
 
@@ -62,16 +59,6 @@ def clt_config(output: Path, seed: int, *, per_layer: bool = False, k: int = 10)
     )
 
 
-def training_tokens(model: HookedModel, seed: int) -> Int[Tensor, "n_prompts context"]:
-    """Prompts of packed sentences, as many as the run uses without a repeat."""
-    assert model.tokenizer is not None
-    per_batch = OPTIONS.batch_size * (OPTIONS.n_ctx - 1)
-    # More prompts than are trained on: the shuffling buffer is refilled beyond the last step.
-    n_batches = -(-TRAINING_TOKENS // per_batch) + -(-1024 // OPTIONS.batch_size) + 1
-    batches = training_batches(model.tokenizer, sentences(seed + TEXT_SEED_OFFSET), OPTIONS)
-    return torch.cat(list(islice(batches, n_batches)))
-
-
 def held_out_prompts() -> list[str]:
     """Prompts of every task that the model has not seen in training, each with its answer."""
     cases = [case for task in TASKS.values() for case in task.cases(N_CASES, held_out=True)]
@@ -89,8 +76,9 @@ def main(
     """Train school's CLT or PLT and write it, with what it reaches on held-out prompts, to a folder."""
     torch.set_num_threads(threads)
     school = load_model(model)
+    tokens = training_tokens("school", school, TRAINING_TOKENS + N_SPARE_TOKENS, seed)
     cfg = clt_config(output, seed, per_layer=per_layer, k=k)
-    clt = CLTTrainingRunner(cfg, model=school, dataset=training_tokens(school, seed)).run()
+    clt = CLTTrainingRunner(cfg, model=school, dataset=tokens).run()
     report = evaluate(school, clt, held_out_prompts(), n_graphs=0)
     (output / "metrics.json").write_text(report.to_json())
     Console().print_json(report.to_json())
