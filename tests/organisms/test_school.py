@@ -113,5 +113,5 @@ def test_the_prompt_that_shows_what_it_can_do_is_held_out_and_answered(school):
 
 def test_prompts_for_curves_are_held_out(school):
     prompts = benchmark_prompts("school")
-    assert len(prompts) == len({p.prompt for p in prompts}) == 8 * 50
+    assert len(prompts) == len({p.prompt for p in prompts}) == len(TASKS) * 50
     assert all(p.counterfactual != p.prompt for p in prompts)

@@ -9,6 +9,7 @@ import pytest
 
 from tl_clt.errors import ConfigError
 from tl_clt.organisms.school import text as lessons
+from tl_clt.organisms.school import variables
 from tl_clt.organisms.school.text import TASKS
 from tl_clt.organisms.tasks import Hop, Task, one_in
 from tl_clt.organisms.word_model import UNK_TOKEN, build_tokenizer
@@ -76,6 +77,12 @@ def test_every_fact_that_a_held_out_prompt_needs_is_told():
     for case in TASKS["recall"].cases(100, held_out=True):
         kind, person, fact = (case.values[name] for name in ("kind", "person", "fact"))
         assert fact == "unknown" or f"the {kind} of {person} is {fact} ." in text
+    for case in TASKS["pick"].cases(100, held_out=True):
+        need, two = case.values["need"], (case.values["first"], case.values["second"])
+        assert all(f"{brand} : {need} {lessons.RANK[need, brand]} ." in text for brand in two)
+    for case in TASKS["step"].cases(100, held_out=True):
+        number = case.values["from facts"]
+        assert number == "none" or f"{case.values['name']} is {number} ." in text
     for case in TASKS["rhyme"].cases(100, held_out=True):
         end, rhyme, line, word = (case.values[name] for name in ("end", "rhyme", "line", "next word"))
         assert f"{end} rhymes with {rhyme} ." in text and f"{line} {word} {rhyme} ." in text
@@ -90,9 +97,36 @@ def test_what_is_taught_is_right():
         values = TASKS["ask"].run(TASKS["ask"].draw(chooser))
         signs = {values[name] for name in lessons.THREE}
         assert signs < set(lessons.SIGNS_OF[values["illness"]]) and values["next sign"] not in signs
+        values = TASKS["pick"].run(TASKS["pick"].draw(chooser))
+        two = (values["first"], values["second"])
+        best = max(two, key=lambda brand: lessons.RANK[values["need"], brand])
+        assert values["pick"] == (lessons.FAVOURITE if lessons.FAVOURITE in two else best)
+        values = TASKS["step"].run(TASKS["step"].draw(chooser))
+        known = lessons.NUMBER_OF.get(values["name"])
+        assert values["step"] == known or (
+            known is None and int(values["step"]) + int(values["added"]) == int(values["hint"])
+        )
         values = TASKS["opposite"].run(TASKS["opposite"].draw(chooser))
         asked, said = lessons.CONCEPT[values["word"]], lessons.CONCEPT[values["answer"]]
         assert said[0] == asked[0] and said[1] // 2 == asked[1] // 2 and said[2] == 0
         assert (said[1] == asked[1]) == (values["operation"] == "main word")
     assert len(lessons.RHYME_OF) == 4 * len(lessons.RHYMES) and not set(lessons.RHYME_OF) & set(lessons.RHYMES)
     assert len(set(lessons.WORD.values())) == len(lessons.WORD)
+
+
+@pytest.mark.parametrize(
+    ("task", "hop", "variable"),
+    [
+        ("tens", "carry", variables.carry_here),
+        ("rhyme", "rhyme", variables.rhyme_in_mind),
+        ("opposite", "language", variables.language_in_mind),
+        ("opposite", "operand", variables.meaning_in_mind),
+        ("ask", "illness", variables.illness_in_mind),
+        ("pick", "favoured", variables.favourite_offered),
+        ("step", "from facts", variables.number_in_mind),
+    ],
+)
+def test_what_labels_know_of_a_word_is_the_hop(task, hop, variable):
+    for case in TASKS[task].cases(60, held_out=True):
+        before = ["<bos>", *TASKS[task].cases(1, held_out=False)[0].prompt.split(), "."]
+        assert variable([*before, *case.prompt.split()])[-1] == case.values[hop]

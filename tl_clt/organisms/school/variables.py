@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from tl_clt.features.rules import Variable
 from tl_clt.features.store import FeatureRecord
-from tl_clt.organisms.school.text import CONCEPT, RHYME_OF, TASKS, THREE
+from tl_clt.organisms.school.text import BRANDS, CONCEPT, FAVOURITE, NAMED, NAMELESS, NUMBER_OF, RHYME_OF, TASKS, THREE
 
 ENDS = ("<bos>", ".")
 """Between sentences."""
@@ -63,6 +63,28 @@ def carry_here(words: Sequence[str]) -> list[str | None]:
     ]
 
 
+def favourite_offered(words: Sequence[str]) -> list[str | None]:
+    """Where one of two brands is to be picked, whether the favourite is among them, from the second one on."""
+    found: list[str | None] = []
+    offered: list[str] | None = None
+    for word in map(str.strip, words):
+        if word in ENDS:
+            offered = None
+        elif word == "pick":
+            offered = []
+        elif offered is not None and len(offered) < 2 and word in BRANDS:
+            offered.append(word)
+        two = offered is not None and len(offered) == 2
+        found.append(("yes" if FAVOURITE in (offered or ()) else "no") if two else None)
+    return found
+
+
+def number_in_mind(words: Sequence[str]) -> list[str | None]:
+    """The number that the last name stands for, or "none", where it stands for no number."""
+    names = {*NAMED, *NAMELESS}
+    return _last_named(words, lambda word: NUMBER_OF.get(word, "none") if word in names else None)
+
+
 def _form(text: str) -> Callable[[str, FeatureRecord], str]:
     return lambda value, record: text.format(value)
 
@@ -72,6 +94,12 @@ VARIABLES = (
     Variable("the language", language_in_mind, _form("language {}")),
     Variable("the meaning of the word", meaning_in_mind, _form("meaning {}")),
     Variable("the illness", illness_in_mind, _form("{}")),
+    Variable("the number that a name stands for", number_in_mind, _form("number {}")),
+    Variable(
+        "whether the favourite is offered",
+        favourite_offered,
+        lambda yes, record: f"{FAVOURITE} is offered" if yes == "yes" else f"{FAVOURITE} is not offered",
+    ),
     Variable("whether the ones carry", carry_here, lambda carry, record: "carry" if carry == "1" else "no carry"),
 )
 """Of these and those of every text, the one that tells best wins; those that come first where others are no better."""
