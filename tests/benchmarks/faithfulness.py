@@ -23,7 +23,7 @@ from tl_clt import CLTTrainingRunner, CrossLayerTranscoder, load_model, load_org
 from tl_clt.evaluation import FaithfulnessReport
 from tl_clt.evaluation.faithfulness import KINDS
 from tl_clt.lens import HookedModel
-from tl_clt.organisms.atlas.train_clt import clt_config, held_out_sentences, training_tokens
+from tl_clt.organisms.atlas.train_clt import clt_config, held_out_sentences, text_of_run
 
 console = Console(width=150)
 DISTANCES = (1, 2, 3, 5, 8, 12, 17)
@@ -43,7 +43,7 @@ def atlas_plt(folder: Path | None, seed: int) -> CrossLayerTranscoder:
     model = load_model("atlas")
     with tempfile.TemporaryDirectory() as temp:
         cfg = replace(clt_config("atlas", Path(temp) / "plt", seed), span=1)
-        return CLTTrainingRunner(cfg, model=model, dataset=training_tokens(model, seed)).run()
+        return CLTTrainingRunner(cfg, model=model, dataset=text_of_run(model, seed)).run()
 
 
 def show(name: str, report: FaithfulnessReport) -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tl_clt import CLTTrainingRunner, CLTTrainingRunnerConfig, load_model
-from tl_clt.organisms.atlas.train_clt import training_tokens
+from tl_clt.organisms.atlas.train_clt import text_of_run
 
 BATCH = 256
 
@@ -32,7 +32,7 @@ def main(
     """Train with every combination."""
     torch.set_num_threads(threads)
     atlas = load_model("atlas")
-    tokens = training_tokens(atlas, 0)
+    tokens = text_of_run(atlas, 0)
     table = Table(
         title=f"atlas, batches of {BATCH} tokens, {platform.machine()}, {threads} threads, torch {torch.__version__},"
         f" sae-lens {version('sae-lens')}, float32",

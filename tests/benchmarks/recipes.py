@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tl_clt import CLTTrainingRunner, CLTTrainingRunnerConfig, evaluate, load_model
-from tl_clt.organisms.atlas.train_clt import training_tokens
+from tl_clt.organisms.atlas.train_clt import text_of_run
 from tl_clt.training.clt import init_decoder_biases, init_encoder_biases
 from tl_clt.training.run import runner as runner_module
 
@@ -100,7 +100,7 @@ def main(
     loaded = load_model(model)
     sources: list[Any] = [text, held_out]
     if text is None or held_out is None:
-        tokens_of_atlas = training_tokens(loaded, 0)
+        tokens_of_atlas = text_of_run(loaded, 0)
         sources = [tokens_of_atlas[:-400], tokens_of_atlas[-400:]]
     for tokens, phi, span, begin in itertools.product(budget, activation, kind, start):
         name = {"kind": span, "activation": phi, "start": begin, "tokens": tokens, "d_transcoder": d_transcoder}

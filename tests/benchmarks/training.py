@@ -378,7 +378,7 @@ def whole_run(
 ) -> None:
     """Time a whole run, its steps alone, and the model alone."""
     from tl_clt import CLTTrainingRunner, CLTTrainingRunnerConfig, load_model
-    from tl_clt.organisms.atlas.train_clt import training_tokens
+    from tl_clt.organisms.atlas.train_clt import text_of_run
     from tl_clt.training.data import batches
     from tl_clt.training.run.trainer import CLTTrainer
 
@@ -389,7 +389,7 @@ def whole_run(
     if model == "random":
         dataset = torch.randint(0, loaded.cfg.d_vocab, (tokens // 64, 128))
     elif text is None:
-        dataset = training_tokens(loaded, 0)
+        dataset = text_of_run(loaded, 0)
     settings = {
         "d_transcoder": d_transcoder,
         "activation": activation,

@@ -13,10 +13,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from jaxtyping import Int
 from rich.console import Console
+from torch import Tensor
 
 from tl_clt.evaluation import evaluate
-from tl_clt.lens import load_model
+from tl_clt.lens import HookedModel, load_model
 from tl_clt.organisms import training_tokens
 from tl_clt.organisms.atlas.text import all_held_out_questions, sentence_of, with_prefix
 from tl_clt.organisms.word_model import TrainOptions
@@ -79,6 +81,11 @@ def clt_config(model_name: str, output: Path, seed: int, recipe: Recipe = Recipe
     )
 
 
+def text_of_run(model: HookedModel, seed: int) -> Int[Tensor, "n_prompts context"]:
+    """What the CLT is trained on: as many prompts as the run uses without a repeat."""
+    return training_tokens("atlas", model, TRAINING_TOKENS + N_SPARE_TOKENS, seed)
+
+
 def held_out_sentences() -> list[str]:
     """Every two-hop question that the model has not seen in training, in all phrasings, with and without "Fact:"."""
     questions = all_held_out_questions()
@@ -95,9 +102,8 @@ def main(
     """Train atlas's CLT and write it, with what it reaches on held-out questions, to a folder."""
     torch.set_num_threads(threads)
     atlas = load_model(model)
-    tokens = training_tokens("atlas", atlas, TRAINING_TOKENS + N_SPARE_TOKENS, seed)
     cfg = clt_config("atlas", output, seed, recipe)
-    runner = CLTTrainingRunner(cfg, model=atlas, dataset=tokens)
+    runner = CLTTrainingRunner(cfg, model=atlas, dataset=text_of_run(atlas, seed))
     clt = runner.run()
     report = evaluate(atlas, clt, held_out_sentences(), n_graphs=0)
     (output / "metrics.json").write_text(report.to_json())
