@@ -202,7 +202,7 @@ def atlas(
     clt: Annotated[str, typer.Option(help="A CLT of atlas, or PLTs.")] = "atlas",
     lr: Annotated[float, typer.Option(help="Of fine-tuning.")] = 5e-4,
     n_steps: Steps = 300,
-    batch_size: Annotated[int, typer.Option(help="Prompts of 64 tokens a step.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Prompts of 64 tokens a step.")] = 8,
     n_directions: Annotated[int, typer.Option(help="Of Jacobian terms.")] = 1,
     seeds: Seeds = 1,
 ) -> None:
