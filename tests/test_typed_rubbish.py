@@ -232,6 +232,14 @@ def calls(right: Right) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
                 **{"max_unexplored": 0.9, "seed": 0, "progress": False},
             },
         ),
+        "finetune": (
+            tl_clt.finetune,
+            {
+                **{**pair, "prompts": [TOKENS], "kl": 1.0, "downstream": 1.0, "jacobian": 1.0, "across": 1.0},
+                **{"n_directions": 1, "sparsity": None, "n_steps": 1, "lr": 1e-3, "batch_size": 2, "context_size": 8},
+                **{"pos": -1, "seed": 0, "progress": False},
+            },
+        ),
         "measure_faithfulness": (
             tl_clt.measure_faithfulness,
             {
@@ -305,7 +313,7 @@ NAMES = (
     *("Intervention.scale", "Intervention.noise", "DirectionIntervention", "parse_intervention", "intervention_hooks"),
     *("intervene", "intervene.masked", "effect.top_changes", "swap_interventions", "sweep_end_layer"),
     *("sweep_strength", "measure_interaction", "validate", "evaluate", "measure_faithfulness", "measure_curves"),
-    *("direct_logits",),
+    *("direct_logits", "finetune"),
     *("promoted_tokens", "clt.encode", "clt.forward", "clt.decode", "clt.decoder_rows", "clt.save_pretrained"),
     *("from_pretrained", "CrossLayerTranscoder", "CrossLayerTranscoderConfig", "load_model", "load_model.device"),
     *("graph_figures", "save_neuronpedia", "save_circuit_tracer", "load_neuronpedia", "load_circuit_tracer"),

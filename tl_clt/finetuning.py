@@ -147,7 +147,8 @@ def finetune(
             losses, l0 = loss_terms(model, trained, tokens, weights, where, lambdas.use(), n_directions, generator)
             _descend(adam, losses, f"Fine-tuning stopped at step {step + 1} of {n_steps}:", lr)
             lambdas.observe(l0)
-            steps.set_postfix({name.removesuffix("_loss"): f"{x.item():.3g}" for name, x in losses.items()})
+            told = {name.removesuffix("_loss"): f"{x.item():.3g}" for name, x in losses.items()}
+            steps.set_postfix(told, refresh=False)
     tuned = export(trained, clt.cfg.dtype)
     # What a database says of the features before is not true of these.
     tuned.cfg = replace(clt.cfg, scan=None)
@@ -176,7 +177,7 @@ def _check(clt: CrossLayerTranscoder, weights: TermWeights, penalty: float | Non
 
 def _read(model: HookedModel, prompts: HeldOut, context_size: int | None, pos: int | None) -> list[Tokens]:
     """All prompts, each with a position that counts."""
-    if hasattr(prompts, "__len__") and not isinstance(prompts, str) and len(prompts) == 0:
+    if isinstance(prompts, Sequence | Tensor) and len(prompts) == 0:
         raise DatasetError("There are no prompts to train on: give at least one.")
     texts = list(held_out_prompts(model, prompts, context_size))
     for number, tokens in enumerate(texts):
