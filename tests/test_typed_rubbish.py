@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -233,11 +234,12 @@ def calls(right: Right) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             },
         ),
         "finetune": (
-            tl_clt.finetune,
+            # A large number of steps or directions is no rubbish, and takes long.
+            partial(tl_clt.finetune, n_steps=1),
             {
                 **{**pair, "prompts": [TOKENS], "kl": 1.0, "downstream": 1.0, "jacobian": 1.0, "across": 1.0},
-                **{"n_directions": 1, "sparsity": None, "n_steps": 1, "lr": 1e-3, "batch_size": 2, "context_size": 8},
-                **{"pos": -1, "seed": 0, "progress": False},
+                **{"sparsity": None, "lr": 1e-3, "batch_size": 2, "context_size": 8, "pos": -1, "seed": 0},
+                **{"progress": False},
             },
         ),
         "measure_faithfulness": (

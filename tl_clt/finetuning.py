@@ -177,7 +177,7 @@ def _check(clt: CrossLayerTranscoder, weights: TermWeights, penalty: float | Non
 
 def _read(model: HookedModel, prompts: HeldOut, context_size: int | None, pos: int | None) -> list[Tokens]:
     """All prompts, each with a position that counts."""
-    if isinstance(prompts, Sequence | Tensor) and len(prompts) == 0:
+    if isinstance(prompts, list | tuple | Tensor) and getattr(prompts, "ndim", 2) == 2 and len(prompts) == 0:
         raise DatasetError("There are no prompts to train on: give at least one.")
     texts = list(held_out_prompts(model, prompts, context_size))
     for number, tokens in enumerate(texts):
