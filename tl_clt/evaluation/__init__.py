@@ -2,9 +2,10 @@
 
 from tl_clt.evaluation.behaviour import PrunedToBehaviour, find_consensus, prune_to_behaviour
 from tl_clt.evaluation.curves import FaithfulnessCurves, measure_curves
-from tl_clt.evaluation.evaluate import evaluate, replaced
+from tl_clt.evaluation.evaluate import evaluate
 from tl_clt.evaluation.faithfulness import FaithfulnessReport, measure_faithfulness
 from tl_clt.evaluation.report import FIGURES, EvaluationReport, GraphNumbers
+from tl_clt.replacement import replaced
 
 __all__ = [
     "FIGURES",
