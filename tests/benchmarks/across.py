@@ -8,7 +8,7 @@ without `--checkpoints FOLDER` they are left out.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -45,7 +45,8 @@ def main(
         answers = {name: [case.answer for case in of] for name, of in cases.items()}
         report = compare_tasks(model, clt, prompts, answers, progress=False)
         console.print(f"{report}\n")
-        heads = report.heads.groupby(["task", "layer", "head"], sort=False)[["through", "direct"]].mean().reset_index()
+        means: Any = report.heads.groupby(["task", "layer", "head"], sort=False)[["through", "direct"]].mean()
+        heads = means.reset_index()
         most = heads.sort_values("through", ascending=False).groupby("task", sort=False).head(3)
         console.print(f"Heads of most importance\n{most.sort_values(['task', 'layer']).round(3).to_string()}\n")
         for name in ("shares", "overlap", "tokens", "quadrants", "stages"):

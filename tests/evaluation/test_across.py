@@ -10,6 +10,7 @@ import torch
 
 from tests.models import random_tokens, tiny_clt, tiny_hooked
 from tl_clt import NodeKind, attribute, load_organism
+from tl_clt.attribution import find_head_effects
 from tl_clt.errors import ConfigError, DatasetError, TlCltError
 from tl_clt.evaluation import compare_tasks
 from tl_clt.evaluation.across import _overlap
@@ -58,10 +59,8 @@ def test_attention_by_hand_and_heads_by_transformer_lens_s_own_cache(tiny, repor
 
 
 def test_through_is_weighted_by_hand(tiny, report):
-    """The head whose removal costs the target and features most, with what they take in, written out for one head."""
+    """Of what the target and the kept features take in, what passes one head, written out."""
     model, clt, tokens = tiny
-    from tl_clt.attribution import find_head_effects
-
     graph = attribute(model, clt, tokens[0], int(model(tokens[:1])[0, -1].argmax()), progress=False)
     kept = graph.prune_masks(0.8).nodes & graph.nodes.is_kind(NodeKind.FEATURE)
     effects = find_head_effects(graph, model, clt, torch.nonzero(kept).flatten())
@@ -134,6 +133,8 @@ def test_what_cannot_be_compared(tiny, as_users_run_it):
     wrong: Any = tokens
     with pytest.raises(ConfigError, match="give the prompts of each task, by its name"):
         compare_tasks(model, clt, wrong)
+    with pytest.raises(ConfigError, match="give the targets of each task, by its name"):
+        compare_tasks(model, clt, {"one": tokens[:2]}, wrong)
     with pytest.raises(DatasetError, match="There are no prompts"):
         compare_tasks(model, clt, {"none": []})
     with pytest.raises(DatasetError, match="There are 1 targets for 2 prompts of one"):

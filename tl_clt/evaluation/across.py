@@ -97,9 +97,10 @@ class TaskComparison(Report[FigureName]):
     @property
     def shares(self) -> DataFrame:
         """For each task the mean direct contribution of each part (logits), their sum `whole`, and attention_share:
-        of attention's and the MLPs' (features and errors) together, by size."""
-        by_prompt = self.parts.groupby(["task", "prompt", "part"], sort=False)["direct"].sum().unstack(fill_value=0.0)
-        by_prompt = by_prompt.reindex(columns=list(PARTS), fill_value=0.0)
+        of attention's and the MLPs' (features and errors) together, by size; biases, b_dec among them, count for
+        neither."""
+        sums: Any = self.parts.groupby(["task", "prompt", "part"], sort=False)["direct"].sum()
+        by_prompt = sums.unstack(fill_value=0.0).reindex(columns=list(PARTS), fill_value=0.0)
         by_prompt["whole"] = by_prompt.sum(axis=1)
         attention, mlp = by_prompt["attention"].abs(), (by_prompt["feature"] + by_prompt["error"]).abs()
         by_prompt["attention_share"] = attention / (attention + mlp)
@@ -109,7 +110,7 @@ class TaskComparison(Report[FigureName]):
     def tokens(self) -> DataFrame:
         """For each task and position from the end: the mean share of walks that end at the token there, and the token,
         where it is the same on all prompts (else empty). Prompts that have no such position count as 0."""
-        of = self.flow[self.flow["layer"] == -1].assign(first=lambda t: t["token"])
+        of: Any = self.flow[self.flow["layer"] == -1].assign(first=lambda t: t["token"])
         found = of.groupby(["task", "from_end"]).agg({"features": "sum", "token": "nunique", "first": "first"})
         n_prompts = self.flow.groupby("task")["prompt"].nunique()
         found["influence"] = found["features"] / found.index.get_level_values("task").map(n_prompts)
@@ -120,7 +121,7 @@ class TaskComparison(Report[FigureName]):
     def quadrants(self) -> DataFrame:
         """For each task, layers (early: the first half) and positions (earlier, last): influence of features and of
         errors there (means over prompts), and error_share, of the two together (NaN where there is neither)."""
-        of = self.flow[self.flow["layer"] >= 0]
+        of: Any = self.flow[self.flow["layer"] >= 0]
         late, last = of["layer"] * 2 >= self.info["n_layers"], of["from_end"] == -1
         of = of.assign(layers=np.where(late, "late", "early"), positions=np.where(last, "last", "earlier"))
         by_prompt = of.groupby(["task", "prompt", "layers", "positions"])[["features", "errors"]].sum()
@@ -132,7 +133,7 @@ class TaskComparison(Report[FigureName]):
     def stages(self) -> DataFrame:
         """For each task and layer (-1 for tokens): influence of its features and errors (mean over prompts) and
         at_last, the share of it at the last position."""
-        of = self.flow.assign(influence=self.flow["features"] + self.flow["errors"])
+        of: Any = self.flow.assign(influence=self.flow["features"] + self.flow["errors"])
         of["there"] = of["influence"].where(of["from_end"] == -1, 0.0)
         found = of.groupby(["task", "prompt", "layer"])[["influence", "there"]].sum().groupby(["task", "layer"]).mean()
         found["at_last"] = found.pop("there") / found["influence"]
@@ -142,8 +143,8 @@ class TaskComparison(Report[FigureName]):
         return getattr(self, f"_draw_{name}")()
 
     def _draw_heads(self) -> Figure:
-        by_task = self.heads.groupby(["task", "layer", "head"])["through"].mean().unstack(["layer", "head"])
-        by_task = by_task.loc[self.tasks].sort_index(axis=1)
+        means: Any = self.heads.groupby(["task", "layer", "head"])["through"].mean()
+        by_task = means.unstack(["layer", "head"]).loc[self.tasks].sort_index(axis=1)
         most = by_task.max().sort_values(ascending=False).index[:MOST_HEADS]
         shown_heads = by_task[[column for column in by_task.columns if column in set(most)]]
         figure, axes = _canvas(0.42 * shown_heads.shape[1], 0.4 * len(shown_heads))
@@ -218,7 +219,7 @@ class TaskComparison(Report[FigureName]):
 
         of = self.flow[self.flow["from_end"] >= -MOST_POSITIONS]
         of = of.assign(influence=of["features"] + of["errors"])
-        by_prompt = of.groupby(["task", "prompt", "layer", "from_end"])["influence"].sum()
+        by_prompt: Any = of.groupby(["task", "prompt", "layer", "from_end"])["influence"].sum()
         n_prompts = of.groupby("task")["prompt"].nunique()
         n, wide = len(self.tasks), min(len(self.tasks), 4)
         figure = Figure(figsize=(2.9 * wide + 1, 2.4 * math.ceil(n / wide) + 0.4), layout="constrained")
@@ -319,6 +320,10 @@ def compare_tasks(
     require_free(model)
     if not isinstance(prompts, Mapping) or not prompts:
         raise ConfigError(f"prompts is {shown(prompts)}: give the prompts of each task, by its name.")
+    if targets is not None and not isinstance(targets, Mapping):
+        raise ConfigError(
+            f"targets is {shown(targets)}: give the targets of each task, by its name, or leave them out."
+        )
     node_threshold, seed = as_share("node_threshold", node_threshold), as_seed("seed", seed)
     max_feature_nodes = as_whole("max_feature_nodes", max_feature_nodes, 1, none="all")
     progress = as_switch("progress", progress)
@@ -377,7 +382,7 @@ def _find_heads_and_parts(
         "layer": nodes.layer.tolist(),
         "direct": effects.direct_nodes[0].tolist(),
     }
-    parts = DataFrame(by_node).groupby(["part", "layer"], as_index=False)["direct"].sum()
+    parts: Any = DataFrame(by_node).groupby(["part", "layer"], as_index=False)["direct"].sum()
     attention = {"part": "attention", "layer": range(len(direct)), "direct": direct.sum(dim=1).tolist()}
     return DataFrame(heads), concat([DataFrame(attention), parts[parts["part"] != "logit"]], ignore_index=True)
 

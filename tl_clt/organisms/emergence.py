@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+import numpy as np
 import torch
 from pandas import NA, DataFrame
 from tqdm.auto import tqdm
@@ -127,17 +128,17 @@ class Emergence(Report[FigureName]):
             ("follows", "answer follows an exchange", PALETTE[1], "-"),
             ("random_direction", "the same, random direction", PALETTE[1], ":"),
         ]
-        for axes, row in zip(panels, first.itertuples(), strict=False):
+        rows: Any = first.itertuples()
+        for axes, row in zip(panels, rows, strict=False):
             of = self.table[self.table["hop"] == row.hop]
             for column, label, colour, style in lines:
                 axes.plot(of["step"], of[column], style, marker="o", markersize=3, color=colour, label=label)
-            for step, colour in ((row.read, PALETTE[0]), (row.used, PALETTE[1])):
-                if step is not NA:
-                    axes.axvline(step, color=colour, linewidth=5, alpha=0.2)
-            axes.set(
-                xlabel="step", title=f"{row.hop}: behind layer {row.layer}, at {row.pos} ({str(row.token).strip()})"
-            )
-            axes.title.set_fontsize(10)
+            for step, label, colour in ((row.read, "first read", PALETTE[0]), (row.used, "first used", PALETTE[1])):
+                at = math.nan if step is NA else step
+                axes.axvline(at, color=colour, linewidth=5, alpha=0.2, label=label)
+            where = f"behind layer {row.layer}, at {row.pos} ({str(row.token).strip()})"
+            axes.set_title(f"{self.info['task']}, {row.hop}\n{where}", fontsize=10)
+            axes.set_xlabel("step")
             axes.axhline(READ, color=GREY, linewidth=0.8, linestyle="--")
             axes.grid(linewidth=0.3)
         for axes in panels[n:]:
@@ -153,7 +154,8 @@ class Emergence(Report[FigureName]):
         (folder / "info.json").write_text(json.dumps(self.info, indent=1) + "\n")
 
     def _in_short(self) -> str:
-        told = [f"{row.hop} read {_said(row.read)}, used {_said(row.used)}" for row in self.first.itertuples()]
+        rows: Any = self.first.itertuples()
+        told = [f"{row.hop} read {_said(row.read)}, used {_said(row.used)}" for row in rows]
         return f"{self.info['task']}, {self.table['step'].nunique()} steps; {'; '.join(told)}"
 
     def _tables(self) -> dict[str, DataFrame]:
@@ -161,8 +163,8 @@ class Emergence(Report[FigureName]):
 
 
 def _first(of: DataFrame, column: str, least: float) -> int | None:
-    enough = of[of[column] >= least]["step"]
-    return None if enough.empty else int(enough.iloc[0])
+    enough = np.asarray(of["step"])[np.asarray(of[column]) >= least]
+    return int(enough[0]) if len(enough) else None
 
 
 def _said(step: Any) -> str:
