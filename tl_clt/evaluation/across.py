@@ -149,7 +149,7 @@ class TaskComparison(Report[FigureName]):
         shown_heads = by_task[[column for column in by_task.columns if column in set(most)]]
         figure, axes = _canvas(0.42 * shown_heads.shape[1], 0.4 * len(shown_heads))
         labels = [f"{layer}.{head}" for layer, head in shown_heads.columns]
-        _heatmap(axes, shown_heads.to_numpy(), labels, self.tasks, "share of input that passes through the head")
+        _heatmap(axes, shown_heads.to_numpy(), labels, self.tasks, "share of input through it")
         axes.set_xlabel("head (layer.head)")
         return figure
 
@@ -165,7 +165,7 @@ class TaskComparison(Report[FigureName]):
         axes.set_xticks(range(len(shares)), shares["task"], rotation=30, ha="right")
         axes.set_ylabel("direct contribution (logits)")
         axes.grid(axis="y", linewidth=0.3)
-        figure.legend(loc="outside lower center", ncols=len(used) + 1)
+        figure.legend(loc="outside lower center", ncols=4)
         return figure
 
     def _draw_overlap(self) -> Figure:
@@ -190,12 +190,12 @@ class TaskComparison(Report[FigureName]):
         values = of.pivot(index="task", columns="from_end", values="influence").loc[self.tasks]
         words = of.pivot(index="task", columns="from_end", values="token").loc[self.tasks].fillna("").to_numpy()
         figure, axes = _canvas(0.85 * values.shape[1], 0.5 * len(values))
-        _heatmap(axes, values.to_numpy(), list(values.columns), self.tasks, "influence (share of walks)")
+        _heatmap(axes, values.to_numpy(), list(values.columns), self.tasks, "share of walks")
         half = np.nanmax(values.to_numpy()) / 2
         for i, j in np.ndindex(words.shape):
             word = words[i, j].strip()
             light = bool(values.to_numpy()[i, j] > half)
-            axes.text(j, i, f"{word:.9}", ha="center", va="center", fontsize=7, color="white" if light else "black")
+            axes.text(j, i, f"{word:.12}", ha="center", va="center", fontsize=7, color="white" if light else "black")
         axes.set_xlabel("position, counted from the end; a token is named where all prompts of the task share it")
         return figure
 
@@ -205,7 +205,7 @@ class TaskComparison(Report[FigureName]):
         weight = of.assign(all=of["features"] + of["errors"]).pivot(index="task", columns="where", values="all")
         figure, axes = _canvas(1.4 * values.shape[1], 0.42 * len(values))
         columns = list(values.columns)
-        _heatmap(axes, values.to_numpy(), columns, self.tasks, "errors, of the influence there", numbers=True, top=1.0)
+        _heatmap(axes, values.to_numpy(), columns, self.tasks, "share of errors", numbers=True, top=1.0)
         for i, j in np.ndindex(values.shape):
             text = f"of {weight.loc[self.tasks].iloc[i, j]:.2f}"
             light = bool(values.iloc[i, j] > 0.5)
@@ -251,7 +251,8 @@ class TaskComparison(Report[FigureName]):
         own = self.overlap["task"] == self.overlap["other"]
         within, between = self.overlap[own]["weighted"].mean(), self.overlap[~own]["weighted"].mean()
         n = sum(len(of) for of in self.info["prompts"].values())
-        return f"{len(self.tasks)} tasks, {n} prompts; overlap {within:.2f} within, {between:.2f} between tasks"
+        beside = "" if own.all() else f", {between:.2f} between them"
+        return f"tasks: {len(self.tasks)}, {n} prompts; overlap {within:.2f} within tasks{beside}"
 
     def _tables(self) -> dict[str, DataFrame]:
         return {"direct contributions (logits)": self.shares, "overlap": self.overlap, "stages of flow": self.stages}
@@ -260,7 +261,7 @@ class TaskComparison(Report[FigureName]):
 def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(5.0, width + 2.5), max(2.4, height + 1.4)), layout="constrained")
+    figure = Figure(figsize=(max(5.0, width + 2.5), max(3.2, height + 1.4)), layout="constrained")
     return figure, figure.subplots()
 
 
