@@ -222,7 +222,7 @@ def answers_right(
 
 def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
     """Write model and tokenizer to a new folder in Hugging Face form."""
-    output.mkdir(parents=True)
+    output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     # Name the tokenizer class by the name that every release of transformers knows.
@@ -238,6 +238,7 @@ def train_organism(
     evaluate: Callable[[GPT2LMHeadModel, PreTrainedTokenizerFast], Mapping[str, object]],
     options: TrainOptions,
     say_every: int | None = None,
+    keep_every: int | None = None,
 ) -> dict[str, object]:
     """Train an organism, write it to a new folder and return what `metrics.json` there holds.
 
@@ -248,6 +249,8 @@ def train_organism(
         evaluate: what the model gets right.
         options: shape and settings.
         say_every: steps after which what it gets right is told on stderr; never if None.
+        keep_every: steps after which the model is written to `checkpoints/STEP` of the folder, before the first step
+            too; never if None.
 
     Raises:
         FileExistsError: the folder is there.
@@ -258,13 +261,15 @@ def train_organism(
     model = build_model(tokenizer, options)
     start = time.perf_counter()
 
-    def tell(step: int) -> None:
+    def after_step(step: int) -> None:
         if say_every and step and step % say_every == 0:
             model.eval()
             Console(stderr=True).print(f"step {step}:", dict(evaluate(model, tokenizer)))
             model.train()
+        if keep_every and step % keep_every == 0:
+            save(model, tokenizer, output / "checkpoints" / str(step))
 
-    loss = train(model, training_batches(tokenizer, sentences, options), options, tell)
+    loss = train(model, training_batches(tokenizer, sentences, options), options, after_step)
     metrics: dict[str, object] = {
         "accuracy": dict(evaluate(model, tokenizer)),
         "final_loss_nats_per_token": round(loss, 4),

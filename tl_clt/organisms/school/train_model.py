@@ -19,7 +19,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 from tl_clt.organisms.school.text import FACTS, HALF_KNOWN, TASKS, sentences, vocabulary
 from tl_clt.organisms.word_model import TrainOptions, answers_right, train_organism
 
-OPTIONS = TrainOptions(d_model=128, n_ctx=32, steps=4000)
+OPTIONS = TrainOptions(d_model=128, n_ctx=32, steps=6000)
 N_CASES = 400
 """Prompts of each task and split that are asked, at most."""
 
@@ -49,11 +49,12 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the text.")] = 0,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = OPTIONS.steps,
     threads: Annotated[int, typer.Option(help="CPU threads to use.")] = 2,
+    keep_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; none by default.")] = None,
 ) -> None:
     """Train the school organism and write it, with its accuracies, to a folder."""
     torch.set_num_threads(threads)
     options = replace(OPTIONS, steps=steps, seed=seed)
-    metrics = train_organism(output, vocabulary(), sentences(seed), evaluate, options, say_every=500)
+    metrics = train_organism(output, vocabulary(), sentences(seed), evaluate, options, 500, keep_every)
     Console().print_json(data=metrics)
 
 
