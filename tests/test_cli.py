@@ -333,6 +333,7 @@ COMMANDS = (
     "trace",
     "intervene",
     "train",
+    "finetune",
     "evaluate",
     "tradeoff",
     "benchmark",
@@ -360,6 +361,7 @@ WRITES = [
     ("import", "graph.json", "--output", "mine"),
     ("features", "--clt", "atlas", "--dataset", "text.txt", "--output", "folder"),
     ("evaluate", "--clt", "atlas", "--dataset", "text.txt", "--output", "folder"),
+    ("finetune", "--clt", "atlas", "--dataset", "text.txt", "--output", "folder"),
     ("tradeoff", "--model", "atlas", "--clt", "atlas", "--dataset", "text.txt", "--output", "folder"),
     ("benchmark", "--clt", "atlas", "--n-prompts", "1", "--output", "folder"),
     ("train", "--model", "atlas", "--dataset", "text.txt", "--training-tokens", "1000", "--output", "folder"),
@@ -400,6 +402,7 @@ def test_help_says_what_every_option_is_for(command):
     ("command", "function", "not_offered"),
     [
         ("evaluate", tl_clt.evaluate, {"progress"}),
+        ("finetune", tl_clt.finetune, {"progress", "prompts"}),
         ("tradeoff", compare, {"progress", "transcoders", "neuron_l0s"}),
         ("intervene", tl_clt.intervene, {"interventions", "attention_mask", "record", "bos"}),
     ],

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pandas import DataFrame
 
 from tests.models import random_tokens, tiny_clt, tiny_hooked
 from tl_clt import (
@@ -23,10 +24,12 @@ from tl_clt import (
     sweep_strength,
     validate,
 )
-from tl_clt.benchmark import run_benchmark
+from tl_clt.benchmark import OrganismReport, run_benchmark
+from tl_clt.benchmark.tasks import OF_ORGANISM
 from tl_clt.errors import ConfigError, OutputNotEmpty
-from tl_clt.evaluation import EvaluationReport, measure_curves
+from tl_clt.evaluation import EvaluationReport, compare_tasks, measure_curves
 from tl_clt.evaluation.tradeoff import compare
+from tl_clt.organisms import Emergence
 from tl_clt.report import Report
 
 RUDE = "<script>alert('&')</script>"
@@ -34,8 +37,14 @@ NAMES = (
     *("evaluation", "validation", "faithfulness", "tradeoff", "effect", "strength sweep", "end layer sweep", "curves"),
     *("hops", "benchmark"),
     *("interaction", "supernodes"),
+    *("tasks", "emergence", "organism"),
     "graph figures",
 )
+COURSE = DataFrame({"step": [0, 5], "hop": RUDE, "layer": 1, "pos": 3, "token": RUDE, "part": "all"}).assign(
+    accuracy_held_out=[0, 1], read=[0.5, 1], shuffled=0.1, follows=[0, 1], random_direction=0.0
+)
+HOP = dict.fromkeys(OF_ORGANISM, 0.5) | {"task": RUDE, "variable": RUDE, "token": RUDE, "part": "all"}
+HOP |= {"layer": 1, "pos": 2, "carried": True, "shown": True, "shown_pure": False}
 CHANGE = Intervention(layer=0, pos=-1, feature=3, value=20)
 OTHER = Intervention(layer=1, pos=-1, feature=2, add=10)
 
@@ -62,6 +71,17 @@ def reports() -> dict[str, Report]:
         "interaction": measure_interaction(*one, CHANGE, OTHER, [5, 7], **quick),
         "supernodes": measure_supernodes(model, clt, graph, find_supernodes(graph), n_random=1, **quick),
         "curves": measure_curves(model, {RUDE: clt}, tokens, shares=(0.5, 1.0), **quick),
+        "tasks": compare_tasks(model, clt, {RUDE: tokens, "other": tokens[:1]}, **quick),
+        "emergence": Emergence(table=COURSE, info={"task": RUDE}),
+        "organism": OrganismReport(
+            organism=RUDE,
+            hops=DataFrame([HOP]),
+            hop_recall=1.0,
+            precision=0.5,
+            l0=[3.0, 4.0],
+            explained_variance=[0.9, 0.8],
+            answers_kept=0.9,
+        ),
         "hops": benchmark.runs[0].report,
         "benchmark": benchmark,
     }
@@ -120,7 +140,7 @@ def test_one_line_of_text_and_escaped_html(report: Report):
 
 
 def test_names_that_a_user_gave_are_in_the_html_and_do_nothing(reports: dict[str, Report]):
-    for name in ("evaluation", "faithfulness", "tradeoff", "curves"):
+    for name in ("evaluation", "faithfulness", "tradeoff", "curves", "tasks", "emergence"):
         assert "&lt;script&gt;" in reports[name]._repr_html_()
 
 

@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -232,6 +233,15 @@ def calls(right: Right) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
                 **{"max_unexplored": 0.9, "seed": 0, "progress": False},
             },
         ),
+        "finetune": (
+            # A large number of steps or directions is no rubbish, and takes long.
+            partial(tl_clt.finetune, n_steps=1),
+            {
+                **{**pair, "prompts": [TOKENS], "kl": 1.0, "downstream": 1.0, "jacobian": 1.0, "across": 1.0},
+                **{"sparsity": None, "lr": 1e-3, "batch_size": 2, "context_size": 8, "pos": -1, "seed": 0},
+                **{"progress": False},
+            },
+        ),
         "measure_faithfulness": (
             tl_clt.measure_faithfulness,
             {
@@ -326,7 +336,7 @@ NAMES = (
     *("Intervention.scale", "Intervention.noise", "DirectionIntervention", "parse_intervention", "intervention_hooks"),
     *("intervene", "intervene.masked", "effect.top_changes", "swap_interventions", "sweep_end_layer"),
     *("sweep_strength", "measure_interaction", "validate", "evaluate", "measure_faithfulness", "measure_curves"),
-    *("find_supernodes", "measure_supernodes", "prune_to_behaviour", "direct_logits"),
+    *("find_supernodes", "measure_supernodes", "prune_to_behaviour", "direct_logits", "finetune"),
     *("promoted_tokens", "clt.encode", "clt.forward", "clt.decode", "clt.decoder_rows", "clt.save_pretrained"),
     *("from_pretrained", "CrossLayerTranscoder", "CrossLayerTranscoderConfig", "load_model", "load_model.device"),
     *("graph_figures", "save_neuronpedia", "save_circuit_tracer", "load_neuronpedia", "load_circuit_tracer"),

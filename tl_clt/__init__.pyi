@@ -9,6 +9,7 @@ from tl_clt.evaluation import prune_to_behaviour as prune_to_behaviour
 from tl_clt.features import FeatureStore as FeatureStore
 from tl_clt.features import collect_features as collect_features
 from tl_clt.features import label_features as label_features
+from tl_clt.finetuning import finetune as finetune
 from tl_clt.interventions import Intervention as Intervention
 from tl_clt.interventions import intervene as intervene
 from tl_clt.interventions import intervention_hooks as intervention_hooks

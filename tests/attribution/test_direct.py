@@ -9,7 +9,7 @@ import torch
 
 from tests.models import random_tokens, tiny_clt, tiny_hooked
 from tl_clt import NodeKind, attribute
-from tl_clt.attribution import find_direct_edges
+from tl_clt.attribution import build_local_model, find_direct_edges, find_head_effects
 from tl_clt.errors import CLTMismatch, ConfigError
 
 
@@ -79,3 +79,65 @@ def test_other_models_and_contrastive_graphs_are_refused(traced):
         find_direct_edges(replace(graph, targets=None), model, clt)
     with pytest.raises(CLTMismatch, match="traced with"):
         find_direct_edges(graph, model, tiny_clt(model, dtype=torch.float64, seed=5))
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama", "gemma", "neox"])
+def through(request: pytest.FixtureRequest):
+    """A whole graph of each architecture, and what goes through heads to its targets and features."""
+    model = tiny_hooked(request.param, dtype=torch.float64)
+    clt = tiny_clt(model, dtype=torch.float64, skip=request.param == "gpt2")
+    graph = attribute(model, clt, random_tokens(model, pos=6)[0], [3, 5], progress=False)
+    features = graph.nodes.where(NodeKind.FEATURE)[::5]
+    return model, clt, graph, features, find_head_effects(graph, model, clt, features)
+
+
+def test_direct_parts_of_heads_and_nodes_sum_to_the_logits(through):
+    _, _, graph, _, effects = through
+    whole = effects.direct.sum(dim=(1, 2)) + effects.direct_nodes.sum(dim=1)
+    assert torch.allclose(whole, graph.nodes.activation[graph.nodes.where(NodeKind.LOGIT)], rtol=1e-9, atol=1e-9)
+
+
+def test_what_goes_through_a_head_is_what_its_taking_away_costs(through):
+    """Each head's output by TransformerLens's own z and W_O, less that of the value's bias, taken from the linear
+    model's attention; and read again."""
+    model, clt, graph, features, effects = through
+    local = build_local_model(model, clt, graph.tokens, "error")
+    _, cache = model.run_with_cache(graph.tokens[None])
+    layer, head, logits = 1, 2, graph.nodes.where(NodeKind.LOGIT)
+    attn = model.blocks[layer].attn
+    bias = attn.b_V[head] + (model.blocks[layer].ln1.b @ attn.W_V[head] if hasattr(model.blocks[layer].ln1, "b") else 0)
+    removed = ((cache["z", layer][0, :, head] - bias) @ attn.W_O[head]).detach()
+    if model.cfg.use_normalization_before_and_after:
+        behind = model.blocks[layer].ln1_post
+        removed = removed / cache[f"blocks.{layer}.ln1_post.hook_scale"][0] * behind.w.detach()
+
+    def without(out, t):
+        return out - removed[None] if t == layer else out
+
+    with torch.no_grad():
+        reads = local._run(local.written, on_attn=without)
+        off = {n: local.clean.points[n] - reads.points[n] for n in range(clt.cfg.n_layers + 1)}
+        above = model.W_U[:, graph.nodes.index[logits]] - model.W_U.mean(dim=1, keepdim=True)
+        expected = [
+            off[int(graph.nodes.layer[n])][graph.nodes.pos[n]]
+            @ clt.W_enc[graph.nodes.layer[n], :, graph.nodes.index[n]]
+            for n in features
+        ]
+        expected += [off[clt.cfg.n_layers][-1] @ above[:, i] for i in range(len(logits))]
+        scale, centred = cache["ln_final.hook_scale"][0, -1], removed[-1]
+        if model.cfg.normalization_type == "LN":
+            centred = centred - centred.mean()
+        direct = centred / scale * model.ln_final.w @ above
+    assert torch.allclose(effects.total[:, layer, head], torch.stack(expected), rtol=1e-9, atol=1e-9)
+    if not clt.cfg.skip:
+        assert torch.allclose(effects.direct[:, layer, head], direct, rtol=1e-9, atol=1e-9)
+    assert effects.nodes.tolist() == [*features.tolist(), *logits.tolist()]
+
+
+def test_no_head_above_a_feature_has_a_part_in_it(through):
+    _, clt, graph, features, effects = through
+    for row, node in enumerate(features.tolist()):
+        layer = int(graph.nodes.layer[node])
+        assert not effects.total[row, layer + 1 :].any()
+        # Where attention and MLP stand side by side, layer 0 reads before any attention.
+        assert effects.total[row, 0].any() == (layer > 0 or clt.cfg.input_hook != "hook_resid_pre")

@@ -11,7 +11,7 @@ import torch
 
 from tl_clt.errors import ConfigError
 from tl_clt.organisms import find_variables, interchange, load_organism, organism_tasks, probe
-from tl_clt.organisms.interchange import answered_right, exchanges
+from tl_clt.organisms.interchange import N_FOR_MEANS, answered_right, as_batch, exchanges, take_means
 from tl_clt.organisms.tasks import Hop
 
 TASK = organism_tasks("atlas")["two_hop"]
@@ -95,9 +95,40 @@ def test_probes_read_the_state_where_it_is_and_not_in_the_embedding(model):
     assert (table["shuffled"] <= 0.2).all()
 
 
+def test_single_places_are_rows_of_the_whole_tables(model, means):
+    at = [(1, 7), (0, 3)]
+    options = {"part": "mean", "n_pairs": 24, "places": at}
+    some = interchange(model, TASK, "state", **options).set_index(["layer", "pos"])
+    assert list(some.index) == sorted(at)
+    columns = ["token", "follows", "keeps", "copied"]
+    assert some[columns].equals(means.loc[sorted(at), columns])
+    given = interchange(model, TASK, "state", **options, means=take_means(model, TASK))
+    assert given.equals(some.reset_index()[given.columns])
+    read = probe(model, TASK, "state", n_prompts=60)
+    some = probe(model, TASK, "state", n_prompts=60, places=[(-1, 3), (2, 7)])
+    expected = read.set_index(["layer", "pos"]).loc[[(-1, 3), (2, 7)]].reset_index()
+    assert some.equals(expected[some.columns])
+
+
+def test_prompts_that_are_given_are_those_exchanged(model):
+    cases, _ = answered_right(model, TASK, 8 * 6, True, 3)
+    found = interchange(model, TASK, "state", n_pairs=6, seed=3, cases=cases, places=[(0, 7)])
+    assert found.equals(interchange(model, TASK, "state", n_pairs=6, seed=3, places=[(0, 7)]))
+
+
+def test_means_of_the_text_by_hand(model):
+    means, told = take_means(model, TASK, seed=5), TASK.cases(N_FOR_MEANS, held_out=False, seed=5)
+    state = told[0].values["state"]
+    _, cache = model.run_with_cache(as_batch(model, TASK, [case for case in told if case.values["state"] == state]))
+    assert torch.allclose(means.of("state", state)[2], cache["resid_post", 2].mean(dim=0), atol=1e-4)
+    assert means.of("state", "nowhere").equal(means.whole)
+
+
 def test_what_cannot_be_exchanged(model, as_users_run_it):
     with pytest.raises(ConfigError, match="variable is 'mood': two_hop has"):
         interchange(model, TASK, "mood")
+    with pytest.raises(ConfigError, match=r"places names \(9, 1\): give \(layer, position\), layers from 0 to 3"):
+        interchange(model, TASK, "state", n_pairs=4, places=[(9, 1)])
     half: Any = "half"
     with pytest.raises(ConfigError, match="part is 'half': give 'all' or 'mean'"):
         interchange(model, TASK, "state", part=half)

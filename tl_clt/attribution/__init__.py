@@ -1,7 +1,7 @@
 """From one prompt to an attribution graph, and from a graph to what matters in it."""
 
 from tl_clt.attribution.attribute import attribute
-from tl_clt.attribution.direct import find_direct_edges
+from tl_clt.attribution.direct import HeadEffects, find_direct_edges, find_head_effects
 from tl_clt.attribution.edges import Node, NodeKind, Nodes
 from tl_clt.attribution.graph import AttributionGraph, GraphTables, RankedNode
 from tl_clt.attribution.influence import GraphScores, InfluenceShares
@@ -25,6 +25,7 @@ __all__ = [
     "FeatureTarget",
     "GraphScores",
     "GraphTables",
+    "HeadEffects",
     "InfluenceShares",
     "LocalReplacementModel",
     "Node",
@@ -38,6 +39,7 @@ __all__ = [
     "build_local_model",
     "collapse",
     "find_direct_edges",
+    "find_head_effects",
     "find_supernodes",
     "score_subgraph",
 ]

@@ -108,16 +108,20 @@ class AutogradEngine(Engine):
             rows[at] = self._from_one_point(readouts.take(at))
         return rows
 
-    def _from_one_point(self, readouts: Readouts) -> EdgeRows:
+    def find_adjoints(self, readouts: Readouts) -> tuple[Float[Tensor, "n_targets pos d_model"] | None, ...]:
+        """How targets of one read point change with what is written at each place, in the order of `Places.values`;
+        None where nothing that is written reaches them."""
         read = self.reads.points[int(readouts.point[0])]
         n_targets = len(readouts.pos)
         seeds = readouts.directions.new_zeros(n_targets, *read.shape)
         seeds[torch.arange(n_targets), readouts.pos] = readouts.directions
-        adjoints = torch.autograd.grad(
+        return torch.autograd.grad(
             read, self.written.values(), seeds, retain_graph=True, allow_unused=True, is_grads_batched=True
         )
-        rows = readouts.directions.new_zeros(n_targets, len(self.sources.nodes))
-        for adjoint, segments in zip(adjoints, self.sources.vectors.values(), strict=True):
+
+    def _from_one_point(self, readouts: Readouts) -> EdgeRows:
+        rows = readouts.directions.new_zeros(len(readouts.pos), len(self.sources.nodes))
+        for adjoint, segments in zip(self.find_adjoints(readouts), self.sources.vectors.values(), strict=True):
             if adjoint is not None:
                 for segment in segments:
                     segment.add_edges(adjoint[:, segment.pos], rows)

@@ -35,7 +35,6 @@ from torch import Tensor
 from tl_clt.arguments import as_seed, as_share, as_whole, shown
 from tl_clt.benchmark.hops import PURITY, SHOWN, explained_by, explained_by_layer
 from tl_clt.errors import ConfigError, FormatError
-from tl_clt.evaluation.evaluate import replaced
 from tl_clt.interventions import Intervention, intervene
 from tl_clt.lens import FwdHook, HookedModel, block_hook, run_with_cache, run_with_hooks
 from tl_clt.organisms.interchange import (
@@ -47,7 +46,7 @@ from tl_clt.organisms.interchange import (
     read_out,
 )
 from tl_clt.organisms.tasks import Case, Task
-from tl_clt.replacement import check_fit, feature_acts
+from tl_clt.replacement import check_fit, feature_acts, replaced
 from tl_clt.report import Report, finite, read_fields, table_from_json, table_to_json
 from tl_clt.shapes import TokenBatch
 from tl_clt.transcoder import CrossLayerTranscoder

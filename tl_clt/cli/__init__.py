@@ -7,6 +7,7 @@ try:
     from tl_clt.cli.benchmark import benchmark
     from tl_clt.cli.exchange import export, import_graph
     from tl_clt.cli.features import features
+    from tl_clt.cli.finetune import finetune
     from tl_clt.cli.measure import evaluate, tradeoff
     from tl_clt.cli.prompts import demo, intervene, trace
     from tl_clt.cli.train import train
@@ -21,6 +22,7 @@ __all__ = [
     "evaluate",
     "export",
     "features",
+    "finetune",
     "import_graph",
     "intervene",
     "list_transcoders",

@@ -1,10 +1,12 @@
 """How good a CLT is."""
 
+from tl_clt.evaluation.across import TaskComparison, compare_tasks
 from tl_clt.evaluation.behaviour import PrunedToBehaviour, find_consensus, prune_to_behaviour
 from tl_clt.evaluation.curves import FaithfulnessCurves, measure_curves
-from tl_clt.evaluation.evaluate import evaluate, replaced
+from tl_clt.evaluation.evaluate import evaluate
 from tl_clt.evaluation.faithfulness import FaithfulnessReport, measure_faithfulness
 from tl_clt.evaluation.report import FIGURES, EvaluationReport, GraphNumbers
+from tl_clt.replacement import replaced
 
 __all__ = [
     "FIGURES",
@@ -13,6 +15,8 @@ __all__ = [
     "FaithfulnessReport",
     "GraphNumbers",
     "PrunedToBehaviour",
+    "TaskComparison",
+    "compare_tasks",
     "evaluate",
     "find_consensus",
     "measure_curves",

@@ -245,10 +245,10 @@ def _tasks(
                 f"Prompt {number} has {len(tokens)} tokens and its counterfactual {len(other)}: activations are"
                 " exchanged position by position, so give two of the same length."
             )
-        chosen = _likeliest(model, tokens) if target is None else target
+        chosen = likeliest(model, tokens) if target is None else target
         against = None
         if metric == "difference" and other is not None:
-            against = _likeliest(model, other)
+            against = likeliest(model, other)
             if against == chosen:
                 raise ConfigError(
                     f"The target of prompt {number} is also the likeliest token after its counterfactual, so that there"
@@ -258,7 +258,7 @@ def _tasks(
     return tasks
 
 
-def _likeliest(model: HookedModel, tokens: Tokens) -> int:
+def likeliest(model: HookedModel, tokens: Tokens) -> int:
     with user_hooks_aside(model) as known:
         return int(run_with_hooks(model, tokens[None], [], known)[0, -1].argmax())
 

@@ -6,8 +6,6 @@ import math
 import random
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +19,7 @@ from tl_clt.attribution.influence import SMALLEST_ROW_SUM
 from tl_clt.errors import LocalModelMismatch, ModelUnsupported
 from tl_clt.evaluation.report import EvaluationReport, GraphNumbers
 from tl_clt.lens import FwdHook, HookedModel, block_hook, model_name, run_with_hooks, user_hooks_aside
-from tl_clt.replacement import attach, check_fit, require_free
+from tl_clt.replacement import attach, check_fit, replaced, require_free
 from tl_clt.shapes import Logits, TokenBatch
 from tl_clt.texts import HeldOut, batches, read_held_out
 from tl_clt.transcoder import CrossLayerTranscoder, explained_variance
@@ -340,18 +338,6 @@ def _of(log_probs: Float[Tensor, "rows d_vocab"], tokens: Int[Tensor, " n"]) -> 
     return log_probs[: len(tokens)].gather(1, tokens[:, None])[:, 0]
 
 
-@contextmanager
-def replaced(model: HookedModel, clt: CrossLayerTranscoder) -> Iterator[HookedModel]:
-    """Within, CLT reconstructions stand in for all MLPs, but for position 0, which keeps its own outputs.
-
-    Activations there are huge and mean nothing, and a CLT need not have been trained on them; tracing treats
-    them likewise (`bos="error"`).
-    """
-    with attach(model, clt, mode="replace"):
-        with model.hooks(fwd_hooks=[h for t in clt.layers for h in _keep_first(t, clt.cfg.output_hook)]):
-            yield model
-
-
 def ablating_hooks(clt: CrossLayerTranscoder) -> list[FwdHook]:
     """Hooks that put zeros in place of all MLP outputs but those of position 0."""
 
@@ -359,22 +345,3 @@ def ablating_hooks(clt: CrossLayerTranscoder) -> list[FwdHook]:
         return torch.cat([out[:, :1], torch.zeros_like(out[:, 1:])], dim=1)
 
     return [(block_hook(t, clt.cfg.output_hook), silence) for t in clt.layers]
-
-
-def _keep_first(layer: int, output_hook: str) -> list[FwdHook]:
-    """Hooks that put the MLP's own output, recons + error, back at position 0."""
-    seen: dict[str, Tensor] = {}
-
-    def note(tensor: Tensor, hook: object, name: str) -> None:
-        seen[name] = tensor[:, 0]
-
-    def put_back(out: Float[Tensor, "batch pos d_model"], hook: object) -> Tensor:
-        out = out.clone()
-        out[:, 0] = (seen["recons"] + seen["error"]).to(out.dtype)
-        return out
-
-    return [
-        (block_hook(layer, "clt.hook_recons"), partial(note, name="recons")),
-        (block_hook(layer, "clt.hook_error"), partial(note, name="error")),
-        (block_hook(layer, output_hook), put_back),
-    ]

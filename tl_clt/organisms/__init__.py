@@ -18,6 +18,7 @@ from tl_clt.errors import ModelNotFound, nearest
 from tl_clt.features import FeatureStore, Variable
 from tl_clt.lens import Backend, HookedModel, load_model
 from tl_clt.organisms.circuits import CircuitVariable, KnownCircuit, ground_truth, known_circuits, load_circuit
+from tl_clt.organisms.emergence import Checkpoints, Emergence, measure_emergence
 from tl_clt.organisms.interchange import find_variables, interchange, probe
 from tl_clt.organisms.programs import Program, Step
 from tl_clt.organisms.tasks import BenchmarkPrompt, Case, Hop, Task
@@ -131,7 +132,9 @@ def organism_folder(name: str) -> Path:
 __all__ = [
     "Case",
     "BenchmarkPrompt",
+    "Checkpoints",
     "CircuitVariable",
+    "Emergence",
     "Hop",
     "KnownCircuit",
     "Organism",
@@ -148,6 +151,7 @@ __all__ = [
     "load_circuit",
     "load_features",
     "load_organism",
+    "measure_emergence",
     "organism_folder",
     "organism_tasks",
     "probe",

@@ -15,8 +15,8 @@ Probes tell only where a variable can be read; a linear one, on prompts held out
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Collection, Sequence
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -50,6 +50,9 @@ def interchange(
     n_pairs: int = 64,
     held_out: bool = True,
     seed: int = 0,
+    places: Collection[tuple[int, int]] | None = None,
+    cases: Sequence[Case] | None = None,
+    means: TextMeans | None = None,
 ) -> DataFrame:
     """What comes of exchanging the residual stream at each layer and position, for one variable of a task.
 
@@ -64,6 +67,9 @@ def interchange(
         n_pairs: pairs of prompts, fewer where there are fewer.
         held_out: whether prompts are such as were kept out of the text of training.
         seed: of prompts, pairs and random directions.
+        places: (layer, position) of those to exchange at; None for all.
+        cases: prompts to take instead of such as the model answers right: to follow the same through training, say.
+        means: what `take_means` gives, where it is known already; None to take them.
 
     Returns:
         One row a layer and position: variable, layer, pos, token (at that position, on one of the prompts), part,
@@ -72,14 +78,19 @@ def interchange(
         other prompt's own: what an answer that is merely copied does).
 
     Raises:
-        ConfigError: the task has no such variable, or it never decides the answer; prompts have different lengths.
+        ConfigError: the task has no such variable, or it never decides the answer; prompts have different lengths;
+            there is no such place.
     """
     n_pairs = as_whole("n_pairs", n_pairs, 1)
     seed = as_seed("seed", seed)
     if part not in get_args(Part):
         raise ConfigError(f"part is {part!r:.60}: give {' or '.join(map(repr, get_args(Part)))}.")
-    cases, tokens = answered_right(model, task, 8 * n_pairs, held_out, seed)
+    if cases is None:
+        cases, tokens = answered_right(model, task, 8 * n_pairs, held_out, seed)
+    else:
+        tokens = as_batch(model, task, cases)
     _require(variable, cases[0], task)
+    at = _as_places(places, model, tokens.shape[1], 0)
     chooser = random.Random(f"{task.name} {variable} {seed}")
     changing, same = exchanges(task, cases, variable, n_pairs, chooser)
     if not changing:
@@ -89,33 +100,38 @@ def interchange(
     ids = answer_ids(model, [w[answer] for w in wanted] + [cases[a].answer for a, _ in same])
     n, pairs = len(changing), [*changing, *same]
     to, source = torch.tensor(pairs).unbind(dim=1)
-    names = [block_hook(layer, STREAM) for layer in range(model.cfg.n_layers)]
-    _, cache = run_with_cache(model, tokens, lambda name: name in names)
-    carried = cache if part == "all" else _means(model, task, variable, cases, names, seed)
+    carried: dict[int, Float[Tensor, "n_prompts pos d_model"]]
+    if part == "all":
+        names = {block_hook(layer, STREAM): layer for layer, _ in at}
+        _, cache = run_with_cache(model, tokens, lambda name: name in names)
+        carried = {layer: cache[name] for name, layer in names.items()}
+    else:
+        means = take_means(model, task, seed=seed) if means is None else means
+        each = torch.stack([means.of(variable, case.values[variable]) for case in cases])
+        carried = {layer: each[:, layer] for layer, _ in at}
     generator = torch.Generator().manual_seed(seed)
     copied = np.mean([w[answer] == cases[b].answer for w, (_, b) in zip(wanted, changing, strict=True)])
     rows = []
-    for layer, name in enumerate(names):
-        for pos in range(tokens.shape[1]):
-            change = carried[name][source, pos] - carried[name][to, pos]
-            drawn = torch.randn(change[:n].shape, generator=generator).to(change)
-            at_random = drawn * change[:n].norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
-            changes = torch.cat([change, at_random])
-            logits = run_with_hooks(model, tokens[torch.cat([to, to[:n]])], [_add(name, pos, changes)])
-            right = (logits[:, -1].argmax(dim=-1) == torch.cat([ids, ids[:n]])).double()
-            rows.append(
-                {
-                    "variable": variable,
-                    "layer": layer,
-                    "pos": pos,
-                    "token": token_strings(model, tokens[0])[pos],
-                    "part": part,
-                    "follows": float(right[:n].mean()),
-                    "keeps": float(right[n : len(pairs)].mean()) if same else float("nan"),
-                    "random_direction": float(right[len(pairs) :].mean()),
-                    "copied": float(copied),
-                }
-            )
+    for layer, pos in at:
+        change = carried[layer][source, pos] - carried[layer][to, pos]
+        drawn = torch.randn(change[:n].shape, generator=generator).to(change)
+        at_random = drawn * change[:n].norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
+        changes = _add(block_hook(layer, STREAM), pos, torch.cat([change, at_random]))
+        logits = run_with_hooks(model, tokens[torch.cat([to, to[:n]])], [changes])
+        right = (logits[:, -1].argmax(dim=-1) == torch.cat([ids, ids[:n]])).double()
+        rows.append(
+            {
+                "variable": variable,
+                "layer": layer,
+                "pos": pos,
+                "token": token_strings(model, tokens[0])[pos],
+                "part": part,
+                "follows": float(right[:n].mean()),
+                "keeps": float(right[n : len(pairs)].mean()) if same else float("nan"),
+                "random_direction": float(right[len(pairs) :].mean()),
+                "copied": float(copied),
+            }
+        )
     return DataFrame(rows)
 
 
@@ -132,16 +148,19 @@ def find_variables(
         on, with the same part.
     """
     rows = []
+    means = {s: take_means(model, task, seed=s) for s in (seed, seed + 1)} if task.hops[1:] else {}
     for hop in task.hops[:-1]:
         searched, again = (
             concat(
                 [
-                    interchange(model, task, hop.name, part=part, n_pairs=n_pairs, held_out=held_out, seed=s)
+                    interchange(
+                        *(model, task, hop.name), part=part, n_pairs=n_pairs, held_out=held_out, seed=s, means=of
+                    )
                     for part in get_args(Part)
                 ],
                 ignore_index=True,
             )
-            for s in (seed, seed + 1)
+            for s, of in means.items()
         )
         score = np.fmin(searched["follows"].to_numpy(), searched["keeps"].to_numpy())
         best = np.flatnonzero(score >= score.max())
@@ -154,17 +173,31 @@ def find_variables(
 
 
 @torch.no_grad()
-def probe(model: HookedModel, task: Task, variable: str, *, n_prompts: int = 512, seed: int = 0) -> DataFrame:
+def probe(
+    model: HookedModel,
+    task: Task,
+    variable: str,
+    *,
+    n_prompts: int = 512,
+    seed: int = 0,
+    places: Collection[tuple[int, int]] | None = None,
+) -> DataFrame:
     """How well a variable can be read, linearly, from the residual stream behind each layer at each position.
 
     Trained on prompts of the text, tested on prompts held out of it.
+
+    Args:
+        model, task, variable: as for `interchange`.
+        n_prompts: of each split, fewer where there are fewer.
+        seed: of prompts and shuffled labels.
+        places: (layer, position) of those to read at; None for all.
 
     Returns:
         One row a layer and position: variable, layer (-1 is the embedding), pos, accuracy (balanced over the values
         that are tested), shuffled (the same probe trained on shuffled labels), values (how many are tested).
 
     Raises:
-        ConfigError: the task has no such variable, or prompts have different lengths.
+        ConfigError: the task has no such variable, prompts have different lengths, or there is no such place.
     """
     n_prompts, seed = as_whole("n_prompts", n_prompts, 2), as_seed("seed", seed)
     splits = []
@@ -179,20 +212,21 @@ def probe(model: HookedModel, task: Task, variable: str, *, n_prompts: int = 512
         raise ConfigError(f"{variable} of {task.name} has no value in both splits, so that no probe can be tested.")
     shuffled = list(train_labels)
     random.Random(seed).shuffle(shuffled)
-    names = [block_hook(0, "hook_resid_pre"), *(block_hook(layer, STREAM) for layer in range(model.cfg.n_layers))]
-    read = [run_with_cache(model, t, lambda name: name in names)[1] for t in (train_tokens, test_tokens[known])]
+    at = _as_places(places, model, train_tokens.shape[1], -1)
+    names = {layer: block_hook(max(layer, 0), STREAM if layer >= 0 else "hook_resid_pre") for layer, _ in at}
+    wanted = set(names.values())
+    read = [run_with_cache(model, t, lambda name: name in wanted)[1] for t in (train_tokens, test_tokens[known])]
     truth = np.array([classes.index(test_labels[i]) for i in known])
     rows = []
-    for layer, name in enumerate(names, start=-1):
-        for pos in range(train_tokens.shape[1]):
-            x, z = (cache[name][:, pos].double().cpu().numpy() for cache in read)
-            told = [
-                read_out(x, np.array([classes.index(label) for label in labels]), len(classes), z)
-                for labels in (train_labels, shuffled)
-            ]
-            right = [float(np.mean([np.mean(t[truth == c] == c) for c in np.unique(truth)])) for t in told]
-            row = {"variable": variable, "layer": layer, "pos": pos, "accuracy": right[0], "shuffled": right[1]}
-            rows.append(row | {"values": len(np.unique(truth))})
+    for layer, pos in at:
+        x, z = (cache[names[layer]][:, pos].double().cpu().numpy() for cache in read)
+        told = [
+            read_out(x, np.array([classes.index(label) for label in labels]), len(classes), z)
+            for labels in (train_labels, shuffled)
+        ]
+        right = [float(np.mean([np.mean(t[truth == c] == c) for c in np.unique(truth)])) for t in told]
+        row = {"variable": variable, "layer": layer, "pos": pos, "accuracy": right[0], "shuffled": right[1]}
+        rows.append(row | {"values": len(np.unique(truth))})
     return DataFrame(rows)
 
 
@@ -206,22 +240,47 @@ def read_out(x: np.ndarray, labels: np.ndarray, n_classes: int, z: np.ndarray) -
     return (z @ np.linalg.solve(gram, x.T @ (y - y.mean(axis=0))) + y.mean(axis=0)).argmax(axis=1)
 
 
-def _means(
-    model: HookedModel, task: Task, variable: str, cases: Sequence[Case], names: Sequence[str], seed: int
-) -> dict[str, Float[Tensor, "n_prompts pos d_model"]]:
-    """For each prompt, means of the stream over other prompts, of the text, with the same value of the variable; where
-    there are none, over all of them."""
+class TextMeans(NamedTuple):
+    """Means of the residual stream behind each layer over prompts of the text."""
+
+    by_value: dict[tuple[str, str], Float[Tensor, "n_layers pos d_model"]]
+    """Of those with a value, by variable and value."""
+    whole: Float[Tensor, "n_layers pos d_model"]
+    """Of all."""
+
+    def of(self, variable: str, value: str) -> Float[Tensor, "n_layers pos d_model"]:
+        """Over prompts with a value of a variable; where there are none, over all of them."""
+        return self.by_value.get((variable, value), self.whole)
+
+
+@torch.no_grad()
+def take_means(model: HookedModel, task: Task, *, seed: int = 0) -> TextMeans:
+    """What `interchange` with part="mean" exchanges, of all variables of a task at once."""
     told = task.cases(N_FOR_MEANS, held_out=False, seed=seed)
+    names = [block_hook(layer, STREAM) for layer in range(model.cfg.n_layers)]
     _, cache = run_with_cache(model, as_batch(model, task, told), lambda name: name in names)
-    members: dict[str, list[int]] = {}
+    stream: Float[Tensor, "n_prompts n_layers pos d_model"] = torch.stack([cache[name] for name in names], dim=1)
+    members: dict[tuple[str, str], list[int]] = {}
     for i, case in enumerate(told):
-        members.setdefault(case.values[variable], []).append(i)
-    everywhere = list(range(len(told)))
-    found = {}
-    for name in names:
-        means = {v: cache[name][members.get(v, everywhere)].mean(dim=0) for v in {c.values[variable] for c in cases}}
-        found[name] = torch.stack([means[case.values[variable]] for case in cases])
-    return found
+        for place in case.values.items():
+            members.setdefault(place, []).append(i)
+    return TextMeans({place: stream[rows].mean(dim=0) for place, rows in members.items()}, stream.mean(dim=0))
+
+
+def _as_places(
+    places: Collection[tuple[int, int]] | None, model: HookedModel, n_pos: int, first: int
+) -> list[tuple[int, int]]:
+    """Layers and positions, in order; all from the first layer on where none are named."""
+    every = [(layer, pos) for layer in range(first, model.cfg.n_layers) for pos in range(n_pos)]
+    if places is None:
+        return every
+    for place in places:
+        if place not in every:
+            raise ConfigError(
+                f"places names {place!r:.60}: give (layer, position), layers from {first} to {every[-1][0]}, positions"
+                f" from 0 to {n_pos - 1}."
+            )
+    return [place for place in every if place in places]
 
 
 # -- prompts

@@ -18,6 +18,7 @@ from tl_clt.arguments import as_choice
 from tl_clt.errors import AlreadyAttached, ModelUnsupported
 from tl_clt.lens import (
     CleanCaches,
+    FwdHook,
     HookedModel,
     HookPoint,
     add_hook_points,
@@ -163,6 +164,37 @@ def attach(model: HookedModel, clt: CrossLayerTranscoder, mode: Mode = "observe"
             undo.callback(handle.remove)
         undo.enter_context(_forward_through(model, attachment))
         yield model
+
+
+@contextmanager
+def replaced(model: HookedModel, clt: CrossLayerTranscoder) -> Iterator[HookedModel]:
+    """Within, CLT reconstructions stand in for all MLPs, but for position 0, which keeps its own outputs.
+
+    Activations there are huge and mean nothing, and a CLT need not have been trained on them; tracing treats
+    them likewise (`bos="error"`).
+    """
+    with attach(model, clt, mode="replace"):
+        with model.hooks(fwd_hooks=[h for t in clt.layers for h in _keep_first(t, clt.cfg.output_hook)]):
+            yield model
+
+
+def _keep_first(layer: int, output_hook: str) -> list[FwdHook]:
+    """Hooks that put the MLP's own output, recons + error, back at position 0."""
+    seen: dict[str, Tensor] = {}
+
+    def note(tensor: Tensor, hook: object, name: str) -> None:
+        seen[name] = tensor[:, 0]
+
+    def put_back(out: Float[Tensor, "batch pos d_model"], hook: object) -> Tensor:
+        out = out.clone()
+        out[:, 0] = (seen["recons"] + seen["error"]).to(out.dtype)
+        return out
+
+    return [
+        (block_hook(layer, "clt.hook_recons"), partial(note, name="recons")),
+        (block_hook(layer, "clt.hook_error"), partial(note, name="error")),
+        (block_hook(layer, output_hook), put_back),
+    ]
 
 
 def is_replaced(model: HookedModel, clt: CrossLayerTranscoder) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
@@ -19,7 +21,32 @@ from tl_clt.transcoder.decoders import DenseDecoders, Weights
 
 @torch.no_grad()
 def export(clt: TrainingCLT | InferenceCLT, dtype: str | None = None) -> CrossLayerTranscoder:
-    """A `CrossLayerTranscoder` with the scaling of training folded into its weights, exactly.
+    """A `CrossLayerTranscoder` with the scaling of training folded into its weights, exactly: see `fold_scaling`.
+
+    Args:
+        clt: the CLT, with `input_scale` and `output_scale` in its config.
+        dtype: number type of the result; that of training where left out. The products are taken in float64.
+    """
+    cfg = clt.transcoder_config
+    cfg = cfg if dtype is None else replace(cfg, dtype=dtype)
+    folded = fold_scaling(clt, getattr(torch, cfg.dtype), torch.float64)
+    exported = CrossLayerTranscoder(cfg, DenseDecoders([folded.W_dec[s] for s in range(cfg.n_layers)]))
+    exported = exported.to(clt.b_dec.device)
+    for name in cfg.weight_shapes:
+        getattr(exported, name).copy_(getattr(folded, name))
+    return exported
+
+
+class ComputedDecoders(DenseDecoders):
+    """Decoders that are computed from others, to which gradients go on."""
+
+    def __init__(self, per_source: Sequence[Float[Tensor, "d_transcoder _ d_model"]]) -> None:
+        torch.nn.Module.__init__(self)
+        self.per_source = tuple(per_source)  # type: ignore[assignment]
+
+
+def fold_scaling(clt: TrainingCLT | InferenceCLT, dtype: torch.dtype, products: torch.dtype) -> Weights:
+    """The weights that a CLT in training has on raw activations, as a function of its own: gradients go on to these.
 
     With x_scaled = s_in * x and y_scaled = s_out * y:
         W_enc[s].T * s_in[s],   W_dec[s -> t] / s_out[t],   b_dec[t] / s_out[t],   W_skip[t] * s_in[t] / s_out[t];
@@ -31,44 +58,41 @@ def export(clt: TrainingCLT | InferenceCLT, dtype: str | None = None) -> CrossLa
 
     Args:
         clt: the CLT, with `input_scale` and `output_scale` in its config.
-        dtype: number type of the result; that of training where left out. The products are taken in float64.
+        dtype: number type of the result.
+        products: number type that the products are taken in.
     """
     cfg = clt.transcoder_config
-    cfg = cfg if dtype is None else replace(cfg, dtype=dtype)
-    kind = {"dtype": torch.float64, "device": clt.b_dec.device}
+    kind = {"dtype": products, "device": clt.b_dec.device}
     s_in = torch.tensor(cfg.input_scale or [1.0] * cfg.n_layers, **kind)
     s_out = torch.tensor(cfg.output_scale or [1.0] * cfg.n_layers, **kind)
-    final = getattr(torch, cfg.dtype)
+    moved = _moved_norms(clt, products)
     decoders = []
-    moved = _moved_norms(clt)
-    for source, pairs in enumerate(clt.decoders(torch.float64)):
+    for source, pairs in enumerate(clt.decoders(products)):
         slots = [W / moved[source][:, None] / s_out[target] for target, W in pairs.items()]
-        decoders.append(torch.stack(slots, dim=1).to(final))
-    exported = CrossLayerTranscoder(cfg, DenseDecoders(decoders)).to(clt.b_dec.device)
+        decoders.append(torch.stack(slots, dim=1).to(dtype))
 
-    def fill(name: str, value: Tensor) -> None:
-        getattr(exported, name).copy_(value)
+    def stacked(per_layer: Any) -> Tensor:
+        return torch.stack([weight.to(products) for weight in per_layer])
 
-    fill("W_enc", (_stacked(clt.W_enc) * moved[..., None]).mT * s_in[:, None, None])
-    fill("b_enc", _stacked(clt.b_enc) * moved)
-    fill("b_dec", clt.b_dec.double() / s_out[:, None])
-    if cfg.has_threshold:
-        fill("threshold", torch.stack([t.double() for t in clt.thresholds()]))
-    if clt.W_skip is not None:
-        fill("W_skip", _stacked(clt.W_skip) * (s_in / s_out)[:, None, None])
-    return exported
+    factors = (s_in / s_out)[:, None, None]
+    return Weights(
+        cfg=cfg,
+        W_dec=ComputedDecoders(decoders),
+        W_enc=((stacked(clt.W_enc) * moved[..., None]).mT * s_in[:, None, None]).to(dtype),
+        b_enc=(stacked(clt.b_enc) * moved).to(dtype),
+        b_dec=(clt.b_dec.to(products) / s_out[:, None]).to(dtype),
+        threshold=stacked(clt.thresholds()).to(dtype) if cfg.has_threshold else None,
+        W_skip=None if clt.W_skip is None else (stacked(clt.W_skip) * factors).to(dtype),
+    )
 
 
-def _moved_norms(clt: TrainingCLT | InferenceCLT) -> Tensor:
-    """The factor [n_layers, d_transcoder] that moves from decoders to encoders."""
+def _moved_norms(clt: TrainingCLT | InferenceCLT, dtype: torch.dtype) -> Tensor:
+    """The factor [n_layers, d_transcoder] that moves from decoders to encoders. What a CLT computes does not depend on
+    it, so that it needs no gradient."""
     if clt.cfg.selects and not clt.cfg.has_score_threshold:
-        norms = torch.stack(clt.norms(torch.float64))
+        norms = torch.stack(clt.norms(dtype)).detach()
         return torch.where(norms > 0, norms, 1.0)
-    return torch.ones(clt.cfg.n_layers, clt.cfg.d_transcoder, dtype=torch.float64, device=clt.b_dec.device)
-
-
-def _stacked(per_layer: torch.nn.ParameterList) -> Tensor:
-    return torch.stack([p.double() for p in per_layer])
+    return torch.ones(clt.cfg.n_layers, clt.cfg.d_transcoder, dtype=dtype, device=clt.b_dec.device)
 
 
 # -- and back: the weights of a CLT, for a run that begins with them, and for SAELens's loader
