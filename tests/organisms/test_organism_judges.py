@@ -94,7 +94,9 @@ def test_neurons_swapped_by_hand(atlas, places):
         answer = model.run_with_hooks(tokens[a : a + 1], fwd_hooks=hooks)[0, -1].argmax()
         wanted = TASK.run(cases[a].values, {"state": cases[b].values["state"]})["fact"]
         right.append(int(answer) == model.to_single_token(wanted))
-    followed = swap_group(model, neurons, TASK, cases, tokens, acts, pairs, features, place)
+    followed = swap_group(
+        model, neurons, TASK, cases, tokens, acts, acts[[b for _, b in pairs]], pairs, features, place
+    )
     assert followed == pytest.approx(sum(right) / len(right))
 
 

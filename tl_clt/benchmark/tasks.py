@@ -8,8 +8,10 @@ task. It is pure where `PURITY` is explained.
 
 A hop is shown where, with the group alone,
     predicted: its value can be told on prompts that were held out of the model's text, and
-    swapped:   giving the group its activations on another prompt, with the model itself running above that layer, does
-               at least `SHOWN` of what exchanging the whole residual stream there does.
+    swapped:   exchanging the group's activations as the stream was exchanged, with the model itself running above that
+               layer, does at least `SHOWN` of what exchanging the stream there does. Where that was the difference of
+               means over prompts with either value, so is this, and activations stay 0 or above; where it was
+               everything, the group takes its activations on the other prompt.
 It is shown purely where the pure features alone do so: a stricter measure, which a model's own neurons may miss too.
 
 Neurons stand for features that write into their own layer alone, and may have a threshold of what they write
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -59,7 +61,7 @@ HELD = 0.9
 
 COLUMNS = (
     *("variable", "layer", "pos", "token", "part", "follows", "keeps", "carried", "n_features"),
-    *("accuracy", "accuracy_shuffled", "swap", "swap_other", "shown"),
+    *("accuracy", "accuracy_shuffled", "swap", "swap_all", "swap_other", "shown"),
     *("n_pure", "accuracy_pure", "swap_pure", "shown_pure"),
 )
 MOSTLY = 0.5
@@ -131,9 +133,10 @@ class TaskReport:
     """One row a hop, without the last, which is the answer itself: variable, layer, pos, token (where it is carried),
     follows, keeps (of exchanging the whole stream there), carried (whether both are at least `HELD`), n_features (of
     the group), accuracy (balanced, on prompts held out of the model's text), accuracy_shuffled (the same with labels
-    shuffled), swap (share of pairs whose answer becomes the task's when the group is given its activations on the other
-    prompt), swap_other (as swap, with as many other active features of the same layers and positions), shown; and of
-    the pure features alone n_pure, accuracy_pure, swap_pure and shown_pure."""
+    shuffled), swap (share of pairs whose answer becomes the task's when the group's activations are exchanged, by means
+    or whole, as the stream was), swap_all (the same, whole), swap_other (as swap, with as many other active features of
+    the same layers and positions), shown; and of the pure features alone n_pure, accuracy_pure, swap_pure and
+    shown_pure."""
 
     hop_recall: float
     """Share of the hops that are carried at one place that are shown; NaN where none is carried."""
@@ -193,8 +196,18 @@ def measure_task(
         chooser = random.Random(f"{task.name} {variable} {seed}")
         pairs, _ = exchanges(task, kept, variable, n_pairs, chooser)
 
-        def swapped(features: Mask, pairs: Sequence[tuple[int, int]] = pairs, place: dict[str, Any] = place) -> float:
-            return swap_group(model, clt, task, kept, kept_tokens, kept_acts, pairs, features, place)
+        to, source = (kept_acts[rows] for rows in torch.tensor(pairs).unbind(dim=1))
+        of_means = to + _means_of(told_acts, codes, labels, kept, variable)(pairs)
+        by_means = of_means if isinstance(clt, Neurons) else of_means.clamp(min=0)
+        given = by_means if place["part"] == "mean" else source
+
+        def swapped(
+            features: Mask,
+            given: Acts = given,
+            pairs: Sequence[tuple[int, int]] = pairs,
+            place: dict[str, Any] = place,
+        ) -> float:
+            return swap_group(model, clt, task, kept, kept_tokens, kept_acts, given, pairs, features, place)
 
         others = _as_many(active & ~group, int((group & active).sum()), generator)
         shuffled = codes[torch.randperm(len(codes), generator=generator)]
@@ -209,21 +222,23 @@ def measure_task(
             return _told(told_acts[:, features], codes, labels, kept_acts[:, features], values)
 
         follows = float(place["follows"])
+        carried = min(follows, place["keeps"]) >= HELD
         (accuracy, swap), (accuracy_pure, swap_pure) = ((told_from(of), swapped(of)) for of in (group, pure))
         rows.append(
             {
                 **{name: place[name] for name in COLUMNS[:7]},
-                "carried": min(follows, place["keeps"]) >= HELD,
+                "carried": carried,
                 "n_features": int(group.sum()),
                 "accuracy": accuracy,
                 "accuracy_shuffled": told_from(group, shuffled),
                 "swap": swap,
+                "swap_all": swapped(group, source),
                 "swap_other": swapped(others) if bool(others.any()) else float("nan"),
-                "shown": accuracy >= SHOWN and swap >= SHOWN * follows,
+                "shown": carried and accuracy >= SHOWN and swap >= SHOWN * follows,
                 "n_pure": int(pure.sum()),
                 "accuracy_pure": accuracy_pure,
                 "swap_pure": swap_pure,
-                "shown_pure": accuracy_pure >= SHOWN and swap_pure >= SHOWN * follows,
+                "shown_pure": carried and accuracy_pure >= SHOWN and swap_pure >= SHOWN * follows,
             }
         )
     table = DataFrame(rows, columns=COLUMNS)
@@ -239,6 +254,7 @@ BARS = {
     "accuracy": "told (balanced accuracy)",
     "accuracy_shuffled": "told, its values shuffled",
     "swap": "swap followed",
+    "swap_all": "the same, all that the features say",
     "swap_other": "the same, other features",
     "swap_pure": "the same, pure features alone",
 }
@@ -429,19 +445,25 @@ def swap_group(
     cases: Sequence[Case],
     tokens: Int[Tensor, "n_prompts pos"],
     acts: Acts,
+    given: Acts,
     pairs: Sequence[tuple[int, int]],
     features: Mask,
     place: dict[str, Any],
 ) -> float:
-    """Share of pairs whose answer becomes the task's with the variable of the other prompt, when features take their
-    activations there; the model itself runs above the layer of the place."""
+    """Share of pairs whose answer becomes the task's with the variable of the other prompt, when features take other
+    activations; the model itself runs above the layer of the place.
+
+    Args:
+        acts: on all prompts.
+        given: what the features of each pair's first prompt take.
+    """
     if not bool(features.any()):
         return 0.0
     layer = int(place["layer"])
     if isinstance(clt, Neurons):
-        logits = _swap_neurons(model, tokens, acts, pairs, features, layer)
+        logits = _swap_neurons(model, tokens, acts, given, pairs, features, layer)
     else:
-        logits = _swap_features(model, clt, tokens, acts, pairs, features, layer)
+        logits = _swap_features(model, clt, tokens, acts, given, pairs, features, layer)
     variable = place["variable"]
     wanted = [task.run(cases[a].values, {variable: cases[b].values[variable]})[task.hops[-1].name] for a, b in pairs]
     return float((logits.argmax(dim=-1) == answer_ids(model, wanted)).double().mean())
@@ -452,19 +474,20 @@ def _swap_features(
     clt: CrossLayerTranscoder,
     tokens: Int[Tensor, "n_prompts pos"],
     acts: Acts,
+    given: Acts,
     pairs: Sequence[tuple[int, int]],
     features: Mask,
     through_layer: int,
 ) -> Float[Tensor, "n_pairs d_vocab"]:
-    """Logits at the last position where features take their activations on another prompt."""
+    """Logits at the last position where features take other activations."""
     rows = torch.tensor(pairs)[:, 0]
     changes = []
     for pos, layer in features.any(dim=2).nonzero().tolist():
         numbers = features[pos, layer].nonzero().flatten()
-        for row, (a, b) in enumerate(pairs):
-            differs = acts[a, pos, layer, numbers] != acts[b, pos, layer, numbers]
+        for row, (a, _) in enumerate(pairs):
+            differs = acts[a, pos, layer, numbers] != given[row, pos, layer, numbers]
             if bool(differs.any()):
-                values = acts[b, pos, layer, numbers[differs]].tolist()
+                values = given[row, pos, layer, numbers[differs]].tolist()
                 which = numbers[differs].tolist()
                 changes.append(Intervention(layer=layer, pos=pos, feature=which, value=values, prompt=row))
     if not changes:
@@ -476,18 +499,30 @@ def _swap_neurons(
     model: HookedModel,
     tokens: Int[Tensor, "n_prompts pos"],
     acts: Acts,
+    given: Acts,
     pairs: Sequence[tuple[int, int]],
     features: Mask,
     through_layer: int,
 ) -> Float[Tensor, "n_pairs d_vocab"]:
     """The same of neurons. Up to the layer, all others keep what they are, as features and errors do."""
-    to, source = torch.tensor(pairs).unbind(dim=1)
-    values = _neuron_values(model, tokens)[to] + (acts[source] - acts[to]) * features
+    to = torch.tensor(pairs)[:, 0]
+    values = _neuron_values(model, tokens)[to] + (given - acts[to]) * features
 
     def hold(layer: int) -> FwdHook:
         return block_hook(layer, NEURONS), lambda x, hook: values[:, :, layer]
 
     return run_with_hooks(model, tokens[to], [hold(layer) for layer in range(through_layer + 1)])[:, -1]
+
+
+def _means_of(
+    told: Acts, codes: Int[Tensor, " n_told"], labels: list[str], kept: Sequence[Case], variable: str
+) -> Callable[[Sequence[tuple[int, int]]], Acts]:
+    """For pairs of prompts held out, the difference between features' means over the text with either value; a value
+    that the text has not counts as the mean of all."""
+    by_value = {label: told[codes == code].mean(dim=0) for code, label in enumerate(labels)}
+    overall = told.mean(dim=0)
+    mean = [by_value.get(case.values[variable], overall) for case in kept]
+    return lambda pairs: torch.stack([mean[b] - mean[a] for a, b in pairs])
 
 
 def _coded(cases: Sequence[Case], variable: str) -> tuple[list[str], Int[Tensor, " n"]]:
