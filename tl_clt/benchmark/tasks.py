@@ -68,6 +68,7 @@ MOSTLY = 0.5
 """Share of a feature's variance that a hop's value must explain for the feature to be about it."""
 
 Acts = Float[Tensor, "n_prompts pos n_layers d_transcoder"]
+OfPairs = Float[Tensor, "n_pairs pos n_layers d_transcoder"]
 Mask = Bool[Tensor, "pos n_layers d_transcoder"]
 NEURONS = "mlp.hook_post"
 
@@ -203,7 +204,7 @@ def measure_task(
 
         def swapped(
             features: Mask,
-            given: Acts = given,
+            given: OfPairs = given,
             pairs: Sequence[tuple[int, int]] = pairs,
             place: dict[str, Any] = place,
         ) -> float:
@@ -445,7 +446,7 @@ def swap_group(
     cases: Sequence[Case],
     tokens: Int[Tensor, "n_prompts pos"],
     acts: Acts,
-    given: Acts,
+    given: OfPairs,
     pairs: Sequence[tuple[int, int]],
     features: Mask,
     place: dict[str, Any],
@@ -474,7 +475,7 @@ def _swap_features(
     clt: CrossLayerTranscoder,
     tokens: Int[Tensor, "n_prompts pos"],
     acts: Acts,
-    given: Acts,
+    given: OfPairs,
     pairs: Sequence[tuple[int, int]],
     features: Mask,
     through_layer: int,
@@ -499,7 +500,7 @@ def _swap_neurons(
     model: HookedModel,
     tokens: Int[Tensor, "n_prompts pos"],
     acts: Acts,
-    given: Acts,
+    given: OfPairs,
     pairs: Sequence[tuple[int, int]],
     features: Mask,
     through_layer: int,
@@ -515,8 +516,12 @@ def _swap_neurons(
 
 
 def _means_of(
-    told: Acts, codes: Int[Tensor, " n_told"], labels: list[str], kept: Sequence[Case], variable: str
-) -> Callable[[Sequence[tuple[int, int]]], Acts]:
+    told: Float[Tensor, "n_told pos n_layers d_transcoder"],
+    codes: Int[Tensor, " n_told"],
+    labels: list[str],
+    kept: Sequence[Case],
+    variable: str,
+) -> Callable[[Sequence[tuple[int, int]]], OfPairs]:
     """For pairs of prompts held out, the difference between features' means over the text with either value; a value
     that the text has not counts as the mean of all."""
     by_value = {label: told[codes == code].mean(dim=0) for code, label in enumerate(labels)}
