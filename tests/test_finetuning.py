@@ -346,3 +346,28 @@ def test_a_clt_of_another_model_or_one_that_cannot_be_trained_is_refused(as_user
         finetune(one, tiny_clt(one), tokens, across=1.0)
     with attach(model, tiny_clt(model)), pytest.raises(AlreadyAttached):
         finetune(model, tiny_clt(model), tokens)
+
+
+def test_the_command_does_not_lose_a_clt_that_cannot_be_written(tmp_path, monkeypatch):
+    """The output's parent becomes a file while the CLT is trained."""
+    from typer.testing import CliRunner
+
+    from tl_clt.cli import app
+
+    parent, spare = tmp_path / "parent", tmp_path / "spare"
+    parent.mkdir(), spare.mkdir()
+
+    def instead(model, clt, *arguments, **options):
+        parent.rmdir()
+        parent.write_text("in the way")
+        return clt
+
+    monkeypatch.setattr("tl_clt.finetuning.finetune", instead)
+    monkeypatch.setattr("tempfile.tempdir", str(spare))
+    arguments = ["finetune", "--clt", "atlas", "--dataset", "text.txt", "--output", str(parent / "tuned")]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "300", "TERM": "dumb"})
+    [kept] = spare.iterdir()
+    said = "".join(result.output.split())  # a long path is broken wherever the line ends
+    assert result.exit_code == 1 and f"TheCLTisnotlost:itisin'{kept}'" in said
+    again = CrossLayerTranscoder.from_pretrained(kept)
+    assert again.fingerprint() == CrossLayerTranscoder.from_pretrained("atlas").fingerprint()

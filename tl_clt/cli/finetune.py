@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import secrets
+import tempfile
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from tl_clt.cli.app import Backend, CLTName, Device, ModelOfCLT, app, console, load_pair, plain_errors
 from tl_clt.cli.interruption import interruption
+from tl_clt.errors import NotWritten, OutputNotEmpty
+
+if TYPE_CHECKING:
+    from tl_clt.transcoder import CrossLayerTranscoder
 
 
 @app.command()
@@ -67,5 +73,17 @@ def finetune(
             pos=pos,
             seed=seed,
         )
-        tuned.save_pretrained(output)
+        _save(tuned, output)
         console.print(f"CLT written to {output}. Compare: tl-clt evaluate --clt {output} --dataset ... --output ...")
+
+
+def _save(clt: CrossLayerTranscoder, output: Path) -> None:
+    """Write the CLT; where that fails, to the disk of temporary files, which the error names."""
+    try:
+        clt.save_pretrained(output)
+    except (NotWritten, OutputNotEmpty) as error:
+        kept = Path(tempfile.gettempdir()) / f"{output.name}-{secrets.token_hex(4)}"
+        clt.save_pretrained(kept)
+        raise NotWritten(
+            f"{error} The CLT is not lost: it is in '{kept}'. Copy that folder to where there is room."
+        ) from (error)
