@@ -35,6 +35,8 @@ from tl_clt.lens import load_model
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "0"))
 """Threads of every test where the environment names a number of them."""
 
+N_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+
 torch.set_num_threads(THREADS or 2)
 
 
@@ -63,10 +65,10 @@ def seeded(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test starts from the same random state.
 
     Tiny models run on one thread, unless OMP_NUM_THREADS says otherwise: handing work to a second one costs ten times
-    what it saves.
+    what it saves. So does the real model where several workers share the cores, and threads would wait for each other.
     """
     torch.manual_seed(0)
-    if request.node.get_closest_marker("real_model") is None:
+    if request.node.get_closest_marker("real_model") is None or N_WORKERS > 1:
         torch.set_num_threads(THREADS or 1)
     yield
     torch.set_num_threads(THREADS or 2)

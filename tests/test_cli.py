@@ -643,7 +643,7 @@ def test_benchmark_reads_prompts_of_files(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        (("--judge", "hop"), "ConfigError", "give one of hops, sum, equal, parity, automaton. Nearest: 'hops'"),
+        (("--judge", "hop"), "ConfigError", "parity, automaton, atlas, school. Nearest: 'hops'"),
         (("--kind", "sae"), "ConfigError", "give one of neurons, untrained, plt, clt"),
         (("--n-seeds", "0"), "ConfigError", "n_seeds is 0"),
         (("--metric", "logit"), "ConfigError", "--metric is of faithfulness curves. Leave it out, or give --clt"),

@@ -86,4 +86,4 @@ def _save(clt: CrossLayerTranscoder, output: Path) -> None:
         clt.save_pretrained(kept)
         raise NotWritten(
             f"{error} The CLT is not lost: it is in '{kept}'. Copy that folder to where there is room."
-        ) from (error)
+        ) from error
