@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from pandas import DataFrame
 from pandas.testing import assert_frame_equal
 
 from tl_clt import load_organism
@@ -127,12 +128,10 @@ def test_groups_are_about_their_value(atlas):
     assert 0 < int(about.sum()) <= int(report.hops["n_features"].iloc[0])
 
 
-def at_the_end(atlas):
-    place = {"variable": "state", "layer": 3, "pos": 9, "token": " is", "part": "mean", "follows": 1.0, "keeps": 1.0}
-    import pandas as pd
-
-    tokens = atlas.model.to_tokens(TASK.cases(1, held_out=False)[0].prompt)
-    return pd.DataFrame([place | {"pos": tokens.shape[1] - 1}])
+def at_the_end(atlas) -> DataFrame:
+    pos = atlas.model.to_tokens(TASK.cases(1, held_out=False)[0].prompt).shape[1] - 1
+    place = {"variable": "state", "layer": 3, "pos": pos, "token": " is", "part": "mean", "follows": 1.0, "keeps": 1.0}
+    return DataFrame([place])
 
 
 def test_text_of_organisms_is_as_it_was_packed_and_another_seed_is_another(atlas):

@@ -166,7 +166,7 @@ def run_benchmark(
 
     Args:
         judges: names of `known_judges`; None for the circuits known by construction. A transcoder of a trained organism
-            takes minutes where one of a circuit takes seconds.
+            takes about a minute, one of a circuit some seconds.
         kinds: "clt" and "plt" are trained; "neurons" are the model's own, which on a circuit show every hop there is,
             with thresholds that leave fewer; "untrained" is a CLT of chance.
         sparsities: lambdas of JumpReLU transcoders; () for none.
@@ -309,13 +309,16 @@ class BenchmarkReport(Report[FigureName]):
         judges = list(summary.groupby("judge", sort=False))
         figure = Figure(figsize=(3.4 * len(judges) + 1.5, 6.8), layout="constrained")
         rows = figure.subplots(2, len(judges), squeeze=False, sharex="col", sharey="row")
+        said = ""
         for (judge, of), (above, below) in zip(judges, rows.T, strict=True):
             _draw_measure(above, of, "hop_recall")
             lower = "hops_shown" if "hops_shown" in of and of["hops_shown"].notna().any() else "swap"
             _draw_measure(below, of, lower)
             above.set_title(str(judge))
             below.set_xlabel("L0, sum over layers")
-            below.set_ylabel(lower.replace("_", " "))
+            if lower != said:
+                below.set_ylabel({"hops_shown": "hops shown", "swap": "swaps followed"}[lower])
+            said = lower
         rows[0][0].set_ylabel("hop recall")
         labelled = (zip(*reversed(axes.get_legend_handles_labels()), strict=True) for axes in rows.flat)
         handles = {label: handle for pairs in labelled for label, handle in pairs}

@@ -7,7 +7,6 @@ seconds. On an organism it is `CLTTrainingRunner` on the organism's text, `BATCH
 
 from __future__ import annotations
 
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from tl_clt.benchmark.hops import activations, neurons_as_transcoder
 from tl_clt.lens import HookedModel, block_hook, run_with_cache
-from tl_clt.organisms import KnownCircuit, training_tokens
+from tl_clt.organisms import SPARE_TOKENS, KnownCircuit, training_tokens
 from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig
 from tl_clt.training.clt import (
     TrainingCLT,
@@ -101,30 +100,29 @@ def train_on_organism(
         activation: "jumprelu" with the tanh penalty, or "topk".
         n_steps: how long; 0 for a CLT of chance, whose biases alone are fitted to the activations.
     """
-    tokens = training_tokens(name, model, max(1, n_steps) * BATCH * 5 // 4 + 36_000, seed)
+    n_tokens = n_steps * BATCH
+    tokens = training_tokens(name, model, n_tokens + SPARE_TOKENS, seed)
     if n_steps == 0:
         batch = _organism_activations(model, tokens[:64])
         return export(_start(batch, OF_ORGANISM[name], seed, "random", span=span, activation=activation)[0])
     sparse = {"k": int(sparsity)} if activation == "topk" else {"sparsity_coefficient": float(sparsity)}
-    with TemporaryDirectory() as folder:
-        config = CLTTrainingRunnerConfig.from_dict(
-            {
-                "model_name": name,
-                "output_path": f"{folder}/clt",
-                "d_transcoder": OF_ORGANISM[name],
-                "activation": activation,
-                "span": span,
-                "training_tokens": n_steps * BATCH,
-                "context_size": model.cfg.n_ctx,
-                "train_batch_size_tokens": BATCH,
-                "lr": 2e-3,
-                "lr_warm_up_steps": min(WARM_UP, n_steps // 4),
-                "lr_decay_steps": n_steps // 4,
-                "seed": seed,
-                **sparse,
-            }
-        )
-        return CLTTrainingRunner(config, model=model, dataset=tokens).run()
+    config = CLTTrainingRunnerConfig.from_dict(
+        {
+            "model_name": name,
+            "d_transcoder": OF_ORGANISM[name],
+            "activation": activation,
+            "span": span,
+            "training_tokens": n_tokens,
+            "context_size": model.cfg.n_ctx,
+            "train_batch_size_tokens": BATCH,
+            "lr": 2e-3,
+            "lr_warm_up_steps": min(WARM_UP, n_steps // 4),
+            "lr_decay_steps": n_steps // 4,
+            "seed": seed,
+            **sparse,
+        }
+    )
+    return CLTTrainingRunner(config, model=model, dataset=tokens).run()
 
 
 def _organism_activations(

@@ -44,7 +44,7 @@ def benchmark(
         typer.Option(
             "--judge",
             help="Known circuit to judge by: hops, sum, equal, parity or automaton; or a trained organism: atlas or"
-            " school, with some minutes for each transcoder. Repeatable. Default: the circuits.",
+            " school, with about a minute for each transcoder. Repeatable. Default: the circuits.",
             rich_help_panel=KNOWN,
         ),
     ] = None,

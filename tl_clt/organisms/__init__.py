@@ -85,6 +85,8 @@ def organism_tasks(name: str) -> dict[str, Task]:
 
 TEXT_SEED_OFFSET = 1
 """Added to the seed, so that a CLT is not trained on the text that its model was trained on."""
+SPARE_TOKENS = 36_000
+"""More than a run trains on: some are kept out of training, and the shuffling buffer is filled to the end."""
 
 
 def training_tokens(name: str, model: HookedModel, n_tokens: int, seed: int) -> Int[Tensor, "n_prompts context"]:
@@ -139,6 +141,7 @@ __all__ = [
     "KnownCircuit",
     "Organism",
     "Program",
+    "SPARE_TOKENS",
     "Step",
     "Task",
     "benchmark_prompts",

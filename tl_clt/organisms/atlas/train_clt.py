@@ -19,14 +19,12 @@ from torch import Tensor
 
 from tl_clt.evaluation import evaluate
 from tl_clt.lens import HookedModel, load_model
-from tl_clt.organisms import training_tokens
+from tl_clt.organisms import SPARE_TOKENS, training_tokens
 from tl_clt.organisms.atlas.text import all_held_out_questions, sentence_of, with_prefix
 from tl_clt.organisms.word_model import TrainOptions
 from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig
 
 TRAINING_TOKENS = 2_000_000
-N_SPARE_TOKENS = 36_000
-"""More than are trained on: some tokens are left out, and the shuffling buffer is refilled to the end."""
 
 
 class Recipe(str, Enum):
@@ -83,7 +81,7 @@ def clt_config(model_name: str, output: Path, seed: int, recipe: Recipe = Recipe
 
 def text_of_run(model: HookedModel, seed: int) -> Int[Tensor, "n_prompts context"]:
     """What the CLT is trained on: as many prompts as the run uses without a repeat."""
-    return training_tokens("atlas", model, TRAINING_TOKENS + N_SPARE_TOKENS, seed)
+    return training_tokens("atlas", model, TRAINING_TOKENS + SPARE_TOKENS, seed)
 
 
 def held_out_sentences() -> list[str]:

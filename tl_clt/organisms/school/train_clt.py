@@ -16,14 +16,12 @@ from rich.console import Console
 
 from tl_clt.evaluation import evaluate
 from tl_clt.lens import load_model
-from tl_clt.organisms import training_tokens
+from tl_clt.organisms import SPARE_TOKENS, training_tokens
 from tl_clt.organisms.school.text import TASKS
 from tl_clt.organisms.school.train_model import OPTIONS
 from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig
 
 TRAINING_TOKENS = 2_000_000
-N_SPARE_TOKENS = 36_000
-"""More than are trained on: some tokens are left out, and the shuffling buffer is refilled to the end."""
 N_CASES = 100
 """Prompts of each task in the evaluation."""
 
@@ -76,7 +74,7 @@ def main(
     """Train school's CLT or PLT and write it, with what it reaches on held-out prompts, to a folder."""
     torch.set_num_threads(threads)
     school = load_model(model)
-    tokens = training_tokens("school", school, TRAINING_TOKENS + N_SPARE_TOKENS, seed)
+    tokens = training_tokens("school", school, TRAINING_TOKENS + SPARE_TOKENS, seed)
     cfg = clt_config(output, seed, per_layer=per_layer, k=k)
     clt = CLTTrainingRunner(cfg, model=school, dataset=tokens).run()
     report = evaluate(school, clt, held_out_prompts(), n_graphs=0)
