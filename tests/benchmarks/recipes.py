@@ -88,6 +88,7 @@ def main(
     activation: Annotated[list[str], typer.Option(help="Of the features.")] = ["topk"],  # noqa: B006
     kind: Annotated[list[str], typer.Option(help="clt or plt.")] = ["clt", "plt"],  # noqa: B006
     start: Annotated[list[str], typer.Option(help="tokens, or random: see `start_at_random`.")] = ["tokens"],  # noqa: B006
+    straight_through: Annotated[str, typer.Option(help="Of jumprelu: all or threshold.")] = "all",
     d_transcoder: Annotated[int, typer.Option(help="Features per layer.")] = 2048,
     l0: Annotated[float, typer.Option(help="Active features per layer and token to ask for.")] = 16.0,
     n_tokens: Annotated[int, typer.Option(help="Held-out tokens.")] = 8192,
@@ -103,12 +104,14 @@ def main(
         tokens_of_atlas = text_of_run(loaded, 0)
         sources = [tokens_of_atlas[:-400], tokens_of_atlas[-400:]]
     for tokens, phi, span, begin in itertools.product(budget, activation, kind, start):
-        name = {"kind": span, "activation": phi, "start": begin, "tokens": tokens, "d_transcoder": d_transcoder}
+        label = phi if phi != "jumprelu" or straight_through == "all" else f"{phi}, {straight_through}"
+        name = {"kind": span, "activation": label, "start": begin, "tokens": tokens, "d_transcoder": d_transcoder}
         settings = {
             "model_name": model,
             "cache_path": None if cache is None else str(cache),
             "d_transcoder": d_transcoder,
             "activation": phi,
+            **({"straight_through": straight_through} if phi == "jumprelu" else {}),
             "target_l0": l0,
             "training_tokens": tokens,
             "span": 1 if span == "plt" else None,
