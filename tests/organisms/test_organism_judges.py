@@ -144,6 +144,9 @@ def test_text_of_organisms_is_as_it_was_packed_and_another_seed_is_another(atlas
 def test_what_is_trained_on_an_organism(atlas):
     clt = train_on_organism("atlas", atlas.model, 1, 4, 0, activation="topk", n_steps=12)
     assert clt.cfg.span == 1 and clt.cfg.k == 4 and clt.cfg.d_transcoder == 256
+    settings = {"d_transcoder": 32, "target_l0": 3.0, "far_write_coefficient": 0.1}
+    clt = train_on_organism("atlas", atlas.model, 2, 1.0, 0, n_steps=4, **settings)
+    assert clt.cfg.span == 2 and clt.cfg.activation == "jumprelu" and clt.cfg.d_transcoder == 32
     chance = train_on_organism("atlas", atlas.model, 4, 0.0, 0, n_steps=0)
     assert chance.cfg.span in (None, 4) and chance.cfg.activation == "jumprelu"
 

@@ -204,7 +204,7 @@ BENCHMARK_COLUMNS = {
 def benchmark_table(report: BenchmarkReport) -> Table:
     """What transcoders show of known hops: means over seeds, of hop recall and hops shown with the range."""
     table = Table("judge", "judged", "at", *BENCHMARK_COLUMNS.values(), padding=(0, 0))
-    table.title = "Known circuits, means over seeds (least to most below). at: lambda, k or share of neurons kept; L0:"
+    table.title = "Known hops, means over seeds (least to most below). at: lambda, k or share of neurons kept; L0:"
     table.title += " active features, all layers; right: answers with it in place of the MLPs; told: variables, from"
     table.title += " their features; swap: answers that follow it; hop recall: variables with both; hops shown: paths,"
     table.title += " of those there are; prec.: features in graphs that are functions of what the program has (of"
