@@ -25,6 +25,7 @@ from tl_clt.organisms import find_variables, organism_tasks, training_tokens
 from tl_clt.organisms.interchange import answered_right, exchanges
 from tl_clt.replacement import feature_acts
 from tl_clt.transcoder import CrossLayerTranscoder
+from tl_clt.viewer.tables import benchmark_table
 
 TASKS = organism_tasks("atlas")
 TASK = TASKS["two_hop"]
@@ -160,6 +161,10 @@ def test_the_benchmark_judges_by_an_organism(tmp_path):
     assert report.table["hop_recall"].iloc[1] == 0 and report.table["answers_kept"].iloc[0] > 0.9
     again = BenchmarkReport.from_json(report.to_json())
     assert again.to_json() == report.to_json() and isinstance(again.runs[0].report, OrganismReport)
+    # Organisms have no hops shown in graphs: the table has no empty column for them.
+    assert [str(column.header) for column in benchmark_table(report).columns][3:] == (
+        ["L0", "right", "told", "swap", "hop recall", "prec."]
+    )
     folder = report.save(tmp_path / "judged")
     assert (folder / "hops.png").exists() and "swap" in report.summary
 

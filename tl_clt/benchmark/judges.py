@@ -342,6 +342,7 @@ class BenchmarkReport(Report[FigureName]):
 
     def _draw(self, name: str) -> Figure:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullLocator
 
         summary = self.summary
         judges = list(summary.groupby("judge", sort=False))
@@ -353,6 +354,11 @@ class BenchmarkReport(Report[FigureName]):
             lower = "hops_shown" if "hops_shown" in of and of["hops_shown"].notna().any() else "swap"
             _draw_measure(below, of, lower)
             above.set_title(str(judge))
+            # Of organisms, neurons have fifty times the active features that transcoders have.
+            below.set_xscale("log")
+            below.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            below.xaxis.set_major_formatter("{x:g}")
+            below.xaxis.set_minor_locator(NullLocator())
             below.set_xlabel("L0, sum over layers")
             if lower != said:
                 below.set_ylabel({"hops_shown": "hops shown", "swap": "swaps followed"}[lower])
