@@ -295,9 +295,46 @@ def test_a_further_model_becomes_a_judge_by_an_entry(monkeypatch):
     assert report.table["judge"].tolist() == ["school"] and "school" in known_judges()
 
 
+def test_what_was_judged_before_an_interruption_is_not_done_again(monkeypatch, tmp_path):
+    circuit, made, broken = load_circuit("sum"), [], 2.0
+
+    def make(candidate, n_steps):
+        made.append((candidate.sparsity, n_steps))
+        if candidate.sparsity == broken:
+            raise RuntimeError("it breaks off")
+        return neurons_as_transcoder(circuit)
+
+    def measure(clt, n_pairs, n_graphs, seed):
+        return measure_hops(circuit, clt, n_pairs=n_pairs, n_graphs=n_graphs, seed=seed)
+
+    monkeypatch.setitem(JUDGES, "sum", lambda name: Judge(1, make, measure))
+    record = tmp_path / "runs.jsonl"
+    asked = {
+        **{"judges": "sum", "kinds": "plt", "sparsities": [], "k": [1, 2, 3], "n_seeds": 1, "n_steps": 5},
+        **{"n_pairs": 4, "n_graphs": 1, "progress": False},
+    }
+    with pytest.raises(RuntimeError, match="breaks off"):
+        run_benchmark(**asked, record=record)
+    assert made == [(1.0, 5), (2.0, 5)] and len(record.read_text().splitlines()) == 1
+    broken = 0.0
+    again = run_benchmark(**asked, record=record)
+    assert made[2:] == [(2.0, 5), (3.0, 5)]
+    assert again.to_json() == run_benchmark(**asked).to_json()
+    assert again.table["sparsity"].tolist() == [1.0, 2.0, 3.0]
+    # What was measured in another way does not count, and stays.
+    made.clear()
+    run_benchmark(**{**asked, "n_steps": 6, "k": [1]}, record=str(record))
+    assert made == [(1.0, 6)] and len(record.read_text().splitlines()) == 4
+    with record.open("a") as file:
+        file.write('{"judge": "sum"}\n')
+    with pytest.raises(FormatError, match="Line 5 of .* is no run of the benchmark"):
+        run_benchmark(**asked, record=record)
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
+        ({"record": 3}, "record is 3"),
         ({"judges": "hop"}, "give one of hops, sum, equal, parity, automaton, atlas, school. Nearest: 'hops'"),
         ({"kinds": ["saes"]}, "give one of neurons, untrained, plt, clt"),
         ({"sparsities": [-1.0]}, r"sparsities\[0\] is -1"),

@@ -596,7 +596,7 @@ def test_benchmark_judges_known_circuits(tmp_path):
     from tl_clt.benchmark import BenchmarkReport
 
     output = run("benchmark", "--quick", *SHORT, "--n-graphs", "1", "--output", str(tmp_path / "b"))
-    for words in ("Known circuits", "hop recall", "neurons", "10%", "chance", "λ 1", "k 2", "PLT", "CLT"):
+    for words in ("Known hops", "hop recall", "neurons", "10%", "chance", "λ 1", "k 2", "PLT", "CLT"):
         assert words in output
     assert {path.name for path in (tmp_path / "b").iterdir()} == {
         *("report.json", "runs.csv", "summary.csv", "hops.png")
@@ -605,6 +605,23 @@ def test_benchmark_judges_known_circuits(tmp_path):
     # What is said goes before what --quick stands for.
     assert set(report.table["judge"]) == {"hops"} and (report.info["n_steps"], report.info["n_pairs"]) == (5, 4)
     assert sorted(report.table.query("kind == 'neurons'")["sparsity"]) == [0.1, 1.0]
+
+
+def test_benchmark_keeps_what_it_judged_when_something_later_fails(tmp_path):
+    from tl_clt.benchmark import BenchmarkReport
+
+    options = ("--judge", "hops", "--n-seeds", "1", "--n-steps", "5", "--n-pairs", "4", "--n-graphs", "1")
+    options += ("--kind", "clt", "--output", str(tmp_path / "b"))
+    output = " ".join(run("benchmark", *options, "--k", "2", "--k", "99", status=1).split())
+    record = tmp_path / "b.runs.jsonl"
+    assert "k is 99" in output and f"judged already is in {record}" in output and not (tmp_path / "b").exists()
+    [line] = record.read_text().splitlines()
+    output = run("benchmark", *options, "--k", "2", "--k", "3")
+    report = BenchmarkReport.from_json((tmp_path / "b" / "report.json").read_text())
+    # Where k alone is given there is no JumpReLU.
+    assert report.table[["activation", "sparsity"]].to_numpy().tolist() == [["topk", 2.0], ["topk", 3.0]]
+    assert report.runs[0].report.to_dict() == json.loads(line)["report"]
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 def test_benchmark_draws_the_curves_of_a_clt(tmp_path):

@@ -169,7 +169,7 @@ def judge(model: HookedModel, clt: CrossLayerTranscoder, places: pd.DataFrame) -
         "dead": report.dead_share,
         "told": float(hop["accuracy"]),
         "swap": float(hop["swap"]),
-        "partly": float(hop["swap_partly"]),
+        "pure": float(hop["swap_pure"]),
         **{f"cosine_{kind}": float(near.loc[kind, "cosine"]) for kind in near.index},
         **{f"normalised_error_{kind}": float(near.loc[kind, "normalised_error"]) for kind in near.index},
         **{f"median_error_{kind}": float(near.loc[kind, "median_error"]) for kind in near.index},
@@ -179,7 +179,7 @@ def judge(model: HookedModel, clt: CrossLayerTranscoder, places: pd.DataFrame) -
 
 ATLAS_COLUMNS = {
     **{"explained_variance": "EV", "l0": "L0", "top1": "top-1", "top1_uncertain": "p<.8", "kl": "KL", "dead": "dead"},
-    **{"told": "told", "swap": "swap", "partly": "partly"},
+    **{"told": "told", "swap": "swap", "pure": "pure"},
     **{"cosine_encoder": "enc cos", "normalised_error_encoder": "enc err", "median_error_encoder": "median"},
     **{"strength_encoder": "enc strength", "error_encoder": "enc own err"},
     **{"strength_random": "rnd strength", "error_random": "rnd own err"},

@@ -14,6 +14,7 @@ from tl_clt.lens import (
     find_hook,
     remove_hook_points,
     require_hooks,
+    run_behind_layer,
     user_hooks_aside,
 )
 
@@ -106,3 +107,14 @@ def test_mlp_out_is_what_the_residual_stream_gains(model: Model):
         before = cache[f"blocks.{t}.hook_resid_pre"] + cache[f"blocks.{t}.hook_attn_out"]
         gained = cache[f"blocks.{t}.hook_resid_post"] - before
         torch.testing.assert_close(gained, cache[f"blocks.{t}.hook_mlp_out"], rtol=1e-10, atol=1e-10)
+
+
+def test_a_stream_behind_a_layer_goes_on_as_the_model_does(one_of_each: Model):
+    """The logits of a run in which TransformerLens's own hook puts another stream there."""
+    tokens = random_tokens(one_of_each, batch=3)
+    for layer in range(one_of_each.cfg.n_layers):
+        name = block_hook(layer, "hook_resid_post")
+        _, cache = one_of_each.run_with_cache(tokens)
+        other = cache[name].flip(0)
+        expected = one_of_each.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook, other=other: other)])
+        torch.testing.assert_close(run_behind_layer(one_of_each, tokens, layer, other), expected)

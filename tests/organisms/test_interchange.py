@@ -124,6 +124,29 @@ def test_means_of_the_text_by_hand(model):
     assert means.of("state", "nowhere").equal(means.whole)
 
 
+def test_places_are_the_best_of_one_seed_measured_with_the_next(model):
+    first, second = (
+        {part: interchange(model, TASK, "state", part=part, n_pairs=12, seed=s) for part in ("all", "mean")}
+        for s in (4, 5)
+    )
+    score = {part: table[["follows", "keeps"]].min(axis=1) for part, table in first.items()}
+    most = max(of.max() for of in score.values())
+    best = [
+        (first[part]["layer"][i], p, part)
+        for p, part in enumerate(first)
+        for i in score[part][score[part] == most].index
+    ]
+    layer, _, part = min(best)
+    pos = first[part]["pos"][(score[part] == most) & (first[part]["layer"] == layer)].iloc[0]
+    again = second[part].set_index(["layer", "pos"])
+    found = find_variables(model, TASK, n_pairs=12, seed=4).iloc[0]
+    assert (found["layer"], found["pos"], found["part"]) == (layer, pos, part)
+    measured = ["follows", "keeps", "random_direction", "copied"]
+    assert found[measured].tolist() == again.loc[(layer, pos), measured].tolist()
+    others = again.drop(index=(layer, pos)).loc[layer:]
+    assert found["elsewhere"] == pytest.approx(others["follows"].mean())
+
+
 def test_what_cannot_be_exchanged(model, as_users_run_it):
     with pytest.raises(ConfigError, match="variable is 'mood': two_hop has"):
         interchange(model, TASK, "mood")

@@ -25,6 +25,7 @@ from tl_clt.organisms import find_variables, organism_tasks, training_tokens
 from tl_clt.organisms.interchange import answered_right, exchanges
 from tl_clt.replacement import feature_acts
 from tl_clt.transcoder import CrossLayerTranscoder
+from tl_clt.viewer.tables import benchmark_table
 
 TASKS = organism_tasks("atlas")
 TASK = TASKS["two_hop"]
@@ -144,6 +145,9 @@ def test_text_of_organisms_is_as_it_was_packed_and_another_seed_is_another(atlas
 def test_what_is_trained_on_an_organism(atlas):
     clt = train_on_organism("atlas", atlas.model, 1, 4, 0, activation="topk", n_steps=12)
     assert clt.cfg.span == 1 and clt.cfg.k == 4 and clt.cfg.d_transcoder == 256
+    settings = {"d_transcoder": 32, "target_l0": 3.0, "far_write_coefficient": 0.1}
+    clt = train_on_organism("atlas", atlas.model, 2, 1.0, 0, n_steps=4, **settings)
+    assert clt.cfg.span == 2 and clt.cfg.activation == "jumprelu" and clt.cfg.d_transcoder == 32
     chance = train_on_organism("atlas", atlas.model, 4, 0.0, 0, n_steps=0)
     assert chance.cfg.span in (None, 4) and chance.cfg.activation == "jumprelu"
 
@@ -157,6 +161,10 @@ def test_the_benchmark_judges_by_an_organism(tmp_path):
     assert report.table["hop_recall"].iloc[1] == 0 and report.table["answers_kept"].iloc[0] > 0.9
     again = BenchmarkReport.from_json(report.to_json())
     assert again.to_json() == report.to_json() and isinstance(again.runs[0].report, OrganismReport)
+    # Organisms have no hops shown in graphs: the table has no empty column for them.
+    assert [str(column.header) for column in benchmark_table(report).columns][3:] == (
+        ["L0", "right", "told", "swap", "hop recall", "prec."]
+    )
     folder = report.save(tmp_path / "judged")
     assert (folder / "hops.png").exists() and "swap" in report.summary
 

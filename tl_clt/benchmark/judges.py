@@ -21,12 +21,12 @@ from pandas import DataFrame
 from scipy.stats import t as students_t
 from tqdm.auto import tqdm
 
-from tl_clt.arguments import as_choices, as_number, as_seed, as_several, as_share, as_switch, as_whole
+from tl_clt.arguments import as_choices, as_number, as_path, as_seed, as_several, as_share, as_switch, as_whole
 from tl_clt.benchmark.hops import HopReport, measure_hops, neurons_as_transcoder
 from tl_clt.benchmark.tasks import Neurons, OrganismReport, find_neurons, measure_organism
 from tl_clt.bundled import bundled_organisms
 from tl_clt.errors import FormatError
-from tl_clt.files import read_json
+from tl_clt.files import append_line, read_json, require_file
 from tl_clt.lens import load_model
 from tl_clt.organisms import (
     KnownCircuit,
@@ -159,6 +159,7 @@ def run_benchmark(
     n_graphs: int = 16,
     seed: int = 0,
     progress: bool = True,
+    record: str | Path | None = None,
 ) -> BenchmarkReport:
     """Train transcoders of several kinds, sparsities and seeds on each judge, and measure which of its hops they show.
 
@@ -178,9 +179,14 @@ def run_benchmark(
         n_graphs: prompts of circuits to trace, at random.
         seed: the first seed.
         progress: show a progress bar.
+        record: a file that each transcoder's report is added to as soon as it is there, one line of JSON each. What is
+            in it already, judged with the same n_steps, n_pairs and n_graphs, is not done again: a run that was
+            interrupted goes on. None for no file.
 
     Raises:
         ConfigError: an argument out of range, or nothing to judge.
+        FormatError: `record` is a file of another kind.
+        NotWritten: `record` cannot be written.
     """
     names = known_circuits() if judges is None else as_choices("judges", judges, known_judges())
     chosen = as_choices("kinds", kinds, KINDS)
@@ -202,12 +208,36 @@ def run_benchmark(
         for candidate in _candidates(judge, chosen, trained, kept, seeds)
     ]
     as_several("What is to be judged", jobs, "kinds with a lambda, a k or a share to judge them at")
-    runs = []
+    how = {"n_steps": n_steps, "n_pairs": n_pairs, "n_graphs": n_graphs}
+    file = None if record is None else as_path("record", record)
+    done = {} if file is None else _recorded(file, how)
     for name, candidate in tqdm(jobs, desc="Judging", unit=" transcoders", delay=2.0, disable=not progress):
+        if (name, candidate) in done:
+            continue
         clt = loaded[name].make(candidate, n_steps)
-        runs.append(Run(name, candidate, loaded[name].measure(clt, n_pairs, n_graphs, candidate.seed)))
-    info = {"n_seeds": n_seeds, "n_steps": n_steps, "n_pairs": n_pairs, "n_graphs": n_graphs, "seed": seed}
-    return BenchmarkReport(runs=runs, info=info)
+        run = Run(name, candidate, loaded[name].measure(clt, n_pairs, n_graphs, candidate.seed))
+        done[name, candidate] = run
+        if file is not None:
+            append_line(file, json.dumps(how | run.to_dict(), allow_nan=False))
+    return BenchmarkReport(runs=[done[job] for job in jobs], info={"n_seeds": n_seeds, **how, "seed": seed})
+
+
+def _recorded(file: Path, how: dict[str, int]) -> dict[tuple[str, Candidate], Run]:
+    """The runs of a file of `run_benchmark` that were made and measured in this way."""
+    require_file(file)
+    done: dict[tuple[str, Candidate], Run] = {}
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = read_json(line)
+            run, same = Run.from_dict(values), {name: values[name] for name in how} == how
+        except UNREADABLE as error:
+            raise FormatError(
+                f"Line {number} of '{file}' is no run of the benchmark ({error}). Remove it, or give another file."
+            ) from error
+        if same:
+            done[run.judge, run.candidate] = run
+    return done
 
 
 def _candidates(
@@ -233,7 +263,22 @@ class Run(NamedTuple):
     candidate: Candidate
     report: HopReport | OrganismReport
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return finite({"judge": self.judge, **self.candidate._asdict(), "report": self.report.to_dict()})
 
+    @classmethod
+    def from_dict(cls, values: Any) -> Run:
+        """The run that `to_dict` wrote; one of `UNREADABLE` where it is none."""
+        if values["kind"] not in KINDS:
+            raise ValueError(f"it is of an unknown kind, {values['kind']!r:.60}")
+        of = OrganismReport if "organism" in values["report"] else HopReport
+        candidate = Candidate(values["kind"], values["activation"], float(values["sparsity"]), int(values["seed"]))
+        return cls(str(values["judge"]), candidate, of.from_dict(values["report"]))
+
+
+UNREADABLE = (FormatError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError)
+"""What reading a run of an unknown form may raise."""
 OF_A_KIND = ["judge", "kind", "activation", "sparsity"]
 
 
@@ -272,7 +317,7 @@ class BenchmarkReport(Report[FigureName]):
 
     def to_dict(self) -> dict[str, Any]:
         """`info`, the summary and the runs with their reports, for JSON."""
-        runs = [{"judge": run.judge, **run.candidate._asdict(), "report": run.report.to_dict()} for run in self.runs]
+        runs = [run.to_dict() for run in self.runs]
         return finite({**self.info, "summary": table_to_json(self.summary), "runs": runs})
 
     def to_json(self) -> str:
@@ -288,22 +333,16 @@ class BenchmarkReport(Report[FigureName]):
         """
         try:
             values = read_json(text)
-            runs = [
-                Run(
-                    str(run["judge"]),
-                    Candidate(run["kind"], run["activation"], float(run["sparsity"]), int(run["seed"])),
-                    (OrganismReport if "organism" in run["report"] else HopReport).from_dict(run["report"]),
-                )
-                for run in values["runs"]
-            ]
-            if not runs or any(run.candidate.kind not in KINDS for run in runs):
-                raise ValueError("it has no runs, or such of an unknown kind")
+            runs = [Run.from_dict(run) for run in values["runs"]]
+            if not runs:
+                raise ValueError("it has no runs")
             return cls(runs=runs, info={name: x for name, x in values.items() if name not in ("summary", "runs")})
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        except UNREADABLE as error:
             raise FormatError(f"This is no benchmark report ({error}). Give what `tl-clt benchmark` wrote.") from error
 
     def _draw(self, name: str) -> Figure:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullLocator
 
         summary = self.summary
         judges = list(summary.groupby("judge", sort=False))
@@ -315,6 +354,11 @@ class BenchmarkReport(Report[FigureName]):
             lower = "hops_shown" if "hops_shown" in of and of["hops_shown"].notna().any() else "swap"
             _draw_measure(below, of, lower)
             above.set_title(str(judge))
+            # Of organisms, neurons have fifty times the active features that transcoders have.
+            below.set_xscale("log")
+            below.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            below.xaxis.set_major_formatter("{x:g}")
+            below.xaxis.set_minor_locator(NullLocator())
             below.set_xlabel("L0, sum over layers")
             if lower != said:
                 below.set_ylabel({"hops_shown": "hops shown", "swap": "swaps followed"}[lower])

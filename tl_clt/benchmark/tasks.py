@@ -181,9 +181,40 @@ def measure_task(
         check_fit(model, clt)
     if places is None:
         places = find_variables(model, task, n_pairs=n_pairs, seed=seed)
+    return _measure_hops(
+        model, clt, task, places, _held_out(model, clt, task, n_prompts, seed), n_prompts, n_pairs, seed
+    )
+
+
+class _HeldOut(NamedTuple):
+    """Prompts that were held out of a model's text and that it answers right."""
+
+    cases: list[Case]
+    tokens: TokenBatch
+    acts: Acts
+
+
+def _held_out(
+    model: HookedModel, clt: CrossLayerTranscoder | Neurons, task: Task, n_prompts: int, seed: int
+) -> _HeldOut:
+    cases, tokens = answered_right(model, task, n_prompts, True, seed + 2)
+    return _HeldOut(cases, tokens, _acts(model, clt, tokens))
+
+
+def _measure_hops(
+    model: HookedModel,
+    clt: CrossLayerTranscoder | Neurons,
+    task: Task,
+    places: DataFrame,
+    held_out: _HeldOut,
+    n_prompts: int,
+    n_pairs: int,
+    seed: int,
+) -> TaskReport:
+    """`measure_task`, its arguments checked."""
+    kept, kept_tokens, kept_acts = held_out
     told = task.cases(n_prompts, held_out=False, seed=seed)
-    kept, kept_tokens = answered_right(model, task, n_prompts, True, seed + 2)
-    told_acts, kept_acts = (_acts(model, clt, t) for t in (as_batch(model, task, told), kept_tokens))
+    told_acts = _acts(model, clt, as_batch(model, task, told))
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for place in cast("list[dict[str, Any]]", places.to_dict("records")):
@@ -374,14 +405,19 @@ def measure_organism(
 
     The others, and errors, as of `measure_task`.
     """
+    n_prompts, n_pairs = as_whole("n_prompts", n_prompts, 2), as_whole("n_pairs", n_pairs, 1)
+    seed = as_seed("seed", seed)
+    if not isinstance(clt, Neurons):
+        check_fit(model, clt)
     tables, precisions, kept, l0, variances = [], [], [], [], []
     for task in tasks.values():
-        known = None if places is None else places.get(task.name)
+        held_out = _held_out(model, clt, task, n_prompts, seed)
+        cases, tokens, acts = held_out
         if len(task.hops) > 1:
-            report = measure_task(model, clt, task, places=known, n_prompts=n_prompts, n_pairs=n_pairs, seed=seed)
+            known = None if places is None else places.get(task.name)
+            known = find_variables(model, task, n_pairs=n_pairs, seed=seed) if known is None else known
+            report = _measure_hops(model, clt, task, known, held_out, n_prompts, n_pairs, seed)
             tables.append(report.hops.assign(task=task.name)[list(OF_ORGANISM)])
-        cases, tokens = answered_right(model, task, n_prompts, True, seed + 2)
-        acts = _acts(model, clt, tokens)
         precisions.append(_precision(acts[:, -1].flatten(1), cases))
         l0.append((acts[:, 1:] != 0).double().sum(dim=-1).mean(dim=(0, 1)))
         variances.append(_explained(model, clt, tokens, acts))

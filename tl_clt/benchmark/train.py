@@ -88,6 +88,7 @@ def train_on_organism(
     *,
     activation: Literal["jumprelu", "topk"] = "jumprelu",
     n_steps: int = STEPS,
+    **settings: Any,
 ) -> CrossLayerTranscoder:
     """A CLT of a trained organism, trained on its text by `CLTTrainingRunner`.
 
@@ -99,6 +100,7 @@ def train_on_organism(
         seed: of the weights and the text.
         activation: "jumprelu" with the tanh penalty, or "topk".
         n_steps: how long; 0 for a CLT of chance, whose biases alone are fitted to the activations.
+        settings: further fields of `CLTTrainingRunnerConfig`, and other values of those that are set here.
     """
     n_tokens = n_steps * BATCH
     tokens = training_tokens(name, model, n_tokens + SPARE_TOKENS, seed)
@@ -120,6 +122,7 @@ def train_on_organism(
             "lr_decay_steps": n_steps // 4,
             "seed": seed,
             **sparse,
+            **settings,
         }
     )
     return CLTTrainingRunner(config, model=model, dataset=tokens).run()

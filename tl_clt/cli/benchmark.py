@@ -10,7 +10,7 @@ import typer
 
 from tl_clt.cli.app import Backend, Device, LazyDecoder, ModelOfCLT, app, console, load_pair, plain_errors
 from tl_clt.cli.interruption import interruption
-from tl_clt.errors import ConfigError, DatasetError
+from tl_clt.errors import ConfigError, DatasetError, TlCltError
 
 QUICK: dict[str, Any] = {
     "judges": ["hops", "equal"],
@@ -60,14 +60,16 @@ def benchmark(
         Optional[list[float]],
         typer.Option(
             "--sparsity",
-            help="lambda of JumpReLU transcoders. Repeatable. Default: 0.3, 1, 3 and 10.",
+            help="lambda of JumpReLU transcoders. Repeatable. Default: 0.3, 1, 3 and 10. None where only --k is given.",
             rich_help_panel=KNOWN,
         ),
     ] = None,
     k: Annotated[
         Optional[list[int]],
         typer.Option(
-            help="Active features a layer of TopK transcoders. Repeatable. Default: 2, 4 and 8.", rich_help_panel=KNOWN
+            help="Active features a layer of TopK transcoders. Repeatable. Default: 2, 4 and 8. None where only"
+            " --sparsity is given.",
+            rich_help_panel=KNOWN,
         ),
     ] = None,
     neurons_kept: Annotated[
@@ -155,6 +157,9 @@ def benchmark(
     Without --clt, CLTs, PLTs and the neurons themselves are judged on models whose circuits are known by
     construction: which of their hops do features and graphs show? With --clt, the first nodes of each prompt's graph
     are kept, all others are ablated in the model, and what is left of the answer is drawn against their share.
+
+    Each transcoder's report is kept in OUTPUT.runs.jsonl until all are there: where the command ends before, the same
+    command goes on from it.
     """
     with plain_errors():
         from tl_clt.files import require_new
@@ -183,13 +188,20 @@ def benchmark(
             _judge_clts(hooked, transcoders, asked, {**_given(measuring), "seed": seed}, output)
         else:
             _refuse({**of_clts, **measuring}, "is of faithfulness curves. Leave it out, or give --clt.")
-            _judge_known({**(QUICK if quick else {}), **_given(how), "seed": seed}, output)
+            _judge_known({**(QUICK if quick else {}), **_given(how), **_left_out(sparsities, k), "seed": seed}, output)
         console.print(f"The report and its figures are in {output}.", markup=False, soft_wrap=True)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     """Options that were given."""
     return {name: value for name, value in options.items() if value not in (None, [])}
+
+
+def _left_out(sparsities: Optional[list[float]], k: Optional[list[int]]) -> dict[str, Any]:
+    """Where sparsities of one kind of transcoder alone are given, the other kind."""
+    if bool(sparsities) == bool(k):
+        return {}
+    return {"k": ()} if sparsities else {"sparsities": ()}
 
 
 def _refuse(options: dict[str, Any], why: str) -> None:
@@ -210,8 +222,24 @@ def _judge_known(options: dict[str, Any], output: Path) -> None:
 
     # Handing parts of so small models to a second thread costs more than it saves.
     torch.set_num_threads(1)
-    report = run_benchmark(**options)
-    report.save(output)
+    record = output.absolute().with_name(output.absolute().name + ".runs.jsonl")
+
+    def kept() -> str:
+        if (output / "report.json").exists():
+            return f"The report is in {output}."
+        if not record.exists():
+            return "Nothing was written."
+        return f"What is judged already is in {record}, and the same command does not do it again."
+
+    interruption.kept = kept
+    try:
+        report = run_benchmark(**options, record=record)
+        report.save(output)
+    except TlCltError:
+        if record.exists():
+            console.print(kept(), markup=False, soft_wrap=True)
+        raise
+    record.unlink(missing_ok=True)
     console.print(benchmark_table(report))
 
 

@@ -141,6 +141,16 @@ def run_with_hooks(
             model.context_level -= 1
 
 
+def run_behind_layer(
+    model: HookedModel, tokens: TokenBatch, layer: int, stream: Float[Tensor, "batch pos d_model"]
+) -> Logits:
+    """Logits where the residual stream behind a layer is this one. A HookedTransformer does not run what lies before;
+    hooks of the user's own act in the layers above."""
+    if isinstance(model, HookedTransformer):
+        return model(stream, start_at_layer=layer + 1)  # type: ignore[return-value]
+    return run_with_hooks(model, tokens, [(f"blocks.{layer}.hook_resid_post", lambda x, hook: stream)])
+
+
 CACHE_ARGUMENTS = ("past_kv_cache", "past_key_values")
 """HookedTransformer's and TransformerBridge's name for the cache that a forward call takes."""
 

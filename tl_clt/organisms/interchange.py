@@ -26,7 +26,15 @@ from torch import Tensor
 
 from tl_clt.arguments import as_seed, as_whole
 from tl_clt.errors import ConfigError
-from tl_clt.lens import FwdHook, HookedModel, block_hook, run_with_cache, run_with_hooks, to_tokens, token_strings
+from tl_clt.lens import (
+    HookedModel,
+    block_hook,
+    run_behind_layer,
+    run_blocks_with_cache,
+    run_with_cache,
+    to_tokens,
+    token_strings,
+)
 from tl_clt.organisms.tasks import Case, Task
 from tl_clt.shapes import TokenBatch
 
@@ -100,15 +108,14 @@ def interchange(
     ids = answer_ids(model, [w[answer] for w in wanted] + [cases[a].answer for a, _ in same])
     n, pairs = len(changing), [*changing, *same]
     to, source = torch.tensor(pairs).unbind(dim=1)
-    carried: dict[int, Float[Tensor, "n_prompts pos d_model"]]
-    if part == "all":
-        names = {block_hook(layer, STREAM): layer for layer, _ in at}
-        _, cache = run_with_cache(model, tokens, lambda name: name in names)
-        carried = {layer: cache[name] for name, layer in names.items()}
-    else:
+    names = {block_hook(layer, STREAM): layer for layer, _ in at}
+    cache = run_blocks_with_cache(model, tokens, lambda name: name in names)
+    behind: dict[int, Float[Tensor, "n_prompts pos d_model"]] = {layer: cache[name] for name, layer in names.items()}
+    carried = behind
+    if part == "mean":
         means = take_means(model, task, seed=seed) if means is None else means
         each = torch.stack([means.of(variable, case.values[variable]) for case in cases])
-        carried = {layer: each[:, layer] for layer, _ in at}
+        carried = {layer: each[:, layer] for layer in behind}
     generator = torch.Generator().manual_seed(seed)
     copied = np.mean([w[answer] == cases[b].answer for w, (_, b) in zip(wanted, changing, strict=True)])
     rows = []
@@ -116,8 +123,10 @@ def interchange(
         change = carried[layer][source, pos] - carried[layer][to, pos]
         drawn = torch.randn(change[:n].shape, generator=generator).to(change)
         at_random = drawn * change[:n].norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
-        changes = _add(block_hook(layer, STREAM), pos, torch.cat([change, at_random]))
-        logits = run_with_hooks(model, tokens[torch.cat([to, to[:n]])], [changes])
+        run = torch.cat([to, to[:n]])
+        stream = behind[layer][run]
+        stream[:, pos] += torch.cat([change, at_random])
+        logits = run_behind_layer(model, tokens[run], layer, stream)
         right = (logits[:, -1].argmax(dim=-1) == torch.cat([ids, ids[:n]])).double()
         rows.append(
             {
@@ -147,28 +156,23 @@ def find_variables(
         One row a hop, as of `interchange`, and elsewhere: the mean of `follows` over all other places from that layer
         on, with the same part.
     """
-    rows = []
-    means = {s: take_means(model, task, seed=s) for s in (seed, seed + 1)} if task.hops[1:] else {}
+    n_pairs, seed = as_whole("n_pairs", n_pairs, 1), as_seed("seed", seed)
+    rows, given = [], {}
+    if task.hops[1:]:
+        for s in (seed, seed + 1):
+            cases, _ = answered_right(model, task, 8 * n_pairs, held_out, s)
+            given[s] = {"n_pairs": n_pairs, "seed": s, "cases": cases, "means": take_means(model, task, seed=s)}
     for hop in task.hops[:-1]:
-        searched, again = (
-            concat(
-                [
-                    interchange(
-                        *(model, task, hop.name), part=part, n_pairs=n_pairs, held_out=held_out, seed=s, means=of
-                    )
-                    for part in get_args(Part)
-                ],
-                ignore_index=True,
-            )
-            for s, of in means.items()
+        searched = concat(
+            [interchange(model, task, hop.name, part=part, **given[seed]) for part in get_args(Part)], ignore_index=True
         )
         score = np.fmin(searched["follows"].to_numpy(), searched["keeps"].to_numpy())
         best = np.flatnonzero(score >= score.max())
-        found = int(best[searched["layer"].to_numpy()[best].argmin()])
-        row = again.loc[found].to_dict()
-        others = again.drop(index=found)
-        others = others[(others["layer"] >= row["layer"]) & (others["part"] == row["part"])]
-        rows.append({**row, "elsewhere": float(others["follows"].mean())})
+        found = searched.iloc[int(best[searched["layer"].to_numpy()[best].argmin()])]
+        again = interchange(model, task, hop.name, part=found["part"], **given[seed + 1])
+        there = (again["layer"] == found["layer"]) & (again["pos"] == found["pos"])
+        others = again[~there & (again["layer"] >= found["layer"])]
+        rows.append({**again[there].iloc[0].to_dict(), "elsewhere": float(others["follows"].mean())})
     return DataFrame(rows)
 
 
@@ -258,7 +262,7 @@ def take_means(model: HookedModel, task: Task, *, seed: int = 0) -> TextMeans:
     """What `interchange` with part="mean" exchanges, of all variables of a task at once."""
     told = task.cases(N_FOR_MEANS, held_out=False, seed=seed)
     names = [block_hook(layer, STREAM) for layer in range(model.cfg.n_layers)]
-    _, cache = run_with_cache(model, as_batch(model, task, told), lambda name: name in names)
+    cache = run_blocks_with_cache(model, as_batch(model, task, told), lambda name: name in names)
     stream: Float[Tensor, "n_prompts n_layers pos d_model"] = torch.stack([cache[name] for name in names], dim=1)
     members: dict[tuple[str, str], list[int]] = {}
     for i, case in enumerate(told):
@@ -311,11 +315,8 @@ def as_batch(model: HookedModel, task: Task, cases: Sequence[Case]) -> TokenBatc
 
 def answer_ids(model: HookedModel, words: Sequence[str]) -> Int[Tensor, " n"]:
     """The token of each word, which must be one."""
-    found = []
-    for word in words:
-        ids = to_tokens(model, word).flatten()
-        found.append(int(ids[-1]))
-    return torch.tensor(found)
+    token = {word: int(to_tokens(model, word).flatten()[-1]) for word in dict.fromkeys(words)}
+    return torch.tensor([token[word] for word in words])
 
 
 def _require(variable: str, case: Case, task: Task) -> None:
@@ -360,12 +361,3 @@ def exchanges(
             if others:
                 same.append((a, chooser.choice(others)))
     return changing, same
-
-
-def _add(name: str, pos: int, change: Float[Tensor, "batch d_model"]) -> FwdHook:
-    def add(x: Float[Tensor, "batch pos d_model"], hook: object) -> Float[Tensor, "batch pos d_model"]:
-        x = x.clone()
-        x[:, pos] += change
-        return x
-
-    return name, add

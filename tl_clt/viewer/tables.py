@@ -203,19 +203,21 @@ BENCHMARK_COLUMNS = {
 
 def benchmark_table(report: BenchmarkReport) -> Table:
     """What transcoders show of known hops: means over seeds, of hop recall and hops shown with the range."""
-    table = Table("judge", "judged", "at", *BENCHMARK_COLUMNS.values(), padding=(0, 0))
-    table.title = "Known circuits, means over seeds (least to most below). at: lambda, k or share of neurons kept; L0:"
+    summary = report.summary
+    # Organisms have no number of hops shown: where they are the only judges, it has no column.
+    columns = {
+        name: label for name, label in BENCHMARK_COLUMNS.items() if name in summary and summary[name].notna().any()
+    }
+    table = Table("judge", "judged", "at", *columns.values(), padding=(0, 0))
+    table.title = "Known hops, means over seeds (least to most below). at: lambda, k or share of neurons kept; L0:"
     table.title += " active features, all layers; right: answers with it in place of the MLPs; told: variables, from"
     table.title += " their features; swap: answers that follow it; hop recall: variables with both; hops shown: paths,"
     table.title += " of those there are; prec.: features in graphs that are functions of what the program has (of"
     table.title += " organisms, features at the last position)"
     table.title_justify = "left"
-    for row in report.summary.to_dict("records"):
+    for row in summary.to_dict("records"):
         cells = []
-        for name in BENCHMARK_COLUMNS:
-            if name not in row:
-                cells.append("")
-                continue
+        for name in columns:
             cell = "" if isna(row[name]) else f"{row[name]:.{1 if name == 'l0' else 2}f}"
             least, most = row[f"{name}_least"], row[f"{name}_most"]
             cells.append(f"{cell}\n{least:.2f} to {most:.2f}" if name.startswith("hop") and least < most else cell)
