@@ -260,7 +260,7 @@ class EdgeCircuits(_TranscoderCircuits):
     from it to the target lets through. This is what runs of the model give, one for each target with its sources held
     accordingly, attention patterns and the scales of norms being held; without these held there are no edges.
 
-    Features that were not traced have no in-edges and keep the clean run's activation.
+    Features that were not traced have no in-edges and keep the clean run's pre-activation.
     """
 
     def __init__(
@@ -325,7 +325,7 @@ class EdgeCircuits(_TranscoderCircuits):
         """Of each feature, layer after layer."""
         nodes, edges = self.graph.nodes, self.edges
         acts, carried = self.clean_acts.clone(), torch.ones_like(nodes.activation, dtype=edges.value.dtype)
-        at_layer, traced = nodes.layer[self.features], self.graph.expanded[self.features]
+        at_layer = nodes.layer[self.features]
         for layer in self.clt.layers:
             here = torch.nonzero(at_layer == layer).flatten()
             if not len(here):
@@ -338,8 +338,7 @@ class EdgeCircuits(_TranscoderCircuits):
             hidden_pre = self.hidden_pre[:, layer]
             of_nodes = torch.full_like(hidden_pre, torch.finfo(hidden_pre.dtype).min)
             of_nodes[pos, feature] = hidden_pre[pos, feature] + change.to(hidden_pre.dtype)
-            anew = self.clt.activate(of_nodes, layer)[pos, feature].to(acts.dtype)
-            acts[here] = torch.where(traced[here], anew, acts[here])
+            acts[here] = self.clt.activate(of_nodes, layer)[pos, feature].to(acts.dtype)
             beyond = self.clean_acts[here] - self.ablated[here]
             shares = (acts[here] - self.ablated[here]) / torch.where(beyond == 0, 1, beyond)
             carried[numbers] = torch.where(beyond == 0, 1, shares)
