@@ -639,6 +639,16 @@ def test_benchmark_draws_the_curves_of_a_clt(tmp_path):
     options = ("--counterfactual", "--errors", "removed", "--freeze", "all", "--max-feature-nodes", "50", "--seed", "3")
     output = run("benchmark", "--clt", ATLAS_CLT, "--n-prompts", "1", *options, "--output", str(tmp_path / "other"))
     assert "ablated to counterfactual; metric difference, errors removed" in " ".join(output.split())
+    assert (folder / "numbers.png").is_file()
+    beside = tmp_path / "beside"
+    kept = ("--neurons-kept", "1", "--neurons-kept", "0.2")
+    output = run("benchmark", "--clt", ATLAS_CLT, "--n-prompts", "1", *kept, "--output", str(beside))
+    names = FaithfulnessCurves.from_json((beside / "report.json").read_text()).table["transcoder"].unique()
+    assert names.tolist() == ["atlas", "neurons", "neurons, 0.2 kept"] and "for .9" in output
+    output = run(
+        "benchmark", "--clt", ATLAS_CLT, "--n-prompts", "1", "--level", "edges", "--output", str(tmp_path / "e")
+    )
+    assert "f by share of edges" in " ".join(output.split())
 
 
 def test_benchmark_reads_prompts_of_files(tmp_path):
@@ -674,6 +684,11 @@ def test_benchmark_reads_prompts_of_files(tmp_path):
         (("--clt", "atlass"), "FormatError", "Nearest names: atlas"),
         (("--clt", "atlas", "--metric", "loss"), "ConfigError", "give one of logit, difference, log_prob"),
         (("--clt", "atlas", "--errors", "no"), "ConfigError", "give one of nodes, kept, removed"),
+        (("--clt", "atlas", "--level", "edge"), "ConfigError", "give one of nodes, edges"),
+        (("--clt", "atlas", "--level", "edges", "--neurons-kept", "1"), "ConfigError", "Neurons have no graph"),
+        (("--clt", "atlas", "--level", "edges", "--freeze", "none"), "ConfigError", "Give freeze='all'"),
+        (("--clt", "atlas", "--neurons-kept", "2"), "ConfigError", "kept is 2"),
+        (("--level", "edges"), "ConfigError", "--level is of faithfulness curves"),
         (("--clt", "atlas", "--n-prompts", "0"), "ConfigError", "--n-prompts is 0"),
         (("--clt", "atlas", "--prompts", "no/file"), "DatasetError", "'no/file' is no file"),
         (("--clt", "atlas", "--prompts", "EMPTY"), "DatasetError", "has no prompts: write one on each line"),
@@ -707,5 +722,5 @@ def test_benchmark_says_the_defaults_that_its_functions_have():
         assert f"Default: {defaults[name]}." in options[name]
     assert all(name in options["judges"] for name in known_judges()) and all(kind in options["kinds"] for kind in KINDS)
     curves = signature(measure_curves).parameters
-    for name in ("errors", "freeze"):
+    for name in ("errors", "level"):
         assert f"Default: {curves[name].default}." in options[name]

@@ -255,10 +255,12 @@ def calls(right: Right) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             {
                 **{"model": model, "clts": clt, "prompts": [TOKENS], "targets": [3], "metric": "logit"},
                 **{"counterfactuals": [[*TOKENS[:-1], 9]], "errors": "nodes", "rankings": ["random"]},
+                **{"level": "nodes"},
                 **{"shares": [0.5, 1.0], "freeze": "none", "max_feature_nodes": None, "batch_size": 4, "seed": 0},
                 **{"progress": False},
             },
         ),
+        "find_neurons": (evaluation.find_neurons, {"model": model, "prompts": [TOKENS], "kept": 0.5}),
         "find_supernodes": (
             tl_clt.find_supernodes,
             {
@@ -336,6 +338,7 @@ NAMES = (
     *("Intervention.scale", "Intervention.noise", "DirectionIntervention", "parse_intervention", "intervention_hooks"),
     *("intervene", "intervene.masked", "effect.top_changes", "swap_interventions", "sweep_end_layer"),
     *("sweep_strength", "measure_interaction", "validate", "evaluate", "measure_faithfulness", "measure_curves"),
+    "find_neurons",
     *("find_supernodes", "measure_supernodes", "prune_to_behaviour", "direct_logits", "finetune"),
     *("promoted_tokens", "clt.encode", "clt.forward", "clt.decode", "clt.decoder_rows", "clt.save_pretrained"),
     *("from_pretrained", "CrossLayerTranscoder", "CrossLayerTranscoderConfig", "load_model", "load_model.device"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -42,7 +41,7 @@ def atlas_plt(folder: Path | None, seed: int) -> CrossLayerTranscoder:
         return CrossLayerTranscoder.from_pretrained(folder)
     model = load_model("atlas")
     with tempfile.TemporaryDirectory() as temp:
-        cfg = replace(clt_config("atlas", Path(temp) / "plt", seed), span=1)
+        cfg = clt_config("atlas", Path(temp) / "plt", seed, per_layer=True)
         return CLTTrainingRunner(cfg, model=model, dataset=text_of_run(model, seed)).run()
 
 

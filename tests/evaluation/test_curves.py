@@ -119,7 +119,8 @@ def test_the_whole_circuit_is_the_model_where_errors_are_nodes_or_kept(model, cl
     for errors, exact in (("nodes", True), ("kept", True), ("removed", False)):
         areas = measure_curves(model, clt, tokens, errors=errors, metric="log_prob", progress=False).areas
         assert np.allclose(areas["whole"], 1, atol=1e-9) == exact
-        assert areas["whole"].nunique() == 1 or exact
+        # Rows of one product may round otherwise than each other.
+        assert np.ptp(areas["whole"]) < 1e-9
 
 
 def test_magnitude_is_what_a_node_writes(model, clt):
@@ -224,7 +225,7 @@ def test_a_report_from_its_json(model, clt, tmp_path):
     assert again.info == report.info and again.to_json() == report.to_json()
     folder = report.save(tmp_path / "curves")
     assert {path.name for path in folder.iterdir()} == {
-        *("report.json", "measurements.csv", "curves.csv", "areas.csv", "curves.png")
+        *("report.json", "measurements.csv", "curves.csv", "areas.csv", "curves.png", "numbers.png")
     }
     assert (folder / "report.json").read_text() == report.to_json()
 

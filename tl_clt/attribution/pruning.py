@@ -77,7 +77,7 @@ def prune_graph(graph: WeightedGraph, node_threshold: float = 0.8, edge_threshol
         logit_probs=graph.logit_probs,
         dropped=None if graph.dropped is None else graph.dropped[kept],
     )
-    scores = _score_edges(inner, left)
+    scores = score_edges(inner, left)
     weakest = _smallest_of_share(scores.known, edge_threshold, scores.unknown)
     strong = scores.known >= weakest.value
     alive = _drop_loose_ends(inner, EdgeList(*(part[strong] for part in left)), stays[kept])
@@ -100,20 +100,22 @@ def list_node_thresholds(graph: WeightedGraph) -> list[float]:
     return found or [1.0]
 
 
-class _EdgeScores(NamedTuple):
+class EdgeScores(NamedTuple):
+    """What `score_edges` gives."""
+
     known: Float[Tensor, " n_edges"]
     unknown: float
     """The most that the scores of edges which are not kept can sum to."""
 
 
-def _score_edges(graph: WeightedGraph, edges: EdgeList) -> _EdgeScores:
+def score_edges(graph: WeightedGraph, edges: EdgeList) -> EdgeScores:
     """A[t, s] * (influence[t] + w[t]) of each edge of a graph.
 
     What a row does not keep may come from nodes that are kept, and stays in the row's sum.
     """
     walks = walk_upstream(graph)
     # A lost walk's steps, each along one edge, are as many as its further visits.
-    return _EdgeScores(edges.value.abs() * (walks.output / walks.inputs)[edges.row], walks.unknown_visits)
+    return EdgeScores(edges.value.abs() * (walks.output / walks.inputs)[edges.row], walks.unknown_visits)
 
 
 def _drop_loose_ends(graph: WeightedGraph, edges: EdgeList, stays: NodeMask) -> NodeMask:

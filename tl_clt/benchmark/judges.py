@@ -23,9 +23,10 @@ from tqdm.auto import tqdm
 
 from tl_clt.arguments import as_choices, as_number, as_path, as_seed, as_several, as_share, as_switch, as_whole
 from tl_clt.benchmark.hops import HopReport, measure_hops, neurons_as_transcoder
-from tl_clt.benchmark.tasks import Neurons, OrganismReport, find_neurons, measure_organism
+from tl_clt.benchmark.tasks import OrganismReport, measure_organism
 from tl_clt.bundled import bundled_organisms
 from tl_clt.errors import FormatError
+from tl_clt.evaluation import Neurons, find_neurons
 from tl_clt.files import append_line, read_json, require_file
 from tl_clt.lens import load_model
 from tl_clt.organisms import (

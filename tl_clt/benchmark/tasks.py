@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -34,9 +34,10 @@ from jaxtyping import Bool, Float, Int
 from pandas import DataFrame, concat
 from torch import Tensor
 
-from tl_clt.arguments import as_seed, as_share, as_whole, shown
+from tl_clt.arguments import as_seed, as_whole, shown
 from tl_clt.benchmark.hops import PURITY, SHOWN, explained_by, explained_by_layer
 from tl_clt.errors import ConfigError, FormatError
+from tl_clt.evaluation.neurons import NEURONS, Neurons, neuron_values
 from tl_clt.interventions import Intervention, intervene
 from tl_clt.lens import FwdHook, HookedModel, block_hook, run_with_cache, run_with_hooks
 from tl_clt.organisms.interchange import (
@@ -70,48 +71,6 @@ MOSTLY = 0.5
 Acts = Float[Tensor, "n_prompts pos n_layers d_transcoder"]
 OfPairs = Float[Tensor, "n_pairs pos n_layers d_transcoder"]
 Mask = Bool[Tensor, "pos n_layers d_transcoder"]
-NEURONS = "mlp.hook_post"
-
-
-class Neurons(NamedTuple):
-    """The neurons of a model's MLPs in the place of a transcoder's features: what is judged beside transcoders."""
-
-    thresholds: Float[Tensor, "n_layers d_mlp"]
-    """Absolute values from which on a neuron counts as active; what is less is 0, and the rest of the MLP's output."""
-
-
-@torch.no_grad()
-def find_neurons(model: HookedModel, tokens: TokenBatch, kept: float = 1.0) -> Neurons:
-    """The neurons of a model, with one threshold a layer of what a neuron writes: its absolute value times the norm of
-    its output weights.
-
-    Args:
-        model: the organism.
-        tokens: prompts; position 0 is left out.
-        kept: share of values on them that stay.
-
-    Raises:
-        ConfigError: kept is no share.
-    """
-    kept = as_share("kept", kept)
-    norms = _output_norms(model)
-    if kept == 1:
-        return Neurons(torch.zeros_like(norms))
-    written = _neuron_values(model, tokens)[:, 1:].abs() * norms
-    limits = [written[:, :, layer].flatten().quantile(1 - kept) for layer in range(model.cfg.n_layers)]
-    return Neurons(torch.stack(limits)[:, None] / norms.clamp_min(torch.finfo(norms.dtype).tiny))
-
-
-def _output_norms(model: HookedModel) -> Float[Tensor, "n_layers d_mlp"]:
-    weights = dict(model.named_parameters())
-    of = [weights[f"blocks.{layer}.mlp.W_out"].detach() for layer in range(model.cfg.n_layers)]
-    return torch.stack([W.norm(dim=-1) for W in of])
-
-
-def _neuron_values(model: HookedModel, tokens: TokenBatch) -> Float[Tensor, "n_prompts pos n_layers d_mlp"]:
-    names = [block_hook(layer, NEURONS) for layer in range(model.cfg.n_layers)]
-    _, cache = run_with_cache(model, tokens, lambda name: name in names)
-    return torch.stack([cache[name] for name in names], dim=2)
 
 
 def _above(values: Tensor, thresholds: Tensor) -> Tensor:
@@ -120,7 +79,7 @@ def _above(values: Tensor, thresholds: Tensor) -> Tensor:
 
 def _acts(model: HookedModel, features: CrossLayerTranscoder | Neurons, tokens: TokenBatch) -> Acts:
     if isinstance(features, Neurons):
-        return _above(_neuron_values(model, tokens), features.thresholds)
+        return _above(neuron_values(model, tokens), features.thresholds)
     return feature_acts(model, features, tokens)
 
 
@@ -543,7 +502,7 @@ def _swap_neurons(
 ) -> Float[Tensor, "n_pairs d_vocab"]:
     """The same of neurons. Up to the layer, all others keep what they are, as features and errors do."""
     to = torch.tensor(pairs)[:, 0]
-    values = _neuron_values(model, tokens)[to] + (given - acts[to]) * features
+    values = neuron_values(model, tokens)[to] + (given - acts[to]) * features
 
     def hold(layer: int) -> FwdHook:
         return block_hook(layer, NEURONS), lambda x, hook: values[:, :, layer]

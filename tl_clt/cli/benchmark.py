@@ -76,7 +76,7 @@ def benchmark(
         Optional[list[float]],
         typer.Option(
             help="Share of the neurons' activations that thresholds leave; 1 for no threshold. Repeatable."
-            " Default: 1, 0.5 and 0.1.",
+            " Default: 1, 0.5 and 0.1. With --clt, the neurons are measured beside it where this is given.",
             rich_help_panel=KNOWN,
         ),
     ] = None,
@@ -121,6 +121,12 @@ def benchmark(
             rich_help_panel=CURVES,
         ),
     ] = False,
+    level: Annotated[
+        Optional[str],
+        typer.Option(
+            help="What circuits have some of: nodes or edges of the graphs. Default: nodes.", rich_help_panel=CURVES
+        ),
+    ] = None,
     metric: Annotated[
         Optional[str],
         typer.Option(
@@ -140,7 +146,8 @@ def benchmark(
     freeze: Annotated[
         Optional[str],
         typer.Option(
-            help="Hold attention, all (and norms' scales), or none. Default: attention.", rich_help_panel=CURVES
+            help="Hold attention, all (and norms' scales), or none. Default: attention; of edges all, which they need.",
+            rich_help_panel=CURVES,
         ),
     ] = None,
     max_feature_nodes: Annotated[
@@ -155,8 +162,9 @@ def benchmark(
     """Judge transcoders by circuits that are known, or a CLT by how much of the answers its circuits keep.
 
     Without --clt, CLTs, PLTs and the neurons themselves are judged on models whose circuits are known by
-    construction: which of their hops do features and graphs show? With --clt, the first nodes of each prompt's graph
-    are kept, all others are ablated in the model, and what is left of the answer is drawn against their share.
+    construction: which of their hops do features and graphs show? With --clt, the first nodes, or edges, of each
+    prompt's graph are kept, all others are ablated in the model, and what is left of the answer is drawn against their
+    share; the model's own neurons may stand beside it.
 
     Each transcoder's report is kept in OUTPUT.runs.jsonl until all are there: where the command ends before, the same
     command goes on from it.
@@ -172,22 +180,29 @@ def benchmark(
             "kinds": kinds,
             "sparsities": sparsities,
             "k": k,
-            "neurons_kept": neurons_kept,
             "n_seeds": n_seeds,
             "n_steps": n_steps,
             "n_pairs": n_pairs,
             "n_graphs": n_graphs,
         }
-        measuring = {"metric": metric, "errors": errors, "freeze": freeze, "max_feature_nodes": max_feature_nodes}
+        measuring = {
+            "level": level,
+            "metric": metric,
+            "errors": errors,
+            "freeze": freeze,
+            "max_feature_nodes": max_feature_nodes,
+        }
         of_clts = {"model": model, "prompts": prompts, "n_prompts": n_prompts, "counterfactual": counterfactual or None}
         if clt:
             _refuse({**how, "quick": quick or None}, "is of known circuits. Leave it out, or leave out --clt.")
             with console.status("Loading the model and the CLT"):
                 hooked, transcoders = _load(model, clt, backend, device, lazy_decoder)
             asked = _prompts(prompts, hooked, 20 if n_prompts is None else n_prompts, counterfactual)
-            _judge_clts(hooked, transcoders, asked, {**_given(measuring), "seed": seed}, output)
+            neurons = _neurons(hooked, neurons_kept or [], asked)
+            _judge_clts(hooked, {**transcoders, **neurons}, asked, {**_given(measuring), "seed": seed}, output)
         else:
             _refuse({**of_clts, **measuring}, "is of faithfulness curves. Leave it out, or give --clt.")
+            how["neurons_kept"] = neurons_kept
             _judge_known({**(QUICK if quick else {}), **_given(how), **_left_out(sparsities, k), "seed": seed}, output)
         console.print(f"The report and its figures are in {output}.", markup=False, soft_wrap=True)
 
@@ -253,6 +268,15 @@ def _load(
     hooked, first = load_pair(model, clts[0], backend, device, lazy_decoder)
     others = [CrossLayerTranscoder.from_pretrained(name, device=device, lazy_decoder=lazy_decoder) for name in clts[1:]]
     return hooked, dict(zip(short_names(clts), [first, *others], strict=True))
+
+
+def _neurons(model: Any, shares: Sequence[float], prompts: list[dict[str, str]]) -> dict[str, Any]:
+    """The model's neurons by name, with thresholds that leave these shares of their activations on the prompts."""
+    from tl_clt.evaluation import find_neurons
+
+    texts = [prompt["prompt"] for prompt in prompts]
+    named = {"neurons" if share == 1 else f"neurons, {share:g} kept": share for share in shares}
+    return {name: find_neurons(model, texts, share) for name, share in named.items()}
 
 
 def _judge_clts(

@@ -5,6 +5,7 @@ from tl_clt.evaluation.behaviour import PrunedToBehaviour, find_consensus, prune
 from tl_clt.evaluation.curves import FaithfulnessCurves, measure_curves
 from tl_clt.evaluation.evaluate import evaluate
 from tl_clt.evaluation.faithfulness import FaithfulnessReport, measure_faithfulness
+from tl_clt.evaluation.neurons import Neurons, find_neurons
 from tl_clt.evaluation.report import FIGURES, EvaluationReport, GraphNumbers
 from tl_clt.replacement import replaced
 
@@ -14,11 +15,13 @@ __all__ = [
     "FaithfulnessCurves",
     "FaithfulnessReport",
     "GraphNumbers",
+    "Neurons",
     "PrunedToBehaviour",
     "TaskComparison",
     "compare_tasks",
     "evaluate",
     "find_consensus",
+    "find_neurons",
     "measure_curves",
     "measure_faithfulness",
     "prune_to_behaviour",

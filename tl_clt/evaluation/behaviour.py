@@ -29,7 +29,7 @@ from tl_clt.arguments import as_choice, as_seed, as_several, as_share, as_switch
 from tl_clt.attribution import AttributionGraph, DifferenceTarget, NodeKind, TokenTarget
 from tl_clt.attribution.pruning import list_node_thresholds
 from tl_clt.errors import CLTMismatch, ConfigError, PromptError, TargetError
-from tl_clt.evaluation.curves import Ablation, Circuits, Clean, Measured, Metric, PromptTask, list_candidates
+from tl_clt.evaluation.circuits import Ablation, Clean, Measured, Metric, NodeCircuits, PromptTask
 from tl_clt.interventions import Freeze
 from tl_clt.interventions.validation import targets_of
 from tl_clt.lens import HookedModel, Prompt, to_tokens
@@ -137,10 +137,10 @@ def prune_to_behaviour(
     )
     seed = as_seed("seed", seed)
     task = _task(model, graph, target, counterfactual)
-    circuits, candidates = Circuits(model, clt, task, how), list_candidates(graph, how.errors)
+    circuits = NodeCircuits(model, clt, task, how, graph)
     _require_contrast(graph, circuits.away)
-    n = len(candidates.number)
-    whole, [empty] = circuits.whole, circuits.measure(candidates, [torch.arange(0)])
+    n = circuits.n
+    whole, [empty] = circuits.whole, circuits.measure([torch.arange(0)])
     if not abs(whole - empty.value) > SMALLEST_EFFECT * max(1.0, abs(whole)):
         raise ConfigError(
             f"What is measured is {whole:.6g} with all of the graph's nodes and without any: there is no behaviour to"
@@ -148,7 +148,7 @@ def prune_to_behaviour(
         )
 
     def keep(kept: Sequence[Int[Tensor, " _"]]) -> list[_Kept]:
-        found = circuits.measure(candidates, kept)
+        found = circuits.measure(kept)
         return [
             _Kept(len(c), (m.value - empty.value) / (whole - empty.value), m) for c, m in zip(kept, found, strict=True)
         ]
@@ -161,7 +161,7 @@ def prune_to_behaviour(
             # Of reduced graphs, whose largest thresholds keep all there is; what they keep is measured here.
             warnings.filterwarnings("ignore", message="The graph is sure of")
             masks = [graph.prune_masks(thresholds[level], edge_threshold).nodes for level in levels]
-        found = keep([torch.nonzero(mask[candidates.number]).flatten().cpu() for mask in masks])
+        found = keep([torch.nonzero(mask[circuits.candidates.number]).flatten().cpu() for mask in masks])
         tried.update({thresholds[level]: of for level, of in zip(levels, found, strict=True)})
         return [of.faithfulness for of in found]
 

@@ -17,6 +17,16 @@ positions after 0. Tokens, position embeddings, biases, skip connections and pos
 model's own, belong to every circuit, the empty one too. What is ablated becomes 0; or, with a counterfactual prompt of
 the same length, what it is there, and then nodes are the features active on either prompt. Features that are no nodes
 are ablated always.
+
+Edges in place of nodes: a circuit has some of the graph's edges from the same features and errors. A target sees a
+source as the circuit leaves it along an edge that is kept, and ablated along one that is not. This is measured with
+attention patterns and the scales of norms held, since edges are what they are only then: activations are computed from
+the graph, the logits in the model (`EdgeCircuits`). The empty circuit is that of no nodes.
+
+Neurons in place of a CLT's features: nodes are the values that the model's own MLPs give their output weights, ranked
+by gradient times activation, which is to the first order what a node does to m (`NeuronCircuits`). With thresholds,
+what smaller values write at a place is a node, as a CLT's error is. Shares are of many more nodes there: numbers of
+nodes (`n_kept`, `n_for_90`) can be compared between transcoders, shares and areas cannot.
 """
 
 from __future__ import annotations
@@ -25,124 +35,149 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from pandas import DataFrame
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_clt.arguments import as_choice, as_choices, as_seed, as_several, as_share, as_switch, as_whole
-from tl_clt.attribution import AttributionGraph, DifferenceTarget, NodeKind, TokenTarget, attribute
+from tl_clt.arguments import as_choice, as_choices, as_seed, as_several, as_share, as_switch, as_whole, shown
+from tl_clt.attribution import DifferenceTarget, TokenTarget, attribute
 from tl_clt.attribution.targets import as_token_ids
 from tl_clt.errors import ConfigError, DatasetError, FormatError, PromptError
+from tl_clt.evaluation.circuits import (
+    Ablation,
+    Circuits,
+    EdgeCircuits,
+    Errors,
+    Metric,
+    NeuronCircuits,
+    NodeCircuits,
+    PromptTask,
+)
 from tl_clt.evaluation.faithfulness import name_transcoders, read_prompts
+from tl_clt.evaluation.neurons import Neurons, require_neurons
 from tl_clt.files import read_json
-from tl_clt.interventions import Freeze, intervention_hooks
+from tl_clt.interventions import Freeze
 from tl_clt.interventions.validation_report import FEWEST_PROMPTS, LEVEL, interval_note, resample
 from tl_clt.lens import (
-    FwdHook,
     HookedModel,
     Prompt,
-    block_hook,
     model_name,
     require_model,
-    run_with_cache,
     run_with_hooks,
     token_strings,
     user_hooks_aside,
 )
-from tl_clt.replacement import attach, check_fit, require_free
+from tl_clt.replacement import check_fit, require_free
 from tl_clt.report import GREY, PALETTE, Report, table_from_json, table_to_json
 from tl_clt.shapes import Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Those of MIB."""
 Ranking = Literal["influence", "magnitude", "random"]
 RANKINGS: tuple[Ranking, ...] = get_args(Ranking)
-Errors = Literal["nodes", "kept", "removed"]
-Metric = Literal["logit", "difference", "log_prob"]
-FigureName = Literal["curves"]
+Level = Literal["nodes", "edges"]
+FigureName = Literal["curves", "numbers"]
 COLUMNS = [
     *("transcoder", "prompt", "ranking", "share", "n_nodes", "n_kept", "measure", "measure_empty", "measure_model"),
     "answer",
 ]
-Acts = Float[Tensor, "pos n_layers d_transcoder"]
 
 
 @torch.no_grad()
 def measure_curves(
     model: HookedModel,
-    clts: CrossLayerTranscoder | Mapping[str, CrossLayerTranscoder],
+    clts: CrossLayerTranscoder | Neurons | Mapping[str, CrossLayerTranscoder | Neurons],
     prompts: Prompt | Sequence[Prompt],
     targets: Sequence[int | str] | None = None,
     counterfactuals: Prompt | Sequence[Prompt] | None = None,
     *,
+    level: Level = "nodes",
     metric: Metric | None = None,
     errors: Errors = "nodes",
     rankings: Ranking | Sequence[Ranking] = RANKINGS,
     shares: Sequence[float] = SHARES,
-    freeze: Freeze = "attention",
+    freeze: Freeze | None = None,
     max_feature_nodes: int | None = None,
     batch_size: int = 32,
     seed: int = 0,
     progress: bool = True,
 ) -> FaithfulnessCurves:
-    """Ablate all but the first nodes of each prompt's graph, and see how much of the answer stays.
+    """Ablate all but the first nodes, or edges, of each prompt's graph, and see how much of the answer stays.
 
     Hooks of the user's own are set aside.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        clts: a CLT of this model (of span 1: per-layer transcoders), or several by name.
+        clts: a CLT of this model (of span 1: per-layer transcoders), its own neurons (what `find_neurons` gives), or
+            several of these by name.
         prompts: texts or token ids; one or several.
         targets: the token of each prompt whose place at the end is measured, as text that is one token or as id;
             None for the model's own likeliest.
         counterfactuals: another prompt of the same length for each (or one for all): what is ablated has its values
             there. None for zeros.
+        level: what a circuit has some of: "nodes" or "edges" of the graph. Neurons have no graph, and so nodes alone.
         metric: "logit" (of the target, less the mean logit: what graphs explain), "difference" (the target's logit
             less that of the counterfactual prompt's likeliest token, as in MIB) or "log_prob" (of the target). None
             for "difference" where there are counterfactuals, else "logit".
         errors: "nodes" ranks errors among the features, so that the whole circuit is the model; "kept" has them in
             every circuit, the empty one too; "removed" in none, so that the whole circuit is what the features do
             alone.
-        rankings: "influence" on the target in the graph, largest first, whatever its sign. Controls: "magnitude" (how
-            much a node writes: activation times the norm of all its decoder vectors, or the norm of an error) and
-            "random". With counterfactuals the magnitude is that of what changes.
-        shares: of the nodes; a circuit has as many nodes as are not more than the share.
+        rankings: "influence" on the target in the graph, largest first, whatever its sign: of an edge that which runs
+            along it, of neurons gradient times activation. Controls: "magnitude" (how much a node writes: activation
+            times the norm of all its decoder vectors, or the norm of an error; of an edge its own size) and "random".
+            With counterfactuals the magnitude is that of what changes.
+        shares: of the nodes or edges; a circuit has as many as are not more than the share.
         freeze: what is held at the clean run's values: "attention" patterns, "all" (patterns and the scales of norms),
-            or "none".
+            or "none". None for "attention"; of edges for "all", without which there are none.
         max_feature_nodes: as for `attribute`: trace at most so many features of each prompt.
         batch_size: circuits in one pass.
         seed: of the random order.
         progress: show a progress bar.
 
     Raises:
-        ConfigError: an argument out of range, or a difference with nothing to be told apart from.
+        ConfigError: an argument out of range, a difference with nothing to be told apart from, or edges of neurons.
         DatasetError, PromptError, TokenizerMissing, TargetError: no prompts, or one that the model cannot take, or as
             many targets or counterfactuals as there are not prompts.
-        CLTMismatch, HookNotFound: a CLT is of another model.
+        CLTMismatch, HookNotFound: a CLT, or neurons, are of another model.
         AlreadyAttached: the model has a CLT attached: it would not be the model itself that runs.
         ModelUnsupported, LocalModelMismatch, MemoryLimit: as for `attribute`.
     """
     require_model(model)
-    named = name_transcoders(clts)
+    named = {"neurons": clts} if isinstance(clts, Neurons) else name_transcoders(clts)  # type: ignore[arg-type]
     if not named:
         raise ConfigError("There is no CLT to measure: give at least one.")
     for clt in named.values():
-        check_fit(model, clt)
+        if isinstance(clt, Neurons):
+            require_neurons(model, clt)
+        else:
+            check_fit(model, clt)
     require_free(model)
+    level = as_choice("level", level, get_args(Level))
+    if freeze is None:
+        freeze = "attention" if level == "nodes" else "all"
+    if level == "edges" and freeze != "all":
+        raise ConfigError(
+            f"freeze is {shown(freeze)}: a graph's edges are what they are with attention patterns and the scales of"
+            " norms held. Give freeze='all', or leave it out, or take level='nodes'."
+        )
+    if level == "edges" and any(isinstance(clt, Neurons) for clt in named.values()):
+        raise ConfigError("Neurons have no graph, and so no edges: leave them out, or take level='nodes'.")
     if metric is None:
         metric = "logit" if counterfactuals is None else "difference"
     plan = _Plan(
+        level=level,
         metric=as_choice("metric", metric, get_args(Metric)),
         errors=as_choice("errors", errors, get_args(Errors)),
         rankings=as_choices("rankings", rankings, RANKINGS),
@@ -166,6 +201,7 @@ def measure_curves(
         "targets": [token_strings(model, torch.tensor([task.target]))[0] for task in tasks],
         "counterfactuals": ["".join(token_strings(model, task.other)) for task in tasks if task.other is not None],
         "ablated_to": "zero" if counterfactuals is None else "counterfactual",
+        "level": plan.level,
         "metric": plan.metric,
         "errors": plan.errors,
         "freeze": plan.freeze,
@@ -176,35 +212,14 @@ def measure_curves(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ablation:
-    """How circuits are measured: arguments of `measure_curves`."""
-
-    metric: Metric
-    errors: Errors
-    freeze: Freeze
-    batch_size: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Plan(Ablation):
     """What is measured: the other arguments."""
 
+    level: Level
     rankings: Sequence[str]
     shares: Sequence[float]
     max_feature_nodes: int | None
     seed: int
-
-
-class PromptTask(NamedTuple):
-    """One prompt."""
-
-    tokens: Tokens
-    target: int
-    other: Tokens | None
-    """The counterfactual prompt."""
-
-    against: int | None
-    """The token that the target is to be told apart from, of a difference."""
 
 
 def _as_shares(given: object) -> list[float]:
@@ -263,137 +278,10 @@ def likeliest(model: HookedModel, tokens: Tokens) -> int:
         return int(run_with_hooks(model, tokens[None], [], known)[0, -1].argmax())
 
 
-class Clean(NamedTuple):
-    """What features and errors are on a prompt."""
-
-    acts: Acts
-    errors: Float[Tensor, "pos n_layers d_model"]
-    logits: Float[Tensor, " d_vocab"]
-    """After the last position."""
-
-
-def _clean(model: HookedModel, clt: CrossLayerTranscoder, tokens: Tokens) -> Clean:
-    with user_hooks_aside(model), attach(model, clt):
-        names = {
-            point: [block_hook(t, f"clt.{point}") for t in clt.layers] for point in ("hook_acts_post", "hook_error")
-        }
-        wanted = {name for of in names.values() for name in of}
-        logits, cache = run_with_cache(model, tokens[None], lambda name: name in wanted)
-        acts, errors = (torch.stack([cache[name][0] for name in of], dim=1) for of in names.values())
-    return Clean(acts, errors, logits[0, -1])
-
-
-class Candidates(NamedTuple):
-    """Nodes of a prompt's graph that a circuit may have."""
-
-    number: Int[Tensor, " n"]
-    """Of the node in the graph."""
-    layer: Int[Tensor, " n"]
-    pos: Int[Tensor, " n"]
-    feature: Int[Tensor, " n"]
-    """-1 for errors."""
-
-
-def list_candidates(graph: AttributionGraph, errors: Errors) -> Candidates:
-    """The features of a graph, and with errors="nodes" its errors, at positions after 0."""
-    nodes = graph.nodes
-    kinds = [NodeKind.FEATURE, NodeKind.ERROR] if errors == "nodes" else [NodeKind.FEATURE]
-    chosen = torch.nonzero(nodes.is_kind(*kinds) & (nodes.pos > 0)).flatten()
-    feature = nodes.index[chosen].masked_fill(nodes.is_kind(NodeKind.ERROR)[chosen], -1)
-    return Candidates(chosen, nodes.layer[chosen], nodes.pos[chosen], feature)
-
-
-class Measured(NamedTuple):
-    """What comes of one circuit."""
-
-    value: float
-    """m of the circuit."""
-    answer: bool
-    """Whether the likeliest token is the model's."""
-
-
-class Circuits:
-    """Circuits of one prompt, measured in the model itself with all other nodes ablated.
-
-    Args:
-        model, clt: the model, and a CLT of it.
-        task: the prompt, and what is measured on it.
-        how: what is ablated to what, and what is measured.
-    """
-
-    def __init__(self, model: HookedModel, clt: CrossLayerTranscoder, task: PromptTask, how: Ablation) -> None:
-        self.model, self.clt, self.task, self.how = model, clt, task, how
-        self.here = _clean(model, clt, task.tokens)
-        self.away = None if task.other is None else _clean(model, clt, task.other)
-
-    @property
-    def whole(self) -> float:
-        """m of the model as it is."""
-        return float(self._value(self.here.logits[None])[0])
-
-    def measure(self, candidates: Candidates, circuits: Sequence[Int[Tensor, " _"]]) -> list[Measured]:
-        """Measure circuits, each of some of the candidates, by their places among these."""
-        found: list[Measured] = []
-        for start in range(0, len(circuits), self.how.batch_size):
-            logits = self._run(candidates, circuits[start : start + self.how.batch_size])
-            answers = logits.argmax(dim=-1) == self.here.logits.argmax()
-            found += map(Measured, self._value(logits).tolist(), answers.tolist())
-        return found
-
-    def magnitudes(self, candidates: Candidates) -> Float[Tensor, " n"]:
-        """How much of each node is written, or changes."""
-        _, layer, pos, feature = candidates
-        here, away = self.here, self.away
-        acts = here.acts if away is None else here.acts - away.acts
-        errors = here.errors if away is None else here.errors - away.errors
-        sizes = errors[pos, layer].norm(dim=-1)
-        for source in self.clt.layers:
-            at = torch.nonzero((layer == source) & (feature >= 0)).flatten()
-            rows = self.clt.decoder_rows(source, feature[at]).detach()
-            sizes[at] = acts[pos[at], source, feature[at]].abs() * rows.flatten(start_dim=1).norm(dim=1)
-        return sizes
-
-    def _value(self, logits: Float[Tensor, "n d_vocab"]) -> Float[Tensor, " n"]:
-        logits, task = logits.double(), self.task
-        if self.how.metric == "log_prob":
-            return logits.log_softmax(dim=-1)[:, task.target]
-        return logits[:, task.target] - (logits.mean(dim=-1) if task.against is None else logits[:, task.against])
-
-    def _run(
-        self, candidates: Candidates, circuits: Sequence[Int[Tensor, " _"]]
-    ) -> Float[Tensor, "n_circuits d_vocab"]:
-        """Logits after the last position, with all nodes ablated but those of each circuit."""
-        model, clt, here, away = self.model, self.clt, self.here, self.away
-        features = torch.zeros(len(circuits), *here.acts.shape, dtype=torch.bool)
-        errors = torch.zeros(len(circuits), *here.errors.shape[:2], dtype=torch.bool)
-        for row, circuit in enumerate(circuits):
-            layer, pos, feature = (values.cpu()[circuit] for values in candidates[1:])
-            is_error = feature < 0
-            features[row, pos[~is_error], layer[~is_error], feature[~is_error]] = True
-            errors[row, pos[is_error], layer[is_error]] = True
-        if self.how.errors == "kept":
-            errors[:] = True
-        # Position 0 stays as it is.
-        features[:, 0], errors[:, 0] = True, True
-        ablated_acts = torch.zeros_like(here.acts) if away is None else away.acts
-        ablated_errors = torch.zeros_like(here.errors) if away is None else away.errors
-        device = here.acts.device
-        batch = self.task.tokens.expand(len(circuits), -1)
-        hooks: list[FwdHook] = []
-        if self.how.freeze != "none":
-            hooks = intervention_hooks(model, clt, batch, [], None, self.how.freeze)
-        for layer in clt.layers:
-            keep_acts = keep(features[:, :, layer].to(device), ablated_acts[:, layer])
-            keep_error = keep(errors[:, :, layer, None].to(device), ablated_errors[:, layer])
-            hooks.append((block_hook(layer, "clt.hook_acts_post"), keep_acts))
-            hooks.append((block_hook(layer, "clt.hook_error"), keep_error))
-        with user_hooks_aside(model), attach(model, clt, mode="replace_with_error"):
-            return run_with_hooks(model, batch, hooks)[:, -1]
-
-
-def _measure(model: HookedModel, clt: CrossLayerTranscoder, task: PromptTask, plan: _Plan, number: int) -> list[tuple]:
-    """Rows of the table, of one prompt."""
-    circuits = Circuits(model, clt, task, plan)
+def _circuits(model: HookedModel, clt: CrossLayerTranscoder | Neurons, task: PromptTask, plan: _Plan) -> Circuits:
+    """Circuits of one prompt, of what is wanted."""
+    if isinstance(clt, Neurons):
+        return NeuronCircuits(model, clt, task, plan)
     target = TokenTarget(task.target) if task.against is None else DifferenceTarget(task.target, task.against)
     graph = attribute(
         model,
@@ -404,17 +292,25 @@ def _measure(model: HookedModel, clt: CrossLayerTranscoder, task: PromptTask, pl
         contrast=task.other,
         progress=False,
     )
-    candidates = list_candidates(graph, plan.errors)
-    n = len(candidates.number)
+    kind = NodeCircuits if plan.level == "nodes" else EdgeCircuits
+    return kind(model, clt, task, plan, graph)
+
+
+def _measure(
+    model: HookedModel, clt: CrossLayerTranscoder | Neurons, task: PromptTask, plan: _Plan, number: int
+) -> list[tuple]:
+    """Rows of the table, of one prompt."""
+    circuits = _circuits(model, clt, task, plan)
+    n = circuits.n
     scores: dict[str, Callable[[], Tensor]] = {
-        "influence": lambda: graph.influence()[candidates.number],
-        "magnitude": lambda: circuits.magnitudes(candidates),
+        "influence": circuits.influences,
+        "magnitude": circuits.magnitudes,
         "random": lambda: torch.randperm(n, generator=torch.Generator().manual_seed(plan.seed + number)),
     }
     orders = {ranking: scores[ranking]().argsort(descending=True, stable=True).cpu() for ranking in plan.rankings}
     counts = [_count(share, n) for share in plan.shares]
     chosen = [(ranking, count) for ranking in plan.rankings for count in dict.fromkeys([0, *counts])]
-    found = circuits.measure(candidates, [orders[ranking][:count] for ranking, count in chosen])
+    found = circuits.measure([orders[ranking][:count] for ranking, count in chosen])
     measures, whole = dict(zip(chosen, found, strict=True)), circuits.whole
     rows = []
     for ranking in plan.rankings:
@@ -430,36 +326,26 @@ def _count(share: float, n: int) -> int:
     return math.floor(share * n + 1e-9)
 
 
-def keep(kept: Bool[Tensor, "batch pos _"], ablated: Float[Tensor, "pos n"]) -> Callable:
-    """A hook that leaves what is kept and puts other values in place of the rest.
-
-    A plain function: TransformerLens prints each hook that it adds, and a printed partial prints its tensors.
-    """
-
-    def keep_some(x: Float[Tensor, "batch pos n"], hook: object) -> Float[Tensor, "batch pos n"]:
-        return torch.where(kept, x, ablated.to(x.dtype))
-
-    return keep_some
-
-
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class FaithfulnessCurves(Report[FigureName]):
     """How much of the answer circuits of each size keep.
 
-    Figure: "curves" (f against the share of nodes, a panel for each transcoder, a line for each ranking, with 95%
-    intervals). `save` writes it, report.json (which `from_json` reads), measurements.csv (`table`), curves.csv and
+    Figures: "curves" (f against the share of nodes, a panel for each transcoder, a line for each ranking, with 95%
+    intervals) and "numbers" (f against the number of nodes, by the first ranking, all transcoders in one panel).
+    `save` writes them, report.json (which `from_json` reads), measurements.csv (`table`), curves.csv and
     areas.csv.
     """
 
     FIGURES: ClassVar[tuple[FigureName, ...]] = get_args(FigureName)
 
     table: DataFrame
-    """One row for each transcoder (its name), prompt (number), ranking and share: n_nodes (to choose from), n_kept (in
-    the circuit), measure (m of the circuit), measure_empty, measure_model, answer (whether the likeliest token is the
-    model's)."""
+    """One row for each transcoder (its name), prompt (number), ranking and share: n_nodes (nodes, or edges, to choose
+    from), n_kept (in the circuit), measure (m of the circuit), measure_empty, measure_model, answer (whether the
+    likeliest token is the model's)."""
 
     info: dict[str, Any]
-    """Model, prompts, targets, counterfactuals, ablated_to, metric, errors, freeze, seed, and what intervals are of."""
+    """Model, prompts, targets, counterfactuals, ablated_to, level, metric, errors, freeze, seed, and what intervals are
+    of."""
 
     @property
     def curves(self) -> DataFrame:
@@ -476,14 +362,18 @@ class FaithfulnessCurves(Report[FigureName]):
     @property
     def areas(self) -> DataFrame:
         """For each transcoder and ranking: area (under f; MIB's CPR) and distance (between f and 1; MIB's CMD), each
-        with its interval; and whole (f of all nodes)."""
+        with its interval; whole (f of all nodes); n_nodes (mean over prompts) and n_for_90 (n_kept of the smallest
+        share measured whose f is .9 or more; nan where none is)."""
         rows = []
         for of in self._curves():
             area = _trapezoids(of.shares, of.faithfulness)
             distance = _trapezoids(of.shares, np.abs(1 - of.faithfulness))
-            whole = float(of.faithfulness[0, -1])
-            rows.append((*of.name, *_with_interval(area), *_with_interval(distance), whole))
+            f = of.faithfulness[0]
+            enough = of.n_kept[f >= 0.9]
+            numbers = (of.n_nodes, float(enough[0]) if len(enough) else math.nan)
+            rows.append((*of.name, *_with_interval(area), *_with_interval(distance), float(f[-1]), *numbers))
         names = ["area", "area_low", "area_high", "distance", "distance_low", "distance_high", "whole"]
+        names += ["n_nodes", "n_for_90"]
         return DataFrame(rows, columns=["transcoder", "ranking", *names])
 
     def _curves(self) -> list[_Curve]:
@@ -500,8 +390,9 @@ class FaithfulnessCurves(Report[FigureName]):
                 f = (times @ (measure - empty)) / (times @ (whole - empty))
             if n_prompts < FEWEST_PROMPTS:
                 f[1:] = np.nan
-            means = (by_prompt(column).mean(axis=0) for column in ("n_kept", "answer"))
-            found.append(_Curve((str(transcoder), str(ranking)), shares, f, *means))
+            n_kept, answers = (by_prompt(column).mean(axis=0) for column in ("n_kept", "answer"))
+            n_nodes = float(by_prompt("n_nodes").mean())
+            found.append(_Curve((str(transcoder), str(ranking)), shares, f, n_kept, answers, n_nodes))
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -533,9 +424,13 @@ class FaithfulnessCurves(Report[FigureName]):
             ) from error
 
     def _draw(self, name: str) -> Figure:
+        return self._draw_curves() if name == "curves" else self._draw_numbers()
+
+    def _draw_curves(self) -> Figure:
         from matplotlib.figure import Figure
 
         curves = self.curves
+        n_nodes = self.areas.groupby("transcoder")["n_nodes"].first()
         parts = list(curves.groupby("transcoder", sort=False))
         figure = Figure(figsize=(5.5 * len(parts) + 1, 4.6), layout="constrained")
         panels = figure.subplots(1, len(parts), squeeze=False, sharey=True)[0]
@@ -544,22 +439,48 @@ class FaithfulnessCurves(Report[FigureName]):
                 colour = PALETTE[RANKINGS.index(ranking)]  # type: ignore[arg-type]
                 axes.plot(line["share"], line["faithfulness"], "o-", color=colour, label=ranking, markersize=4)
                 axes.fill_between(line["share"], line["low"], line["high"], color=colour, alpha=0.15, linewidth=0)
+            axes.set_xscale("log")
+            title = f"{transcoder}, {self._n_prompts}, {n_nodes[transcoder]:,.0f} {self._level} each"
+            axes.set(xlabel=f"share of {self._level} kept{self._said_of_errors}", title=title)
+        self._finish(figure, list(panels))
+        return figure
+
+    def _draw_numbers(self) -> Figure:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6.5, 4.6), layout="constrained")
+        axes, ranking = figure.subplots(), self.table["ranking"].iloc[0]
+        of_ranking = self.curves.query("ranking == @ranking and n_kept > 0").groupby("transcoder", sort=False)
+        for (transcoder, line), colour in zip(of_ranking, cycle(PALETTE), strict=False):
+            axes.plot(line["n_kept"], line["faithfulness"], "o-", color=colour, label=transcoder, markersize=4)
+            axes.fill_between(line["n_kept"], line["low"], line["high"], color=colour, alpha=0.15, linewidth=0)
+        axes.set_xscale("log")
+        title = f"{self._n_prompts}, first by {ranking}"
+        axes.set(xlabel=f"number of {self._level} kept (mean over prompts)", title=title)
+        self._finish(figure, [axes])
+        return figure
+
+    def _finish(self, figure: Figure, panels: list[Axes]) -> None:
+        for axes in panels:
             for height in (0, 1):
                 axes.axhline(height, color=GREY, linewidth=0.8, linestyle=":")
-            axes.set_xscale("log")
-            n_prompts = self.table["prompt"].nunique()
-            axes.set(xlabel=f"share of nodes kept ({self._nodes()})", title=f"{transcoder}, {n_prompts} prompts")
         panels[0].set_ylabel(f"faithfulness f ({self.info['metric'].replace('_', ' ')})")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-        return figure
 
-    def _nodes(self) -> str:
-        return {
-            "nodes": "features and errors",
-            "kept": "features; all errors stay",
-            "removed": "features; no errors",
-        }[self.info["errors"]]
+    @property
+    def _n_prompts(self) -> str:
+        n = self.table["prompt"].nunique()
+        return f"{n} prompt{'s' if n > 1 else ''}"
+
+    @property
+    def _level(self) -> str:
+        """Reports written before edges were measured do not say it."""
+        return self.info.get("level", "nodes")
+
+    @property
+    def _said_of_errors(self) -> str:
+        return {"nodes": "", "kept": " (all errors stay)", "removed": " (no errors)"}[self.info["errors"]]
 
     def _write_numbers(self, folder: Path) -> None:
         (folder / "report.json").write_text(self.to_json())
@@ -586,6 +507,8 @@ class _Curve(NamedTuple):
     """f of all prompts, then of draws of as many, which are nan where they are too few for an interval."""
     n_kept: Float[np.ndarray, " n_shares"]
     answers: Float[np.ndarray, " n_shares"]
+    n_nodes: float
+    """Mean over prompts."""
 
 
 def _trapezoids(

@@ -166,8 +166,8 @@ def tradeoff_table(table: DataFrame) -> Table:
     return shown
 
 
-CURVE_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-"""Of the nodes, at which a table says how faithful circuits are."""
+CURVE_SHARES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+"""Of the nodes or edges, at which a table says how faithful circuits are."""
 
 
 def curves_table(report: FaithfulnessCurves) -> Table:
@@ -175,6 +175,7 @@ def curves_table(report: FaithfulnessCurves) -> Table:
     info = report.info
     title = f"Circuits of {report.table['prompt'].nunique()} prompts, ablated to {info['ablated_to']}; metric"
     title += f" {info['metric']}, errors {info['errors']}. area under f and distance from 1, 95% intervals; f by share"
+    title += f" of {info.get('level', 'nodes')}; number: of all, and of the first share whose f is .9 (for .9)"
     curves, areas = report.curves, report.areas.to_dict("records")
     table = Table("", *(f"{escape(row['transcoder'])}\n{row['ranking']}" for row in areas), padding=(0, 1))
     table.title, table.title_justify = title, "left"
@@ -187,6 +188,8 @@ def curves_table(report: FaithfulnessCurves) -> Table:
     for share in (share for share in CURVE_SHARES if share in set(curves["share"])):
         table.add_row(f"f({share:g})", *(f"{of[share]:.2f}" for of in points))
     table.add_row("f(1)", *(f"{row['whole']:.2f}" for row in areas))
+    table.add_row("number", *(f"{row['n_nodes']:,.0f}" for row in areas))
+    table.add_row("for .9", *("-" if isna(row["n_for_90"]) else f"{row['n_for_90']:,.0f}" for row in areas))
     return table
 
 

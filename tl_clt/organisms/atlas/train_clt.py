@@ -58,8 +58,10 @@ RECIPES: dict[Recipe, dict[str, Any]] = {
 }
 
 
-def clt_config(model_name: str, output: Path, seed: int, recipe: Recipe = Recipe.bundled) -> CLTTrainingRunnerConfig:
-    """A recipe's run."""
+def clt_config(
+    model_name: str, output: Path, seed: int, recipe: Recipe = Recipe.bundled, *, per_layer: bool = False
+) -> CLTTrainingRunnerConfig:
+    """A recipe's run; with `per_layer`, of features that write into their own layer alone: a PLT."""
     values: dict[str, Any] = {"training_tokens": TRAINING_TOKENS, "d_transcoder": 256} | RECIPES[recipe]
     n_steps = values["training_tokens"] // 1024
     return CLTTrainingRunnerConfig.from_dict(
@@ -74,6 +76,7 @@ def clt_config(model_name: str, output: Path, seed: int, recipe: Recipe = Recipe
             "lr_warm_up_steps": 50,
             "lr_decay_steps": n_steps // 4,
             "seed": seed,
+            "span": 1 if per_layer else None,
             **values,
         }
     )
@@ -94,13 +97,14 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
     model: Annotated[str, typer.Option(help="Folder of the model; the bundled one by default.")] = "atlas",
     recipe: Annotated[Recipe, typer.Option(help="What to train.")] = Recipe.bundled,
+    per_layer: Annotated[bool, typer.Option(help="Train a PLT: features write into their own layer alone.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the text.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads to use.")] = 1,
 ) -> None:
-    """Train atlas's CLT and write it, with what it reaches on held-out questions, to a folder."""
+    """Train atlas's CLT, or a PLT, and write it, with what it reaches on held-out questions, to a folder."""
     torch.set_num_threads(threads)
     atlas = load_model(model)
-    cfg = clt_config("atlas", output, seed, recipe)
+    cfg = clt_config("atlas", output, seed, recipe, per_layer=per_layer)
     runner = CLTTrainingRunner(cfg, model=atlas, dataset=text_of_run(atlas, seed))
     clt = runner.run()
     report = evaluate(atlas, clt, held_out_sentences(), n_graphs=0)
