@@ -47,7 +47,7 @@ def test_the_state_is_carried_at_the_last_position_beside_what_is_asked(model, m
     assert (found["variable"], found["token"], found["part"]) == ("state", "is", "mean")
     assert 0 < found["layer"] < model.cfg.n_layers
     assert found["follows"] >= 0.9 and found["random_direction"] <= 0.1 and found["elsewhere"] <= 0.2
-    assert found["copied"] == 0
+    assert found["copied"] == 0 and found["answer_alone"] <= 0.1 and found["beyond"] >= 0.9
     assert means.loc[(found["layer"], found["pos"]), "follows"] >= 0.9
     assert (means["keeps"] == 1).all()  # a mean less itself
 

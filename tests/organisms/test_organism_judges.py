@@ -131,8 +131,8 @@ def test_groups_are_about_their_value(atlas):
 
 def at_the_end(atlas) -> DataFrame:
     pos = atlas.model.to_tokens(TASK.cases(1, held_out=False)[0].prompt).shape[1] - 1
-    place = {"variable": "state", "layer": 3, "pos": pos, "token": " is", "part": "mean", "follows": 1.0, "keeps": 1.0}
-    return DataFrame([place])
+    place = {"variable": "state", "layer": 3, "pos": pos, "token": " is", "part": "mean"}
+    return DataFrame([{**place, "follows": 1.0, "keeps": 1.0, "beyond": 1.0}])
 
 
 def test_text_of_organisms_is_as_it_was_packed_and_another_seed_is_another(atlas):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 import torch
@@ -10,7 +11,16 @@ import torch
 from tl_clt import evaluate, load_organism
 from tl_clt.benchmark import measure_task
 from tl_clt.organisms import benchmark_prompts, default_prompt, load_features, organism_folder, organism_tasks
-from tl_clt.organisms.interchange import answer_ids, as_batch, find_variables
+from tl_clt.organisms.interchange import (
+    N_FOR_MEANS,
+    answer_ids,
+    answered_right,
+    as_batch,
+    exchanges,
+    find_variables,
+    interchange,
+)
+from tl_clt.organisms.school.text import BRANDS
 from tl_clt.organisms.school.train_clt import held_out_prompts
 from tl_clt.transcoder import CrossLayerTranscoder
 
@@ -93,6 +103,36 @@ def test_the_language_of_a_word_is_carried_and_told_and_chance_does_nothing(scho
         parameter.data = parameter.data.flatten()[chance_order(parameter.numel())].view_as(parameter)
     nothing = measure_task(school.model, chance, task, places=places, n_pairs=24, n_prompts=300)
     assert not nothing.hops["shown"].any() and nothing.hop_recall == 0 and (nothing.hops["swap"] <= 0.1).all()
+
+
+def test_what_a_place_with_nothing_but_the_answer_follows_is_no_hop(school):
+    """Unknown people are those whose answer is "unknown", so that the means of that hop differ by the answer alone; of
+    the better brand a table of answers follows as well, written anew here with a row of numbers for each."""
+    at_last = {"part": "mean", "n_pairs": 24, "places": [(3, 10)]}
+    known = interchange(school.model, TASKS["recall"], "known", **at_last)
+    assert known.loc[0, "follows"] >= 0.9 and known.loc[0, "answer_alone"] == 1 and known["beyond"].isna().all()
+    report = measure_task(school.model, school.clt, TASKS["recall"], places=known, n_prompts=60, n_pairs=4)
+    assert not report.hops["carried"].any() and report.hop_recall != report.hop_recall
+
+    task = TASKS["pick"]
+    found = interchange(school.model, task, "better", **at_last).iloc[0]
+    cases, _ = answered_right(school.model, task, 8 * 24, True, 0)
+    pairs, _ = exchanges(task, cases, "better", 24, random.Random("pick better 0"))
+    told = task.cases(N_FOR_MEANS, held_out=False, seed=0)
+    rows = torch.eye(len(BRANDS), dtype=torch.float64)
+
+    def mean(value: str) -> torch.Tensor:
+        return torch.stack([rows[BRANDS.index(c.answer)] for c in told if c.values["better"] == value]).mean(dim=0)
+
+    alone = []
+    for a, b in pairs:
+        better = cases[b].values["better"]
+        table = rows[BRANDS.index(cases[a].answer)] + mean(better) - mean(cases[a].values["better"])
+        alone.append(BRANDS[int(table.argmax())] == task.run(cases[a].values, {"better": better})["pick"])
+    assert found["answer_alone"] == pytest.approx(sum(alone) / len(alone)) and found["answer_alone"] >= 0.9
+
+    rhyme = interchange(school.model, TASKS["rhyme"], "rhyme", part="mean", n_pairs=24, places=[(0, 8)]).iloc[0]
+    assert rhyme["answer_alone"] <= 0.05 and rhyme["beyond"] >= 0.9
 
 
 def chance_order(n: int) -> torch.Tensor:

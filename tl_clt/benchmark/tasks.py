@@ -58,7 +58,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HELD = 0.9
-"""Of `follows` and `keeps`: from here on a hop is said to be carried at one place, and a CLT is asked to show it."""
+"""Of `follows`, `keeps` and `beyond`: from here on a hop is said to be carried at one place, and a CLT is asked to show
+it."""
 
 COLUMNS = (
     *("variable", "layer", "pos", "token", "part", "follows", "keeps", "carried", "n_features"),
@@ -91,12 +92,12 @@ class TaskReport:
 
     hops: DataFrame
     """One row a hop, without the last, which is the answer itself: variable, layer, pos, token (where it is carried),
-    follows, keeps (of exchanging the whole stream there), carried (whether both are at least `HELD`), n_features (of
-    the group), accuracy (balanced, on prompts held out of the model's text), accuracy_shuffled (the same with labels
-    shuffled), swap (share of pairs whose answer becomes the task's when the group's activations are exchanged, by means
-    or whole, as the stream was), swap_all (the same, whole), swap_other (as swap, with as many other active features of
-    the same layers and positions), shown; and of the pure features alone n_pure, accuracy_pure, swap_pure and
-    shown_pure."""
+    follows, keeps (of exchanging the whole stream there), carried (whether both, and `beyond` of `interchange`, are at
+    least `HELD`), n_features (of the group), accuracy (balanced, on prompts held out of the model's text),
+    accuracy_shuffled (the same with labels shuffled), swap (share of pairs whose answer becomes the task's when the
+    group's activations are exchanged, by means or whole, as the stream was), swap_all (the same, whole), swap_other (as
+    swap, with as many other active features of the same layers and positions), shown; and of the pure features alone
+    n_pure, accuracy_pure, swap_pure and shown_pure."""
 
     hop_recall: float
     """Share of the hops that are carried at one place that are shown; NaN where none is carried."""
@@ -213,7 +214,7 @@ def _measure_hops(
             return _told(told_acts[:, features], codes, labels, kept_acts[:, features], values)
 
         follows = float(place["follows"])
-        carried = min(follows, place["keeps"]) >= HELD
+        carried = min(follows, place["keeps"]) >= HELD and place["beyond"] >= HELD
         (accuracy, swap), (accuracy_pure, swap_pure) = ((told_from(of), swapped(of)) for of in (group, pure))
         rows.append(
             {

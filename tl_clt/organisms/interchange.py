@@ -8,6 +8,8 @@ layer, at one position, is taken from another prompt of the task, where it is
                  A place that carries the answer, or all of the prompt, may follow, and does not keep.
     part="mean"  the difference of the means over prompts of the text with either value of the variable: for places
                  that carry other things beside it. It is 0 where the variable is the same: it keeps by definition.
+                 Where values go with answers, as being unknown does with "unknown", a place that holds nothing but the
+                 answer follows as well, since the difference is then one of answers. `answer_alone` says how often.
 
 Probes tell only where a variable can be read; a linear one, on prompts held out, beside the same with labels shuffled.
 """
@@ -15,6 +17,7 @@ Probes tell only where a variable can be read; a linear one, on prompts held out
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -83,7 +86,9 @@ def interchange(
         One row a layer and position: variable, layer, pos, token (at that position, on one of the prompts), part,
         follows and keeps (shares of pairs; NaN where there are none), random_direction (as follows, with a change of
         the same size in a random direction), copied (of the pairs of `follows`, those in which the wanted answer is the
-        other prompt's own: what an answer that is merely copied does).
+        other prompt's own: what an answer that is merely copied does), answer_alone (as follows, of a place that holds
+        the answer, each answer in a direction of its own, and nothing else) and beyond (follows over those pairs in
+        which such a place does not follow; NaN where there are none).
 
     Raises:
         ConfigError: the task has no such variable, or it never decides the answer; prompts have different lengths;
@@ -117,7 +122,16 @@ def interchange(
         each = torch.stack([means.of(variable, case.values[variable]) for case in cases])
         carried = {layer: each[:, layer] for layer in behind}
     generator = torch.Generator().manual_seed(seed)
-    copied = np.mean([w[answer] == cases[b].answer for w, (_, b) in zip(wanted, changing, strict=True)])
+    copied = [w[answer] == cases[b].answer for w, (_, b) in zip(wanted, changing, strict=True)]
+    alone = (
+        copied
+        if part == "all" or means is None
+        else [
+            means.follows_alone(variable, cases[a], cases[b], w[answer])
+            for w, (a, b) in zip(wanted, changing, strict=True)
+        ]
+    )
+    beyond = ~torch.tensor(alone)
     rows = []
     for layer, pos in at:
         change = carried[layer][source, pos] - carried[layer][to, pos]
@@ -138,7 +152,9 @@ def interchange(
                 "follows": float(right[:n].mean()),
                 "keeps": float(right[n : len(pairs)].mean()) if same else float("nan"),
                 "random_direction": float(right[len(pairs) :].mean()),
-                "copied": float(copied),
+                "copied": float(np.mean(copied)),
+                "answer_alone": float(np.mean(alone)),
+                "beyond": float(right[:n][beyond].mean()) if bool(beyond.any()) else float("nan"),
             }
         )
     return DataFrame(rows)
@@ -252,9 +268,22 @@ class TextMeans(NamedTuple):
     whole: Float[Tensor, "n_layers pos d_model"]
     """Of all."""
 
+    answers: dict[tuple[str, str], Counter[str]]
+    """How often each answer comes with a value of a variable."""
+
     def of(self, variable: str, value: str) -> Float[Tensor, "n_layers pos d_model"]:
         """Over prompts with a value of a variable; where there are none, over all of them."""
         return self.by_value.get((variable, value), self.whole)
+
+    def follows_alone(self, variable: str, case: Case, other: Case, wanted: str) -> bool:
+        """Whether the answer would become the wanted one at a place that holds one number for each answer, 1 for the
+        right one, when the difference of means between the variable's values is added there."""
+        scores = {case.answer: 1.0}
+        for sign, value in ((1, other.values[variable]), (-1, case.values[variable])):
+            counts = self.answers.get((variable, value), Counter())
+            for answer, n in counts.items():
+                scores[answer] = scores.get(answer, 0.0) + sign * n / counts.total()
+        return max(scores, key=scores.__getitem__) == wanted
 
 
 @torch.no_grad()
@@ -268,7 +297,11 @@ def take_means(model: HookedModel, task: Task, *, seed: int = 0) -> TextMeans:
     for i, case in enumerate(told):
         for place in case.values.items():
             members.setdefault(place, []).append(i)
-    return TextMeans({place: stream[rows].mean(dim=0) for place, rows in members.items()}, stream.mean(dim=0))
+    return TextMeans(
+        {place: stream[rows].mean(dim=0) for place, rows in members.items()},
+        stream.mean(dim=0),
+        {place: Counter(told[i].answer for i in rows) for place, rows in members.items()},
+    )
 
 
 def _as_places(

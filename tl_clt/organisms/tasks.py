@@ -1,7 +1,7 @@
 """What a trained organism has learnt to do, as a small program over words: inputs, and hops on the way to an answer.
 
 A task says what the answer would be if a hop had given something else, which is what interchange interventions are held
-against (`tl_clt.organisms.ground_truth`).
+against (`tl_clt.organisms.interchange`).
 """
 
 from __future__ import annotations
