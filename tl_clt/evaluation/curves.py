@@ -48,6 +48,7 @@ from tl_clt.lens import (
     FwdHook,
     HookedModel,
     Prompt,
+    as_text,
     block_hook,
     model_name,
     require_model,
@@ -162,9 +163,9 @@ def measure_curves(
                 bar.update()
     info = {
         "model": model_name(model),
-        "prompts": ["".join(token_strings(model, task.tokens)) for task in tasks],
+        "prompts": [as_text(model, task.tokens) for task in tasks],
         "targets": [token_strings(model, torch.tensor([task.target]))[0] for task in tasks],
-        "counterfactuals": ["".join(token_strings(model, task.other)) for task in tasks if task.other is not None],
+        "counterfactuals": [as_text(model, task.other) for task in tasks if task.other is not None],
         "ablated_to": "zero" if counterfactuals is None else "counterfactual",
         "metric": plan.metric,
         "errors": plan.errors,
