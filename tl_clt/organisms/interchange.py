@@ -26,8 +26,17 @@ from torch import Tensor
 
 from tl_clt.arguments import as_seed, as_whole
 from tl_clt.errors import ConfigError
-from tl_clt.lens import FwdHook, HookedModel, block_hook, run_with_cache, run_with_hooks, to_tokens, token_strings
-from tl_clt.organisms.tasks import Case, Task
+from tl_clt.lens import (
+    FwdHook,
+    HookedModel,
+    block_hook,
+    model_name,
+    run_with_cache,
+    run_with_hooks,
+    to_tokens,
+    token_strings,
+)
+from tl_clt.organisms.tasks import Case, Task, require_task
 from tl_clt.shapes import TokenBatch
 
 Part = Literal["all", "mean"]
@@ -81,6 +90,7 @@ def interchange(
         ConfigError: the task has no such variable, or it never decides the answer; prompts have different lengths;
             there is no such place.
     """
+    require_task(task)
     n_pairs = as_whole("n_pairs", n_pairs, 1)
     seed = as_seed("seed", seed)
     if part not in get_args(Part):
@@ -147,6 +157,8 @@ def find_variables(
         One row a hop, as of `interchange`, and elsewhere: the mean of `follows` over all other places from that layer
         on, with the same part.
     """
+    require_task(task)
+    n_pairs, seed = as_whole("n_pairs", n_pairs, 1), as_seed("seed", seed)
     rows = []
     means = {s: take_means(model, task, seed=s) for s in (seed, seed + 1)} if task.hops[1:] else {}
     for hop in task.hops[:-1]:
@@ -199,6 +211,7 @@ def probe(
     Raises:
         ConfigError: the task has no such variable, prompts have different lengths, or there is no such place.
     """
+    require_task(task)
     n_prompts, seed = as_whole("n_prompts", n_prompts, 2), as_seed("seed", seed)
     splits = []
     for held_out in (False, True):
@@ -256,6 +269,7 @@ class TextMeans(NamedTuple):
 @torch.no_grad()
 def take_means(model: HookedModel, task: Task, *, seed: int = 0) -> TextMeans:
     """What `interchange` with part="mean" exchanges, of all variables of a task at once."""
+    require_task(task)
     told = task.cases(N_FOR_MEANS, held_out=False, seed=seed)
     names = [block_hook(layer, STREAM) for layer in range(model.cfg.n_layers)]
     _, cache = run_with_cache(model, as_batch(model, task, told), lambda name: name in names)
@@ -304,7 +318,8 @@ def as_batch(model: HookedModel, task: Task, cases: Sequence[Case]) -> TokenBatc
     rows = [to_tokens(model, case.prompt).flatten() for case in cases]
     if len({len(row) for row in rows}) > 1:
         raise ConfigError(
-            f"Prompts of {task.name} have different lengths, so that their positions cannot be exchanged."
+            f"Prompts of {task.name} have different lengths, so that their positions cannot be exchanged. Give a task"
+            f" whose prompts are all as long, or a model that knows its words ({model_name(model)} may not)."
         )
     return torch.stack(rows)
 
