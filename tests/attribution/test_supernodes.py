@@ -14,7 +14,7 @@ from tl_clt.attribution import Supernodes, collapse, find_supernodes, score_subg
 from tl_clt.attribution.edges import Nodes
 from tl_clt.attribution.supernodes import as_supernodes, draw_alike
 from tl_clt.benchmark import neurons_as_transcoder
-from tl_clt.errors import ConfigError
+from tl_clt.errors import ConfigError, NodeNotFound
 from tl_clt.organisms import load_circuit
 
 N_KINDS, N_EACH = 3, 6
@@ -328,6 +328,24 @@ def test_groups_of_chance_are_of_the_same_layers_and_positions_where_there_are_s
 def test_what_cannot_be_grouped_is_refused(as_users_run_it, changed, words):
     with pytest.raises(ConfigError, match=words):
         find_supernodes(**{"graph": planted(), **changed})
+
+
+def test_nodes_of_another_graph_are_refused_whoever_takes_them(tmp_path):
+    """Pruning numbers nodes anew, so that a node's number is another node in the whole graph."""
+    whole = planted()
+    last = whole.nodes.where(NodeKind.FEATURE)[-1]
+    node = replace(whole.nodes[int(last)], number=0)
+    for call, error in (
+        (lambda: collapse(whole, {"a": [node]}), ConfigError),
+        (lambda: find_supernodes(whole, [node]), ConfigError),
+        (lambda: whole.inputs(node), NodeNotFound),
+        (lambda: save_neuronpedia(whole, tmp_path / "graph.json", scan="tiny", pinned=[node]), NodeNotFound),
+    ):
+        with pytest.raises(error, match="was taken from another graph: in this one node 0 is"):
+            call()
+    with pytest.raises(NodeNotFound, match="is not there"):
+        whole.inputs(replace(node, number=len(whole.nodes)))
+    assert collapse(whole, {"a": [whole.nodes[int(last)]]}).nodes["name"][0] == "a"
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def as_feature_nodes(graph: AttributionGraph, name: str, given: Any) -> list[int
         raise ConfigError(f"{name} is {shown(given)}: give feature nodes of the graph, or their numbers, in a list.")
     found = []
     for node in given:
-        number = node.number if isinstance(node, Node) else plain(node)
+        number = plain(graph.nodes.number_of(node, ConfigError))
         if not is_whole(number) or not -n_nodes <= number < n_nodes:
             raise ConfigError(f"{name} has {shown(node)}: give numbers of nodes, which are 0 to {n_nodes - 1}.")
         kind = NodeKind(int(graph.nodes.kind[number]))
