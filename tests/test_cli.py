@@ -102,7 +102,23 @@ def test_features_makes_a_labelled_store_and_goes_on_with_it(tmp_path):
 
 def test_demo_says_which_words_it_does_not_know(tmp_path):
     prompt = "the capital of France is"
-    assert "became <unk>" in run("demo", "--prompt", prompt, "--output", str(tmp_path / "graph.safetensors"))
+    output = run("demo", "--prompt", prompt, "--output", str(tmp_path / "graph.safetensors"))
+    assert "became <unk>" in output and "Warning" not in output
+
+
+def test_warnings_of_this_package_are_a_line_each_and_others_as_they_are(capsys):
+    import warnings
+
+    from tl_clt.cli.app import PACKAGE, plain_warnings
+
+    with warnings.catch_warnings(record=True) as others:
+        warnings.simplefilter("always")
+        with plain_warnings():
+            warnings.warn_explicit("a word that [no one] knows", UserWarning, str(PACKAGE / "lens" / "prompts.py"), 7)
+            warnings.warn_explicit("of a library", UserWarning, "/else/where.py", 8)
+    said = capsys.readouterr().err
+    assert "Warning: a word that [no one] knows\n" in said and "prompts.py" not in said
+    assert [(w.filename, w.lineno, str(w.message)) for w in others] == [("/else/where.py", 8, "of a library")]
 
 
 def test_trace_writes_the_whole_graph(tmp_path):
@@ -632,9 +648,12 @@ def test_benchmark_draws_the_curves_of_a_clt(tmp_path):
     output = run("benchmark", "--clt", ATLAS_CLT, "--n-prompts", "2", "--output", str(folder))
     for words in ("influence", "magnitude", "random", "area", "distance", "Circuits of 2 prompts, ablated to zero"):
         assert words in output
+    # None is computed from so few prompts.
+    assert "intervals" not in output
     report = FaithfulnessCurves.from_json((folder / "report.json").read_text())
     first = benchmark_prompts("atlas")[:2]
     assert [target.strip() for target in report.info["targets"]] == [prompt.target for prompt in first]
+    assert report.info["prompts"] == [f"<bos> {prompt.prompt}" for prompt in first]
     assert (folder / "curves.png").is_file()
     options = ("--counterfactual", "--errors", "removed", "--freeze", "all", "--max-feature-nodes", "50", "--seed", "3")
     output = run("benchmark", "--clt", ATLAS_CLT, "--n-prompts", "1", *options, "--output", str(tmp_path / "other"))
@@ -675,6 +694,14 @@ def test_benchmark_reads_prompts_of_files(tmp_path):
         (("--n-seeds", "0"), "ConfigError", "n_seeds is 0"),
         (("--metric", "logit"), "ConfigError", "--metric is of faithfulness curves. Leave it out, or give --clt"),
         (("--counterfactual",), "ConfigError", "--counterfactual is of faithfulness curves"),
+        (("--device", "cuda"), "ConfigError", "--device is of faithfulness curves"),
+        (("--backend", "bridge"), "ConfigError", "--backend is of faithfulness curves"),
+        (("--lazy-decoder",), "ConfigError", "--lazy-decoder is of faithfulness curves"),
+        (("--kind", "neurons", "--k", "4"), "ConfigError", "--k is of --kind clt and plt. Leave it out, or judge one"),
+        (("--kind", "untrained", "--n-steps", "4"), "ConfigError", "--n-steps is of --kind clt and plt"),
+        (("--kind", "clt", "--neurons-kept", "1"), "ConfigError", "--neurons-kept is of --kind neurons"),
+        (("--clt", "atlas", "--device", "cuda:99"), "ConfigError", "device is 'cuda:99', which is not here"),
+        (("--clt", "atlas", "--prompts", "LIST"), "DatasetError", "would be read as plain text"),
         (
             ("--clt", "atlas", "--quick"),
             "ConfigError",
@@ -699,7 +726,9 @@ def test_benchmark_reads_prompts_of_files(tmp_path):
 )
 def test_what_cannot_be_benchmarked_is_one_message_and_no_file(tmp_path, options, error, words, as_users_run_it):
     files = {"EMPTY": "\n", "TEXT": PROMPT, "BAD": f'{{"prompt": "{PROMPT}"}}\n{{"prompt": 3}}\n'}
-    paths = {name: tmp_path / f"{name}.jsonl" if name == "BAD" else tmp_path / name for name in files}
+    files["LIST"] = json.dumps([{"prompt": PROMPT}])
+    suffixes = {"BAD": ".jsonl", "LIST": ".json"}
+    paths = {name: tmp_path / f"{name}{suffixes.get(name, '')}" for name in files}
     for name, text in files.items():
         paths[name].write_text(text)
     given = [str(paths.get(option, option)) for option in options]

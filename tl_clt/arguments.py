@@ -217,14 +217,16 @@ def lone_surrogate(text: str) -> str | None:
 
 
 def as_device(name: str, value: object) -> torch.device:
-    """A device of torch's, by name or as it is."""
+    """A device of torch's that is here, by name or as it is."""
     try:
-        return torch.device(value)  # type: ignore[arg-type]
+        device = torch.device(value)  # type: ignore[arg-type]
     except (RuntimeError, TypeError, ValueError, OverflowError):
         raise ConfigError(f"{name} is {shown(value)}: give a device of torch's, such as 'cpu' or 'cuda'.") from None
+    require_device(name, device)
+    return device
 
 
-def require_device(name: str, device: str) -> None:
+def require_device(name: str, device: str | torch.device) -> None:
     """Raise unless tensors can be made on a device.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -141,3 +142,22 @@ def test_no_head_above_a_feature_has_a_part_in_it(through):
         assert not effects.total[row, layer + 1 :].any()
         # Where attention and MLP stand side by side, layer 0 reads before any attention.
         assert effects.total[row, 0].any() == (layer > 0 or clt.cfg.input_hook != "hook_resid_pre")
+
+
+def test_features_for_heads_may_be_named_in_each_way_and_nothing_else(through, as_users_run_it):
+    model, clt, graph, features, effects = through
+    mask = torch.zeros(len(graph.nodes), dtype=torch.bool)
+    mask[features] = True
+    for nodes in (mask, features.tolist(), [graph.nodes[int(n)] for n in features]):
+        again = find_head_effects(graph, model, clt, nodes)
+        assert torch.equal(again.nodes, effects.nodes) and torch.equal(again.total, effects.total)
+    wrong: list[tuple[Any, str]] = [
+        ([10**6], "nodes has 1000000"),
+        (torch.tensor([-1]), "of kind logit"),
+        (torch.tensor([0.5]), "nodes has 0.5"),
+        (mask[:3], "nodes is a mask of shape"),
+        ("all", "nodes is 'all'"),
+    ]
+    for nodes, words in wrong:
+        with pytest.raises(ConfigError, match=words):
+            find_head_effects(graph, model, clt, nodes)

@@ -14,7 +14,7 @@ from tl_clt.attribution import Supernodes, collapse, find_supernodes, score_subg
 from tl_clt.attribution.edges import Nodes
 from tl_clt.attribution.supernodes import as_supernodes, draw_alike
 from tl_clt.benchmark import neurons_as_transcoder
-from tl_clt.errors import ConfigError
+from tl_clt.errors import ConfigError, NodeNotFound
 from tl_clt.organisms import load_circuit
 
 N_KINDS, N_EACH = 3, 6
@@ -312,6 +312,7 @@ def test_groups_of_chance_are_of_the_same_layers_and_positions_where_there_are_s
         ({"among": [999]}, "among has 999"),
         ({"among": [-1]}, "of kind logit"),
         ({"among": []}, "no feature to group"),
+        ({"among": torch.ones(3, dtype=torch.bool)}, r"among is a mask of shape \[3\], and the graph has"),
         ({"n_groups": 0}, "n_groups is 0"),
         ({"n_groups": 1.5}, "n_groups is 1.5"),
         ({"similarity": 2}, "similarity is 2"),
@@ -329,13 +330,31 @@ def test_what_cannot_be_grouped_is_refused(as_users_run_it, changed, words):
         find_supernodes(**{"graph": planted(), **changed})
 
 
+def test_nodes_of_another_graph_are_refused_whoever_takes_them(tmp_path):
+    """Pruning numbers nodes anew, so that a node's number is another node in the whole graph."""
+    whole = planted()
+    last = whole.nodes.where(NodeKind.FEATURE)[-1]
+    node = replace(whole.nodes[int(last)], number=0)
+    for call, error in (
+        (lambda: collapse(whole, {"a": [node]}), ConfigError),
+        (lambda: find_supernodes(whole, [node]), ConfigError),
+        (lambda: whole.inputs(node), NodeNotFound),
+        (lambda: save_neuronpedia(whole, tmp_path / "graph.json", scan="tiny", pinned=[node]), NodeNotFound),
+    ):
+        with pytest.raises(error, match="was taken from another graph: in this one node 0 is"):
+            call()
+    with pytest.raises(NodeNotFound, match="is not there"):
+        whole.inputs(replace(node, number=len(whole.nodes)))
+    assert collapse(whole, {"a": [whole.nodes[int(last)]]}).nodes["name"][0] == "a"
+
+
 @pytest.mark.parametrize(
     ("groups", "words"),
     [
         ([1], "give a mapping"),
         ({}, "one at least"),
         ({1: [0]}, "give a mapping"),
-        ({"a": []}, "has no nodes"),
+        ({"b": [0], "a": []}, "Supernode 'a' has no nodes"),
         ({"a": [0], "b": [0, 1]}, "Node 0 is in supernodes twice"),
         ({"a": [N_PLANTED]}, "of kind token"),
         ({"a": [None]}, "has None"),

@@ -135,7 +135,9 @@ def test_what_cannot_be_compared(tiny, as_users_run_it):
         compare_tasks(model, clt, wrong)
     with pytest.raises(ConfigError, match="give the targets of each task, by its name"):
         compare_tasks(model, clt, {"one": tokens[:2]}, wrong)
-    with pytest.raises(DatasetError, match="There are no prompts"):
+    with pytest.raises(ConfigError, match="targets has 'other', and prompts has not"):
+        compare_tasks(model, clt, {"one": tokens[:2]}, {"one": [3, 4], "other": [3]})
+    with pytest.raises(DatasetError, match="none: There are no prompts"):
         compare_tasks(model, clt, {"none": []})
     with pytest.raises(DatasetError, match="There are 1 targets for 2 prompts of one"):
         compare_tasks(model, clt, {"one": tokens[:2]}, {"one": [3]})

@@ -117,10 +117,12 @@ def test_all_of_it_is_kept_by_all_nodes(model, clt, graph):
 
 def test_where_no_threshold_keeps_enough_it_says_so(model, clt, graph):
     """Features that lose all their edges to the edge threshold are missing."""
-    with pytest.warns(UserWarning, match=r"No threshold keeps 0.999 of the behaviour.*or edge_threshold=1"):
+    with pytest.warns(UserWarning, match=r"No threshold keeps 0.999 of the behaviour.*or edge_threshold=1") as told:
         found = prune_to_behaviour(model, clt, graph, 0.999, edge_threshold=0.8)
     assert not found.reached and found.faithfulness < 0.999 and "not reached" in repr(found)
     assert found.graph == graph.prune(1.0, 0.8)
+    # With digits enough that what falls short does not look as if it did not.
+    assert f"keep f={found.faithfulness:.6g}." in str(told[0].message)
 
 
 def test_on_atlas_more_behaviour_takes_more_nodes_and_far_more_at_random():

@@ -119,7 +119,7 @@ def test_the_whole_circuit_is_the_model_where_errors_are_nodes_or_kept(model, cl
     for errors, exact in (("nodes", True), ("kept", True), ("removed", False)):
         areas = measure_curves(model, clt, tokens, errors=errors, metric="log_prob", progress=False).areas
         assert np.allclose(areas["whole"], 1, atol=1e-9) == exact
-        # Rows of one product may round otherwise than each other.
+        # All nodes are the same whatever their order, up to rounding.
         assert np.ptp(areas["whole"]) < 1e-9
 
 

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from tests.models import Model, random_tokens
-from tl_clt.errors import HookNotFound, PromptError
+from tl_clt import load_organism
+from tl_clt.errors import HookNotFound, ModelUnsupported, PromptError
 from tl_clt.lens import find_hook, frozen_hooks, hold, is_frozen_hook, run_with_hooks
+from tl_clt.lens.freezing import require_held
 
 LAYERS = range(3)
 
@@ -135,3 +137,13 @@ def test_a_plain_dictionary_will_do(one_of_each: Model):
     with torch.no_grad():
         frozen = one_of_each.run_with_hooks(random_tokens(one_of_each), fwd_hooks=hooks)
     torch.testing.assert_close(frozen, logits, rtol=0, atol=1e-10)
+
+
+def test_what_rounding_alone_may_do_is_not_blamed_on_the_backend():
+    """Half precision rounds so much that what is linear does not look so."""
+    model, _ = load_organism("atlas", dtype="bfloat16")
+    tokens = model.to_tokens("Dallas is in a state with the region South .")
+    with pytest.raises(
+        ModelUnsupported, match=r"In bfloat16 rounding alone may do so: load the model with dtype='float32'"
+    ):
+        require_held(model, tokens)

@@ -13,6 +13,7 @@ from transformers.utils import logging as hf_logging
 from tests.models import HOOKED, random_tokens, save_hf, tiny_bridge, tiny_hf, tiny_hooked
 from tl_clt.errors import ConfigError, ModelNotFound, ModelUnsupported, TokenizerMissing
 from tl_clt.lens import HookedTransformer, TransformerBridge, load_model, to_tokens
+from tl_clt.transcoder import CrossLayerTranscoder
 
 KIND = {"hooked": HookedTransformer, "bridge": TransformerBridge}
 
@@ -286,3 +287,11 @@ def test_exact_bridges_compute_norms_in_their_own_dtype(tmp_path: Path):
     x = cache["blocks.0.hook_resid_pre"]
     scale = (x.square().mean(-1, keepdim=True) + model.cfg.eps).sqrt()
     torch.testing.assert_close(cache["blocks.0.ln1.hook_scale"], scale, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", torch.device("meta")])
+def test_a_device_that_is_not_here_is_refused(folder: Path, device):
+    with pytest.raises(ConfigError, match="which is not here: give one of cpu"):
+        load_model(folder, device=device)
+    with pytest.raises(ConfigError, match="which is not here: give one of cpu"):
+        CrossLayerTranscoder.from_pretrained("atlas", device=device)

@@ -14,7 +14,7 @@ from transformers import BatchEncoding
 from tests.models import Model
 from tl_clt import load_organism
 from tl_clt.errors import PromptError, TokenizerMissing
-from tl_clt.lens import require_tokenizer, to_tokens, token_strings
+from tl_clt.lens import as_text, require_tokenizer, to_tokens, token_strings
 
 
 @pytest.fixture(params=["bridge-gpt2", "bridge-llama"])
@@ -163,3 +163,19 @@ def test_words_that_the_tokenizer_does_not_know_are_warned_of(reader: Model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         to_tokens(reader, "w3 w1")
+
+
+@pytest.mark.parametrize("name", ["atlas", "school"])
+def test_words_that_a_bundled_model_does_not_know_are_warned_of(name: str):
+    """Their end-of-sequence token is not in the vocabulary, and so has the unknown token's id."""
+    model, _ = load_organism(name)
+    with pytest.warns(UserWarning, match="does not know as '<unk>'"):
+        to_tokens(model, "the Zanzibar of")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        to_tokens(model, "the of <unk>")
+
+
+def test_a_prompt_as_text_has_its_spaces():
+    model, _ = load_organism("atlas")
+    assert as_text(model, to_tokens(model, "the capital of Texas is")) == "<bos> the capital of Texas is"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pandas
@@ -119,8 +120,28 @@ def test_what_cannot_be_followed(model, untrained, as_users_run_it):
         measure_emergence({0: untrained}, TASK, **QUICK)
     with pytest.raises(ConfigError, match="places lacks part"):
         measure_emergence({0: model}, TASK, DataFrame({"variable": ["state"], "layer": [1], "pos": [7]}), **QUICK)
-    with pytest.raises(ConfigError, match="places is empty, as two_hop has no hop before its answer"):
+    with pytest.raises(ConfigError, match="places is empty: give what find_variables gives"):
         measure_emergence({0: model}, TASK, DataFrame(), **QUICK)
     nowhere = DataFrame([{"variable": "state", "layer": 7, "pos": 0, "part": "all"}])
     with pytest.raises(ConfigError, match="places names"):
         measure_emergence({0: model}, TASK, nowhere, **QUICK)
+
+
+def test_models_of_another_training_and_what_is_no_task(model, as_users_run_it):
+    with pytest.raises(ConfigError, match="two_hop has no hop before its answer"):
+        measure_emergence({0: model}, replace(TASK, hops=TASK.hops[-1:]), **QUICK)
+    school = load_organism("school").model
+    with pytest.raises(ConfigError, match=r"models\[0\], school, has d_model 128, and models\[1\], atlas, 96"):
+        measure_emergence({0: school, 1: model}, TASK, **QUICK)
+    with pytest.raises(ConfigError, match=r"a model that knows its words \(school may not\)"):
+        measure_emergence({0: school}, TASK, **QUICK)
+    wrong: Any = "two_hop"
+    calls = [
+        lambda: measure_emergence({0: model}, wrong),
+        lambda: find_variables(model, wrong),
+        lambda: interchange(model, wrong, "state"),
+        lambda: probe(model, wrong, "state"),
+    ]
+    for call in calls:
+        with pytest.raises(ConfigError, match="task is 'two_hop', of type str: give a Task"):
+            call()

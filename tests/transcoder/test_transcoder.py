@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from jaxtyping import TypeCheckError
@@ -169,3 +171,13 @@ def test_decode_layer_by_layer_is_decode(active_only: bool, x: Tensor):
     # Sums over active features alone, or over all: float64 in another order.
     expected = decode_by_pairs(clt, acts, x)
     torch.testing.assert_close(torch.stack(recons, dim=1), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_cast_clt_says_its_number_type_and_keeps_it_in_a_file(tmp_path):
+    clt = tiny_clt((N_LAYERS, D_MODEL), dtype=torch.float32)
+    before = clt.cfg
+    assert clt.half() is clt and clt.cfg == replace(before, dtype="float16")
+    assert "float16" in repr(clt)
+    again = CrossLayerTranscoder.from_pretrained(clt.save_pretrained(tmp_path / "clt"))
+    assert again.W_enc.dtype == torch.float16 and again.cfg == clt.cfg
+    assert again.to("cpu").cfg == clt.cfg and again.float().cfg == before

@@ -45,7 +45,7 @@ from tl_clt.attribution.targets import (
     residual_hooks,
 )
 from tl_clt.errors import MemoryLimit, PromptError, TargetError
-from tl_clt.lens import HookedModel, Prompt, is_several, model_name, to_prompts, token_strings
+from tl_clt.lens import HookedModel, Prompt, as_text, is_several, model_name, to_prompts, token_strings
 from tl_clt.replacement import check_fit, require_free
 from tl_clt.shapes import NodeMask, NodeValues, Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
@@ -302,7 +302,7 @@ class Tracer:
 
     def _describe(self, tokens: Tokens, other: Tensor | None, engine: Engine, plan: MemoryPlan) -> dict[str, Any]:
         info = {
-            "prompt": self._as_text(tokens),
+            "prompt": as_text(self.model, tokens),
             "model_name": model_name(self.model),
             "clt_model_name": self.clt.cfg.model_name,
             "n_layers": self.clt.cfg.n_layers,
@@ -316,14 +316,8 @@ class Tracer:
         if self.options.keep_edges is not None:
             info["keep_edges"] = self.options.keep_edges
         if other is not None:
-            info["contrast"] = self._as_text(other)
+            info["contrast"] = as_text(self.model, other)
         return info
-
-    def _as_text(self, tokens: Tokens) -> str:
-        """A prompt as one text, spaced as the tokenizer spaces it."""
-        if getattr(self.model, "tokenizer", None) is None:
-            return " ".join(token_strings(self.model, tokens))
-        return str(self.model.to_string(tokens))
 
 
 class Contrast(NamedTuple):

@@ -34,6 +34,7 @@ from tl_clt.attribution.autograd import AutogradEngine
 from tl_clt.attribution.edges import NodeKind, Nodes
 from tl_clt.attribution.graph import AttributionGraph
 from tl_clt.attribution.local import LocalReplacementModel, Readouts, Sources, build_local_model, build_sources
+from tl_clt.attribution.supernodes import Features, as_feature_nodes
 from tl_clt.attribution.sweep import FoldedModel, FrozenMaps, fold_model
 from tl_clt.attribution.targets import feature_readouts, find_targets, residual_hooks
 from tl_clt.errors import CLTMismatch, ConfigError
@@ -89,30 +90,33 @@ class HeadEffects(NamedTuple):
 
 
 def find_head_effects(
-    graph: AttributionGraph, model: HookedModel, clt: CrossLayerTranscoder, nodes: Int[Tensor, " n_chosen"]
+    graph: AttributionGraph, model: HookedModel, clt: CrossLayerTranscoder, nodes: Features
 ) -> HeadEffects:
     """What goes through each attention head to the targets of a graph and to some of its features.
 
     Args:
         graph: of one prompt, not contrastive; whole, if the direct parts are to sum to the targets' values.
         model, clt: those that it was traced with.
-        nodes: numbers of features.
+        nodes: numbers of feature nodes, or a mask of all nodes, of which the features count.
 
     Raises:
-        ConfigError: the graph is contrastive, or of an older file that does not tell its targets.
+        ConfigError: the graph is contrastive, or of an older file that does not tell its targets; nodes are none of
+            its features.
         CLTMismatch: model and CLT do not have the graph's nodes on its prompt.
         ModelUnsupported: attention has no W_V and W_O, or norms of an unknown kind.
     """
+    chosen = as_feature_nodes(graph, "nodes", nodes)
     with torch.inference_mode(False):
         again = _retrace(graph, model, clt, [block_hook(t, "hook_resid_pre") for t in clt.layers])
+        features = torch.tensor(chosen, dtype=torch.long, device=again.logits.device)
         written = _write_heads(again, fold_model(model, clt))
         engine = AutogradEngine(again.local, again.sources)
         silent = AutogradEngine(_silence(again.local), again.sources)
         return HeadEffects(
-            nodes=torch.cat([nodes, again.logits]),
+            nodes=torch.cat([features, again.logits]),
             total=torch.cat(
                 [
-                    _pass_heads(engine, _reads(again.local, graph, nodes), written),
+                    _pass_heads(engine, _reads(again.local, graph, features), written),
                     _pass_heads(engine, again.readouts, written),
                 ]
             ),

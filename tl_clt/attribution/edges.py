@@ -11,7 +11,7 @@ from __future__ import annotations
 import mmap
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_clt.arguments import as_whole
-from tl_clt.errors import MemoryLimit, NodeNotFound
+from tl_clt.errors import MemoryLimit, NodeNotFound, TlCltError
 from tl_clt.machine import GIB
 from tl_clt.shapes import Adjacency, NodeMask, NodeValues
 
@@ -121,6 +121,28 @@ class Nodes:
             numbers = torch.nonzero(kept).flatten() if kept.dtype == torch.bool else kept
             labels = [labels[i] for i in numbers.tolist()]
         return Nodes(**{name: values[kept] for name, values in self.tensors().items()}, labels=labels)
+
+    def number_of(self, node: object, error: Callable[[str], TlCltError] = NodeNotFound) -> object:
+        """The number of a node that was taken from this graph; what is no node is taken for a number, as it is.
+
+        Raises:
+            NodeNotFound, or what is given: the node was taken from another graph, where numbers mean other nodes.
+        """
+        if not isinstance(node, Node):
+            return node
+        here = self[node.number] if node.number < len(self) else None
+        if here is None or (here.kind, here.layer, here.pos, here.index) != (
+            node.kind,
+            node.layer,
+            node.pos,
+            node.index,
+        ):
+            there = "not there" if here is None else here.label
+            raise error(
+                f"{node} was taken from another graph: in this one node {node.number} is {there}. Pruning numbers nodes"
+                " anew; take it from this graph's own."
+            )
+        return node.number
 
     @overload
     def __getitem__(self, number: SupportsIndex) -> Node: ...

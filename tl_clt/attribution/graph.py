@@ -248,7 +248,7 @@ class AttributionGraph(WeightedGraph):
         return [RankedNode(self.nodes[i], float(values[i])) for i in chosen]
 
     def _number_of(self, node: object) -> int:
-        number = node.number if isinstance(node, Node) else node
+        number = self.nodes.number_of(node)
         last = len(self.nodes) - 1
         return as_whole("node", number, -last - 1, last, why="the nodes", error=NodeNotFound) % len(self.nodes)
 

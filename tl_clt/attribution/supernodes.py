@@ -106,9 +106,10 @@ def as_supernodes(graph: object, groups: object) -> Supernodes:
         raise ConfigError(f"The graph is {shown(graph)}: give an AttributionGraph, as `attribute` returns.")
     if not isinstance(groups, Mapping) or not groups or not all(isinstance(name, str) for name in groups):
         raise ConfigError(f"supernodes is {shown(groups)}: give a mapping of names to lists of nodes, one at least.")
-    members = [_as_features(graph, f"supernodes[{name!r:.40}]", nodes) for name, nodes in groups.items()]
-    if any(not nodes for nodes in members):
-        raise ConfigError("A supernode has no nodes: give each at least one, or leave it out.")
+    members = [as_feature_nodes(graph, f"supernodes[{name!r:.40}]", nodes) for name, nodes in groups.items()]
+    for name, nodes in zip(groups, members, strict=True):
+        if not nodes:
+            raise ConfigError(f"Supernode {name!r:.40} has no nodes: give each at least one, or leave it out.")
     every = [number for nodes in members for number in nodes]
     if len(set(every)) < len(every):
         twice = next(number for number in every if every.count(number) > 1)
@@ -116,10 +117,20 @@ def as_supernodes(graph: object, groups: object) -> Supernodes:
     return Supernodes(tuple(groups), tuple(tuple(sorted(nodes)) for nodes in members))
 
 
-def _as_features(graph: AttributionGraph, name: str, given: Any) -> list[int]:
-    """Numbers of feature nodes, from numbers, nodes, or a mask of all nodes."""
+def as_feature_nodes(graph: AttributionGraph, name: str, given: Any) -> list[int]:
+    """Numbers of feature nodes, from numbers, nodes, or a mask of all nodes.
+
+    Raises:
+        ConfigError: a number is of no feature, or a mask is of another graph.
+    """
     n_nodes = len(graph.nodes)
-    if isinstance(given, Tensor) and has_values(given) and given.dtype == torch.bool and given.shape == (n_nodes,):
+    if isinstance(given, Tensor) and has_values(given) and given.dtype == torch.bool:
+        if given.shape != (n_nodes,):
+            raise ConfigError(
+                f"{name} is a mask of shape {list(given.shape)}, and the graph has {n_nodes} nodes: give a mask of this"
+                " graph's own nodes. Pruning numbers them anew, so that masks of the whole graph are not of the pruned"
+                " one."
+            )
         given = torch.nonzero(given & graph.nodes.is_kind(NodeKind.FEATURE).to(given.device)).flatten()
     if isinstance(given, (Tensor, np.ndarray)):
         given = given.tolist() if not isinstance(given, Tensor) or has_values(given) else None
@@ -127,7 +138,7 @@ def _as_features(graph: AttributionGraph, name: str, given: Any) -> list[int]:
         raise ConfigError(f"{name} is {shown(given)}: give feature nodes of the graph, or their numbers, in a list.")
     found = []
     for node in given:
-        number = node.number if isinstance(node, Node) else plain(node)
+        number = plain(graph.nodes.number_of(node, ConfigError))
         if not is_whole(number) or not -n_nodes <= number < n_nodes:
             raise ConfigError(f"{name} has {shown(node)}: give numbers of nodes, which are 0 to {n_nodes - 1}.")
         kind = NodeKind(int(graph.nodes.kind[number]))
@@ -177,7 +188,7 @@ def find_supernodes(
     if not isinstance(graph, AttributionGraph):
         raise ConfigError(f"The graph is {shown(graph)}: give an AttributionGraph, as `attribute` returns.")
     features = graph.nodes.where(NodeKind.FEATURE)
-    numbers = features.tolist() if among is None else sorted(set(_as_features(graph, "among", among)))
+    numbers = features.tolist() if among is None else sorted(set(as_feature_nodes(graph, "among", among)))
     if not numbers:
         raise ConfigError("There is no feature to group: the graph, or what was named of it, has none.")
     chosen = torch.tensor(numbers, device=features.device)
@@ -362,7 +373,7 @@ def score_subgraph(
     Raises:
         ConfigError: what is kept are no features of the graph, or there is no such definition.
     """
-    wanted = as_supernodes(graph, kept).nodes if isinstance(kept, Mapping) else _as_features(graph, "kept", kept)
+    wanted = as_supernodes(graph, kept).nodes if isinstance(kept, Mapping) else as_feature_nodes(graph, "kept", kept)
     nodes = graph.nodes
     outside = nodes.is_kind(NodeKind.FEATURE)
     outside[wanted] = False

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from tl_clt.cli.interruption import run_interruptible
-from tl_clt.errors import ConfigError, TlCltError
+from tl_clt.errors import ConfigError, LayerWarning, TlCltError
 
 if TYPE_CHECKING:
     from tl_clt.transcoder import CrossLayerTranscoder
@@ -48,13 +51,36 @@ LazyDecoder = Annotated[bool, typer.Option(help="Leave decoders on disk, reading
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Show an error of ours as one message, without a traceback, and end with status 1."""
+    """Show an error of ours as one message, without a traceback, and end with status 1; warnings as a line each."""
     try:
-        yield
+        with plain_warnings():
+            yield
     except TlCltError as error:
         errors.print(f"[bold red]{type(error).__name__}[/]: ", end="")
         errors.print(str(error), markup=False)
         raise typer.Exit(1) from error
+
+
+PACKAGE = Path(__file__).parents[1]
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Within, warnings of ours are a line each, without a place in the code."""
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *where: Any, **options: Any) -> None:
+        ours = issubclass(category, UserWarning) and Path(filename).is_relative_to(PACKAGE)
+        if not (ours or issubclass(category, LayerWarning)):
+            before(message, category, filename, *where, **options)
+            return
+        errors.print(Text.assemble(("Warning", "bold yellow"), f": {message}"))
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def load_pair(

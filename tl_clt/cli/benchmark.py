@@ -201,8 +201,14 @@ def benchmark(
             neurons = _neurons(hooked, neurons_kept or [], asked)
             _judge_clts(hooked, {**transcoders, **neurons}, asked, {**_given(measuring), "seed": seed}, output)
         else:
-            _refuse({**of_clts, **measuring}, "is of faithfulness curves. Leave it out, or give --clt.")
+            loading = {
+                "backend": None if backend == "hooked" else backend,
+                "device": None if device == "cpu" else device,
+                "lazy_decoder": lazy_decoder or None,
+            }
+            _refuse({**of_clts, **measuring, **loading}, "is of faithfulness curves. Leave it out, or give --clt.")
             how["neurons_kept"] = neurons_kept
+            _refuse_unused(kinds, how)
             _judge_known({**(QUICK if quick else {}), **_given(how), **_left_out(sparsities, k), "seed": seed}, output)
         console.print(f"The report and its figures are in {output}.", markup=False, soft_wrap=True)
 
@@ -223,6 +229,22 @@ def _refuse(options: dict[str, Any], why: str) -> None:
     """Raise where an option was given that the other thing to do has."""
     for name in _given(options):
         raise ConfigError(f"{OPTION_OF.get(name, '--' + name.replace('_', '-'))} {why}")
+
+
+OF_KINDS = {
+    "sparsities": ("clt", "plt"),
+    "k": ("clt", "plt"),
+    "n_steps": ("clt", "plt"),
+    "neurons_kept": ("neurons",),
+}
+"""Options that only some kinds have."""
+
+
+def _refuse_unused(kinds: Optional[Sequence[str]], options: dict[str, Any]) -> None:
+    """Raise where an option was given that none of the kinds has."""
+    for name, having in OF_KINDS.items():
+        if kinds and not set(kinds) & set(having):
+            _refuse({name: options[name]}, f"is of --kind {' and '.join(having)}. Leave it out, or judge one of these.")
 
 
 OPTION_OF = {"judges": "--judge", "kinds": "--kind", "sparsities": "--sparsity"}
@@ -296,6 +318,8 @@ def _judge_clts(
 
 
 PARTS = ("prompt", "target", "counterfactual")
+TABLES = (".json", ".csv", ".tsv")
+"""Endings of files whose lines are no prompts."""
 
 
 def _prompts(file: Optional[Path], model: Any, n_prompts: int, counterfactual: bool) -> list[dict[str, str]]:
@@ -338,7 +362,12 @@ def _read(file: Path) -> list[dict[str, str]]:
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
         raise DatasetError(f"'{file}' has no prompts: write one on each line.")
-    if file.suffix != ".jsonl":
+    if file.suffix.lower() in TABLES:
+        raise DatasetError(
+            f"'{file}' would be read as plain text, a prompt on each line: give a .jsonl file, with an object on each"
+            " line, or a .txt file."
+        )
+    if file.suffix.lower() != ".jsonl":
         return [{"prompt": line} for _, line in numbered]
     return [_object(file, number, line, numbered[0][1]) for number, line in numbered]
 

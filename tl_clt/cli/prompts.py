@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -68,7 +69,9 @@ def demo(
             torch.set_num_threads(1)
             model, clt = load_organism("atlas")
             features = load_features("atlas")
-        with console.status("Tracing the prompt"):
+        with console.status("Tracing the prompt"), warnings.catch_warnings():
+            # Said below in words for whoever sees atlas for the first time.
+            warnings.filterwarnings("ignore", message="The tokenizer of atlas reads a part")
             graph = attribute(model, clt, prompt or default_prompt("atlas"))
         if "<unk>" in graph.prompt_tokens:
             errors.print("Words that atlas does not know became <unk>: it has read of US states and cities only.")

@@ -11,7 +11,6 @@ import re
 import shlex
 import sys
 import textwrap
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
@@ -22,7 +21,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union, get_
 
 import typer
 import yaml
-from rich.text import Text
 from typer.core import TyperCommand
 
 from tl_clt.cli.app import app, console, errors, plain_errors
@@ -109,7 +107,7 @@ def run(resume: Path | None, settings: dict[str, Any]) -> None:
                 device = own_device(cfg.device)
                 hooked = load_model(cfg.model_name, backend=cfg.backend, device=device)  # type: ignore[arg-type]
         runner = CLTTrainingRunner(cfg, model=hooked, on_start=lambda memory: console.print(f"Memory: about {memory}"))
-        with progress_shown(), plain_warnings():
+        with progress_shown():
             runner.run(resume)
         console.print(
             f"CLT written to {output}. Trace with it: tl-clt trace --model {cfg.model_name} --clt {output} --prompt ..."
@@ -203,26 +201,6 @@ def progress_shown() -> Iterator[None]:
         logger.setLevel(level)
         logger.propagate = propagate
         logger.removeHandler(lines)
-
-
-@contextmanager
-def plain_warnings() -> Iterator[None]:
-    """Within, warnings of layers that do not learn are a line each, without a place in the code."""
-    from tl_clt.errors import LayerWarning
-
-    before = warnings.showwarning
-
-    def show(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
-        if not issubclass(category, LayerWarning):
-            before(message, category, *where, **options)
-            return
-        errors.print(Text.assemble(("Warning", "bold yellow"), f": {message}"))
-
-    warnings.showwarning = show
-    try:
-        yield
-    finally:
-        warnings.showwarning = before
 
 
 def _with_options(train_with: Callable[[Path | None, dict[str, Any]], None]) -> Callable[..., None]:

@@ -37,10 +37,10 @@ from tl_clt.arguments import as_seed, as_share, as_switch, as_whole, shown
 from tl_clt.attribution import AttributionGraph, NodeKind, attribute, find_head_effects
 from tl_clt.attribution.influence import walk_upstream
 from tl_clt.attribution.targets import as_token_ids
-from tl_clt.errors import ConfigError, DatasetError
+from tl_clt.errors import ConfigError, DatasetError, PromptError
 from tl_clt.evaluation.curves import likeliest
 from tl_clt.evaluation.faithfulness import read_prompts
-from tl_clt.lens import HookedModel, Prompt, model_name, token_strings
+from tl_clt.lens import HookedModel, Prompt, as_text, model_name, token_strings
 from tl_clt.replacement import check_fit, require_free
 from tl_clt.report import GREY, PALETTE, Report
 from tl_clt.transcoder import CrossLayerTranscoder
@@ -328,7 +328,12 @@ def compare_tasks(
     node_threshold, seed = as_share("node_threshold", node_threshold), as_seed("seed", seed)
     max_feature_nodes = as_whole("max_feature_nodes", max_feature_nodes, 1, none="all")
     progress = as_switch("progress", progress)
-    texts = {str(task): read_prompts(model, of) for task, of in prompts.items()}
+    texts = {}
+    for task, of in prompts.items():
+        try:
+            texts[str(task)] = read_prompts(model, of)
+        except (DatasetError, PromptError) as error:
+            raise type(error)(f"{task}: {error}") from error
     wanted = {task: [likeliest(model, tokens) for tokens in of] for task, of in texts.items() if targets is None}
     for task, of in texts.items():
         if targets is not None:
@@ -336,6 +341,11 @@ def compare_tasks(
             wanted[task] = [] if given is None else as_token_ids(model, given)
         if len(wanted[task]) != len(of):
             raise DatasetError(f"There are {len(wanted[task])} targets for {len(of)} prompts of {task}: give one each.")
+    for task in targets or ():
+        if task not in texts:
+            raise ConfigError(
+                f"targets has {task!r:.40}, and prompts has not: give targets of tasks that are in prompts."
+            )
     generator = np.random.default_rng(seed)
     tables: dict[str, list[DataFrame]] = {"heads": [], "parts": [], "flow": []}
     circuits: dict[str, list[_Circuit]] = {task: [] for task in texts}
@@ -355,7 +365,7 @@ def compare_tasks(
             bar.update()
     info = {
         "model_name": model_name(model),
-        "prompts": {task: ["".join(token_strings(model, tokens)) for tokens in of] for task, of in texts.items()},
+        "prompts": {task: [as_text(model, tokens) for tokens in of] for task, of in texts.items()},
         "targets": {task: token_strings(model, torch.tensor(ids)) for task, ids in wanted.items()},
         "node_threshold": node_threshold,
         "n_layers": clt.cfg.n_layers,

@@ -171,7 +171,7 @@ def prune_to_behaviour(
     if not reached:
         warnings.warn(
             f"No threshold keeps {share:g} of the behaviour: all that the graph's edges tell keep"
-            f" f={tried[chosen].faithfulness:.3f}. Give a smaller share, or a whole graph, or edge_threshold=1.",
+            f" f={tried[chosen].faithfulness:.6g}. Give a smaller share, or a whole graph, or edge_threshold=1.",
             stacklevel=2,
         )
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))

@@ -68,6 +68,7 @@ from tl_clt.interventions.validation_report import FEWEST_PROMPTS, LEVEL, interv
 from tl_clt.lens import (
     HookedModel,
     Prompt,
+    as_text,
     model_name,
     require_model,
     run_with_hooks,
@@ -197,9 +198,9 @@ def measure_curves(
                 bar.update()
     info = {
         "model": model_name(model),
-        "prompts": ["".join(token_strings(model, task.tokens)) for task in tasks],
+        "prompts": [as_text(model, task.tokens) for task in tasks],
         "targets": [token_strings(model, torch.tensor([task.target]))[0] for task in tasks],
-        "counterfactuals": ["".join(token_strings(model, task.other)) for task in tasks if task.other is not None],
+        "counterfactuals": [as_text(model, task.other) for task in tasks if task.other is not None],
         "ablated_to": "zero" if counterfactuals is None else "counterfactual",
         "level": plan.level,
         "metric": plan.metric,

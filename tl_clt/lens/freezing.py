@@ -177,7 +177,12 @@ def require_held(model: HookedModel, tokens: TokenBatch, *, anew: bool = False) 
                 f"Hooks on attention patterns and norm scales do not hold them in {model_name(model)}: {place} moves"
                 " out of proportion to what goes in, so that nothing frozen would be frozen."
                 + (f" Try it without {on[0]}." if on else "")
-                + " Load the model with load_model(..., backend='hooked') where TransformerLens has it that way."
+                + (
+                    f" In {str(cache[start].dtype).removeprefix('torch.')} rounding alone may do so: load the model"
+                    " with dtype='float32'."
+                    if torch.finfo(cache[start].dtype).bits < 32
+                    else " Load the model with load_model(..., backend='hooked') where TransformerLens has it that way."
+                )
             )
     _HELD.setdefault(model, set()).add(flags)
 

@@ -141,9 +141,10 @@ def _read(model: HookedModel, text: str) -> Tensor:
 
 def _has_unknown(tokenizer: Any, tokens: Tensor, text: str) -> bool:
     """Whether a text has parts that the tokenizer does not know, other than its name for these."""
-    unknown = tokenizer.unk_token_id
-    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    return unknown is not None and unknown not in ends and unknown in tokens and tokenizer.unk_token not in text
+    unknown, name = tokenizer.unk_token_id, tokenizer.unk_token
+    # By name: an end-of-sequence token that is not in the vocabulary has the id of unknown ones, and says nothing.
+    ends = (tokenizer.bos_token, tokenizer.eos_token)
+    return unknown is not None and name not in ends and unknown in tokens and name not in text
 
 
 def _as_ids(given: Any) -> Tensor:
@@ -319,6 +320,13 @@ def _check_range(model: HookedModel, tokens: Tensor) -> None:
             f"Token id {wrong} is out of range: {model_name(model)} has ids 0 to {model.cfg.d_vocab - 1}."
             " Was the prompt tokenised for another model?"
         )
+
+
+def as_text(model: HookedModel, tokens: Tokens) -> str:
+    """A prompt as one text, spaced as the tokenizer spaces it."""
+    if getattr(model, "tokenizer", None) is None:
+        return " ".join(token_strings(model, tokens))
+    return str(model.to_string(tokens))
 
 
 def token_strings(model: HookedModel, tokens: Tokens) -> list[str]:

@@ -35,7 +35,7 @@ from tl_clt.organisms.interchange import (
     probe,
     take_means,
 )
-from tl_clt.organisms.tasks import Case, Task
+from tl_clt.organisms.tasks import Case, Task, require_task
 from tl_clt.report import GREY, PALETTE, Report
 
 if TYPE_CHECKING:
@@ -200,6 +200,7 @@ def measure_emergence(
         ConfigError: an argument out of range, no models, no hop before the answer, places that the models do not have,
             or a last model that answers fewer than two prompts right.
     """
+    require_task(task)
     if not isinstance(models, Mapping) or not models or not all(isinstance(step, int) for step in models):
         raise ConfigError(f"models is {shown(models)}: give the models by their steps, at least one.")
     n_pairs, n_prompts = as_whole("n_pairs", n_pairs, 1), as_whole("n_prompts", n_prompts, 2)
@@ -207,15 +208,13 @@ def measure_emergence(
     seed = as_seed("seed", seed)
     steps = sorted(models)
     last = models[steps[-1]]
+    if len(task.hops) < 2:
+        raise ConfigError(f"{task.name} has no hop before its answer, so that none can emerge: give a task that has.")
     if places is None:
         places = find_variables(last, task, n_pairs=n_pairs, held_out=held_out, seed=seed)
     missing = [name for name in PLACE_COLUMNS if name not in places]
     if missing or places.empty:
-        said = (
-            f"lacks {', '.join(missing)}"
-            if places.shape[1]
-            else f"is empty, as {task.name} has no hop before its answer"
-        )
+        said = f"lacks {', '.join(missing)}" if missing and places.shape[1] else "is empty"
         raise ConfigError(f"places {said}: give what find_variables gives, for a task with a hop at least.")
     # With another seed than places were found with.
     exchanged, _ = answered_right(last, task, 8 * n_pairs, held_out, seed + 2)
@@ -223,6 +222,7 @@ def measure_emergence(
     rows = []
     for step in tqdm(steps, desc="Emergence", unit=" steps", delay=2.0, disable=not progress):
         model = last if step == steps[-1] else models[step]
+        _require_alike(model, last, step, steps[-1])
         in_text, kept_out = (share_right(model, task, cases) for cases in splits)
         means = take_means(model, task, seed=seed) if "mean" in set(places["part"]) else None
         for place in places.to_dict("records"):
@@ -236,6 +236,20 @@ def measure_emergence(
             rows.append(row | {name: found[name] for name in ("follows", "keeps", "random_direction")})
     about = {"n_pairs": n_pairs, "n_prompts": n_prompts, "held_out": held_out, "seed": seed}
     return Emergence(table=DataFrame(rows), info={"model_name": model_name(last), "task": task.name, **about})
+
+
+ALIKE = ("n_layers", "d_model", "d_vocab")
+
+
+def _require_alike(model: HookedModel, last: HookedModel, step: int, last_step: int) -> None:
+    """Raise unless the models of two steps are of one shape, as those of one training are."""
+    for name in ALIKE:
+        here, there = getattr(model.cfg, name, None), getattr(last.cfg, name, None)
+        if here != there:
+            raise ConfigError(
+                f"models[{step}], {model_name(model)}, has {name} {here}, and models[{last_step}], {model_name(last)},"
+                f" {there}: give the models of one training."
+            )
 
 
 def share_right(model: HookedModel, task: Task, cases: Sequence[Case]) -> float:

@@ -32,13 +32,14 @@ from tl_clt.errors import ConfigError
 from tl_clt.lens import (
     HookedModel,
     block_hook,
+    model_name,
     run_behind_layer,
     run_blocks_with_cache,
     run_with_cache,
     to_tokens,
     token_strings,
 )
-from tl_clt.organisms.tasks import Case, Task
+from tl_clt.organisms.tasks import Case, Task, require_task
 from tl_clt.shapes import TokenBatch
 
 Part = Literal["all", "mean"]
@@ -94,6 +95,7 @@ def interchange(
         ConfigError: the task has no such variable, or it never decides the answer; prompts have different lengths;
             there is no such place.
     """
+    require_task(task)
     n_pairs = as_whole("n_pairs", n_pairs, 1)
     seed = as_seed("seed", seed)
     if part not in get_args(Part):
@@ -172,6 +174,7 @@ def find_variables(
         One row a hop, as of `interchange`, and elsewhere: the mean of `follows` over all other places from that layer
         on, with the same part.
     """
+    require_task(task)
     n_pairs, seed = as_whole("n_pairs", n_pairs, 1), as_seed("seed", seed)
     rows, given = [], {}
     if task.hops[1:]:
@@ -219,6 +222,7 @@ def probe(
     Raises:
         ConfigError: the task has no such variable, prompts have different lengths, or there is no such place.
     """
+    require_task(task)
     n_prompts, seed = as_whole("n_prompts", n_prompts, 2), as_seed("seed", seed)
     splits = []
     for held_out in (False, True):
@@ -289,6 +293,7 @@ class TextMeans(NamedTuple):
 @torch.no_grad()
 def take_means(model: HookedModel, task: Task, *, seed: int = 0) -> TextMeans:
     """What `interchange` with part="mean" exchanges, of all variables of a task at once."""
+    require_task(task)
     told = task.cases(N_FOR_MEANS, held_out=False, seed=seed)
     names = [block_hook(layer, STREAM) for layer in range(model.cfg.n_layers)]
     cache = run_blocks_with_cache(model, as_batch(model, task, told), lambda name: name in names)
@@ -341,7 +346,8 @@ def as_batch(model: HookedModel, task: Task, cases: Sequence[Case]) -> TokenBatc
     rows = [to_tokens(model, case.prompt).flatten() for case in cases]
     if len({len(row) for row in rows}) > 1:
         raise ConfigError(
-            f"Prompts of {task.name} have different lengths, so that their positions cannot be exchanged."
+            f"Prompts of {task.name} have different lengths, so that their positions cannot be exchanged. Give a task"
+            f" whose prompts are all as long, or a model that knows its words ({model_name(model)} may not)."
         )
     return torch.stack(rows)
 

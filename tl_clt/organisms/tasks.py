@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tl_clt.arguments import shown
 from tl_clt.errors import ConfigError
 
 Values = Mapping[str, str]
@@ -125,3 +126,13 @@ class Task:
             if not self.is_held_out(inputs):
                 case = self.case(inputs)
                 yield f"{case.prompt} {case.answer} {self.rest(case.values)}"
+
+
+def require_task(value: object) -> None:
+    """Raise unless something is a task.
+
+    Raises:
+        ConfigError: with where tasks are to be had.
+    """
+    if not isinstance(value, Task):
+        raise ConfigError(f"task is {shown(value)}: give a Task, such as organism_tasks(...) has by their names.")

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -189,6 +190,14 @@ class CrossLayerTranscoder(nn.Module):
     def layers(self) -> range:
         """0 to n_layers - 1."""
         return range(self.cfg.n_layers)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CrossLayerTranscoder:
+        """Moved or cast (`to`, `half`): the configuration tells the number type that the weights then have."""
+        super()._apply(fn, recurse)
+        dtype = str(self.W_enc.dtype).removeprefix("torch.")
+        if dtype != self.cfg.dtype:
+            self.cfg = replace(self.cfg, dtype=dtype)
+        return self
 
     def __repr__(self) -> str:
         cfg = self.cfg

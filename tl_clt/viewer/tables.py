@@ -174,7 +174,8 @@ def curves_table(report: FaithfulnessCurves) -> Table:
     """Areas of faithfulness curves, and some of their points."""
     info = report.info
     title = f"Circuits of {report.table['prompt'].nunique()} prompts, ablated to {info['ablated_to']}; metric"
-    title += f" {info['metric']}, errors {info['errors']}. area under f and distance from 1, 95% intervals; f by share"
+    intervals = "" if report.areas["area_low"].isna().all() else ", 95% intervals"
+    title += f" {info['metric']}, errors {info['errors']}. area under f and distance from 1{intervals}; f by share"
     title += f" of {info.get('level', 'nodes')}; number: of all, and of the first share whose f is .9 (for .9)"
     curves, areas = report.curves, report.areas.to_dict("records")
     table = Table("", *(f"{escape(row['transcoder'])}\n{row['ranking']}" for row in areas), padding=(0, 1))

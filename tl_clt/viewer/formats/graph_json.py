@@ -282,7 +282,7 @@ def as_json(values: Any) -> str:
 
 def _at(graph: AttributionGraph, node: int | Node, number_of: Mapping[int, int]) -> int:
     """Where a node of the graph given stands among those that are written."""
-    number = node.number if isinstance(node, Node) else node
+    number = graph.nodes.number_of(node)
     last = len(graph.nodes) - 1
     number = as_whole("A node to be pinned", number, -last - 1, last, why="the nodes", error=NodeNotFound)
     number %= len(graph.nodes)
