@@ -94,6 +94,10 @@ def test_terms_are_0_for_a_transcoder_that_is_the_mlps(normalization, input_hook
 
 def test_terms_are_0_for_the_neurons_of_a_known_circuit():
     circuit = load_circuit("parity")
+    with torch.no_grad():
+        # Compiled neurons lie on their kinks, where rounding decides what a derivative is: off them.
+        for block in circuit.model.blocks:
+            block.mlp.b_in += 0.01
     found = measured(circuit.model, neurons_as_transcoder(circuit), circuit.prompts, pos=circuit.answer_position)
     assert all(abs(found[name]) < 1e-8 for name in ADDED)
 
