@@ -105,13 +105,13 @@ def options(
     for seed in range(first_seed, first_seed + seeds):
         plain = None
         for one in option:
-            if table.missing(key := (organism, one, k, n_steps, seed)):
+            if table.missing(*(key := (organism, one, k, n_steps, seed))):
                 began = time.process_time()
                 clt = trained_with(one, organism, model, k, seed, n_steps)
                 add(key, clt, began)
                 plain = clt if one == "plain" else plain
         for name, one in tuned:
-            if table.missing(key := (organism, name, k, n_steps, seed)):
+            if table.missing(*(key := (organism, name, k, n_steps, seed))):
                 plain = trained_with("plain", organism, model, k, seed, n_steps) if plain is None else plain
                 n_ctx = model.cfg.n_ctx
                 text = training_tokens(organism, model, finetune_steps * 8 * n_ctx, seed + TEXT_SEED)
