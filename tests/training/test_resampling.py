@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -144,3 +146,22 @@ def test_what_began_anew_counts_as_alive_for_a_window() -> None:
     for _ in range(2 * BLOCKS):
         running.add(torch.tensor([0, 0]), 10)
     assert running.dead(1e-6).tolist() == [True, True]
+
+
+def test_features_that_begin_together_write_no_more_than_the_error() -> None:
+    """As hundreds do in each layer of a real model early on."""
+    n_layers, f = 12, 128
+    generator = torch.Generator().manual_seed(5)
+    x, e = (torch.randn(1024, n_layers, D, generator=generator, dtype=torch.float64) for _ in range(2))
+    shape: dict[str, Any] = {"d_in": D, "d_sae": n_layers * f, "n_layers": n_layers, "d_transcoder": f}
+    ones = (1.0,) * n_layers
+    clt = build("relu", n_layers, **shape, input_scale=ones, output_scale=ones)
+    resample(clt, {}, torch.ones(n_layers * f, dtype=torch.bool), x, e, seed=0)
+    written = torch.zeros_like(e)
+    for layer, targets in enumerate(clt.targets):
+        acts = (x[:, layer] @ clt.W_enc[layer].T + clt.b_enc[layer]).relu().detach()
+        out = (acts @ clt.W_dec[layer].detach()).unflatten(1, (len(targets), D))
+        written[:, list(targets)] += out
+    shares = (written.square().sum(dim=(0, 2)) / e.square().sum(dim=(0, 2))).sqrt()
+    assert shares.max() < 1
+    assert shares.max() > 0.1

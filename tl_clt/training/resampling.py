@@ -20,7 +20,7 @@ UNTIL = 2 / 3
 """Share of a run after which features are left as they are: new ones need time to find their place."""
 
 SIZE = 0.7
-"""Length of what a feature writes at most at first, as a share of its token's error."""
+"""Length of what a feature writes at most at first, as a share of its token's error; less where many begin at once."""
 
 FIRING = 1 / 32
 """Share of tokens at which a new feature's hidden_pre is above its threshold, at least."""
@@ -43,10 +43,14 @@ def resample(
         W_enc,i  proportional to C^-1 (x_n - mean x), as in `init_from_tokens`
         b_enc,i  such that hidden_pre is above theta_i (0 but for jumprelu) for the 1 in 32 tokens that are most like n,
                  or for those at least half as far from the mean as n, whichever are more
-        W_dec,i  along n's error, such that `SIZE` of its length is written where the feature fires most
+        W_dec,i  along n's error, such that where the feature fires most SIZE / sqrt(max(1, A_t)) of its length is
+                 written to layer t
 
-    Errors are those of all layers that the features write to. Adam's means of these weights become 0, and its mean
-    squares those of the layer's other features.
+    Errors are those of all layers that the features write to. A_t is how many new features, of any layer, are active at
+    a token and write to layer t: FIRING of their number. What they write together is then no longer than the error
+    there, however many begin at once; several hundred in each of many layers would write a multiple of it, and take the
+    places of features that have learned. Adam's means of these weights become 0, and its mean squares those of the
+    layer's other features.
 
     Args:
         clt: changed in place; on a grid, one rank's share of it.
@@ -61,15 +65,21 @@ def resample(
     """
     n_features, own, begun = clt.cfg.d_transcoder, clt.grid.own(clt.cfg.d_transcoder), torch.zeros_like(dead)
     generator = torch.Generator().manual_seed(seed)
-    for layer, targets in enumerate(clt.targets):
+    active, writes = torch.zeros(len(clt.targets)), [ts if clt.cfg.far_rank is None else ts[:1] for ts in clt.targets]
+    squares = errors.double().square().sum(dim=-1).cpu()
+    for layer, written in enumerate(writes):
         of_layer = slice(layer * n_features, (layer + 1) * n_features)
         numbers = dead[of_layer].nonzero().flatten()[: len(inputs) // TOKENS_PER_FEATURE]
-        written = targets if clt.cfg.far_rank is None else targets[:1]
-        error = torch.cat([errors[:, target] for target in written], dim=1)
-        chances = error.double().square().sum(dim=1).cpu()
-        if len(numbers) == 0 or int((chances > 0).sum()) < len(numbers):
+        if int((squares[:, list(written)].sum(dim=1) > 0).sum()) >= len(numbers):
+            begun[of_layer][numbers] = True
+            active[list(written)] += FIRING * len(numbers)
+    size = (SIZE / active.clamp(min=1.0).sqrt()).to(inputs.device)
+    for layer, written in enumerate(writes):
+        numbers = begun[layer * n_features : (layer + 1) * n_features].nonzero().flatten()
+        if len(numbers) == 0:
             continue
-        begun[of_layer][numbers] = True
+        error = torch.cat([size[target] * errors[:, target] for target in written], dim=1)
+        chances = squares[:, list(written)].sum(dim=1)
         drawn = torch.multinomial(chances, len(numbers), generator=generator).to(inputs.device)
         here = (numbers >= own.start) & (numbers < own.stop)
         rows, drawn = numbers[here] - own.start, drawn[here]
@@ -88,7 +98,7 @@ def resample(
         clt.W_enc[layer][rows] = W_enc.to(clt.dtype)
         clt.b_enc[layer][rows] = (theta - lowest).to(clt.dtype)
         columns = slice(0, error.shape[1])
-        W_dec[rows, columns] = (SIZE * error[drawn].double() / highest[:, None]).to(clt.dtype)
+        W_dec[rows, columns] = (error[drawn].double() / highest[:, None]).to(clt.dtype)
         weights = [clt.W_enc[layer], clt.b_enc[layer], W_dec]
         if clt.log_threshold is not None:
             weights.append(clt.log_threshold[layer])
