@@ -166,10 +166,10 @@ def test_coefficients_go_through_saelens_schedulers() -> None:
     assert build("relu", **cfg).get_coefficients() == {
         "sparsity": TrainCoefficientConfig(0.5, 9),
         "dead_feature": 1e-5,
-        "auxk": 1.0,
+        "auxk": 1 / 32,
     }
     assert build("topk", **cfg, auxk_coefficient=0.1).get_coefficients() == {"auxk": 0.1}
-    assert build("topk", far_write_coefficient=0.2).get_coefficients() == {"auxk": 1.0, "far_write": 0.2}
+    assert build("topk", far_write_coefficient=0.2).get_coefficients() == {"auxk": 1 / 32, "far_write": 0.2}
 
 
 def test_registering_twice_changes_nothing() -> None:

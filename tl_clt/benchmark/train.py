@@ -112,6 +112,7 @@ def train_on_organism(
         {
             "model_name": name,
             "d_transcoder": OF_ORGANISM[name],
+            "auxk_coefficient": 1.0,
             "activation": activation,
             "span": span,
             "training_tokens": n_tokens,

@@ -69,6 +69,7 @@ def clt_config(
             "model_name": model_name,
             "output_path": str(output),
             "context_size": TrainOptions.n_ctx,
+            "auxk_coefficient": 1.0,
             "train_batch_size_tokens": 1024,
             "store_batch_size_prompts": 64,
             "n_batches_in_buffer": 256,

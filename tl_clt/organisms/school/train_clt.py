@@ -41,6 +41,7 @@ def clt_config(output: Path, seed: int, *, per_layer: bool = False, k: int = 10)
             "model_name": "school",
             "output_path": str(output),
             "d_transcoder": 512,
+            "auxk_coefficient": 1.0,
             "activation": "topk",
             "k": k,
             "span": 1 if per_layer else None,
