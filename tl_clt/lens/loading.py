@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -22,13 +22,11 @@ from transformer_lens import HookedTransformerConfig
 from transformer_lens import loading_from_pretrained as tl_loading
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from tl_clt.arguments import as_choice, as_device, as_dtype, as_path
+from tl_clt.arguments import Backend, as_choice, as_device, as_dtype, as_path
 from tl_clt.bundled import ORGANISMS, bundled_folder, bundled_organisms
 from tl_clt.connection import hub_or_cache
 from tl_clt.errors import ModelNotFound, ModelUnsupported, nearest
 from tl_clt.lens.hooks import HookedModel, HookedTransformer, TransformerBridge
-
-Backend = Literal["hooked", "bridge"]
 
 GEMMA_NAMES = {
     ("gemma3_text", 18, 640): "google/gemma-3-270m",

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -46,95 +46,12 @@ from tl_clt.lens import (
     require_hooks,
     user_hooks_aside,
 )
-from tl_clt.training.clt import CLTSettings, CLTShape
-from tl_clt.training.data.cache import ActivationCache, Activations, CacheDtype, Prompts
+from tl_clt.training.config import HELD_OUT_EVERY, CLTSettings, CLTShape, DataSettings
+from tl_clt.training.data.cache import ActivationCache, Activations, Prompts
 from tl_clt.training.data.dataset import AnyDataset, require_known_tokens
 from tl_clt.training.parallel import ProcessGrid
 
 Batch = Float[Tensor, "batch 2 n_layers d_model"]
-
-CHOSEN: Any = None
-"""Default of what a run's config chooses by itself where it is left out: see `run.config.choose`."""
-
-if TYPE_CHECKING:  # once a run's config is made
-    WholeOrChosen: TypeAlias = int
-    NumberOrChosen: TypeAlias = float
-else:
-    WholeOrChosen: TypeAlias = int | None
-    NumberOrChosen: TypeAlias = float | None
-
-HELD_OUT_EVERY = 16
-"""Of so many prompts of a dataset one is kept out of training: the last."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """What a CLT is trained on: the `data` of a `CLTTrainingRunnerConfig`."""
-
-    streaming: bool = True
-    """Read a hub dataset while training, in place of a download beforehand."""
-
-    training_tokens: int = 2_000_000
-    """Tokens to train on, repeats of the dataset included. Exactly so many: the last batch may be shorter."""
-
-    context_size: WholeOrChosen = CHOSEN
-    """Tokens of a prompt. Where left out: 128, or as many as the model takes where these are fewer."""
-
-    train_batch_size_tokens: WholeOrChosen = CHOSEN
-    """Tokens of a training step. Where left out: the power of two of at least 128 and at most 4096 tokens that makes
-    about 300 steps of training_tokens, because features need some hundred steps to settle."""
-
-    store_batch_size_prompts: int = 32
-    """Prompts of a forward pass of the model."""
-
-    n_batches_in_buffer: int = 128
-    """The shuffling buffer's size in prompts; n_batches_in_buffer * context_size tokens must hold a batch."""
-
-    activations_mixing_fraction: float = 0.5
-    """Share of the buffer that is kept back for mixing with new activations."""
-
-    prepend_bos: bool = True
-    """Begin each prompt made of text with the beginning-of-sequence token."""
-
-    sequence_separator_token: int | Literal["bos", "eos", "sep"] | None = "bos"
-    """What goes between rows of text that share a prompt."""
-
-    exclude_special_tokens: bool | tuple[int, ...] = True
-    """Leave the tokenizer's special tokens (True; none where the model has no tokenizer), or these token ids, out of
-    training. The beginning-of-sequence token has a norm a hundred times the others', and means nothing."""
-
-    seqpos_slice: tuple[int | None, ...] = (None,)
-    """Positions to train on, as the arguments of `slice`: (1, None) leaves the first out."""
-
-    max_norm_ratio: float | None = 10.0
-    """Leave out tokens at which some layer's input has a norm of more than so many times its median over the prompts
-    of a forward pass: massive activations, which mean nothing, and a few of which would make up most of the squared
-    error. None leaves none out. On Gemma 3 270M only the beginning-of-sequence token has any (13 times the median)."""
-
-    n_eval_prompts: WholeOrChosen = CHOSEN
-    """Prompts that the final metrics are measured on; where thresholds are set at the end, half of them are for that.
-    Every 16th prompt of the dataset is kept out of training for them. Where left out: 1 for every 16 that are trained
-    on, and at least 16, at most 256."""
-
-    cache_path: str | None = None
-    """Folder of cached activations: what is in it is read, what is not is added. Any run of the same model and hooks
-    may use it, whatever its dataset, context size, left-out tokens and seed."""
-
-    cache_dtype: CacheDtype = "float16"
-    """float16, or int8 for half the space. A run with a cache trains on the rounded activations, the first run
-    as well as the next. On Gemma 3 270M a layer's activations change by up to 0.02% (float16) or 5% (int8)."""
-
-    prefetch: bool = True
-    """Run the model for the next batches on a thread of its own while a step is made. Batches are the same."""
-
-    n_batches_for_scale: WholeOrChosen = CHOSEN
-    """First batches, on which scales and the first weights are set. They are trained on as well. Where left out: so
-    many that they have 4,096 tokens, or two for each feature of a layer if that is more, but at most 16,384."""
-
-    @property
-    def positions_per_prompt(self) -> int:
-        """Positions of a prompt that `seqpos_slice` leaves to train on."""
-        return len(range(self.context_size)[slice(*self.seqpos_slice)])
 
 
 class ActivationScale(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from tl_clt.errors import NotEnoughMemory
 from tl_clt.machine import GIB, free_memory
 from tl_clt.training.clt import CHUNK_ELEMENTS, TrainingCLT
-from tl_clt.training.data.batches import DataSettings
+from tl_clt.training.config import DataSettings
 
 
 class MemoryEstimate(NamedTuple):

@@ -30,7 +30,8 @@ from torch import Tensor
 from tl_clt.errors import CheckpointError, LayerWarning
 from tl_clt.files import READING_ERRORS, new_file
 from tl_clt.report import GREY, PALETTE, drawing
-from tl_clt.training.clt import CLTSettings, CLTStep, TrainingCLT
+from tl_clt.training.clt import CLTStep, TrainingCLT
+from tl_clt.training.config import CLTSettings
 from tl_clt.transcoder import explained_variance
 
 if TYPE_CHECKING:

@@ -27,6 +27,7 @@ from tl_clt.errors import ConfigError, NotFinite, NotWritten, OutputNotEmpty, Tr
 from tl_clt.files import files_into, new_folder, require_new
 from tl_clt.lens import HookedModel, load_model, mlp_hook_points, model_fingerprint, model_name, require_model
 from tl_clt.training.clt import TrainingCLT, TrainingCLTConfig, init_from_tokens
+from tl_clt.training.config import CLTTrainingRunnerConfig
 from tl_clt.training.data.batches import (
     ActivationBatches,
     ActivationScale,
@@ -58,7 +59,6 @@ from tl_clt.training.run.checkpoints import (
     restore,
     scale_of,
 )
-from tl_clt.training.run.config import CLTTrainingRunnerConfig
 from tl_clt.training.run.memory import MemoryEstimate, estimate_memory, require_memory
 from tl_clt.training.run.metrics import Metrics, cut_alike, fit_thresholds, measure, sets_thresholds
 from tl_clt.training.run.progress import (
