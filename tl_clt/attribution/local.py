@@ -416,7 +416,11 @@ class _MLPOutputs(NamedTuple):
 
 @torch.no_grad()
 def _split_mlp_outputs(clt: CrossLayerTranscoder, inputs: list[Stream], mlp_out: Streams, bos: Bos) -> _MLPOutputs:
-    """Encode the clean run and split each MLP's output into features, b_dec, skip connection and error."""
+    """Encode the clean run and split each MLP's output into features, b_dec, skip connection and error.
+
+    Unlike `CrossLayerTranscoder.decode` this sums in the number type of graphs, and adds b_dec and the skip connection
+    only at the positions where they stand in for the MLPs.
+    """
     recons = torch.zeros_like(mlp_out)
     found = []
     for source in clt.layers:

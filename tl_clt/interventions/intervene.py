@@ -231,16 +231,12 @@ class InterventionEffect(Report[Literal["changes"]]):
     @property
     def hidden_pre(self) -> Acts:
         """Pre-activations in the intervened run. Their change is what an edge of a graph predicts."""
-        return self._hidden_pre(self.inputs)
+        return self.clt.hidden_pre(self.inputs).detach()
 
     @property
     def baseline_hidden_pre(self) -> Acts:
         """Pre-activations in the clean run."""
-        return self._hidden_pre(self.baseline_inputs)
-
-    def _hidden_pre(self, inputs: Inputs) -> Acts:
-        each = [self.clt.encode_layer(inputs[..., t, :], t).hidden_pre.detach() for t in self.clt.layers]
-        return torch.stack(each, dim=-2)
+        return self.clt.hidden_pre(self.baseline_inputs).detach()
 
     def top_changes(self, k: int = 10, pos: int = -1) -> DataFrame:
         """The k tokens of each prompt whose probability of coming next changed most.

@@ -102,7 +102,7 @@ class Attachment:
         """At the input hook: encode, and add what these features write to the layers they write to."""
         points, forward = self.points[layer], self.current
         x = points.hook_in(x.to(self.clt.W_enc.dtype))
-        hidden_pre = points.hook_acts_pre(x @ self.clt.W_enc[layer] + self.clt.b_enc[layer])
+        hidden_pre = points.hook_acts_pre(self.clt.hidden_pre_layer(x, layer))
         feature_acts = points.hook_acts_post(self.clt.activate(hidden_pre, layer))
         forward.inputs[layer] = x
         self.clt.add_written(forward.written, feature_acts, layer)

@@ -30,7 +30,7 @@ from tl_clt.transcoder.formats import load, save
 
 
 class Encoding(NamedTuple):
-    """What `encode_with_hidden_pre` gives."""
+    """One layer's features on some tokens."""
 
     feature_acts: Float[Tensor, "*batch d_transcoder"]
     """After phi: sparse, not negative."""
@@ -90,8 +90,17 @@ class CrossLayerTranscoder(nn.Module):
 
     def encode_layer(self, x: Float[Tensor, "*batch d_model"], layer: int) -> Encoding:
         """One layer's features from that layer's input, with their pre-activations."""
-        hidden_pre = x @ self.W_enc[layer] + self.b_enc[layer]
+        hidden_pre = self.hidden_pre_layer(x, layer)
         return Encoding(self.activate(hidden_pre, layer), hidden_pre)
+
+    def hidden_pre(self, x: LayerInputs) -> FeatureActs:
+        """Pre-activations of every layer's features from every layer's input."""
+        self._require_shape("x", x, self.cfg.d_model)
+        return torch.stack([self.hidden_pre_layer(x[..., s, :], s) for s in self.layers], dim=-2)
+
+    def hidden_pre_layer(self, x: Float[Tensor, "*batch d_model"], layer: int) -> Float[Tensor, "*batch d_transcoder"]:
+        """Pre-activations of one layer's features from that layer's input."""
+        return x @ self.W_enc[layer] + self.b_enc[layer]
 
     def activate(
         self, hidden_pre: Float[Tensor, "*batch d_transcoder"], layer: int
