@@ -91,10 +91,10 @@ class AutogradEngine(Engine):
         self, point: Int[Tensor, " n_targets"], pos: Int[Tensor, " n_targets"], size: int
     ) -> list[Int[Tensor, " n"]]:
         """Targets of one read point together: one backward pass starts at one place."""
-        found = []
-        for one in point.unique().tolist():
-            found += torch.nonzero(point == one).flatten().split(size)
-        return found
+        groups = []
+        for read_point in point.unique().tolist():
+            groups += torch.nonzero(point == read_point).flatten().split(size)
+        return groups
 
     def work_bytes(self, batch_size: int) -> int:
         n_pos, d_model = self.local.written.embed.shape

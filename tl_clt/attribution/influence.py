@@ -85,8 +85,8 @@ class GraphScores(_TwoScores):
 
 
 def _text(number: float, bounds: Bounds, digits: int) -> str:
-    known = f"{number:.{digits}f}"
-    return known if bounds.low == bounds.high else f"{known} [{bounds.low:.{digits}f} to {bounds.high:.{digits}f}]"
+    text = f"{number:.{digits}f}"
+    return text if bounds.low == bounds.high else f"{text} [{bounds.low:.{digits}f} to {bounds.high:.{digits}f}]"
 
 
 class InfluenceShares(NamedTuple):

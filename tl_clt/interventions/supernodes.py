@@ -94,18 +94,24 @@ class SupernodeReport(Report[FigureName]):
 
     @property
     def agreement(self) -> DataFrame:
-        """How what is told before agrees with joint effects, over groups of each role: role, prediction (influence,
-        which is held against the effect's size; direct, total, singles), n_groups, pearson, spearman; NaN of fewer than
-        three groups, or where all are alike."""
+        """How predictions agree with the joint effects that were measured, over groups of each role.
+
+        Columns role, prediction (influence, which is compared with the effect's size; direct, total, singles),
+        n_groups, pearson and spearman, which are NaN where there are fewer than three groups or all are alike.
+        """
         rows = []
         for role in ROLES:
-            of = select(self.table, role=role)
+            groups = select(self.table, role=role)
             for name in PREDICTIONS:
-                told, effect = of[name], of["joint"].abs() if name == "influence" else of["joint"]
+                predicted, joint = groups[name], groups["joint"]
+                effect = joint.abs() if name == "influence" else joint
                 both = [math.nan, math.nan]
-                if len(of) >= FEWEST and min(told.nunique(), effect.nunique()) > 1:
-                    both = [float(told.corr(effect, method="pearson")), float(told.corr(effect, method="spearman"))]
-                rows.append((role, name, len(of), *both))
+                if len(groups) >= FEWEST and min(predicted.nunique(), effect.nunique()) > 1:
+                    both = [
+                        float(predicted.corr(effect, method="pearson")),
+                        float(predicted.corr(effect, method="spearman")),
+                    ]
+                rows.append((role, name, len(groups), *both))
         return DataFrame(rows, columns=["role", "prediction", "n_groups", "pearson", "spearman"])
 
     def _draw(self, name: str) -> Figure:
@@ -280,7 +286,7 @@ class _Measurement:
         self.weights: Float[Tensor, " n_targets"] = weights / weights.sum()
 
     def __call__(self, sets: Sequence[Sequence[int]]) -> Iterator[_Effect]:
-        changes = [what for row, nodes in enumerate(sets) for what in self._changes(nodes, row)]
+        changes = [intervention for row, nodes in enumerate(sets) for intervention in self._changes(nodes, row)]
         tokens = self.graph.tokens.expand(len(sets), -1)
         bos = None if self.through_layer is None else self.graph.info.get("bos")
         effect = intervene(

@@ -77,26 +77,26 @@ def require_model(model: object) -> None:
             )
 
 
-def find_hook(model: HookedModel, name: str, known: HookDict | None = None) -> HookPoint:
+def find_hook(model: HookedModel, name: str, hook_dict: HookDict | None = None) -> HookPoint:
     """The hook point of a name or of a bridge's alias.
 
     Raises:
         HookNotFound: the model has no such hook; the message gives the nearest name.
     """
-    known = model.hook_dict if known is None else known
-    if name not in known:
+    hook_dict = model.hook_dict if hook_dict is None else hook_dict
+    if name not in hook_dict:
         raise HookNotFound(
-            f"'{name}' is no hook of {model_name(model)} ({model.cfg.n_layers} layers).{nearest(name, known)}"
+            f"'{name}' is no hook of {model_name(model)} ({model.cfg.n_layers} layers).{nearest(name, hook_dict)}"
         )
-    return known[name]
+    return hook_dict[name]
 
 
-def require_hooks(model: HookedModel, names: Iterable[str], known: HookDict | None = None) -> None:
+def require_hooks(model: HookedModel, names: Iterable[str], hook_dict: HookDict | None = None) -> None:
     """Raise `HookNotFound` for the first name that the model lacks."""
-    known = model.hook_dict if known is None else known
+    hook_dict = model.hook_dict if hook_dict is None else hook_dict
     for name in names:
-        if name not in known:
-            find_hook(model, name, known)
+        if name not in hook_dict:
+            find_hook(model, name, hook_dict)
 
 
 def add_hook_points(model: HookedModel, parent: str, child: str, points: nn.Module) -> None:
@@ -135,19 +135,19 @@ def _registry(model: HookedModel) -> dict[str, HookPoint]:
 
 
 @contextmanager
-def user_hooks_aside(model: HookedModel, known: HookDict | None = None) -> Iterator[HookDict]:
+def user_hooks_aside(model: HookedModel, hook_dict: HookDict | None = None) -> Iterator[HookDict]:
     """Within, hooks that were added through TransformerLens do not run; afterwards they are as before.
 
     Gives the model's hook points, for what runs within.
     """
-    known = model.hook_dict if known is None else known
-    points = list(dict.fromkeys(known.values()))
+    hook_dict = model.hook_dict if hook_dict is None else hook_dict
+    points = list(dict.fromkeys(hook_dict.values()))
     saved = [(point, point._forward_hooks) for point in points if point.fwd_hooks]
     try:
         for point, hooks in saved:
             theirs = {handle.hook.id for handle in point.fwd_hooks}
             point._forward_hooks = OrderedDict((k, v) for k, v in hooks.items() if k not in theirs)
-        yield known
+        yield hook_dict
     finally:
         for point, hooks in saved:
             point._forward_hooks = hooks

@@ -62,27 +62,27 @@ def load_model(
     """
     as_path("name_or_path", name_or_path, ModelNotFound)
     backend = as_choice("backend", backend, get_args(Backend))
-    where, dtype = as_device("device", "cpu" if device is None else device), as_dtype("dtype", dtype)
+    on_device, dtype = as_device("device", "cpu" if device is None else device), as_dtype("dtype", dtype)
     path = _local_path(name_or_path)
     if path is None and backend == "hooked":
         _require_known(str(name_or_path))
     with _quietly(), hub_or_cache() if path is None else nullcontext("") as unreached:
         if path is None and backend == "hooked":
-            return _hooked_from_hub(str(name_or_path), where, dtype, unreached)
+            return _hooked_from_hub(str(name_or_path), on_device, dtype, unreached)
         source = str(name_or_path) if path is None else str(path)
         gguf = path is not None and path.is_file()
         hf_model, tokenizer = _read_gguf(path, dtype) if gguf and path else _read_folder(source, dtype, unreached)
         if backend == "bridge":
             # Given no tokenizer, the bridge fails or makes one up that reads text as ids without meaning.
-            given = _empty_tokenizer() if tokenizer is None else tokenizer
+            tokenizer_of_bridge = _empty_tokenizer() if tokenizer is None else tokenizer
             bridge = TransformerBridge.boot_transformers(
-                source, hf_model=hf_model, tokenizer=given, device=where, dtype=dtype
+                source, hf_model=hf_model, tokenizer=tokenizer_of_bridge, device=on_device, dtype=dtype
             )
             if tokenizer is None:
                 bridge.tokenizer = None
             bridge.cfg.model_name = Path(source).stem if gguf else _plain_name(source)
             return bridge.eval()
-        return _hooked_from_parts(source, hf_model, tokenizer, where, dtype)
+        return _hooked_from_parts(source, hf_model, tokenizer, on_device, dtype)
 
 
 def model_from_weights(
@@ -101,12 +101,12 @@ def model_from_weights(
     cfg = HookedTransformerConfig(**{"device": "cpu", **settings}, model_name=name, original_architecture="custom")
     model = HookedTransformer(cfg)
     parameters = dict(model.named_parameters())
-    strange = [given for given in weights if given not in parameters]
+    strange = [key for key in weights if key not in parameters]
     if strange:
         raise ModelUnsupported(f"'{name}' has no weights {strange}. It has {', '.join(parameters)}.")
     with torch.no_grad():
-        for which, parameter in parameters.items():
-            parameter.copy_(weights[which]) if which in weights else parameter.zero_()
+        for key, parameter in parameters.items():
+            parameter.copy_(weights[key]) if key in weights else parameter.zero_()
     return model.eval().requires_grad_(False)
 
 

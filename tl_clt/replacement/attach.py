@@ -148,15 +148,15 @@ def attach(model: HookedModel, clt: CrossLayerTranscoder, mode: Mode = "observe"
         CLTMismatch, HookNotFound: the CLT is of another model.
     """
     mode = as_choice("mode", mode, get_args(Mode))
-    known = check_fit(model, clt)
+    hook_dict = check_fit(model, clt)
     require_free(model)
     attachment = Attachment(model, clt, mode)
     with ExitStack() as undo:
         if names_mlp_points(block_hook(0, name) for name in (clt.cfg.input_hook, clt.cfg.output_hook)):
             undo.enter_context(mlp_hook_points(model))
         for layer in clt.layers:
-            reads = find_hook(model, block_hook(layer, clt.cfg.input_hook), known)
-            writes = find_hook(model, block_hook(layer, clt.cfg.output_hook), known)
+            reads = find_hook(model, block_hook(layer, clt.cfg.input_hook), hook_dict)
+            writes = find_hook(model, block_hook(layer, clt.cfg.output_hook), hook_dict)
             add_hook_points(model, f"blocks.{layer}", CHILD, attachment.points[layer])
             undo.callback(remove_hook_points, model, f"blocks.{layer}", CHILD)
             _run_last(reads, partial(attachment.read, layer=layer), undo)
@@ -180,14 +180,14 @@ def replaced(model: HookedModel, clt: CrossLayerTranscoder) -> Iterator[HookedMo
 
 def _keep_first(layer: int, output_hook: str) -> list[FwdHook]:
     """Hooks that put the MLP's own output, recons + error, back at position 0."""
-    seen: dict[str, Tensor] = {}
+    passed: dict[str, Tensor] = {}
 
     def note(tensor: Tensor, hook: object, name: str) -> None:
-        seen[name] = tensor[:, 0]
+        passed[name] = tensor[:, 0]
 
     def put_back(out: Float[Tensor, "batch pos d_model"], hook: object) -> Tensor:
         out = out.clone()
-        out[:, 0] = (seen["recons"] + seen["error"]).to(out.dtype)
+        out[:, 0] = (passed["recons"] + passed["error"]).to(out.dtype)
         return out
 
     return [

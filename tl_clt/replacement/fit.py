@@ -57,9 +57,11 @@ def check_fit(model: HookedModel, clt: CrossLayerTranscoder) -> HookDict:
             f"The CLT is on {clt.W_enc.device}, but {name} is on {model.W_E.device}."
             f" Move it: clt.to('{model.W_E.device}')."
         )
-    known = model.hook_dict
+    hook_dict = model.hook_dict
     with mlp_hook_points(model):
-        require_hooks(model, [block_hook(t, h) for t in clt.layers for h in (cfg.input_hook, cfg.output_hook)], known)
+        require_hooks(
+            model, [block_hook(t, h) for t in clt.layers for h in (cfg.input_hook, cfg.output_hook)], hook_dict
+        )
     for verb, place, places in (("reads", cfg.input_hook, READ_PLACES), ("writes", cfg.output_hook, WRITE_PLACES)):
         if place not in places:
             raise CLTMismatch(
@@ -74,7 +76,7 @@ def check_fit(model: HookedModel, clt: CrossLayerTranscoder) -> HookDict:
             " HookedTransformer.from_pretrained_no_processing, or tl_clt.load_model.",
             stacklevel=3,
         )
-    return known
+    return hook_dict
 
 
 def not_read(cfg: CrossLayerTranscoderConfig, layer: int) -> CLTMismatch:

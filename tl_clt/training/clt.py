@@ -208,26 +208,26 @@ class CLTWeights:
         the same CLT on any number of processes.
         """
         cfg: CrossLayerTranscoderConfig = self.transcoder_config
-        kind = {"dtype": self.dtype, "device": self.device}
+        placement = {"dtype": self.dtype, "device": self.device}
 
         def uniform(bound: float, *shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, **kind).uniform_(-bound, bound))
+            return nn.Parameter(torch.empty(*shape, **placement).uniform_(-bound, bound))
 
-        def own(whole: nn.Parameter) -> nn.Parameter:
+        def own_rows(whole: nn.Parameter) -> nn.Parameter:
             return whole if n_own == n_features else nn.Parameter(whole.data[self.grid.own(n_features)].clone())
 
         def constant(value: float, *shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.full(shape, value, **kind))
+            return nn.Parameter(torch.full(shape, value, **placement))
 
         layers, n_features, rank = range(cfg.n_layers), cfg.d_transcoder, self.cfg.far_rank
         n_own = self.n_own_features
         enc_bound, dec_bound = n_features**-0.5, (cfg.n_layers * cfg.d_model) ** -0.5
         n_far = [len(cfg.targets(s)) - 1 for s in layers]
         far_width = cfg.d_model if rank is None else rank
-        self.W_enc = nn.ParameterList([own(uniform(enc_bound, n_features, cfg.d_model)) for _ in layers])
+        self.W_enc = nn.ParameterList([own_rows(uniform(enc_bound, n_features, cfg.d_model)) for _ in layers])
         self.b_enc = nn.ParameterList([constant(0.0, n_own) for _ in layers])
         widths = [cfg.d_model + n * far_width for n in n_far]
-        self.W_dec = nn.ParameterList([own(uniform(dec_bound, n_features, width)) for width in widths])
+        self.W_dec = nn.ParameterList([own_rows(uniform(dec_bound, n_features, width)) for width in widths])
         self.W_far = None
         if rank is not None:
             self.W_far = nn.ParameterList([uniform((3 / rank) ** 0.5, n, rank, cfg.d_model) for n in n_far if n > 0])
@@ -279,8 +279,8 @@ class CLTWeights:
             if far is None:
                 blocks = W.split(self.cfg.d_in, dim=1)
             else:
-                own, *thin = W.split([self.cfg.d_in, *[self.cfg.far_rank] * len(far)], dim=1)
-                blocks = [own, *(A @ B for A, B in zip(thin, far.to(kind), strict=True))]
+                near, *thin = W.split([self.cfg.d_in, *[self.cfg.far_rank] * len(far)], dim=1)
+                blocks = [near, *(A @ B for A, B in zip(thin, far.to(kind), strict=True))]
             result.append(dict(zip(targets, blocks, strict=True)))
         return result
 
@@ -298,10 +298,10 @@ class CLTWeights:
             dtype: that they are to have; `sum_dtype` where left out.
         """
         kind, far, n_far = dtype or self.sum_dtype, self.far(source), len(self.targets[source]) - 1
-        beyond = self.W_dec[source][:, self.cfg.d_in :].to(kind)
+        far_columns = self.W_dec[source][:, self.cfg.d_in :].to(kind)
         if n_far == 0:
-            return beyond.sum(dim=1)
-        slots = beyond.unflatten(1, (n_far, -1))
+            return far_columns.sum(dim=1)
+        slots = far_columns.unflatten(1, (n_far, -1))
         if far is None:
             norms = slots.norm(dim=2)
         else:

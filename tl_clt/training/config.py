@@ -114,8 +114,8 @@ class CLTSettings(LossSettings, CLTShape):
 
     def k_asked_for(self) -> int:
         """k where it is left out: `target_l0`, or else `DEFAULT_K`."""
-        asked = DEFAULT_K if self.target_l0 is None else max(1, round(self.target_l0))
-        return min(asked, self.d_transcoder)
+        k = DEFAULT_K if self.target_l0 is None else max(1, round(self.target_l0))
+        return min(k, self.d_transcoder)
 
     def k_at(self, step: int) -> int | None:
         """k at a training step: it falls linearly from `k_start` to `k` over the first `k_anneal_steps` steps."""
@@ -383,7 +383,7 @@ class CLTTrainingRunnerConfig:
     def in_words(self) -> str:
         """The activation, what was chosen where nothing was said, and why, and what of the text is left out."""
         data = self.data
-        said = [f"  {name} = {getattr(self, name)}: {reason}" for name, reason in self.chosen.items()]
+        chosen_lines = [f"  {name} = {getattr(self, name)}: {reason}" for name, reason in self.chosen.items()]
         rules = []
         if data.exclude_special_tokens is not False:
             named = data.exclude_special_tokens is True
@@ -391,10 +391,10 @@ class CLTTrainingRunnerConfig:
         if data.max_norm_ratio is not None:
             rules.append(f"tokens of a norm above {data.max_norm_ratio:g} times the median (max_norm_ratio)")
         rules.append(f"every {HELD_OUT_EVERY}th prompt, to measure on, where there are so many")
-        chosen = ["Chosen, where nothing was said:", *said] if said else []
+        sentences = ["Chosen, where nothing was said:", *chosen_lines] if chosen_lines else []
         kept = f", {self.clt.k} features a layer and token" if self.clt.selects else ""
         first, last = f"Activation {self.clt.activation}{kept}.", f"Left out of training: {', '.join(rules)}."
-        return "\n".join([first, *chosen, last])
+        return "\n".join([first, *sentences, last])
 
     @property
     def l0_asked_for(self) -> float | None:
@@ -544,28 +544,28 @@ def require(holds: bool, message: str) -> None:
 def _make_plain(cfg: CLTTrainingRunnerConfig) -> None:
     """Put plain values of Python's in the place of what was given for numbers, switches and text."""
     for part, kind in PARTS.items():
-        given = getattr(cfg, part)
-        require(isinstance(given, kind), f"{part} is {shown(given)}: give a {kind.__name__}.")
+        settings = getattr(cfg, part)
+        require(isinstance(settings, kind), f"{part} is {shown(settings)}: give a {kind.__name__}.")
         # A copy, so that what was given stays as it is.
-        object.__setattr__(cfg, part, replace(given))
+        object.__setattr__(cfg, part, replace(settings))
     for holder in (cfg, cfg.clt, cfg.data):
         for field_ in fields(holder):
             value, kind = getattr(holder, field_.name), str(field_.type)
             if value is None and kind.endswith(("| None", "OrChosen")):
                 continue
-            told = f"CLTTrainingRunnerConfig: {field_.name}"
+            label = f"CLTTrainingRunnerConfig: {field_.name}"
             as_plain = {"int": as_whole, "float": as_number, "bool": as_switch, "str": _as_text}
             as_plain |= {"WholeOrChosen": as_whole, "NumberOrChosen": as_number}
             kind = kind.removesuffix(" | None")
             if kind in as_plain:
-                object.__setattr__(holder, field_.name, as_plain[kind](told, value))
+                object.__setattr__(holder, field_.name, as_plain[kind](label, value))
     data = cfg.data
     for name in ("seqpos_slice", "exclude_special_tokens"):
         value = getattr(data, name)
         if name == "seqpos_slice" or not isinstance(value, bool):
             entries = as_several(f"CLTTrainingRunnerConfig: {name}", value, "whole numbers")
-            told = f"CLTTrainingRunnerConfig: {name}"
-            whole = [as_whole(f"{told}[{i}]", n, none="no bound") for i, n in enumerate(entries)]
+            label = f"CLTTrainingRunnerConfig: {name}"
+            whole = [as_whole(f"{label}[{i}]", n, none="no bound") for i, n in enumerate(entries)]
             require(None not in whole or name == "seqpos_slice", f"{name} is {value!r}: give token ids.")
             require(len(whole) <= 3 or name != "seqpos_slice", f"seqpos_slice is {value!r}: give start, stop and step.")
             object.__setattr__(data, name, tuple(whole))

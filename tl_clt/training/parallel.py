@@ -226,8 +226,8 @@ def process_grid(n_data_parallel: int, device: str) -> Iterator[ProcessGrid]:
     Raises:
         ConfigError: the number of processes is no multiple of n_data_parallel.
     """
-    ours = under_torchrun() and not _connected()
-    if ours:
+    starts_group = under_torchrun() and not _connected()
+    if starts_group:
         kind = torch.device(device).type
         if kind == "cuda":
             torch.cuda.set_device(device)
@@ -235,7 +235,7 @@ def process_grid(n_data_parallel: int, device: str) -> Iterator[ProcessGrid]:
     try:
         yield _grid(n_data_parallel, torch.device(device).type)
     finally:
-        if ours:
+        if starts_group:
             dist.destroy_process_group()
 
 

@@ -236,11 +236,11 @@ class CrossLayerTranscoder(nn.Module):
                 f" (layers, then {'d_model' if name == 'x' else 'd_transcoder'})."
             )
         # Within autocast, products of different number types are what is asked for.
-        own, alike = self.W_enc, values.dtype == self.W_enc.dtype or torch.is_autocast_enabled(values.device.type)
-        if values.device != own.device or not alike:
+        W_enc, alike = self.W_enc, values.dtype == self.W_enc.dtype or torch.is_autocast_enabled(values.device.type)
+        if values.device != W_enc.device or not alike:
             raise CLTMismatch(
-                f"{name} has {values.dtype} on {values.device}, but this CLT has {own.dtype} on {own.device}: give"
-                f" {name}.to({own.dtype}).to('{own.device}')."
+                f"{name} has {values.dtype} on {values.device}, but this CLT has {W_enc.dtype} on {W_enc.device}: give"
+                f" {name}.to({W_enc.dtype}).to('{W_enc.device}')."
             )
 
     @torch.no_grad()
@@ -251,17 +251,17 @@ class CrossLayerTranscoder(nn.Module):
         decoders, three features a layer stand for all, so that nothing large is read from disk. It is kept until a
         weight changes in place or is another tensor.
         """
-        cfg, own = self.cfg, list(self.parameters())
+        cfg, parameters = self.cfg, list(self.parameters())
         # Tensors made in inference mode do not tell how often they were changed.
-        counted = not any(weight.is_inference() for weight in own)
-        state = tuple((id(weight), weight.data_ptr(), weight._version) for weight in own) if counted else None
+        counted = not any(weight.is_inference() for weight in parameters)
+        state = tuple((id(weight), weight.data_ptr(), weight._version) for weight in parameters) if counted else None
         if state is not None and self._fingerprint is not None and self._fingerprint[0] == state:
             return self._fingerprint[1]
         shape = [cfg.n_layers, cfg.d_model, cfg.d_transcoder, cfg.span, cfg.activation, cfg.k]
         digest = hashlib.sha256(json.dumps([*shape, cfg.input_hook, cfg.output_hook]).encode())
-        some = sorted({0, cfg.d_transcoder // 2, cfg.d_transcoder - 1})
+        three_features = sorted({0, cfg.d_transcoder // 2, cfg.d_transcoder - 1})
         weights = [getattr(self, name) for name in sorted(cfg.weight_shapes)]
-        for weight in [*weights, *(self.decoder_rows(s, some) for s in self.layers)]:
+        for weight in [*weights, *(self.decoder_rows(s, three_features) for s in self.layers)]:
             if weight is not None:
                 values = weight.detach().to("cpu", torch.float32).contiguous().flatten()
                 digest.update(values.view(torch.uint8).numpy().data)

@@ -51,7 +51,7 @@ from tl_clt.training.data.cache import ActivationCache, Activations, Prompts
 from tl_clt.training.data.dataset import AnyDataset, require_known_tokens
 from tl_clt.training.parallel import ProcessGrid
 
-Batch = Float[Tensor, "batch 2 n_layers d_model"]
+ActivationBatch = Float[Tensor, "batch 2 n_layers d_model"]
 
 
 class ActivationScale(NamedTuple):
@@ -64,7 +64,7 @@ class ActivationScale(NamedTuple):
     """One a layer, for what they write."""
 
 
-def estimate_scale(batches: Sequence[Batch]) -> ActivationScale:
+def estimate_scale(batches: Sequence[ActivationBatch]) -> ActivationScale:
     """sqrt(d_model) / median norm over tokens, for the inputs and the outputs of each layer.
 
     The median, because a few tokens of huge norm would make all others small.
@@ -85,7 +85,7 @@ def estimate_scale(batches: Sequence[Batch]) -> ActivationScale:
     return ActivationScale(tuple(inputs), tuple(outputs))
 
 
-def apply_scale(batch: Batch, scale: ActivationScale) -> Batch:
+def apply_scale(batch: ActivationBatch, scale: ActivationScale) -> ActivationBatch:
     """Every layer's inputs and outputs times their factors."""
     return batch * torch.tensor(scale, dtype=batch.dtype, device=batch.device)[..., None]
 
@@ -119,9 +119,9 @@ class DataCounts:
             "special tokens": self.special_tokens,
             "of outlying norm": self.outliers,
         }
-        said = ", ".join(f"{n:,} {what}" for what, n in left_out.items() if n > 0)
+        left_out_text = ", ".join(f"{n:,} {what}" for what, n in left_out.items() if n > 0)
         return f"Of {self.prompts:,} prompts {self.kept:,} tokens were kept" + (
-            f", and {said} left out." if said else "."
+            f", and {left_out_text} left out." if left_out_text else "."
         )
 
     def __add__(self, other: DataCounts) -> DataCounts:
@@ -315,7 +315,7 @@ class Position:
     """What was read so far."""
 
 
-class MixedBatches(Iterator[Batch]):
+class MixedBatches(Iterator[ActivationBatch]):
     """Batches of a fixed size from a buffer that is filled to `size` tokens, shuffled, and emptied to `kept`.
 
     As soon as the buffer holds all that is still wanted, nothing is read any more, and it is emptied: the last batch
@@ -362,7 +362,7 @@ class MixedBatches(Iterator[Batch]):
         left = self._wanted - (self.counts.kept - len(self._ids))
         return left if left > 0 else self._size
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> ActivationBatch:
         # Fewer tokens than a batch are ready where a run was to end that is now longer.
         if self._n_ready == 0 or len(self._ids) < min(self._batch_size, self._n_left):
             self._fill()
@@ -447,7 +447,7 @@ def check_fits(model: HookedModel, clt: CLTShape, data: DataSettings) -> None:
         )
 
 
-class ActivationBatches(Iterator[Batch]):
+class ActivationBatches(Iterator[ActivationBatch]):
     """Endless, shuffled batches of raw inputs and outputs [batch, 2, n_layers, d_model] in the CLT's dtype.
 
     Prompts and activations are SAELens's store's. Hooks of the user's own are set aside, as in `attribute`: the model
@@ -506,19 +506,19 @@ class ActivationBatches(Iterator[Batch]):
         )
         if position is not None:
             self._batches.go_on(position, rows)
-        self._ahead: list[tuple[Batch, Position]] = []
+        self._ahead: list[tuple[ActivationBatch, Position]] = []
         self._held_out = partial(_held_out, model, dataset, clt, data, device, read)
         self.position = self._batches.position
         """After the last batch that was handed out."""
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> ActivationBatch:
         if self._ahead:
             batch, self.position = self._ahead.pop(0)
         else:
             batch, self.position = next(self._batches), self._batches.position
         return batch
 
-    def peek(self, n: int) -> list[Batch]:
+    def peek(self, n: int) -> list[ActivationBatch]:
         """The next n batches, which are still to be handed out."""
         while len(self._ahead) < n:
             self._ahead.append((next(self._batches), self._batches.position))
@@ -561,7 +561,7 @@ class HeldOutActivations(NamedTuple):
     kept_out: bool
     """Whether training leaves them out. False where the dataset is too short for that: then they are its first."""
 
-    batches: Iterator[Batch]
+    batches: Iterator[ActivationBatch]
     """Their raw activations, some prompts at a time."""
 
 
@@ -586,15 +586,15 @@ def _held_out(
 ) -> HeldOutActivations:
     n = data.n_eval_prompts
     first: list[Prompts] = []
-    found: list[Prompts] = []
+    kept_out: list[Prompts] = []
     for i, prompt in enumerate(_prompts(_store(model, dataset, clt, data, device), data, model.cfg.d_vocab)):
         if i < n:
             first.append(prompt)
         if _is_held_out(i):
-            found.append(prompt)
-        if len(found) >= n:
+            kept_out.append(prompt)
+        if len(kept_out) >= n:
             break
-    chosen, excluded = found or first, _excluded(model, data, device)
+    chosen, excluded = kept_out or first, _excluded(model, data, device)
     wanted = torch.ones(len(chosen), data.context_size, dtype=torch.bool)
     wanted[:, : min(1, data.context_size - 1)] = False  # a prompt of one token has but its position 0
     if excluded is not None:
@@ -603,7 +603,7 @@ def _held_out(
     masks = wanted.split(data.store_batch_size_prompts)
     groups = _in_groups(iter(chosen), data.store_batch_size_prompts)
     batches = (read(p)[mask.flatten().to(device)] for p, mask in zip(groups, masks, strict=True))
-    return HeldOutActivations(int(wanted.sum()), bool(found), batches)
+    return HeldOutActivations(int(wanted.sum()), bool(kept_out), batches)
 
 
 def _is_held_out(prompt: int) -> bool:
@@ -673,7 +673,7 @@ def _in_groups(prompts: Iterator[Prompts], n: int) -> Iterator[Prompts]:
         yield torch.cat(group)
 
 
-def pack(activations: list[Tensor], names: list[str], d_model: int) -> Batch:
+def pack(activations: list[Tensor], names: list[str], d_model: int) -> ActivationBatch:
     """The 2 * n_layers hooks' activations [batch, d_model] as [batch, 2, n_layers, d_model].
 
     Raises:
@@ -705,7 +705,7 @@ def without_store_noise() -> Iterator[None]:
         yield
 
 
-class Handout(Iterator[Batch]):
+class Handout(Iterator[ActivationBatch]):
     """Of each batch, the tokens that this rank is to see: the n-th of n_data_parallel equal parts.
 
     Args:
@@ -718,7 +718,7 @@ class Handout(Iterator[Batch]):
 
     def __init__(
         self,
-        batches: Iterator[Batch] | None,
+        batches: Iterator[ActivationBatch] | None,
         grid: ProcessGrid,
         shape: tuple[int, int, int],
         dtype: torch.dtype,
@@ -727,7 +727,7 @@ class Handout(Iterator[Batch]):
         self._batches, self._grid = batches, grid
         self._shape, self._dtype, self._device = shape, dtype, device
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> ActivationBatch:
         batch = None if self._batches is None else next(self._batches)
         grid = self._grid
         if grid.n_processes == 1:

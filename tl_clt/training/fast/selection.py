@@ -130,11 +130,11 @@ def batch_topk(scores: Sequence[Scores], n_kept: int, guess: float, grid: Proces
     """
     for share in CANDIDATES_ABOVE:
         places = [support_above(s, s.new_full((1, 1), share * guess)) for s in scores]
-        own = [where.gather(s) for where, s in zip(places, scores, strict=True)]
-        candidates = grid.all_of_any_length(torch.cat(own))
+        scores_here = [support.gather(s) for support, s in zip(places, scores, strict=True)]
+        candidates = grid.all_of_any_length(torch.cat(scores_here))
         if len(candidates) >= n_kept:
             smallest = torch.kthvalue(candidates, len(candidates) - n_kept + 1).values
-            kept = [where.only(~(values < smallest)) for where, values in zip(places, own, strict=True)]
+            kept = [support.only(~(values < smallest)) for support, values in zip(places, scores_here, strict=True)]
             return Selected(kept, [smallest] * len(scores))
     return Selected(places, [candidates.new_zeros(())] * len(scores))
 

@@ -109,10 +109,10 @@ class FastStep:
 
     def take(self, name: str, layer: int, shape: tuple[int, int], like: Tensor) -> Tensor:
         """The tensor of that name and layer, its values whatever they were."""
-        held = self._tensors.get((name, layer))
-        if held is None or held.shape != shape or held.dtype != like.dtype or held.device != like.device:
-            held = self._tensors[(name, layer)] = like.new_empty(shape)
-        return held.detach()
+        tensor = self._tensors.get((name, layer))
+        if tensor is None or tensor.shape != shape or tensor.dtype != like.dtype or tensor.device != like.device:
+            tensor = self._tensors[(name, layer)] = like.new_empty(shape)
+        return tensor.detach()
 
 
 class _Layer(NamedTuple):
@@ -174,9 +174,9 @@ def _selected_layers(
             scores = [_scored(clt, s, h, memory) for s, h in zip(group, hidden_pre, strict=True)]
             selected = select(clt, group, scores, k)
         smallest += selected.smallest
-        for s, h, where in zip(group, hidden_pre, selected.places, strict=True):
+        for s, h, places in zip(group, hidden_pre, selected.places, strict=True):
             by_dead = None if auxk is None else auxk.written(clt, s, xs[s], h)
-            layers.append(_kept(clt, s, xs[s], h, where, by_dead))
+            layers.append(_kept(clt, s, xs[s], h, places, by_dead))
     of_all_tokens = torch.stack(smallest)
     clt.grid.mean_over_data([of_all_tokens])
     return layers, of_all_tokens

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from tl_clt.errors import NotFinite
 from tl_clt.training.clt import TrainingCLT, TrainingCLTConfig
-from tl_clt.training.data.batches import Batch
+from tl_clt.training.data.batches import ActivationBatch
 from tl_clt.training.fast.products import set_gradients_aside, zero_gradients_aside
 from tl_clt.training.fast.step import FastStep
 from tl_clt.training.losses import L0Controller
@@ -79,7 +79,7 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
     progress: ProgressMeter | None = None
     """Told of every step."""
 
-    upcoming: Callable[[], Batch] | None = None
+    upcoming: Callable[[], ActivationBatch] | None = None
     """Gives some tokens that are soon trained on, scaled, on a grid the same for every rank. Dead features begin anew
     from them (see `resampling`); none do where it is left out."""
 
@@ -217,7 +217,7 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
         sae, cfg = self.sae, self.cfg
         by_layer = output.sae_out.unflatten(1, (sae.cfg.n_layers, -1))
         gradients = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
-        found = sae.grid.everywhere(
+        by_rank = sae.grid.everywhere(
             lambda: (
                 bool(sae_in.isfinite().all()),
                 [layer for layer in range(sae.cfg.n_layers) if not by_layer[:, layer].isfinite().all()],
@@ -225,17 +225,17 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
             )
         )
         step = f"Training stopped at step {self.n_training_steps + 1} of {cfg.total_training_steps}:"
-        if not all(finite for finite, _, _ in found):
+        if not all(finite for finite, _, _ in by_rank):
             raise NotFinite(
                 f"{step} the model's activations are infinite or no number at some token. Nothing is saved. Load the"
                 " model in float32 (model_dtype), or check its weights."
             )
         terms = [f"{name} is {float(value)}" for name, value in output.losses.items() if not value.isfinite()]
-        layers = sorted({layer for _, of_rank, _ in found for layer in of_rank})
+        layers = sorted({layer for _, of_rank, _ in by_rank for layer in of_rank})
         if layers:
             terms.append(f"the reconstruction of layers {', '.join(map(str, layers))} is not finite")
         if not terms:
-            names = sorted({name for _, _, of_rank in found for name in of_rank})
+            names = sorted({name for _, _, of_rank in by_rank for name in of_rank})
             source = f", from {', '.join(names)}" if 0 < len(names) < len(gradients) else ""
             terms = [f"the gradient's norm is {float(norm)}{source}"]
         raise NotFinite(f"{step} {'; '.join(terms)}. Nothing is saved of these weights. {mend_of_growth(cfg)}")
