@@ -39,7 +39,7 @@ class Engine(ABC):
 
     @torch.no_grad()
     def find_rows(self, readouts: Readouts) -> EdgeRows:
-        """In-edges of targets that read these."""
+        """The in-edges of the targets that have these readouts."""
         rows = self._find_written_edges(readouts)
         self._add_read_biases(rows, readouts)
         return rows
@@ -48,7 +48,7 @@ class Engine(ABC):
     def batches(
         self, point: Int[Tensor, " n_targets"], pos: Int[Tensor, " n_targets"], size: int
     ) -> list[Int[Tensor, " n"]]:
-        """Targets, by read point and position, in batches of at most `size` that this engine does well together."""
+        """Numbers of the targets with these read points and positions, in batches of at most `size`, as suits this engine."""
 
     @abstractmethod
     def work_bytes(self, batch_size: int) -> int:

@@ -123,10 +123,10 @@ class Nodes:
         return Nodes(**{name: values[kept] for name, values in self.tensors().items()}, labels=labels)
 
     def number_of(self, node: object, error: Callable[[str], TlCltError] = NodeNotFound) -> object:
-        """The number of a node that was taken from this graph; what is no node is taken for a number, as it is.
+        """The number of a node that was taken from this graph. Anything else is returned as it is, as a number.
 
         Raises:
-            NodeNotFound, or what is given: the node was taken from another graph, where numbers mean other nodes.
+            NodeNotFound, or `error`: the node was taken from another graph, where numbers mean other nodes.
         """
         if not isinstance(node, Node):
             return node
@@ -196,7 +196,8 @@ class Nodes:
 class WeightedGraph:
     """Nodes, the edges among them, and the weights of the targets: all that influence, scores and pruning go by.
 
-    A graph is whole, or reduced: features were not traced, or edges are not kept, of which only the size is known.
+    A graph is whole or reduced. In a reduced graph some features were not traced, or some edges are not kept and only
+    their absolute sum is known.
     """
 
     nodes: Nodes

@@ -1,4 +1,4 @@
-"""`AttributionGraph`: what wrote what into what, on one prompt; what it says, and the file that it is kept in.
+"""`AttributionGraph`: the nodes and edges of one prompt, what can be asked of them, and the file that they are kept in.
 
 A file is one safetensors file with JSON metadata. What is read is checked before it is a graph: its parts fit each
 other, and its edges run from lower layers to higher.
@@ -424,7 +424,7 @@ class AttributionGraph(WeightedGraph):
         """Read a graph that `save` wrote.
 
         Raises:
-            ConfigError: the path is none.
+            ConfigError: `path` is no path.
             FormatError: the path is missing or a folder, or the file truncated, no graph, or one whose parts contradict
                 each other.
         """

@@ -113,7 +113,7 @@ class ActiveFeatures(NamedTuple):
 
 
 class Biases(NamedTuple):
-    """What biases write at each layer, and what they add on reading at each read point."""
+    """What biases write at each layer, and what they add to what is read at each read point."""
 
     attn: Streams
     mlp: Streams
@@ -177,7 +177,7 @@ class LocalReplacementModel:
 
     @property
     def has_norm_behind(self) -> bool:
-        """Whether a norm passes on what the CLT writes."""
+        """Whether there is a norm between the CLT's output and the residual stream."""
         return self.clt.cfg.output_hook == MLP_OUT and mlp_norms(self.model, 0).behind is not None
 
     def run(self, written: Places[Stream]) -> Reads:

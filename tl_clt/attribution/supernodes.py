@@ -99,8 +99,8 @@ def as_supernodes(graph: object, groups: object) -> Supernodes:
     """Groups of a graph's features, however they were made.
 
     Raises:
-        ConfigError: the graph is none, the groups are no mapping of names to nodes, or a node is no feature, in no
-            graph or in two groups.
+        ConfigError: it is no AttributionGraph, the groups are no mapping of names to nodes, or a node is no feature, in
+            no graph or in two groups.
     """
     if not isinstance(graph, AttributionGraph):
         raise ConfigError(f"The graph is {shown(graph)}: give an AttributionGraph, as `attribute` returns.")

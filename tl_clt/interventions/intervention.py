@@ -74,11 +74,11 @@ class _Change:
         self._set("seed", as_whole("seed", self.seed, error=InterventionError))
 
     def _set(self, name: str, value: object) -> None:
-        """Put the plain value of what was given in its place."""
+        """Replace a field's value, which is how a frozen dataclass gets plain values of Python's."""
         object.__setattr__(self, name, value)
 
     def __hash__(self) -> int:
-        """Of equal changes the same, though lists and slices have no hash of their own."""
+        """Equal changes have equal hashes, although their lists and slices cannot be hashed themselves."""
         values = (getattr(self, field_.name) for field_ in fields(self) if field_.compare)
         return hash((type(self), *map(_as_hashable, values)))
 
@@ -284,7 +284,7 @@ def _as_hashable(value: Any) -> Any:
 
 
 def as_interventions(interventions: Any) -> list[AnyIntervention]:
-    """The interventions meant, one by one.
+    """The interventions as a list, whether one or several are given.
 
     Raises:
         InterventionError: something else was given.

@@ -40,10 +40,10 @@ from tl_clt.interventions.intervene import intervene
 from tl_clt.interventions.intervention import Intervention
 from tl_clt.interventions.validation import (
     LOGITS_AT_ONCE,
+    change_of_target,
     predict_joint,
     require_same_features,
     require_testable,
-    rise,
     targets_of,
 )
 from tl_clt.interventions.validation_report import select
@@ -294,7 +294,7 @@ class _Measurement:
         )
         require_same_features(self.features, effect)
         hidden_change = effect.hidden_pre - effect.baseline_hidden_pre
-        heights = torch.stack([rise(effect, hidden_change, target) for target in self.named], dim=1)
+        heights = torch.stack([change_of_target(effect, hidden_change, target) for target in self.named], dim=1)
         change = heights @ self.weights.to(heights)
         answers, before = (logits[:, -1].argmax(dim=-1) for logits in (effect.logits, effect.baseline_logits))
         return map(_Effect, change.tolist(), (answers == before).tolist())

@@ -297,7 +297,7 @@ class _Measurement:
         places = (slice(None), features.pos, features.layer, features.index)
         pre = hidden_change[places]
         acts = (effect.feature_acts - effect.baseline_feature_acts)[places]
-        heights = torch.stack([rise(effect, hidden_change, target) for target in self.named], dim=1)
+        heights = torch.stack([change_of_target(effect, hidden_change, target) for target in self.named], dim=1)
         on = ((effect.baseline_feature_acts == 0) & (effect.feature_acts != 0)).flatten(1).sum(dim=1)
         change, act_change = (torch.cat([x.double(), heights], dim=1).cpu() for x in (pre, acts))
         return Measured(change, act_change, on.double().cpu())
@@ -354,8 +354,8 @@ def require_same_features(features: GraphNodes, effect: InterventionEffect) -> N
         raise _mismatch("features with other activations on its prompt")
 
 
-def rise(effect: InterventionEffect, hidden_change: Acts, target: NamedTarget) -> Float[Tensor, " batch"]:
-    """How much a target has changed, as what it is.
+def change_of_target(effect: InterventionEffect, hidden_change: Acts, target: NamedTarget) -> Float[Tensor, " batch"]:
+    """The change of a target, in the terms of its kind: see the head of this module.
 
     Args:
         effect: which recorded the hooks of directions.
@@ -624,7 +624,7 @@ def baseline_clt(
 
         _randomise_encoder(made, clt, layer_inputs(model, clt, tokens[None])[0, min(1, len(tokens) - 1) :], draw)
         norms = (clt.W_dec[source].norm(dim=-1, keepdim=True) for source in clt.layers)
-        made.W_dec = DenseDecoders([_pointing(draw(*norm.shape[:2], clt.cfg.d_model)) * norm for norm in norms])
+        made.W_dec = DenseDecoders([_unit_vectors(draw(*norm.shape[:2], clt.cfg.d_model)) * norm for norm in norms])
     return made.requires_grad_(False)
 
 
@@ -645,11 +645,11 @@ def _shuffled_decoders(clt: CrossLayerTranscoder, generator: torch.Generator) ->
         order = torch.randperm(len(W_dec), generator=generator)
         other = torch.empty_like(order)
         other[order] = order.roll(1)
-        yield _pointing(W_dec[other.to(W_dec.device)]) * W_dec.norm(dim=-1, keepdim=True)
+        yield _unit_vectors(W_dec[other.to(W_dec.device)]) * W_dec.norm(dim=-1, keepdim=True)
 
 
-def _pointing(vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-    """Unit vectors; where there is nothing, still nothing."""
+def _unit_vectors(vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    """Vectors scaled to length 1; zeros stay zeros."""
     return vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
 
 
@@ -661,7 +661,7 @@ def _randomise_encoder(made: CrossLayerTranscoder, clt: CrossLayerTranscoder, in
     for layer in clt.layers:
         x = inputs[:, layer]
         acts_of_clt = clt.encode_layer(x, layer).feature_acts
-        W_enc = _pointing(draw(d_transcoder, d_model)).T * clt.W_enc[layer].norm(dim=0)
+        W_enc = _unit_vectors(draw(d_transcoder, d_model)).T * clt.W_enc[layer].norm(dim=0)
         hidden_pre = x @ W_enc
         mean = hidden_pre.mean(dim=0) if len(x) > 1 else torch.zeros_like(hidden_pre[0])
         limit = _limit(hidden_pre - mean, int(acts_of_clt.count_nonzero())) if clt.cfg.activation != "topk" else 0.0

@@ -35,7 +35,7 @@ FIRST_PATTERN = block_hook(0, "attn.hook_pattern")
 
 
 class CleanRun:
-    """What the model does by itself with the tokens of the forward pass that its hooks are part of.
+    """A run of the model alone on the tokens of the forward pass in which these hooks act.
 
     `begin` goes first in a list of hooks. As the pass enters block 0, it runs the model once more from the same
     residual stream with all users' hooks aside, and keeps what later hooks of the list ask for. A pass over one
@@ -44,9 +44,9 @@ class CleanRun:
 
     Args:
         model: what runs; a CLT that is attached to it stays in place.
-        names: hooks to keep, beside those that are held.
-        freeze: what `frozen` will hold: "attention" the patterns, "all" also the scales of norms, "none".
-        known: the model's hooks. They are read again in each pass: a CLT may have been attached since.
+        names: hooks whose values to keep, besides patterns and scales.
+        freeze: what the hooks of `frozen` hold: "attention" the patterns, "all" also the scales of norms, or "none".
+        hook_dict: the model's hooks. They are read again in each pass: a CLT may have been attached since.
 
     Raises:
         HookNotFound: the model lacks one of the hooks.
@@ -125,7 +125,7 @@ class CleanRun:
         self._position_ids = position_ids if covers_text else None
 
     def close(self) -> None:
-        """Take off what listens to the model's calls; it also goes with the last hook of the list."""
+        """Remove the forward pre-hook that notes the model's calls. It also goes with the last hook of the list."""
         self._call.handle.remove()
 
     @torch.no_grad()
@@ -182,7 +182,7 @@ class _Call:
         self.handle = called.register_forward_pre_hook(self.note, with_kwargs=True)
 
     def note(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A clean run, of these hooks or of others, is no call of the user's."""
+        """Note a call's mask and positions, unless a clean run, of these hooks or of others, makes the call."""
         if id(self.model()) in _CLEAN:
             return
         self.mask = kwargs.get("attention_mask")
@@ -194,7 +194,7 @@ _CLEAN: set[int] = set()
 
 
 def _plain_token(model: HookedModel) -> int:
-    """A token that no mask treats apart; its embedding is not used."""
+    """A token id that is no special token, so that no mask leaves it out. Its embedding is not used."""
     special = set(getattr(getattr(model, "tokenizer", None), "all_special_ids", None) or [])
     plain = next((i for i in range(model.cfg.d_vocab) if i not in special), None)
     if plain is None:
@@ -204,7 +204,7 @@ def _plain_token(model: HookedModel) -> int:
 
 @contextmanager
 def _reading(hook_dict: HookDict, model: HookedModel, text: Tensor) -> Iterator[None]:
-    """Within, every pass has this residual stream before block 0, whatever tokens it is given.
+    """Within the block, every pass has this residual stream before block 0, whatever tokens it is given.
 
     By a hook of torch's own, which stays where users' hooks are set aside (as an attached CLT does by itself).
     """

@@ -18,8 +18,8 @@ from tl_clt.shapes import TokenBatch
 
 FROZEN_HOOKS = ("attn.hook_pattern", "hook_scale")
 NOT_LINEAR = 1e-3
-"""Second differences, as a share of first ones, that rounding does not reach (1e-6 where values are held) and a model
-whose patterns or scales move does (0.3 and more)."""
+"""From this ratio of second to first differences on, a model counts as not linear. With patterns and scales held,
+rounding alone gives about 1e-6; where they move, the ratio is 0.3 or more."""
 
 
 def is_frozen_hook(name: str) -> bool:
@@ -111,11 +111,11 @@ class PinnedNorms:
         self.rounding: dict[str, Tensor] = {}
 
     def note(self) -> list[FwdHook]:
-        """Hooks for a clean run with scales held, which note what rounding makes of each norm."""
+        """Hooks for a run with scales held, which note by how much each norm's output differs from the clean one."""
         return [(name, partial(self._note, name=name)) for name in self.clean]
 
     def pins(self) -> list[FwdHook]:
-        """Hooks for later passes over the same positions, which take this rounding off."""
+        """Hooks for later passes over the same positions, which correct each norm's output by that difference."""
 
         def pin(out: Tensor, hook: HookPoint, name: str) -> Tensor:
             return self.pin(out, name)
@@ -123,7 +123,7 @@ class PinnedNorms:
         return [(name, partial(pin, name=name)) for name in self.clean]
 
     def pin(self, out: Tensor, name: str, first: int = 0) -> Tensor:
-        """A norm's output with this rounding taken off, in a pass that begins at a position of the clean run."""
+        """A norm's output corrected by that difference, in a pass that begins at position `first` of the clean run."""
         return out + self.rounding[name][:, first:]
 
     def _note(self, out: Tensor, hook: HookPoint, name: str) -> Tensor:
@@ -132,12 +132,12 @@ class PinnedNorms:
 
 
 def norm_outputs(hook_dict: HookDict, scales: Collection[str]) -> list[str]:
-    """Those of a model's hooks, where it has them (as bridges do), at the outputs of norms whose scales are named."""
+    """The hooks at the outputs of the norms whose scale hooks are named, as far as a model has them (bridges do)."""
     return [out for scale in scales if (out := scale.removesuffix("hook_scale") + "hook_out") in hook_dict]
 
 
 _HELD: WeakKeyDictionary[HookedModel, set[tuple[bool, ...]]] = WeakKeyDictionary()
-"""Models that `require_held` has found to hold, with what their flags were."""
+"""Models that passed the test of `require_held`, with the values of `FLAGS` for which they did."""
 FLAGS = ("use_split_qkv_input", "use_attn_in", "use_attn_result", "use_hook_mlp_in")
 
 
@@ -148,7 +148,7 @@ def require_held(model: HookedModel, tokens: TokenBatch, *, anew: bool = False) 
 
     Args:
         tokens: a prompt to test on.
-        anew: test a model again that has passed before.
+        anew: repeat the test for a model that has passed it before.
 
     Raises:
         ModelUnsupported: something is not held; the message names the first layer where that shows.
@@ -199,7 +199,7 @@ def _moved(
     strength: int,
     places: list[str],
 ) -> dict[str, Tensor]:
-    """What passes some places when a number of steps of noise, as large as the residual stream, go into block 0."""
+    """The values at some hooks when `strength` times a noise as large as the residual stream goes into block 0."""
     # A generator of its own: a caller's random numbers stay as they were.
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     into = x + strength * (noise * float(x.double().square().mean().sqrt())).to(x)

@@ -31,8 +31,8 @@ HookedModel: TypeAlias = HookedTransformer | TransformerBridge
 HookDict: TypeAlias = dict[str, HookPoint]
 """A model's hook points by name, as `model.hook_dict` gives them.
 
-A bridge makes it anew at each access, which takes longer than a small model's pass. So what reads it more than once
-reads it once, for no longer than a pass, and hands it on as `known`; where that is left out it is read.
+A bridge makes it anew at each access, which takes longer than a small model's pass. Functions that need it several
+times therefore read it once a pass and hand it on as `hook_dict`; where that argument is left out, it is read again.
 """
 
 FwdHook = tuple[str, Callable]
@@ -136,7 +136,7 @@ def _registry(model: HookedModel) -> dict[str, HookPoint]:
 
 @contextmanager
 def user_hooks_aside(model: HookedModel, hook_dict: HookDict | None = None) -> Iterator[HookDict]:
-    """Within, hooks that were added through TransformerLens do not run; afterwards they are as before.
+    """Within the block, hooks that were added through TransformerLens do not run; afterwards they are as before.
 
     Gives the model's hook points, for what runs within.
     """
@@ -155,12 +155,12 @@ def user_hooks_aside(model: HookedModel, hook_dict: HookDict | None = None) -> I
 
 MLP_IN, MLP_OUT = "mlp.hook_in", "mlp.hook_out"
 POST_NORM_ARCHITECTURES = getattr(transformer_block, "POST_NORM_ARCHITECTURES", ())
-"""Whose ln2 comes behind the MLP and not before it (OLMo 2); earlier TransformerLens has none."""
+"""Architectures whose ln2 comes behind the MLP and not before it (OLMo 2). Earlier TransformerLens has no such list."""
 
 
 @contextmanager
 def mlp_hook_points(model: HookedModel) -> Iterator[None]:
-    """Within, a HookedTransformer has `blocks.{l}.mlp.hook_in` and `.hook_out`, as bridges always have.
+    """Within the block, a HookedTransformer has `blocks.{l}.mlp.hook_in` and `.hook_out`, as bridges always have.
 
     They stand at the MLP module's own input and output, where TransformerLens has no hook points. Nothing changes
     where the model has them already, as on a bridge or within another such block.

@@ -56,7 +56,7 @@ def load_model(
         dtype: number type of the weights.
 
     Raises:
-        ConfigError: an argument is none of its kind.
+        ConfigError: an argument is of the wrong kind.
         ModelNotFound: nothing is there, or a file is truncated; the message says what was looked for.
         ModelUnsupported: HookedTransformer does not know the architecture; the bridge may.
     """
@@ -188,7 +188,7 @@ def _read_tokenizer(source: str) -> Any:
 
 
 def _empty_tokenizer() -> PreTrainedTokenizerFast:
-    """Something to boot a bridge with that knows no word."""
+    """A tokenizer without any words, with which a bridge can be made."""
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"": 0}, unk_token="")))
 
 
@@ -282,12 +282,12 @@ def _quietly() -> Iterator[None]:
         logging.getLogger().setLevel(level)
 
 
-SAYS_NOTHING_OF_VALUES = (
+NOT_IN_FINGERPRINT = (
     *("device", "n_devices", "seed", "model_name", "tokenizer_name", "init_weights", "dtype"),
     *("initializer_range", "init_mode", "checkpoint_index", "checkpoint_label_type", "checkpoint_value"),
     *("default_prepend_bos", "tokenizer_prepends_bos"),
 )
-"""Settings that differ between loads of one model: where it is and what it is called. Weights tell their own dtype.
+"""Settings that may differ between loads of one model: where it is and what it is called. Weights tell their own dtype.
 The tokenizer's have no part in a forward pass of token ids, and TransformerLens sets `default_prepend_bos` while
 `to_tokens` runs, which in training another thread does."""
 
@@ -298,7 +298,7 @@ def model_fingerprint(model: HookedModel) -> str:
     A folder that moved, another name, or another device change nothing; one changed weight does.
     """
     digest = hashlib.sha256(type(model).__name__.encode())
-    settings = {name: value for name, value in vars(model.cfg).items() if name not in SAYS_NOTHING_OF_VALUES}
+    settings = {name: value for name, value in vars(model.cfg).items() if name not in NOT_IN_FINGERPRINT}
     plain = {name: value for name, value in settings.items() if _is_plain(value)}
     digest.update(json.dumps(plain, sort_keys=True).encode())
     for name, weight in model.named_parameters():

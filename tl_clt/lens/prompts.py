@@ -106,7 +106,7 @@ def one_after_another(model: HookedModel, prompts: Iterable[Prompt], name: str =
 
 @contextmanager
 def at_fault(name: str) -> Iterator[None]:
-    """Within, an error says which prompt it is of."""
+    """Within the block, an error names the prompt that it is about."""
     try:
         yield
     except PromptError as error:

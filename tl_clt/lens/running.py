@@ -38,7 +38,7 @@ class Unembedding(NamedTuple):
 
 
 class UnembeddingTap:
-    """Filled by a run within `tap_unembedding`."""
+    """What the unembedding took and gave in a run within `tap_unembedding`."""
 
     seen: Unembedding | None = None
 
@@ -50,7 +50,7 @@ class UnembeddingTap:
 
 @contextmanager
 def tap_unembedding(model: HookedModel) -> Iterator[UnembeddingTap]:
-    """Within, a forward pass leaves the unembedding's input and its output before any soft-cap."""
+    """Within the block, a forward pass leaves the unembedding's input and its output before any soft-cap."""
     tap = UnembeddingTap()
 
     def keep(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -67,7 +67,8 @@ def logit_scale(model: HookedModel, unembedding: Unembedding, logits: Logits) ->
     """What the model multiplies its unembedding's output by (Cohere, Granite) before a soft-cap, told from one run.
 
     Args:
-        seen, logits: what went into and came out of the unembedding, and the model's output.
+        unembedding: what went into and came out of it in the run.
+        logits: the model's output in the same run.
 
     Raises:
         ModelUnsupported: the output is no multiple of the unembedding's, soft-capped or not.
@@ -156,7 +157,7 @@ CACHE_ARGUMENTS = ("past_kv_cache", "past_key_values")
 
 
 class CleanCaches:
-    """For each key-value cache of the user's, one that holds what a run without user hooks put there.
+    """For each key-value cache of the user's, a second one that runs without user hooks fill.
 
     Errors at a new token are those of the clean run, so its attention must look at clean keys and values:
     generation with and without a cache then gives the same tokens.

@@ -60,7 +60,7 @@ def norm_map(model: HookedModel, name: str) -> NormMap | None:
     """The linear map of a norm, for example `blocks.3.ln1` or `ln_final`; None where the model has none there.
 
     Raises:
-        ModelUnsupported: a kind of norm that is none of LN, LNPre, RMS, RMSPre.
+        ModelUnsupported: a kind of norm other than LN, LNPre, RMS and RMSPre.
     """
     norm = _part(model, name)
     if norm is None or isinstance(norm, nn.Identity):

@@ -168,7 +168,7 @@ def attach(model: HookedModel, clt: CrossLayerTranscoder, mode: Mode = "observe"
 
 @contextmanager
 def replaced(model: HookedModel, clt: CrossLayerTranscoder) -> Iterator[HookedModel]:
-    """Within, CLT reconstructions stand in for all MLPs, but for position 0, which keeps its own outputs.
+    """Within the block, CLT reconstructions stand in for all MLPs, but for position 0, which keeps its own outputs.
 
     Activations there are huge and mean nothing, and a CLT need not have been trained on them; tracing treats
     them likewise (`bos="error"`).

@@ -34,8 +34,9 @@ def check_fit(model: HookedModel, clt: CrossLayerTranscoder) -> HookDict:
         The model's hook points, for what comes next.
 
     Raises:
-        ModelUnsupported: the model is none, or is compiled.
-        CLTMismatch: the CLT is none, n_layers, d_model or device differ, or it reads or writes what no CLT does.
+        ModelUnsupported: the model is no HookedTransformer or TransformerBridge, or is compiled.
+        CLTMismatch: it is no CrossLayerTranscoder; n_layers, d_model or device differ; or it reads or writes where no
+            CLT does.
         HookNotFound: the model lacks a hook that the CLT reads or writes.
     """
     require_model(model)

@@ -101,7 +101,7 @@ LIKE_EACH_OTHER = 0.01
 """Features of a layer whose factors differ by less are ranked as before, but for near-ties."""
 
 OF_MODEL = ("n_layers", "d_model")
-KIND = (*OF_MODEL, "d_transcoder", "span", "skip", "input_hook", "output_hook", "activation")
+SAME_AS_RUN = (*OF_MODEL, "d_transcoder", "span", "skip", "input_hook", "output_hook", "activation")
 """What the CLT that a run begins with must have as the run has it."""
 
 
@@ -121,7 +121,7 @@ def require_same_kind(clt: TrainingCLT, weights: Weights, name: str) -> None:
         raise ConfigError(f"far_rank is {clt.cfg.far_rank} with init_from, whose decoders are full: leave one out.")
     # What compares with thresholds does the same by either name.
     activations = ("jumprelu", "batchtopk") if ours.has_threshold else (ours.activation,)
-    for field in KIND:
+    for field in SAME_AS_RUN:
         theirs_value, wanted = getattr(theirs, field), getattr(ours, field)
         if theirs_value == wanted or (field == "activation" and theirs_value in activations):
             continue

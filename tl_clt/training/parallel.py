@@ -266,7 +266,7 @@ def _grid(n_data_parallel: int, device_type: str) -> ProcessGrid:
 
 @contextmanager
 def only_main_shows(grid: ProcessGrid) -> Iterator[None]:
-    """Within, progress bars of ranks other than the main one go nowhere."""
+    """Within the block, progress bars of ranks other than the main one go nowhere."""
     if grid.is_main:
         yield
         return

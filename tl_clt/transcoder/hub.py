@@ -173,10 +173,10 @@ class HubPath(NamedTuple):
 
 
 def parse(address: str) -> HubPath:
-    """Take the name of a place on the hub apart.
+    """Repository, path and revision of an address on the hub.
 
     Raises:
-        FormatError: it is none.
+        FormatError: the text is no such address.
     """
     text = address.removeprefix(URI)
     text, _, revision = text.partition("?revision=") if "?" in text else text.partition("@")

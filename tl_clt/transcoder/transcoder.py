@@ -296,7 +296,7 @@ class CrossLayerTranscoder(nn.Module):
             lazy_decoder: leave decoders on disk and read only the rows asked for.
 
         Raises:
-            ConfigError: device, dtype or lazy_decoder is none.
+            ConfigError: device, dtype or lazy_decoder is not one.
             FormatError: the folder is in no known layout, or a file is truncated or of the wrong shape.
         """
         as_path("folder_or_hub_repo", folder_or_hub_repo, FormatError)

@@ -147,7 +147,7 @@ class Rules:
     ten times the median: Gemma's first layer writes 15 times as much at every space as elsewhere.)"""
 
     def choose(self, tokens: Prompts, activations: Activations) -> tuple[Int[Tensor, " kept"], DataCounts]:
-        """Rows of `activations`, which are the tokens' prompt after prompt, to train on; and the counts."""
+        """Which rows of `activations`, one for each token, prompt after prompt, to train on; and the counts."""
         within = torch.zeros_like(tokens, dtype=torch.bool)
         within[:, slice(*self.seqpos_slice)] = True
         ordinary = torch.ones_like(within) if self.excluded is None else ~torch.isin(tokens, self.excluded)
@@ -173,7 +173,7 @@ def _usual(activations: Activations, wanted: Bool[Tensor, " token"], max_norm_ra
     return (norms <= limit).flatten(start_dim=1).all(dim=1)
 
 
-class Place(NamedTuple):
+class ChunkPlace(NamedTuple):
     """Where a chunk is in the dataset."""
 
     epoch: int
@@ -186,7 +186,7 @@ class Place(NamedTuple):
 class Chunk(NamedTuple):
     """What one forward pass gives to train on."""
 
-    place: Place
+    place: ChunkPlace
     """Where it is."""
 
     rows: Activations
@@ -226,7 +226,7 @@ class Chunks:
         self.seconds = 0.0
         """That reading activations took."""
 
-    def after(self, place: Place | None, tokens_digest: str | None = None) -> Iterator[Chunk]:
+    def after(self, place: ChunkPlace | None, tokens_digest: str | None = None) -> Iterator[Chunk]:
         """The chunks that follow a place, without end; all of them where place is None.
 
         Args:
@@ -246,7 +246,7 @@ class Chunks:
             n_kept = 0
             for index, tokens in enumerate(prompts, start=skip):
                 digest.update(tokens.cpu().numpy().tobytes())
-                chunk = self._chunk(Place(epoch, index), tokens, digest.hexdigest(), new_epoch=index == 0 < epoch)
+                chunk = self._chunk(ChunkPlace(epoch, index), tokens, digest.hexdigest(), new_epoch=index == 0 < epoch)
                 n_kept += len(chunk.rows)
                 yield chunk
             if n_kept == 0 and skip == 0:
@@ -276,7 +276,7 @@ class Chunks:
                 return rows
         raise DatasetError(_OTHER_TOKENS)
 
-    def _chunk(self, place: Place, tokens: Prompts, digest: str, new_epoch: bool) -> Chunk:
+    def _chunk(self, place: ChunkPlace, tokens: Prompts, digest: str, new_epoch: bool) -> Chunk:
         began = time.monotonic()
         activations = self._read(tokens)
         # Numbers come off the device here, which waits until it has made them.
@@ -296,7 +296,7 @@ _OTHER_TOKENS = (
 class Position:
     """Where a stream of batches is, after some batch. With the dataset and the model this is enough to go on."""
 
-    place: Place
+    place: ChunkPlace
     """Of the last chunk that went into the buffer."""
 
     tokens_digest: str
@@ -339,7 +339,7 @@ class MixedBatches(Iterator[ActivationBatch]):
         self._rows: Activations | None = None
         self._ids = torch.empty(0, dtype=torch.int64)
         self._n_ready = 0
-        self._place, self._tokens_digest = Place(0, -1), ""
+        self._place, self._tokens_digest = ChunkPlace(0, -1), ""
         self.counts = DataCounts()
 
     def go_on(self, position: Position, rows: Activations | None) -> None:
@@ -534,7 +534,7 @@ class ActivationBatches(Iterator[ActivationBatch]):
         return self._source.seconds
 
     def paused(self) -> AbstractContextManager[None]:
-        """Within, no other thread runs the model."""
+        """Within the block, no other thread runs the model."""
         return nullcontext() if self._prefetching is None else self._prefetching.paused()
 
     def close(self) -> None:
@@ -698,7 +698,7 @@ def _excluded(model: HookedModel, data: DataSettings, device: str) -> Tensor | N
 
 @contextmanager
 def without_store_noise() -> Iterator[None]:
-    """Within, SAELens's warnings about text, repeats and cut rows stay silent."""
+    """Within the block, SAELens's warnings about text, repeats and cut rows stay silent."""
     with warnings.catch_warnings():
         for message in NOISE:
             warnings.filterwarnings("ignore", message=message)

@@ -108,7 +108,7 @@ class FastStep:
         return CLTStep(recons, losses, [one.features for one in layers], [one.hidden_pre for one in layers], smallest)
 
     def take(self, name: str, layer: int, shape: tuple[int, int], like: Tensor) -> Tensor:
-        """The tensor of that name and layer, its values whatever they were."""
+        """The tensor kept under that name and layer, to be written over: its values are those of an earlier step."""
         tensor = self._tensors.get((name, layer))
         if tensor is None or tensor.shape != shape or tensor.dtype != like.dtype or tensor.device != like.device:
             tensor = self._tensors[(name, layer)] = like.new_empty(shape)

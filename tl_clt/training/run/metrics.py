@@ -66,7 +66,7 @@ class Metrics(NamedTuple):
         """What a newcomer should know of the CLT.
 
         Args:
-            asked: active features per token that each layer was to have; None where a lambda was given.
+            l0_asked_for: active features per token that each layer was to have; None where a lambda was given.
         """
         ev, l0 = self.explained_variance_per_layer, self.l0_per_layer
         worst = min(range(len(ev)), key=ev.__getitem__)

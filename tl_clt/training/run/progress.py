@@ -269,7 +269,7 @@ class LayerWatch:
 
     def __init__(self, clt: CLTSettings) -> None:
         self._clt = clt
-        self._told: set[int] = set()
+        self._warned_of: set[int] = set()
 
     def look(self, line: TrainingProgress) -> list[str]:
         """Warn of what the line shows; the messages."""
@@ -279,8 +279,8 @@ class LayerWatch:
         bad = [layer for layer, ev in enumerate(line.explained_variance_per_layer) if late and ev < 0]
         messages = []
         for layers, describe in ((silent, self._say_silent), (bad, self._say_negative)):
-            new = [layer for layer in layers if layer not in self._told]
-            self._told.update(new)
+            new = [layer for layer in layers if layer not in self._warned_of]
+            self._warned_of.update(new)
             if new:
                 messages.append(f"Step {line.step} of {line.n_steps}: {describe(new, line)}")
         for message in messages:
@@ -368,7 +368,7 @@ class Waiting(Iterator[Any]):
 
 @contextmanager
 def bar(show: bool) -> Iterator[None]:
-    """Within, SAELens's progress bar is shown or not: it has no switch of its own."""
+    """Within the block, SAELens's progress bar is shown or not: it has no switch of its own."""
     before = sae_trainer.tqdm
     if not show:
         sae_trainer.tqdm = partial(before, disable=True)  # type: ignore[misc, assignment]

@@ -530,7 +530,7 @@ class CLTTrainingRunner:
         return ProgressTable(losses, checkpoints if clt.grid.is_main else None, before)
 
     def _teller(self, table: ProgressTable, raw: ActivationBatches | None) -> Callable[[TrainingProgress], None]:
-        """What becomes of each line: nothing but on the main process."""
+        """What each line of progress is given to. On other processes than the main one it does nothing."""
         watch = LayerWatch(self.cfg.clt)
 
         def tell(line: TrainingProgress) -> None:
@@ -547,9 +547,9 @@ class CLTTrainingRunner:
 
     def _for_training(self, raw: ActivationBatches, trainer: CLTTrainer) -> Iterator[ActivationBatch]:
         """The batches, the last cut to the tokens that are left."""
-        repeats_told = False
+        warned = False
         for batch in raw:
-            repeats_told = repeats_told or _warn_of_repeats(raw.position.counts, self.cfg.data.training_tokens)
+            warned = warned or _warn_of_repeats(raw.position.counts, self.cfg.data.training_tokens)
             yield batch[: self.cfg.data.training_tokens - trainer.n_training_samples]
 
     def _clt_config(self, start: Start, scale: ActivationScale | None) -> TrainingCLTConfig:
@@ -653,7 +653,7 @@ def _of_same_name(cfg: CLTTrainingRunnerConfig, kind: type) -> dict[str, Any]:
 
 @contextmanager
 def _seeded(cfg: CLTTrainingRunnerConfig) -> Iterator[None]:
-    """Within, torch's random numbers are those of the run's seed; afterwards they are as before."""
+    """Within the block, torch's random numbers are those of the run's seed; afterwards they are as before."""
     device = torch.device(cfg.device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -663,7 +663,7 @@ def _seeded(cfg: CLTTrainingRunnerConfig) -> Iterator[None]:
 
 @contextmanager
 def _wandb(cfg: CLTTrainingRunnerConfig, start: Start, grid: ProcessGrid) -> Iterator[None]:
-    """Within, a Weights & Biases run is open where the config asks for one: that of a resumed run goes on.
+    """Within the block, a Weights & Biases run is open where the config asks for one: that of a resumed run goes on.
 
     What other processes than the main one log goes nowhere.
     """
