@@ -48,7 +48,7 @@ class Engine(ABC):
     def batches(
         self, point: Int[Tensor, " n_targets"], pos: Int[Tensor, " n_targets"], size: int
     ) -> list[Int[Tensor, " n"]]:
-        """Numbers of the targets with these read points and positions, in batches of at most `size`, as suits this engine."""
+        """Numbers of the targets with these read points and positions, in the engine's batches of at most `size`."""
 
     @abstractmethod
     def work_bytes(self, batch_size: int) -> int:

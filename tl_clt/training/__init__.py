@@ -6,7 +6,7 @@
     losses.py     the terms of the loss, with their settings, and phi with straight-through gradients
     resampling.py dead features begun anew
     export.py     to a `CrossLayerTranscoder`, with the scaling of training folded into the weights
-    fast/         the same step in less time and memory: step, products, selection
+    fast/         the same step in less time and memory: step, products
     data/         from a dataset to shuffled batches of scaled activations: dataset, batches, cache
     run/          runner, trainer, progress, metrics, checkpoints, memory
     parallel.py   the processes of a run, and what they tell each other
@@ -23,7 +23,7 @@ In the place of SAELens's stand:
     the step             `CLTTrainer._train_step` with `FastStep`. SAELens makes two copies of all activations to count
                          firing, flattened and as 0 and 1; here firing is counted layer by layer, and flattened
                          activations are made on logging steps only.
-    gradients            clipped to norm 1 as in SAELens, but over all processes of a run (`parallel`), by fused Adam
+    gradients            clipped to norm 1 as in SAELens, but over all processes of a run, by fused Adam
                          while it reads them; and neither dropped nor zeroed: the next step writes its own over them
                          (`fast.products`).
     Adam                 fused; for bfloat16 weights `RandomRoundingAdam`, because most of its updates would round to
