@@ -43,6 +43,16 @@ def test_every_public_name_can_be_loaded():
     assert set(tl_clt.__all__) <= set(dir(tl_clt))
 
 
+def test_every_name_of_training_can_be_loaded_and_is_offered():
+    import tl_clt.training as room
+
+    assert set(room.__all__) <= set(dir(room)) and len(room.__all__) > 10
+    for name in room.__all__:
+        assert getattr(room, name).__name__ == name
+    with pytest.raises(AttributeError, match=r"module 'tl_clt\.training' has no attribute 'CLTTrainingRuner'"):
+        _ = room.CLTTrainingRuner
+
+
 def test_what_an_editor_offers_is_public_names_and_rooms():
     for name in set(dir(tl_clt)) - set(tl_clt.__all__):
         assert name.startswith("__") or f"tl_clt.{name}" in sys.modules

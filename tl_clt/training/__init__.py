@@ -56,3 +56,7 @@ __all__ = [*_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 def __getattr__(name: str) -> Any:
     value = globals()[name] = load_name(__name__, _MODULES, name)
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
