@@ -22,10 +22,35 @@ def test_importing_loads_no_training_plotting_or_web_library_before_it_is_used()
     assert "sae_lens" in after
 
 
+def test_help_of_any_command_waits_for_neither_training_nor_models():
+    """Options of `train` are fields of the config, which needs neither."""
+    lines = (
+        "from typer.main import get_command",
+        "from typer.testing import CliRunner",
+        "from tl_clt.cli import app",
+        "commands = get_command(app).commands",
+        "assert 'train' in commands",
+        "results = [CliRunner().invoke(app, [name, '--help']) for name in commands]",
+        "assert all(result.exit_code == 0 and 'Usage' in result.output for result in results)",
+    )
+    (loaded,) = modules_after("\n".join(lines))
+    assert not loaded & {"sae_lens", "transformer_lens", "transformers", "datasets"}
+
+
 def test_every_public_name_can_be_loaded():
     for name in tl_clt.__all__:
         assert getattr(tl_clt, name).__name__ == name
     assert set(tl_clt.__all__) <= set(dir(tl_clt))
+
+
+def test_every_name_of_training_can_be_loaded_and_is_offered():
+    import tl_clt.training as room
+
+    assert set(room.__all__) <= set(dir(room)) and len(room.__all__) > 10
+    for name in room.__all__:
+        assert getattr(room, name).__name__ == name
+    with pytest.raises(AttributeError, match=r"module 'tl_clt\.training' has no attribute 'CLTTrainingRuner'"):
+        _ = room.CLTTrainingRuner
 
 
 def test_what_an_editor_offers_is_public_names_and_rooms():
@@ -50,8 +75,8 @@ def test_types_are_told_to_editors():
     stub = ast.parse(package.joinpath("__init__.pyi").read_text())
     imported = [name for node in stub.body if isinstance(node, ast.ImportFrom) for name in node.names]
     assert imported and all(name.asname == name.name for name in imported)
-    pyproject = Path(__file__).parents[1] / "pyproject.toml"
-    assert '"tl_clt" = ["py.typed", "*.pyi"]' in pyproject.read_text()
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert '"tl_clt" = ["py.typed", "*.pyi"]' in pyproject and '"tl_clt.training" = ["*.pyi"]' in pyproject
 
 
 def test_an_unknown_name_is_an_attribute_error():

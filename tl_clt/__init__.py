@@ -8,33 +8,25 @@ SAELens knows CLTs as soon as both are imported, in whichever order: its loaders
 
 from __future__ import annotations
 
-import ast
 import sys
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.resources import files
 from types import ModuleType
 from typing import Any
 
+from tl_clt.lazy import load_name, modules_of_names
+
 __version__ = "0.1.0"
 
-_ROOMS = {
-    name.name: statement.module
-    for statement in ast.parse(files(__name__).joinpath("__init__.pyi").read_text(encoding="utf-8")).body
-    if isinstance(statement, ast.ImportFrom) and statement.module is not None
-    for name in statement.names
-}
+_ROOMS = modules_of_names(__name__)
 """Public names, and the room that each is imported from."""
 
 __all__ = [*_ROOMS]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
-        raise AttributeError(f"module 'tl_clt' has no attribute '{name}'")
-    value = getattr(import_module(_ROOMS[name]), name)
-    globals()[name] = value
+    value = globals()[name] = load_name(__name__, _ROOMS, name)
     return value
 
 

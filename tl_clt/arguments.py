@@ -11,7 +11,7 @@ import numbers
 import operator
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, TypeGuard, overload
+from typing import Any, Literal, TypeGuard, overload
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ SMALLEST, LARGEST = -(2**63), 2**63 - 1
 """Whole numbers that torch can hold."""
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 """Number types that models and transcoders have."""
+Backend = Literal["hooked", "bridge"]
+"""Kinds of model that are loaded: a HookedTransformer or a TransformerBridge."""
 
 
 def shown(value: object) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tl_clt.errors import DatasetError
-from tl_clt.training.data.batches import Chunks, DataCounts, Place, Rules
+from tl_clt.training.data.batches import ChunkPlace, Chunks, DataCounts, Rules
 
 PASS = [torch.arange(12).reshape(3, 4), torch.arange(12, 24).reshape(3, 4), torch.arange(24, 32).reshape(2, 4)]
 """A dataset of 32 different tokens: two full chunks and a shorter one."""
@@ -31,7 +31,13 @@ def token_of(rows: torch.Tensor) -> list[int]:
 
 def test_chunks_come_again_and_again_with_the_same_ids() -> None:
     seen = list(islice(chunks().after(None), 5))
-    assert [chunk.place for chunk in seen] == [Place(0, 0), Place(0, 1), Place(0, 2), Place(1, 0), Place(1, 1)]
+    assert [chunk.place for chunk in seen] == [
+        ChunkPlace(0, 0),
+        ChunkPlace(0, 1),
+        ChunkPlace(0, 2),
+        ChunkPlace(1, 0),
+        ChunkPlace(1, 1),
+    ]
     assert [chunk.ids.tolist() for chunk in seen[:3]] == [list(range(12)), list(range(12, 24)), list(range(24, 32))]
     for first, again in zip(seen[:2], seen[3:], strict=True):
         assert torch.equal(first.rows, again.rows) and torch.equal(first.ids, again.ids)
@@ -63,8 +69,8 @@ def test_outliers_are_those_of_any_layers_input_against_the_median_of_what_is_wa
     assert kept.tolist() == [5, 6, 7] and counts.outliers == 0
 
 
-@pytest.mark.parametrize("place", [Place(0, 0), Place(0, 2), Place(3, 1)])
-def test_going_on_after_a_place_reads_without_the_model_what_was_before(place: Place) -> None:
+@pytest.mark.parametrize("place", [ChunkPlace(0, 0), ChunkPlace(0, 2), ChunkPlace(3, 1)])
+def test_going_on_after_a_place_reads_without_the_model_what_was_before(place: ChunkPlace) -> None:
     all_chunks = chunks().after(None)
     seen = list(islice(all_chunks, 3 * place.epoch + place.index + 1))
     runs: list[int] = []
@@ -99,7 +105,7 @@ def test_another_dataset_is_refused_on_going_on() -> None:
     changed = [PASS[0].flip(0), *PASS[1:]]
     for data in (changed, PASS[:1], []):
         with pytest.raises(DatasetError, match="other tokens than the run that is to be resumed"):
-            next(chunks(data=data).after(Place(0, 1), digest))
+            next(chunks(data=data).after(ChunkPlace(0, 1), digest))
     with pytest.raises(DatasetError, match="other tokens"):
         chunks(data=PASS[:1]).find(torch.tensor([13]))
 

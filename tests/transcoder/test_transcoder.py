@@ -85,6 +85,16 @@ def test_encode_layer_gives_pre_activations_too(x: Tensor):
     torch.testing.assert_close(encoding.feature_acts, clt.encode(x)[:, 2])
 
 
+def test_hidden_pre_of_all_layers_is_that_of_each(x: Tensor):
+    clt = tiny_clt((N_LAYERS, D_MODEL))
+    hidden_pre = clt.hidden_pre(x)
+    for layer in clt.layers:
+        torch.testing.assert_close(hidden_pre[:, layer], x[:, layer] @ clt.W_enc[layer] + clt.b_enc[layer])
+        torch.testing.assert_close(clt.activate(hidden_pre[:, layer], layer), clt.encode(x)[:, layer])
+    with pytest.raises(CLTMismatch, match="x has shape"):
+        clt.hidden_pre(x[:, 1:])
+
+
 def test_jumprelu_is_off_at_its_threshold():
     threshold = torch.tensor([0.5, 0.5, 0.5], dtype=torch.float64)
     above = torch.nextafter(threshold[2], torch.tensor(1.0, dtype=torch.float64))

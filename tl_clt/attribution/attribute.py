@@ -52,7 +52,8 @@ from tl_clt.transcoder import CrossLayerTranscoder
 
 Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor]
 ROUND_SHARE, FIRST_ROUND = 0.25, 64
-"""A round traces at most this share of what is traced already (at first, so many): the ranking is renewed between."""
+"""Features are traced in rounds, and ranked anew by influence in between. A round has a share `ROUND_SHARE` of as many
+features as are traced already, and at first `FIRST_ROUND`."""
 
 
 @overload
@@ -411,11 +412,11 @@ class Expansion:
         return int(put.sum())
 
     def open_shares(self) -> Float[Tensor, " n_features"]:
-        """For each feature, the share of walks that end there for want of a row."""
+        """For each feature, the share of walks that end there because it has no row."""
         return (self.visits * ~self.expanded)[self.features]
 
     def _add_rows_of(self, targets: Int[Tensor, " n"]) -> None:
-        """Walks that ended at these go on: pass their visits on, top-down, through all rows that there are."""
+        """Let the walks that ended at these go on: pass their visits upstream, top layer first, along all rows."""
         self.expanded[targets] = True
         new = torch.zeros_like(self.visits)
         new[targets] = self.visits[targets]
@@ -482,7 +483,7 @@ def expand(
 
 
 def _choose_next(shares: Float[Tensor, " n"], count: int, limits: Limits) -> Int[Tensor, " n_next"]:
-    """The features on which most walks end, no more than it takes to meet the bound if nothing lay behind them."""
+    """The features at which most walks end: no more than would meet the bound if their walks all went on to leaves."""
     excess = float(shares.sum()) - (limits.max_unexplored or 0.0)
     count = min(count, int(shares.count_nonzero()))
     if excess <= 0 or count == 0:

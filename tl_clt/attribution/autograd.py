@@ -39,7 +39,7 @@ class Engine(ABC):
 
     @torch.no_grad()
     def find_rows(self, readouts: Readouts) -> EdgeRows:
-        """In-edges of targets that read these."""
+        """The in-edges of the targets that have these readouts."""
         rows = self._find_written_edges(readouts)
         self._add_read_biases(rows, readouts)
         return rows
@@ -48,7 +48,7 @@ class Engine(ABC):
     def batches(
         self, point: Int[Tensor, " n_targets"], pos: Int[Tensor, " n_targets"], size: int
     ) -> list[Int[Tensor, " n"]]:
-        """Targets, by read point and position, in batches of at most `size` that this engine does well together."""
+        """Numbers of the targets with these read points and positions, in the engine's batches of at most `size`."""
 
     @abstractmethod
     def work_bytes(self, batch_size: int) -> int:
@@ -91,10 +91,10 @@ class AutogradEngine(Engine):
         self, point: Int[Tensor, " n_targets"], pos: Int[Tensor, " n_targets"], size: int
     ) -> list[Int[Tensor, " n"]]:
         """Targets of one read point together: one backward pass starts at one place."""
-        found = []
-        for one in point.unique().tolist():
-            found += torch.nonzero(point == one).flatten().split(size)
-        return found
+        groups = []
+        for read_point in point.unique().tolist():
+            groups += torch.nonzero(point == read_point).flatten().split(size)
+        return groups
 
     def work_bytes(self, batch_size: int) -> int:
         n_pos, d_model = self.local.written.embed.shape

@@ -161,7 +161,7 @@ def _retrace(
 
 
 def _silence(local: LocalReplacementModel) -> LocalReplacementModel:
-    """The same with all attention patterns 0."""
+    """The local replacement model with all attention patterns 0."""
     patterns = {name for name in local.frozen if name.endswith("attn.hook_pattern")}
     return replace(local, frozen={n: torch.zeros_like(v) if n in patterns else v for n, v in local.frozen.items()})
 

@@ -50,11 +50,11 @@ class NodeKind(IntEnum):
 NODE_TENSORS = ("kind", "layer", "pos", "index", "activation")
 
 
-def same_values(one: Tensor | None, other: Tensor | None) -> bool:
+def same_values(first: Tensor | None, other: Tensor | None) -> bool:
     """Whether two tensors, or their absence, are alike: number type, shape and every number, on whatever device."""
-    if one is None or other is None:
-        return one is other
-    return one.dtype == other.dtype and torch.equal(one, other.to(one.device))
+    if first is None or other is None:
+        return first is other
+    return first.dtype == other.dtype and torch.equal(first, other.to(first.device))
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,10 @@ class Nodes:
         return Nodes(**{name: values[kept] for name, values in self.tensors().items()}, labels=labels)
 
     def number_of(self, node: object, error: Callable[[str], TlCltError] = NodeNotFound) -> object:
-        """The number of a node that was taken from this graph; what is no node is taken for a number, as it is.
+        """The number of a node that was taken from this graph. Anything else is returned as it is, as a number.
 
         Raises:
-            NodeNotFound, or what is given: the node was taken from another graph, where numbers mean other nodes.
+            NodeNotFound, or `error`: the node was taken from another graph, where numbers mean other nodes.
         """
         if not isinstance(node, Node):
             return node
@@ -196,7 +196,8 @@ class Nodes:
 class WeightedGraph:
     """Nodes, the edges among them, and the weights of the targets: all that influence, scores and pruning go by.
 
-    A graph is whole, or reduced: features were not traced, or edges are not kept, of which only the size is known.
+    A graph is whole or reduced. In a reduced graph some features were not traced, or some edges are not kept and only
+    their absolute sum is known.
     """
 
     nodes: Nodes
@@ -277,13 +278,13 @@ def from_csr(parts: CSR) -> Adjacency:
         return torch.sparse_csr_tensor(parts.starts, parts.cols, parts.values, (size, size), check_invariants=False)
 
 
-def same_adjacency(one: Adjacency, other: Adjacency) -> bool:
+def same_adjacency(first: Adjacency, other: Adjacency) -> bool:
     """Whether both are dense or both sparse, with the same numbers."""
-    if is_sparse(one) and is_sparse(other):
-        parts = zip(csr_parts(one), csr_parts(other), strict=True)
+    if is_sparse(first) and is_sparse(other):
+        parts = zip(csr_parts(first), csr_parts(other), strict=True)
         # Few edges may be counted in 32 bits, or in 64.
         return all(same_values(a, b) if a.is_floating_point() else same_values(a.long(), b.long()) for a, b in parts)
-    return not is_sparse(one) and not is_sparse(other) and same_values(one, other)
+    return not is_sparse(first) and not is_sparse(other) and same_values(first, other)
 
 
 def sum_rows(adjacency: Adjacency) -> NodeValues:
@@ -302,14 +303,14 @@ def sum_inputs_from(
         row, col, value = list_edges(adjacency, rows)
         return value.new_zeros(len(rows)).index_add_(0, row, value.abs() * columns[col])
     wanted = columns.to(adjacency.dtype)
-    return torch.cat([adjacency[some].abs() @ wanted for some in rows.split(ROWS_AT_ONCE)])
+    return torch.cat([adjacency[part].abs() @ wanted for part in rows.split(ROWS_AT_ONCE)])
 
 
 def pass_upstream(adjacency: Adjacency, rows: Int[Tensor, " n"], amounts: Float[Tensor, " n"]) -> NodeValues:
     """`sum_r amounts[r] |adjacency[r]|`: amounts at some nodes, passed on to the sources of their in-edges."""
     received = torch.zeros(adjacency.shape[1], dtype=amounts.dtype, device=amounts.device)
-    some = torch.nonzero(amounts).flatten()
-    for at in some.split(ROWS_AT_ONCE):
+    passing = torch.nonzero(amounts).flatten()
+    for at in passing.split(ROWS_AT_ONCE):
         if is_sparse(adjacency):
             row, col, value = list_edges(adjacency, rows[at])
             received.index_add_(0, col, value.abs() * amounts[at][row])

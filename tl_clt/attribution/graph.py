@@ -1,4 +1,4 @@
-"""`AttributionGraph`: what wrote what into what, on one prompt; what it says, and the file that it is kept in.
+"""`AttributionGraph`: the nodes and edges of one prompt, what can be asked of them, and the file that they are kept in.
 
 A file is one safetensors file with JSON metadata. What is read is checked before it is a graph: its parts fit each
 other, and its edges run from lower layers to higher.
@@ -134,8 +134,8 @@ class AttributionGraph(WeightedGraph):
 
     def __str__(self) -> str:
         scores = self.scores()
-        known = f"replacement {scores.replacement_text()}, completeness {scores.completeness_text()}"
-        return f"{self!r}: {known}{f'; {self.unexplored:.1%} unexplored' if self.is_reduced else ''}"
+        scores_text = f"replacement {scores.replacement_text()}, completeness {scores.completeness_text()}"
+        return f"{self!r}: {scores_text}{f'; {self.unexplored:.1%} unexplored' if self.is_reduced else ''}"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, AttributionGraph):
@@ -254,14 +254,14 @@ class AttributionGraph(WeightedGraph):
 
     def to_pandas(self) -> GraphTables:
         """All nodes, and all edges that are kept and not 0, as tables."""
-        shown: dict[str, Any] = {"kind": [NodeKind(kind).name.lower() for kind in self.nodes.kind.tolist()]}
+        node_columns: dict[str, Any] = {"kind": [NodeKind(kind).name.lower() for kind in self.nodes.kind.tolist()]}
         columns = {name: values for name, values in self.nodes.tensors().items() if name != "kind"}
         columns |= {"influence": self.influence(), "expanded": self.expanded}
         for name in ("dropped", "contrast_activation"):
             if getattr(self, name) is not None:
                 columns[name] = getattr(self, name)
-        shown |= {name: values.detach().cpu().numpy() for name, values in columns.items()}
-        nodes = DataFrame({**shown, "label": self.nodes.labels})
+        node_columns |= {name: values.detach().cpu().numpy() for name, values in columns.items()}
+        nodes = DataFrame({**node_columns, "label": self.nodes.labels})
         target, source, weight = list_all_edges(self.adjacency)
         is_edge = weight != 0
         parts = {"source": source[is_edge], "target": target[is_edge], "weight": weight[is_edge]}
@@ -407,7 +407,7 @@ class AttributionGraph(WeightedGraph):
         for name in ("dropped", "contrast_activation"):
             if getattr(self, name) is not None:
                 tensors[name] = getattr(self, name)
-        about = {
+        metadata = {
             "version": VERSION,
             "prompt_tokens": self.prompt_tokens,
             "logit_tokens": self.logit_tokens,
@@ -416,7 +416,7 @@ class AttributionGraph(WeightedGraph):
         }
         ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with new_file(path) as unfinished:
-            save_file(ready, unfinished, metadata={"format": FORMAT, "about": json.dumps(about)})
+            save_file(ready, unfinished, metadata={"format": FORMAT, "about": json.dumps(metadata)})
         return path
 
     @staticmethod
@@ -424,7 +424,7 @@ class AttributionGraph(WeightedGraph):
         """Read a graph that `save` wrote.
 
         Raises:
-            ConfigError: the path is none.
+            ConfigError: `path` is no path.
             FormatError: the path is missing or a folder, or the file truncated, no graph, or one whose parts contradict
                 each other.
         """
@@ -505,7 +505,7 @@ def _as_kind(kind: NodeKind | str) -> NodeKind:
     """A kind of nodes, as that or by its name."""
     if isinstance(kind, NodeKind):
         return kind
-    return NodeKind[as_choice("kind", kind, [known.name.lower() for known in NodeKind]).upper()]
+    return NodeKind[as_choice("kind", kind, [one_kind.name.lower() for one_kind in NodeKind]).upper()]
 
 
 def _target_out(target: NamedTarget) -> dict[str, Any]:
@@ -518,13 +518,13 @@ def _targets_in(entries: list[dict[str, Any]] | None, tensors: dict[str, Tensor]
     if entries is None:
         return None
     kinds = {kind.__name__: kind for kind in NAMED_TARGETS}
-    found: list[NamedTarget] = []
+    targets: list[NamedTarget] = []
     for number, values in enumerate(entries):
         arguments = {name: value for name, value in values.items() if name != "kind"}
         if f"direction_{number}" in tensors:
             arguments["direction"] = tensors[f"direction_{number}"]
-        found.append(kinds[values["kind"]](**arguments))
-    return found
+        targets.append(kinds[values["kind"]](**arguments))
+    return targets
 
 
 def _edges_out(adjacency: Tensor, expanded: Tensor) -> dict[str, Tensor]:
@@ -548,10 +548,10 @@ def _edges_in(tensors: dict[str, Tensor]) -> Tensor:
     return from_csr(parts)
 
 
-def _require_parts(tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+def _require_parts(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Raise unless all parts are there, of the right types, and of numbers of entries that agree."""
-    if type(about["version"]) is not int or about["version"] < 1 or not isinstance(about["info"], dict):
-        raise ValueError(f"version {about['version']!r} with info of type {type(about['info']).__name__}")
+    if type(metadata["version"]) is not int or metadata["version"] < 1 or not isinstance(metadata["info"], dict):
+        raise ValueError(f"version {metadata['version']!r} with info of type {type(metadata['info']).__name__}")
     unknown = {name for name in tensors if name not in PARTS and not name.startswith("direction_")}
     _require(not unknown, f"it has a tensor {min(unknown, default='')!r}, for which a graph has no place")
     kind, n = tensors["kind"], len(tensors["kind"])
@@ -576,17 +576,17 @@ def _require_parts(tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
         rows, shape = n if edges[0] == "adjacency" else int(expanded.sum()), list(tensors[edges[0]].shape)
         _require(shape == [rows, n], f"{edges[0]} has shape {shape}, where [{rows}, {n}] was expected")
     _require(bool(torch.isin(kind, torch.tensor(list(NodeKind))).all()), "kind has values that no node kind has")
-    _require_tokens(tensors, about)
+    _require_tokens(tensors, metadata)
 
 
-def _require_tokens(tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+def _require_tokens(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     kind, layer, pos, index, tokens = (tensors[name] for name in ("kind", "layer", "pos", "index", "tokens"))
     for name in ("prompt_tokens", "logit_tokens"):
         _require(
-            isinstance(about[name], list) and all(isinstance(text, str) for text in about[name]),
+            isinstance(metadata[name], list) and all(isinstance(text, str) for text in metadata[name]),
             f"{name} is no list of texts",
         )
-    _require_vector("tokens", tokens, len(about["prompt_tokens"]), "prompt_tokens")
+    _require_vector("tokens", tokens, len(metadata["prompt_tokens"]), "prompt_tokens")
     _require(tokens.dtype in WHOLE, f"tokens holds {tokens.dtype}, not whole numbers")
     n_logits = int((kind == int(NodeKind.LOGIT)).sum())
     _require(n_logits > 0, "it has no logit node")
@@ -596,9 +596,10 @@ def _require_tokens(tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     # A probability, or 1: rounded, in the shortest floats there are.
     _require(bool(((probs >= 0) & (probs < 1.01)).all()), "logit_probs has values that are no probabilities")
     _require(
-        len(about["logit_tokens"]) == n_logits, f"{len(about['logit_tokens'])} logit_tokens for {n_logits} logit nodes"
+        len(metadata["logit_tokens"]) == n_logits,
+        f"{len(metadata['logit_tokens'])} logit_tokens for {n_logits} logit nodes",
     )
-    targets = about.get("targets")
+    targets = metadata.get("targets")
     _require(
         targets is None or (isinstance(targets, list) and len(targets) == n_logits),
         f"its targets are not one for each of {n_logits} logit nodes",

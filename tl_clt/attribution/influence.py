@@ -85,8 +85,8 @@ class GraphScores(_TwoScores):
 
 
 def _text(number: float, bounds: Bounds, digits: int) -> str:
-    known = f"{number:.{digits}f}"
-    return known if bounds.low == bounds.high else f"{known} [{bounds.low:.{digits}f} to {bounds.high:.{digits}f}]"
+    text = f"{number:.{digits}f}"
+    return text if bounds.low == bounds.high else f"{text} [{bounds.low:.{digits}f} to {bounds.high:.{digits}f}]"
 
 
 class InfluenceShares(NamedTuple):
@@ -107,7 +107,7 @@ class InfluenceShares(NamedTuple):
 
 
 class Walks(NamedTuple):
-    """How often walks come where, w summing to what it sums to."""
+    """How often walks visit each node, where as many walks begin at the targets as w sums to."""
 
     inputs: NodeValues
     """Each node's absolute input, which the shares of its in-edges are taken of."""
@@ -116,9 +116,9 @@ class Walks(NamedTuple):
     output: NodeValues
     """influence + w: visits, the start included."""
     lost: NodeValues
-    """The part of `output` that goes on where the graph does not know."""
+    """The part of `output` that goes on along edges which the graph does not keep."""
     unknown_visits: float
-    """How many visits, of nodes further on, lost walks make at most."""
+    """How many further nodes lost walks visit at most."""
 
 
 def sum_inputs(graph: WeightedGraph) -> NodeValues:
@@ -154,8 +154,8 @@ def walk_upstream(graph: WeightedGraph) -> Walks:
 def _most_visits(graph: WeightedGraph, sums: NodeValues, unknown: NodeValues) -> NodeValues:
     """For each node, how many nodes a walk visits at most, on average, once it leaves the node by an unknown edge.
 
-    By layer from below: it comes to none from which more visits are expected, along edges that are kept and at worst
-    along those that are not, than from the best node below.
+    Layers are taken from the lowest up. At worst, an unknown edge leads to the node of a lower layer from which most
+    visits are expected: those along the edges that it keeps and, where it has unknown ones, again the worst case.
     """
     features, layers = graph.nodes.is_kind(NodeKind.FEATURE), graph.nodes.layer.clamp_min(0)
     # A walk ends at one leaf; features into which nothing comes count as if there were one behind them.

@@ -113,7 +113,7 @@ class ActiveFeatures(NamedTuple):
 
 
 class Biases(NamedTuple):
-    """What biases write at each layer, and what they add on reading at each read point."""
+    """What biases write at each layer, and what they add to what is read at each read point."""
 
     attn: Streams
     mlp: Streams
@@ -177,7 +177,7 @@ class LocalReplacementModel:
 
     @property
     def has_norm_behind(self) -> bool:
-        """Whether a norm passes on what the CLT writes."""
+        """Whether there is a norm between the CLT's output and the residual stream."""
         return self.clt.cfg.output_hook == MLP_OUT and mlp_norms(self.model, 0).behind is not None
 
     def run(self, written: Places[Stream]) -> Reads:
@@ -254,15 +254,15 @@ class LocalReplacementModel:
         attn: list[Tensor] = [other.attn_out[0]] * self.n_layers
 
         def write_mlp(mlp_out: Tensor, layer: int) -> Tensor:
-            own = skip_output(self.clt, other.clean.points[layer], layer, self.bos)
-            return (other.written.mlp[layer] + own)[None]
+            skip = skip_output(self.clt, other.clean.points[layer], layer, self.bos)
+            return (other.written.mlp[layer] + skip)[None]
 
         def own_attn(attn_out: Tensor, layer: int) -> Tensor:
             attn[layer] = attn_out[0].to(self.dtype) - other.attn_out[layer]
             return other.attn_out[layer][None]
 
         reads = self._run(other.written, write_mlp, own_attn)
-        beyond = [ours - theirs for ours, theirs in zip(reads.points, other.clean.points, strict=True)]
+        beyond = [here - there for here, there in zip(reads.points, other.clean.points, strict=True)]
         skips = [skip_output(self.clt, x, t, self.bos) for t, x in enumerate(beyond[: self.n_layers])]
         return Biases(torch.stack(attn), torch.stack(skips), beyond)
 
@@ -315,12 +315,12 @@ class LocalReplacementModel:
             hooks.append((block_hook(t, cfg.output_hook), partial(change, by=on_mlp or write_mlp, layer=t)))
             if on_mlp_written is not None and cfg.output_hook == MLP_OUT:
                 hooks.append((block_hook(t, "hook_mlp_out"), partial(change, by=on_mlp_written, layer=t)))
-        with user_hooks_aside(self.model) as known, tap_unembedding(self.model) as tap:
-            run_with_hooks(self.model, self.tokens[None], hooks, known)
-        seen = tap.get()
+        with user_hooks_aside(self.model) as hook_dict, tap_unembedding(self.model) as tap:
+            run_with_hooks(self.model, self.tokens[None], hooks, hook_dict)
+        unembedding = tap.get()
         values = [points[name] for name in names]
-        values.insert(self.n_layers, seen.final[0].to(dtype))
-        return Reads(values, seen.logits[0].to(dtype))
+        values.insert(self.n_layers, unembedding.final[0].to(dtype))
+        return Reads(values, unembedding.logits[0].to(dtype))
 
 
 def build_local_model(
@@ -353,20 +353,20 @@ def build_local_model(
     in_hooks = [block_hook(t, cfg.input_hook) for t in clt.layers]
     out_hooks = [block_hook(t, cfg.output_hook) for t in clt.layers]
     attn_hooks = [block_hook(t, "hook_attn_out") for t in clt.layers]
-    known = model.hook_dict
-    norms = {n.removesuffix("hook_scale") + "hook_out" for n in known if n.endswith("hook_scale")}
-    norms &= set(known)
+    hook_dict = model.hook_dict
+    norms = {n.removesuffix("hook_scale") + "hook_out" for n in hook_dict if n.endswith("hook_scale")}
+    norms &= set(hook_dict)
     start = block_hook(0, "hook_resid_pre")
     wanted = {"hook_embed", "hook_pos_embed", start, *in_hooks, *out_hooks, *attn_hooks, *norms, *extra_points}
-    with user_hooks_aside(model, known), tap_unembedding(model) as tap:
+    with user_hooks_aside(model, hook_dict), tap_unembedding(model) as tap:
         logits, cache = run_with_cache(model, tokens[None], lambda n: n in wanted or is_frozen_hook(n))
-    seen = tap.get()
+    unembedding = tap.get()
 
     def clean(name: str) -> Tensor:
         return cache[name][0].to(dtype)
 
     points = [clean(name) for name in (*in_hooks, *extra_points)]
-    points.insert(cfg.n_layers, seen.final[0].detach().to(dtype))
+    points.insert(cfg.n_layers, unembedding.final[0].detach().to(dtype))
     split = _split_mlp_outputs(clt, points[: cfg.n_layers], torch.stack([clean(name) for name in out_hooks]), bos)
     embed = clean("hook_embed")
     pos_embed = clean("hook_pos_embed") if "hook_pos_embed" in cache else None
@@ -376,7 +376,7 @@ def build_local_model(
         tokens=tokens,
         bos=bos,
         logits=logits[0],
-        clean=Reads(points, seen.logits[0].detach().to(dtype)),
+        clean=Reads(points, unembedding.logits[0].detach().to(dtype)),
         written=Places(embed, pos_embed, [torch.zeros_like(embed)] * cfg.n_layers, split.written),
         attn_out=torch.stack([clean(name) for name in attn_hooks]),
         features=split.features,
@@ -384,7 +384,7 @@ def build_local_model(
         frozen={name: cache[name] for name in cache.keys() if is_frozen_hook(name)},
         norms=PinnedNorms({name: cache[name] for name in norms}),
         extra_points=list(extra_points),
-        logit_scale=logit_scale(model, seen, logits),
+        logit_scale=logit_scale(model, unembedding, logits),
         embed_scale=_embed_scale(embed, clean(start) if pos_embed is None else clean(start) - pos_embed),
     )
     if norms:
@@ -416,9 +416,13 @@ class _MLPOutputs(NamedTuple):
 
 @torch.no_grad()
 def _split_mlp_outputs(clt: CrossLayerTranscoder, inputs: list[Stream], mlp_out: Streams, bos: Bos) -> _MLPOutputs:
-    """Encode the clean run and split each MLP's output into features, b_dec, skip connection and error."""
+    """Encode the clean run and split each MLP's output into features, b_dec, skip connection and error.
+
+    Unlike `CrossLayerTranscoder.decode` this sums in the number type of graphs, and adds b_dec and the skip connection
+    only at the positions where they stand in for the MLPs.
+    """
     recons = torch.zeros_like(mlp_out)
-    found = []
+    active_by_layer = []
     for source in clt.layers:
         feature_acts = clt.encode_layer(inputs[source].to(clt.W_enc.dtype), source).feature_acts
         if bos != "features":
@@ -427,13 +431,15 @@ def _split_mlp_outputs(clt: CrossLayerTranscoder, inputs: list[Stream], mlp_out:
         written = clt.decode_source(feature_acts, source)
         recons[targets.start : targets.stop] += written.transpose(0, 1)
         pos, feature = torch.nonzero(feature_acts, as_tuple=True)
-        found.append((torch.full_like(pos, source), pos, feature, feature_acts[pos, feature].to(mlp_out.dtype)))
+        active_by_layer.append(
+            (torch.full_like(pos, source), pos, feature, feature_acts[pos, feature].to(mlp_out.dtype))
+        )
     recons[:, decoded_positions(bos)] += clt.b_dec[:, None, :]
     skipped = torch.stack([skip_output(clt, inputs[t], t, bos) for t in clt.layers])
     errors = mlp_out - recons - skipped
     if bos == "drop":
         errors[:, 0] = 0
-    active = ActiveFeatures(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    active = ActiveFeatures(*(torch.cat(parts) for parts in zip(*active_by_layer, strict=True)))
     return _MLPOutputs(active, errors, list(mlp_out - skipped))
 
 
@@ -472,14 +478,14 @@ def _require_same_logits(local: LocalReplacementModel) -> None:
 
 
 def _require_traceable(model: HookedModel) -> None:
-    name, known = model_name(model), model.hook_dict
-    if getattr(model.cfg, "post_embedding_ln", False) or "embed.ln.hook_scale" in known:
+    name, hook_dict = model_name(model), model.hook_dict
+    if getattr(model.cfg, "post_embedding_ln", False) or "embed.ln.hook_scale" in hook_dict:
         raise ModelUnsupported(f"{name} normalises its embeddings, which tracing does not know yet.")
     if getattr(model.cfg, "positional_embedding_type", "") == "shortformer":
         raise ModelUnsupported(f"{name} has shortformer position embeddings, which tracing does not know.")
     for layer in range(model.cfg.n_layers):
         for hook in ("hook_attn_out", "attn.hook_pattern"):
-            if block_hook(layer, hook) not in known:
+            if block_hook(layer, hook) not in hook_dict:
                 raise ModelUnsupported(
                     f"{name} has no {block_hook(layer, hook)}: tracing needs softmax attention in every block."
                 )
@@ -599,13 +605,13 @@ class _MLPVectors:
 
     def segments(self) -> list[Segment]:
         """One for each position."""
-        found = []
+        segments = []
         for pos, (nodes, vectors) in enumerate(
             zip(self.nodes.split(self.sizes), self.vectors.split(self.sizes), strict=True)
         ):
             n_features = len(nodes) - self.n_others
-            found.append(Segment(pos, vectors, nodes[:n_features], nodes[n_features:]))
-        return found
+            segments.append(Segment(pos, vectors, nodes[:n_features], nodes[n_features:]))
+        return segments
 
 
 @torch.no_grad()
@@ -615,12 +621,12 @@ def _write_features(clt: CrossLayerTranscoder, writes: Writes, mlp: list[_MLPVec
     for source in clt.layers:
         nodes = torch.nonzero(features.layer == source).flatten()
         nodes = nodes[torch.argsort(features.feature[nodes], stable=True)]
-        for some in nodes.split(max(1, NUMBERS_AT_ONCE // (len(clt.cfg.targets(source)) * clt.cfg.d_model))):
-            unique, back = torch.unique_consecutive(features.feature[some], return_inverse=True)
+        for chunk in nodes.split(max(1, NUMBERS_AT_ONCE // (len(clt.cfg.targets(source)) * clt.cfg.d_model))):
+            unique, back = torch.unique_consecutive(features.feature[chunk], return_inverse=True)
             rows = clt.decoder_rows(source, unique)
             for slot, target in enumerate(clt.cfg.targets(source)):
                 vectors = rows[:, slot].to(writes.strengths.dtype)[back]
-                mlp[target].put(some, vectors.mul_(writes.strengths[some, None]))
+                mlp[target].put(chunk, vectors.mul_(writes.strengths[chunk, None]))
 
 
 def segment_each_position(nodes: Int[Tensor, " pos"], vectors: Stream) -> list[Segment]:

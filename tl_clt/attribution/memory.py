@@ -187,10 +187,10 @@ class RowStore(ABC):
         """The part of it in edges that are not kept."""
 
     def put(self, targets: Int[Tensor, " n"], rows: Float[Tensor, "n n_nodes"]) -> NodeMask:
-        """Keep the in-edges of some nodes; of so many, from the lowest layer on, as there is room for.
+        """Keep the in-edges of some nodes, from the lowest layer up, as many as there is room for.
 
         Returns:
-            Of all nodes, which of these have a row now.
+            A mask of all nodes: the targets whose rows were kept.
         """
         kept = torch.zeros_like(self.nodes.kind, dtype=torch.bool)
         layers = self.nodes.layer[targets]
@@ -313,7 +313,7 @@ class SparseRows(RowStore):
 
 
 def strongest(sizes: Float[Tensor, "n n_edges"], share: float) -> Bool[Tensor, "n n_edges"]:
-    """Mask of each row's fewest largest values that together reach a share of its sum, and of no 0.
+    """Mask of each row's largest values, as few as together reach a share of its sum, and never of zeros.
 
     Sorting every row would take most of the tracing: values are counted into buckets by their upper bits, and only
     the bucket in which a row's sum crosses the share is sorted.

@@ -62,11 +62,11 @@ def prune_graph(graph: WeightedGraph, node_threshold: float = 0.8, edge_threshol
     least = _smallest_of_share(walks.influence, node_threshold, walks.unknown_visits)
     kept = (walks.influence >= least.value) | stays
     if not least.reached:
-        known = float(walks.influence.sum() / (walks.influence.sum() + walks.unknown_visits))
+        certain = float(walks.influence.sum() / (walks.influence.sum() + walks.unknown_visits))
         warnings.warn(
-            f"The graph is sure of {known:.0%} of the influence alone, so that node_threshold={node_threshold:g} keeps"
-            f" all its nodes. Give node_threshold={math.floor(50 * known) / 50:g} or less, or trace with a higher"
-            " keep_edges, a lower max_unexplored or more max_feature_nodes.",
+            f"The graph is sure of {certain:.0%} of the influence alone, so that node_threshold={node_threshold:g}"
+            f" keeps all its nodes. Give node_threshold={math.floor(50 * certain) / 50:g} or less, or trace with a"
+            " higher keep_edges, a lower max_unexplored or more max_feature_nodes.",
             stacklevel=3,
         )
     numbers, left = torch.nonzero(kept).flatten(), list_edges_between(graph.adjacency, kept)
@@ -96,8 +96,8 @@ def list_node_thresholds(graph: WeightedGraph) -> list[float]:
     others, but for tokens and logits and for what loses its edges."""
     walks = walk_upstream(graph)
     running = _running_shares(walks.influence.sort(descending=True).values, walks.unknown_visits)
-    found = running[running > 0].clamp(max=1).unique().tolist()
-    return found or [1.0]
+    thresholds = running[running > 0].clamp(max=1).unique().tolist()
+    return thresholds or [1.0]
 
 
 class EdgeScores(NamedTuple):

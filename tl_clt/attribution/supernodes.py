@@ -99,8 +99,8 @@ def as_supernodes(graph: object, groups: object) -> Supernodes:
     """Groups of a graph's features, however they were made.
 
     Raises:
-        ConfigError: the graph is none, the groups are no mapping of names to nodes, or a node is no feature, in no
-            graph or in two groups.
+        ConfigError: it is no AttributionGraph, the groups are no mapping of names to nodes, or a node is no feature, in
+            no graph or in two groups.
     """
     if not isinstance(graph, AttributionGraph):
         raise ConfigError(f"The graph is {shown(graph)}: give an AttributionGraph, as `attribute` returns.")
@@ -110,34 +110,34 @@ def as_supernodes(graph: object, groups: object) -> Supernodes:
     for name, nodes in zip(groups, members, strict=True):
         if not nodes:
             raise ConfigError(f"Supernode {name!r:.40} has no nodes: give each at least one, or leave it out.")
-    every = [number for nodes in members for number in nodes]
-    if len(set(every)) < len(every):
-        twice = next(number for number in every if every.count(number) > 1)
+    numbers = [number for nodes in members for number in nodes]
+    if len(set(numbers)) < len(numbers):
+        twice = next(number for number in numbers if numbers.count(number) > 1)
         raise ConfigError(f"Node {twice} is in supernodes twice: a node has one group at most.")
     return Supernodes(tuple(groups), tuple(tuple(sorted(nodes)) for nodes in members))
 
 
-def as_feature_nodes(graph: AttributionGraph, name: str, given: Any) -> list[int]:
+def as_feature_nodes(graph: AttributionGraph, name: str, chosen: Any) -> list[int]:
     """Numbers of feature nodes, from numbers, nodes, or a mask of all nodes.
 
     Raises:
         ConfigError: a number is of no feature, or a mask is of another graph.
     """
     n_nodes = len(graph.nodes)
-    if isinstance(given, Tensor) and has_values(given) and given.dtype == torch.bool:
-        if given.shape != (n_nodes,):
+    if isinstance(chosen, Tensor) and has_values(chosen) and chosen.dtype == torch.bool:
+        if chosen.shape != (n_nodes,):
             raise ConfigError(
-                f"{name} is a mask of shape {list(given.shape)}, and the graph has {n_nodes} nodes: give a mask of this"
-                " graph's own nodes. Pruning numbers them anew, so that masks of the whole graph are not of the pruned"
-                " one."
+                f"{name} is a mask of shape {list(chosen.shape)}, and the graph has {n_nodes} nodes: give a mask of"
+                " this graph's own nodes. Pruning numbers them anew, so that masks of the whole graph are not of the"
+                " pruned one."
             )
-        given = torch.nonzero(given & graph.nodes.is_kind(NodeKind.FEATURE).to(given.device)).flatten()
-    if isinstance(given, (Tensor, np.ndarray)):
-        given = given.tolist() if not isinstance(given, Tensor) or has_values(given) else None
-    if not isinstance(given, Iterable) or isinstance(given, (str, bytes, Mapping)):
-        raise ConfigError(f"{name} is {shown(given)}: give feature nodes of the graph, or their numbers, in a list.")
-    found = []
-    for node in given:
+        chosen = torch.nonzero(chosen & graph.nodes.is_kind(NodeKind.FEATURE).to(chosen.device)).flatten()
+    if isinstance(chosen, (Tensor, np.ndarray)):
+        chosen = chosen.tolist() if not isinstance(chosen, Tensor) or has_values(chosen) else None
+    if not isinstance(chosen, Iterable) or isinstance(chosen, (str, bytes, Mapping)):
+        raise ConfigError(f"{name} is {shown(chosen)}: give feature nodes of the graph, or their numbers, in a list.")
+    numbers = []
+    for node in chosen:
         number = plain(graph.nodes.number_of(node, ConfigError))
         if not is_whole(number) or not -n_nodes <= number < n_nodes:
             raise ConfigError(f"{name} has {shown(node)}: give numbers of nodes, which are 0 to {n_nodes - 1}.")
@@ -147,8 +147,8 @@ def as_feature_nodes(graph: AttributionGraph, name: str, given: Any) -> list[int
                 f"{name} has node {number}, of kind {kind.name.lower()}: give feature nodes"
                 " (graph.nodes.where(NodeKind.FEATURE) has their numbers)."
             )
-        found.append(int(number) % n_nodes)
-    return found
+        numbers.append(int(number) % n_nodes)
+    return numbers
 
 
 def find_supernodes(
@@ -240,18 +240,23 @@ def _unit(rows: Profiles) -> Profiles:
     return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-30)
 
 
-def _as_responses(given: Any, n_features: int) -> tuple[list[str] | None, Profiles]:
+def _as_responses(responses: Any, n_features: int) -> tuple[list[str] | None, Profiles]:
     """Labels, where it is such that were given, and vectors: of labels, one coordinate for each different one."""
     wanted = f"give a tensor [{n_features}, n] of finite numbers or {n_features} labels, one for each feature node"
-    vectors: Any = given
+    vectors: Any = responses
     labels: list[str] | None = None
-    if isinstance(given, (list, tuple)) and given and all(isinstance(label, str) for label in given):
-        labels, at = list(given), {label: i for i, label in enumerate(dict.fromkeys(given))}
+    if isinstance(responses, (list, tuple)) and responses and all(isinstance(label, str) for label in responses):
+        labels, at = list(responses), {label: i for i, label in enumerate(dict.fromkeys(responses))}
         vectors = torch.eye(len(at), dtype=torch.float64)[[at[label] for label in labels]]
     else:
-        ok = isinstance(given, Tensor) and has_values(given) and given.is_floating_point() and given.ndim == 2
+        ok = (
+            isinstance(responses, Tensor)
+            and has_values(responses)
+            and responses.is_floating_point()
+            and responses.ndim == 2
+        )
         if not (ok and bool(torch.isfinite(vectors).all())):
-            raise ConfigError(f"responses is {shown(given)}: {wanted}.")
+            raise ConfigError(f"responses is {shown(responses)}: {wanted}.")
     if len(vectors) != n_features:
         raise ConfigError(f"responses has {len(vectors)} entries for {n_features} features: {wanted}.")
     return labels, vectors.detach()
@@ -349,11 +354,11 @@ def collapse(graph: AttributionGraph, supernodes: Mapping[str, Iterable[int | No
         )
     }
     target, source = (pairs // len(names)).tolist(), (pairs % len(names)).tolist()
-    told = [f"{names[s]} -> {names[t]}" for s, t in zip(source, target, strict=True)]
-    edges = {"source": source, "target": target, "label": told, **{k: v.numpy() for k, v in sums.items()}}
+    edge_labels = [f"{names[s]} -> {names[t]}" for s, t in zip(source, target, strict=True)]
+    edges = {"source": source, "target": target, "label": edge_labels, **{k: v.numpy() for k, v in sums.items()}}
     influence = total(walks.influence).numpy()
-    about = {"name": names, "kind": kinds, "n_nodes": counts.long().numpy(), "influence": influence}
-    return CollapsedGraph(DataFrame(about), DataFrame(edges).astype({"n_edges": int}))
+    columns = {"name": names, "kind": kinds, "n_nodes": counts.long().numpy(), "influence": influence}
+    return CollapsedGraph(DataFrame(columns), DataFrame(edges).astype({"n_edges": int}))
 
 
 # -- the subgraph

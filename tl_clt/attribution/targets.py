@@ -103,7 +103,7 @@ TargetsGiven: TypeAlias = _One | Sequence[_One] | Int[Tensor, " n"] | Int[np.nda
 
 
 def as_targets(targets: Any) -> list[Target] | None:
-    """The targets meant, one by one, or None for the most probable tokens. A string is one token, not its letters.
+    """The targets that were named, in a list; None for the most probable tokens. A string is one token, not letters.
 
     Raises:
         TargetError: something else was given.
@@ -188,7 +188,7 @@ def residual_hooks(model: HookedModel, targets: Sequence[Target] | None) -> list
 
     Raises:
         HookNotFound: the model has no such hook.
-        TargetError: the hook is none of the residual stream.
+        TargetError: the hook is not one of the residual stream.
     """
     hooks: list[str] = []
     for target in targets or ():

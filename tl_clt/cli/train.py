@@ -47,8 +47,8 @@ PANELS = {"clt": "The CLT", "data": "The data", None: "The run"}
 
 
 class TrainCommand(TyperCommand):
-    """A command whose options are made when they are asked for: the config that they come from loads sae_lens, which
-    other commands do without."""
+    """A command whose options are made when they are asked for: the config that they come from loads torch, which takes
+    a second, and the help of other commands does without."""
 
     @cached_property
     def made(self) -> Any:
@@ -241,8 +241,7 @@ def _with_options(train_with: Callable[[Path | None, dict[str, Any]], None]) -> 
 
 def _fields_of_config() -> Iterator[tuple[str | None, Field[Any], Any, str]]:
     """Part, field, type and docstring of everything that a run's config says."""
-    from tl_clt.training import CLTTrainingRunnerConfig
-    from tl_clt.training.run.config import PARTS
+    from tl_clt.training.config import PARTS, CLTTrainingRunnerConfig
 
     for part, kind in (*PARTS.items(), (None, CLTTrainingRunnerConfig)):
         hints, told = get_type_hints(kind), _docstrings(kind)

@@ -287,8 +287,7 @@ class EdgeCircuits(_TranscoderCircuits):
         self.clean_acts, self.ablated = (
             acts[at.pos, at.layer, at.index].to(graph.adjacency.dtype) for acts in (self.here.acts, self.ablated_acts)
         )
-        inputs = layer_inputs(model, clt, task.tokens[None])[0]
-        self.hidden_pre = torch.stack([clt.encode_layer(inputs[:, t], t).hidden_pre for t in clt.layers], dim=1)
+        self.hidden_pre = clt.hidden_pre(layer_inputs(model, clt, task.tokens[None])[0])
         self.target = nodes.where(NodeKind.LOGIT)[0]
         into_features = nodes.is_kind(NodeKind.FEATURE)[self.edges.row]
         at_layer = nodes.layer[self.edges.row]

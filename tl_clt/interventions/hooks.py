@@ -103,16 +103,16 @@ def intervention_hooks(
         ModelUnsupported: with freeze="attention" or "all", hooks do not hold this model's patterns (GPT-J, GPT-Neo and
             OPT as bridges).
     """
-    known = check_fit(model, clt)
+    hook_dict = check_fit(model, clt)
     prompts = to_token_batch(model, prompt, attention_mask)
-    steering = Steering(model, known, clt, prompts, interventions, through_layer, freeze, bos=bos)
+    steering = Steering(model, hook_dict, clt, prompts, interventions, through_layer, freeze, bos=bos)
     return plain_hooks(model, steering.hooks)
 
 
 class Chosen(NamedTuple):
     """What an intervention changes in the activations of one pass."""
 
-    what: Intervention
+    intervention: Intervention
     place: Place
     index: tuple[Tensor, Tensor, Tensor]
     """Into feature_acts [batch, pos, d_transcoder] of the pass."""
@@ -124,7 +124,7 @@ class Steering:
     def __init__(
         self,
         model: HookedModel,
-        known: HookDict,
+        hook_dict: HookDict,
         clt: CrossLayerTranscoder,
         prompts: PromptRows,
         interventions: AnyIntervention | Iterable[AnyIntervention],
@@ -142,9 +142,9 @@ class Steering:
                 f"bos={bos!r} is for the constrained kind: in the iterative one the CLT stands in for the MLPs at every"
                 " position. Give through_layer, or leave bos out."
             )
-        given = as_interventions(interventions)
-        for what in given:
-            check(what, clt, prompts.lengths, through_layer)
+        entries = as_interventions(interventions)
+        for intervention in entries:
+            check(intervention, clt, prompts.lengths, through_layer)
         if freeze != "none":
             require_held(model, prompts.tokens[:1])
         self.prompts = prompts
@@ -152,14 +152,14 @@ class Steering:
         self.constrained = through_layer is not None
         self.steered = range(clt.cfg.n_layers if through_layer is None else through_layer + 1)
         """Layers whose MLP outputs are written here."""
-        self.features = [what for what in given if isinstance(what, Intervention)]
-        self.directions = [what for what in given if not isinstance(what, Intervention)]
+        self.features = [intervention for intervention in entries if isinstance(intervention, Intervention)]
+        self.directions = [intervention for intervention in entries if not isinstance(intervention, Intervention)]
         if bos is None:
             bos = "features" if not self.constrained or self._change_position_0() else "error"
         self.first_skipped = skipped_positions(bos).start
         """First position of a prompt where the skip connection reads the changed run."""
         names = [hook(t) for t in clt.layers for hook in (self._in, self._out)]
-        self.clean = CleanRun(model, [*names, *record], freeze, known)
+        self.clean = CleanRun(model, [*names, *record], freeze, hook_dict)
         self.inputs: dict[int, Tensor] = {}
         self.written: dict[int, Tensor] = {}
         """Sum of what changed features of the layers so far write to each later one."""
@@ -175,17 +175,19 @@ class Steering:
 
     def _change_position_0(self) -> bool:
         """Whether features at the first position of a prompt are changed."""
-        for what in self.features:
-            lengths = self.prompts.lengths if what.prompt is None else [self.prompts.lengths[what.prompt]]
-            if any(0 in positions_of(what, length) for length in lengths):
+        for intervention in self.features:
+            lengths = (
+                self.prompts.lengths if intervention.prompt is None else [self.prompts.lengths[intervention.prompt]]
+            )
+            if any(0 in positions_of(intervention, length) for length in lengths):
                 return True
         return False
 
     def delta(self, feature_acts: Acts, layer: int) -> Acts:
         """What the interventions at a layer add to its activations, one after another."""
         total = torch.zeros_like(feature_acts)
-        for what, place, index in self._chosen(feature_acts, layer):
-            total[index] += what.delta(feature_acts[index] + total[index], place)
+        for intervention, place, index in self._chosen(feature_acts, layer):
+            total[index] += intervention.delta(feature_acts[index] + total[index], place)
         return total
 
     def changed(self, feature_acts: Acts, layer: int) -> Bool[Tensor, "batch pos d_transcoder"]:
@@ -196,28 +198,28 @@ class Steering:
         return mask
 
     def _chosen(self, feature_acts: Acts, layer: int) -> Iterator[Chosen]:
-        for what in self.features:
-            if what.layer == layer:
-                for place in self.places(what, feature_acts.shape[1]):
+        for intervention in self.features:
+            if intervention.layer == layer:
+                for place in self.places(intervention, feature_acts.shape[1]):
                     rows, columns = place.index(feature_acts.device)
-                    features = torch.tensor(what.features, device=feature_acts.device)
-                    yield Chosen(what, place, (rows[:, :, None], columns[:, :, None], features))
+                    features = torch.tensor(intervention.features, device=feature_acts.device)
+                    yield Chosen(intervention, place, (rows[:, :, None], columns[:, :, None], features))
 
-    def places(self, what: AnyIntervention, n_pos: int) -> list[Place]:
+    def places(self, intervention: AnyIntervention, n_pos: int) -> list[Place]:
         """Where an intervention acts in the present pass over `n_pos` tokens: rows padded alike together."""
         offsets, lengths = self.clean.offsets, self.prompts.lengths
         if self.prompts.mask is None:
             # Token ids that were given with their padding, which only the pass has told.
             lengths = [n - offset for n, offset in zip(lengths, offsets, strict=False)]
         alike: dict[tuple[int, int], list[int]] = {}
-        for row in range(len(offsets)) if what.prompt is None else [what.prompt]:
+        for row in range(len(offsets)) if intervention.prompt is None else [intervention.prompt]:
             alike.setdefault((offsets[row], lengths[row] if row < len(lengths) else lengths[0]), []).append(row)
-        found = []
+        places = []
         for (offset, length), rows in alike.items():
-            positions = within(positions_of(what, length), self.clean.first - offset, n_pos)
+            positions = within(positions_of(intervention, length), self.clean.first - offset, n_pos)
             if positions:
-                found.append(Place(rows, positions, [p + offset - self.clean.first for p in positions]))
-        return found
+                places.append(Place(rows, positions, [p + offset - self.clean.first for p in positions]))
+        return places
 
     def _read(self, x: Stream, layer: int) -> None:
         if layer == 0:
@@ -262,7 +264,7 @@ class Steering:
     def _changed_acts(self, x: Stream, clean_x: Stream, layer: int) -> Acts | None:
         """Activations of a layer less those of the clean run, or None where none changes."""
         if self.constrained:
-            if not any(what.layer == layer for what in self.features):
+            if not any(intervention.layer == layer for intervention in self.features):
                 return None
             return self.delta(self.clt.encode_layer(clean_x, layer).feature_acts, layer)
         acts = self.clt.encode_layer(x, layer).feature_acts
@@ -276,19 +278,19 @@ class Steering:
 
     def _direction_hooks(self) -> Iterator[FwdHook]:
         """One for each block, whatever the number of directions there, which act one after another."""
-        for layer in dict.fromkeys(what.layer for what in self.directions):
+        for layer in dict.fromkeys(intervention.layer for intervention in self.directions):
             name = block_hook(0, "hook_resid_pre") if layer == -1 else block_hook(layer, "hook_resid_post")
             yield name, at_layer(self._write_directions, layer)
 
     def _write_directions(self, x: Stream, layer: int) -> Stream | None:
-        here = [what for what in self.directions if what.layer == layer]
-        acting = [(what, place) for what in here for place in self.places(what, x.shape[1])]
+        here = [intervention for intervention in self.directions if intervention.layer == layer]
+        acting = [(intervention, place) for intervention in here for place in self.places(intervention, x.shape[1])]
         if not acting:
             return None
         x = x.clone()
-        for what, place in acting:
+        for intervention, place in acting:
             at = place.index(x.device)
-            x[at] += what.change(x[at], place)
+            x[at] += intervention.change(x[at], place)
         return x
 
     def _in(self, layer: int) -> str:

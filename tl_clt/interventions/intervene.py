@@ -70,27 +70,27 @@ def intervene(
     Raises:
         InterventionError, CLTMismatch, HookNotFound, PromptError, TokenizerMissing, ConfigError: as there.
     """
-    known = check_fit(model, clt)
+    hook_dict = check_fit(model, clt)
     prompts = to_token_batch(model, prompt, attention_mask)
-    steering = Steering(model, known, clt, prompts, interventions, through_layer, freeze, record, bos)
+    steering = Steering(model, hook_dict, clt, prompts, interventions, through_layer, freeze, record, bos)
     call = {} if prompts.mask is None else {"attention_mask": prompts.mask}
-    seen: dict[str, Tensor] = {}
+    recorded: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable:
         def keep_value(x: Tensor, hook: object) -> None:
-            seen[name] = x
+            recorded[name] = x
 
         return keep_value
 
     names = [block_hook(t, clt.cfg.input_hook) for t in clt.layers]
     recording: list[FwdHook] = [(name, keep(name)) for name in dict.fromkeys([*names, *record])]
     try:
-        with user_hooks_aside(model, known):
-            logits = run_with_hooks(model, prompts.tokens, [*steering.hooks, *recording], known, **call)
+        with user_hooks_aside(model, hook_dict):
+            logits = run_with_hooks(model, prompts.tokens, [*steering.hooks, *recording], hook_dict, **call)
     finally:
         steering.clean.close()
     dtype = clt.W_enc.dtype
-    inputs = torch.stack([seen[name] for name in names], dim=-2).to(dtype)
+    inputs = torch.stack([recorded[name] for name in names], dim=-2).to(dtype)
     baseline_inputs = torch.stack([steering.clean.at(name) for name in names], dim=-2).to(dtype)
     baseline_feature_acts = clt.encode(baseline_inputs)
     return InterventionEffect(
@@ -103,7 +103,7 @@ def intervene(
         inputs=inputs,
         baseline_inputs=baseline_inputs,
         inactive=_inactive(steering, baseline_feature_acts),
-        recorded={name: Recorded(seen[name], steering.clean.at(name)) for name in record},
+        recorded={name: Recorded(recorded[name], steering.clean.at(name)) for name in record},
         model=model,
         clt=clt,
     )
@@ -111,7 +111,7 @@ def intervene(
 
 def _measured(steering: Steering, acts: Tensor, baseline: Tensor) -> Tensor:
     """What features read in the intervened run, the changed ones at the values they were set to."""
-    for layer in {what.layer for what in steering.features}:
+    for layer in {intervention.layer for intervention in steering.features}:
         if steering.constrained:
             set_to = steering.delta(baseline[..., layer, :], layer) + baseline[..., layer, :]
             changed = steering.changed(acts[..., layer, :], layer)
@@ -122,13 +122,13 @@ def _measured(steering: Steering, acts: Tensor, baseline: Tensor) -> Tensor:
 
 
 def _inactive(steering: Steering, baseline: Tensor) -> list[InactiveFeature]:
-    found = []
-    for what in steering.features:
-        for place in steering.places(what, baseline.shape[1]):
-            acts = baseline[..., what.layer, what.features][place.index(baseline.device)]
+    inactive = []
+    for intervention in steering.features:
+        for place in steering.places(intervention, baseline.shape[1]):
+            acts = baseline[..., intervention.layer, intervention.features][place.index(baseline.device)]
             for row, feature in torch.nonzero(~(acts != 0).any(dim=1)).tolist():
-                found.append(InactiveFeature(place.rows[row], what.layer, what.features[feature]))
-    return list(dict.fromkeys(found))
+                inactive.append(InactiveFeature(place.rows[row], intervention.layer, intervention.features[feature]))
+    return list(dict.fromkeys(inactive))
 
 
 class InactiveFeature(NamedTuple):
@@ -231,16 +231,12 @@ class InterventionEffect(Report[Literal["changes"]]):
     @property
     def hidden_pre(self) -> Acts:
         """Pre-activations in the intervened run. Their change is what an edge of a graph predicts."""
-        return self._hidden_pre(self.inputs)
+        return self.clt.hidden_pre(self.inputs).detach()
 
     @property
     def baseline_hidden_pre(self) -> Acts:
         """Pre-activations in the clean run."""
-        return self._hidden_pre(self.baseline_inputs)
-
-    def _hidden_pre(self, inputs: Inputs) -> Acts:
-        each = [self.clt.encode_layer(inputs[..., t, :], t).hidden_pre.detach() for t in self.clt.layers]
-        return torch.stack(each, dim=-2)
+        return self.clt.hidden_pre(self.baseline_inputs).detach()
 
     def top_changes(self, k: int = 10, pos: int = -1) -> DataFrame:
         """The k tokens of each prompt whose probability of coming next changed most.

@@ -58,28 +58,28 @@ class _Change:
     """Of the noise, which is the same at a position however the text is split into passes."""
 
     def __post_init__(self) -> None:
-        given = [name for name in SETTERS if getattr(self, name) is not None]
-        if len(given) != 1:
-            said = " and ".join(given) or "nothing"
-            raise InterventionError(f"{self} sets {said}: give exactly one of value, scale, add or noise.")
+        setters = [name for name in SETTERS if getattr(self, name) is not None]
+        if len(setters) != 1:
+            listed = " and ".join(setters) or "nothing"
+            raise InterventionError(f"{self} sets {listed}: give exactly one of value, scale, add or noise.")
         self._set("layer", as_whole("layer", self.layer, error=InterventionError))
         self._set("pos", _as_positions(self.pos))
         prompt = as_whole(
             "prompt", self.prompt, 0, why="numbered from 0 within the batch", none="all", error=InterventionError
         )
         self._set("prompt", prompt)
-        self._set(given[0], _as_amount(given[0], getattr(self, given[0])))
+        self._set(setters[0], _as_amount(setters[0], getattr(self, setters[0])))
         if self.noise is not None and self.noise < 0:
             raise InterventionError(f"noise is {self.noise}: give a standard deviation, which is 0 or more.")
         self._set("seed", as_whole("seed", self.seed, error=InterventionError))
 
     def _set(self, name: str, value: object) -> None:
-        """Put the plain value of what was given in its place."""
+        """Replace a field's value, which is how a frozen dataclass gets plain values of Python's."""
         object.__setattr__(self, name, value)
 
     def __hash__(self) -> int:
-        """Of equal changes the same, though lists and slices have no hash of their own."""
-        values = (getattr(self, one.name) for one in fields(self) if one.compare)
+        """Equal changes have equal hashes, although their lists and slices cannot be hashed themselves."""
+        values = (getattr(self, field_.name) for field_ in fields(self) if field_.compare)
         return hash((type(self), *map(_as_hashable, values)))
 
     def delta(self, before: Float[Tensor, "batch pos n"], place: Place) -> Float[Tensor, "batch pos n"]:
@@ -159,8 +159,8 @@ class Intervention(_Change):
             InterventionError: there is no such node, or it is no feature.
         """
         layer, pos, feature = _feature_of(graph, node)
-        known = graph.info.get("clt_fingerprint")
-        clt = known if isinstance(known, str) else None
+        fingerprint = graph.info.get("clt_fingerprint")
+        clt = fingerprint if isinstance(fingerprint, str) else None
         return cls(layer=layer, pos=pos, feature=feature, scale=scale, prompt=prompt, clt=clt)
 
 
@@ -188,9 +188,9 @@ def parse_intervention(text: str, setter: str) -> Intervention:
             f"'{text}' is no intervention: write layer:pos:feature=number, for example 2:-1:17=0. The position may"
             " be 'all', and there may be several features (17,30)."
         ) from None
-    where = {"layer": int(layer), "pos": None if pos == "all" else int(pos)}
-    given: dict[str, Any] = {**where, "feature": [int(f) for f in features.split(",")], setter: number}
-    return Intervention(**given)
+    place = {"layer": int(layer), "pos": None if pos == "all" else int(pos)}
+    arguments: dict[str, Any] = {**place, "feature": [int(f) for f in features.split(",")], setter: number}
+    return Intervention(**arguments)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -266,10 +266,10 @@ def _feature_of(graph: AttributionGraph, node: Any) -> tuple[int, int, int]:
         raise InterventionError(
             f"node is {shown(node)}: give its number in graph.nodes, or a node with layer, pos and index."
         )
-    found = NodeKind[kind.upper()] if isinstance(kind, str) else NodeKind(int(kind))
-    if found != NodeKind.FEATURE:
+    node_kind = NodeKind[kind.upper()] if isinstance(kind, str) else NodeKind(int(kind))
+    if node_kind != NodeKind.FEATURE:
         raise InterventionError(
-            f"Node {name} is of kind {found.name.lower()}, and only features can be changed so: give a feature node"
+            f"Node {name} is of kind {node_kind.name.lower()}, and only features can be changed so: give a feature node"
             " (graph.nodes.where(NodeKind.FEATURE) has their numbers)."
         )
     layer, pos, feature = (int(value) for value in (at.layer, at.pos, at.index))
@@ -283,17 +283,17 @@ def _as_hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def as_interventions(given: Any) -> list[AnyIntervention]:
-    """The interventions meant, one by one.
+def as_interventions(interventions: Any) -> list[AnyIntervention]:
+    """The interventions as a list, whether one or several are given.
 
     Raises:
         InterventionError: something else was given.
     """
-    if isinstance(given, (Intervention, DirectionIntervention)):
-        return [given]
-    if not isinstance(given, Iterable) or isinstance(given, (str, bytes, Mapping, Tensor)):
-        raise InterventionError(f"interventions is {shown(given)}: give an Intervention, or several in a list.")
-    entries = list(given)
+    if isinstance(interventions, (Intervention, DirectionIntervention)):
+        return [interventions]
+    if not isinstance(interventions, Iterable) or isinstance(interventions, (str, bytes, Mapping, Tensor)):
+        raise InterventionError(f"interventions is {shown(interventions)}: give an Intervention, or several in a list.")
+    entries = list(interventions)
     for i, entry in enumerate(entries):
         if not isinstance(entry, (Intervention, DirectionIntervention)):
             raise InterventionError(
@@ -302,37 +302,37 @@ def as_interventions(given: Any) -> list[AnyIntervention]:
     return entries
 
 
-def _as_wholes(name: str, given: Any) -> Any:
+def _as_wholes(name: str, value: Any) -> Any:
     """A whole number, or several in a list."""
-    if is_whole(plain(given)):
-        return as_whole(name, given, error=InterventionError)
-    if isinstance(given, (list, tuple)) and not given:
-        return given
-    if isinstance(given, str):
-        raise InterventionError(f"{name} is {shown(given)}: give a whole number, or several in a list.")
-    entries = as_several(name, given, "a whole number, or several in a list", InterventionError)
-    found = [as_whole(f"{name}[{i}]", entry, error=InterventionError) for i, entry in enumerate(entries)]
-    return tuple(found) if isinstance(given, tuple) else found
+    if is_whole(plain(value)):
+        return as_whole(name, value, error=InterventionError)
+    if isinstance(value, (list, tuple)) and not value:
+        return value
+    if isinstance(value, str):
+        raise InterventionError(f"{name} is {shown(value)}: give a whole number, or several in a list.")
+    entries = as_several(name, value, "a whole number, or several in a list", InterventionError)
+    wholes = [as_whole(f"{name}[{i}]", entry, error=InterventionError) for i, entry in enumerate(entries)]
+    return tuple(wholes) if isinstance(value, tuple) else wholes
 
 
-def _as_positions(given: Any) -> Any:
+def _as_positions(pos: Any) -> Any:
     """None, a slice, a position, or several in a list."""
-    if isinstance(given, slice):
-        parts = {"start": given.start, "stop": given.stop, "step": given.step}
+    if isinstance(pos, slice):
+        parts = {"start": pos.start, "stop": pos.stop, "step": pos.step}
         ends = {"start": "the first", "stop": "the end", "step": "every one"}
         return slice(*(as_whole(f"pos.{k}", v, none=ends[k], error=InterventionError) for k, v in parts.items()))
-    return None if given is None else _as_wholes("pos", given)
+    return None if pos is None else _as_wholes("pos", pos)
 
 
-def _as_amount(name: str, given: Any) -> Any:
+def _as_amount(name: str, value: Any) -> Any:
     """A finite number, or several in a list (of noise only one)."""
-    if name == "noise" or isinstance(plain(given), (numbers.Number, str)):
-        return as_number(name, given, error=InterventionError)
-    if isinstance(given, (list, tuple)) and not given:
-        return given
-    entries = as_several(name, given, "a finite number, or one for each feature in a list", InterventionError)
-    found = [as_number(f"{name}[{i}]", entry, error=InterventionError) for i, entry in enumerate(entries)]
-    return tuple(found) if isinstance(given, tuple) else found
+    if name == "noise" or isinstance(plain(value), (numbers.Number, str)):
+        return as_number(name, value, error=InterventionError)
+    if isinstance(value, (list, tuple)) and not value:
+        return value
+    entries = as_several(name, value, "a finite number, or one for each feature in a list", InterventionError)
+    amounts = [as_number(f"{name}[{i}]", entry, error=InterventionError) for i, entry in enumerate(entries)]
+    return tuple(amounts) if isinstance(value, tuple) else amounts
 
 
 Positions: TypeAlias = range | frozenset[int]
@@ -361,7 +361,7 @@ def within(positions: Positions, first: int, n_pos: int) -> list[int]:
 
 
 def check(
-    what: Intervention | DirectionIntervention,
+    intervention: Intervention | DirectionIntervention,
     clt: CrossLayerTranscoder,
     lengths: Sequence[int],
     through_layer: int | None,
@@ -373,75 +373,79 @@ def check(
         InterventionError: a layer, feature, width, prompt or position that is not there, or a feature above
             `through_layer`.
     """
-    if what.prompt is not None and what.prompt >= len(lengths):
-        raise InterventionError(f"There is no prompt {what.prompt}: the batch has prompts 0 to {len(lengths) - 1}.")
-    for length in sorted(set(lengths)) if what.prompt is None else [lengths[what.prompt]]:
-        positions_of(what, length)
-    if isinstance(what, Intervention):
-        if what.clt not in (None, clt.fingerprint()):
+    if intervention.prompt is not None and intervention.prompt >= len(lengths):
+        raise InterventionError(
+            f"There is no prompt {intervention.prompt}: the batch has prompts 0 to {len(lengths) - 1}."
+        )
+    for length in sorted(set(lengths)) if intervention.prompt is None else [lengths[intervention.prompt]]:
+        positions_of(intervention, length)
+    if isinstance(intervention, Intervention):
+        if intervention.clt not in (None, clt.fingerprint()):
             raise CLTMismatch(
-                f"{what} was made from a graph of another CLT, whose features mean other things. Give the CLT that the"
-                " graph was traced with, or write the intervention without the graph."
+                f"{intervention} was made from a graph of another CLT, whose features mean other things. Give the CLT"
+                " that the graph was traced with, or write the intervention without the graph."
             )
-        _check_feature(what, clt.cfg, through_layer)
+        _check_feature(intervention, clt.cfg, through_layer)
     else:
-        _check_direction(what, clt.cfg)
+        _check_direction(intervention, clt.cfg)
 
 
-def _check_feature(what: Intervention, cfg: CrossLayerTranscoderConfig, through_layer: int | None) -> None:
-    if not 0 <= what.layer < cfg.n_layers:
-        raise InterventionError(f"{what}: there is no layer {what.layer}. The CLT has layers 0 to {cfg.n_layers - 1}.")
-    for feature in what.features:
+def _check_feature(intervention: Intervention, cfg: CrossLayerTranscoderConfig, through_layer: int | None) -> None:
+    if not 0 <= intervention.layer < cfg.n_layers:
+        raise InterventionError(
+            f"{intervention}: there is no layer {intervention.layer}. The CLT has layers 0 to {cfg.n_layers - 1}."
+        )
+    for feature in intervention.features:
         if not 0 <= feature < cfg.d_transcoder:
             raise InterventionError(
-                f"{what}: there is no feature {feature}. A layer has features 0 to {cfg.d_transcoder - 1}."
+                f"{intervention}: there is no feature {feature}. A layer has features 0 to {cfg.d_transcoder - 1}."
             )
-    if through_layer is not None and what.layer > through_layer:
+    if through_layer is not None and intervention.layer > through_layer:
         raise InterventionError(
-            f"{what} lies above through_layer={through_layer}, where the model itself runs, so that it would change"
-            f" nothing. Give through_layer={what.layer} or more, or None."
+            f"{intervention} lies above through_layer={through_layer}, where the model itself runs, so that it would"
+            f" change nothing. Give through_layer={intervention.layer} or more, or None."
         )
 
 
-def _check_direction(what: DirectionIntervention, cfg: CrossLayerTranscoderConfig) -> None:
-    if not -1 <= what.layer < cfg.n_layers:
+def _check_direction(intervention: DirectionIntervention, cfg: CrossLayerTranscoderConfig) -> None:
+    if not -1 <= intervention.layer < cfg.n_layers:
         raise InterventionError(
-            f"There is no layer {what.layer} to write a direction after: give 0 to {cfg.n_layers - 1}, or -1 for"
-            " before block 0."
+            f"There is no layer {intervention.layer} to write a direction after: give 0 to {cfg.n_layers - 1}, or -1"
+            " for before block 0."
         )
-    if len(what.vector) != cfg.d_model:
-        raise InterventionError(f"The vector has {len(what.vector)} entries, but d_model is {cfg.d_model}.")
+    if len(intervention.vector) != cfg.d_model:
+        raise InterventionError(f"The vector has {len(intervention.vector)} entries, but d_model is {cfg.d_model}.")
 
 
-def positions_of(what: Intervention | DirectionIntervention, n_pos: int) -> Positions:
+def positions_of(intervention: Intervention | DirectionIntervention, n_pos: int) -> Positions:
     """The positions that an intervention means on prompts of one length.
 
     Raises:
         InterventionError: a position that is not there, or none at all.
     """
-    pos = what.pos
+    pos = intervention.pos
     if pos is None:
         return range(sys.maxsize)
     if isinstance(pos, slice):
         if pos.step is not None and pos.step < 1:
-            raise InterventionError(f"{what}: positions go backwards. Give a slice with a step of 1 or more.")
+            raise InterventionError(f"{intervention}: positions go backwards. Give a slice with a step of 1 or more.")
         start, stop, step = pos.indices(n_pos)
         if pos.stop is None:
             # A start behind the prompt means new tokens only.
             start = max(start, pos.start or 0)
             return range(start, sys.maxsize, step)
         if start >= stop:
-            raise InterventionError(f"{what}: the slice holds none of the prompt's {n_pos} positions.")
+            raise InterventionError(f"{intervention}: the slice holds none of the prompt's {n_pos} positions.")
         return range(start, stop, step)
     wanted = list(pos) if isinstance(pos, Sequence) else [pos]
     for p in wanted:
         if not -n_pos <= p < n_pos:
             raise InterventionError(
-                f"{what}: there is no position {p}. The prompt has {n_pos} tokens, positions 0 to {n_pos - 1}."
+                f"{intervention}: there is no position {p}. The prompt has {n_pos} tokens, positions 0 to {n_pos - 1}."
                 " For new tokens give None or a slice without an end."
             )
     if not wanted:
-        raise InterventionError(f"{what}: the list of positions is empty.")
+        raise InterventionError(f"{intervention}: the list of positions is empty.")
     return frozenset(p % n_pos for p in wanted)
 
 
@@ -472,20 +476,20 @@ def swap_interventions(
         CLTMismatch, HookNotFound, PromptError, TokenizerMissing: as for `intervene`.
     """
     check_fit(model, clt)
-    to, of = (to_tokens(model, given) for given in (prompt, source))
-    positions = _swapped_positions(positions, len(of), len(to))
+    prompt_tokens, source_tokens = (to_tokens(model, value_there) for value_there in (prompt, source))
+    positions = _swapped_positions(positions, len(source_tokens), len(prompt_tokens))
     named = None if features is None else _by_layer(features, clt)
-    here, there = (feature_acts(model, clt, tokens) for tokens in (to, of))
+    here, there = (feature_acts(model, clt, tokens) for tokens in (prompt_tokens, source_tokens))
     swaps = []
     for source_pos, pos in positions.items():
         for layer in clt.layers:
-            given = there[source_pos, layer]
+            value_there = there[source_pos, layer]
             if named is None:
-                chosen = torch.nonzero((given != 0) | (here[pos, layer] != 0)).flatten().tolist()
+                chosen = torch.nonzero((value_there != 0) | (here[pos, layer] != 0)).flatten().tolist()
             else:
                 chosen = named.get(layer, [])
             if chosen:
-                value = given[chosen].tolist()
+                value = value_there[chosen].tolist()
                 swaps.append(Intervention(layer=layer, pos=pos, feature=chosen, value=value))
     if not swaps:
         raise InterventionError("There is nothing to swap: no feature is named, or active at these positions.")
@@ -495,19 +499,19 @@ def swap_interventions(
 def _swapped_positions(positions: Mapping[int, int], n_source: int, n_tokens: int) -> dict[int, int]:
     if not isinstance(positions, Mapping):
         raise InterventionError(f"positions is {shown(positions)}: give a dict, position in source -> in the prompt.")
-    found = {
+    swapped = {
         _swapped_position(source, n_source, "the source"): _swapped_position(pos, n_tokens, "the prompt")
         for source, pos in positions.items()
     }
-    if len({p % n_tokens for p in found.values()}) < len(positions):
+    if len({p % n_tokens for p in swapped.values()}) < len(positions):
         raise InterventionError(f"Two positions of the source go to one of the prompt: {dict(positions)}.")
-    return found
+    return swapped
 
 
-def _swapped_position(given: object, length: int, which: str) -> int:
-    pos = as_whole(f"A position in {which}", given, error=InterventionError)
+def _swapped_position(position: object, length: int, name: str) -> int:
+    pos = as_whole(f"A position in {name}", position, error=InterventionError)
     if not -length <= pos < length:
-        raise InterventionError(f"There is no position {pos} in {which}: it has positions 0 to {length - 1}.")
+        raise InterventionError(f"There is no position {pos} in {name}: it has positions 0 to {length - 1}.")
     return pos
 
 

@@ -40,10 +40,10 @@ from tl_clt.interventions.intervene import intervene
 from tl_clt.interventions.intervention import Intervention
 from tl_clt.interventions.validation import (
     LOGITS_AT_ONCE,
+    change_of_target,
     predict_joint,
     require_same_features,
     require_testable,
-    rise,
     targets_of,
 )
 from tl_clt.interventions.validation_report import select
@@ -94,18 +94,24 @@ class SupernodeReport(Report[FigureName]):
 
     @property
     def agreement(self) -> DataFrame:
-        """How what is told before agrees with joint effects, over groups of each role: role, prediction (influence,
-        which is held against the effect's size; direct, total, singles), n_groups, pearson, spearman; NaN of fewer than
-        three groups, or where all are alike."""
+        """How predictions agree with the joint effects that were measured, over groups of each role.
+
+        Columns role, prediction (influence, which is compared with the effect's size; direct, total, singles),
+        n_groups, pearson and spearman, which are NaN where there are fewer than three groups or all are alike.
+        """
         rows = []
         for role in ROLES:
-            of = select(self.table, role=role)
+            groups = select(self.table, role=role)
             for name in PREDICTIONS:
-                told, effect = of[name], of["joint"].abs() if name == "influence" else of["joint"]
+                predicted, joint = groups[name], groups["joint"]
+                effect = joint.abs() if name == "influence" else joint
                 both = [math.nan, math.nan]
-                if len(of) >= FEWEST and min(told.nunique(), effect.nunique()) > 1:
-                    both = [float(told.corr(effect, method="pearson")), float(told.corr(effect, method="spearman"))]
-                rows.append((role, name, len(of), *both))
+                if len(groups) >= FEWEST and min(predicted.nunique(), effect.nunique()) > 1:
+                    both = [
+                        float(predicted.corr(effect, method="pearson")),
+                        float(predicted.corr(effect, method="spearman")),
+                    ]
+                rows.append((role, name, len(groups), *both))
         return DataFrame(rows, columns=["role", "prediction", "n_groups", "pearson", "spearman"])
 
     def _draw(self, name: str) -> Figure:
@@ -280,7 +286,7 @@ class _Measurement:
         self.weights: Float[Tensor, " n_targets"] = weights / weights.sum()
 
     def __call__(self, sets: Sequence[Sequence[int]]) -> Iterator[_Effect]:
-        changes = [what for row, nodes in enumerate(sets) for what in self._changes(nodes, row)]
+        changes = [intervention for row, nodes in enumerate(sets) for intervention in self._changes(nodes, row)]
         tokens = self.graph.tokens.expand(len(sets), -1)
         bos = None if self.through_layer is None else self.graph.info.get("bos")
         effect = intervene(
@@ -288,7 +294,7 @@ class _Measurement:
         )
         require_same_features(self.features, effect)
         hidden_change = effect.hidden_pre - effect.baseline_hidden_pre
-        heights = torch.stack([rise(effect, hidden_change, target) for target in self.named], dim=1)
+        heights = torch.stack([change_of_target(effect, hidden_change, target) for target in self.named], dim=1)
         change = heights @ self.weights.to(heights)
         answers, before = (logits[:, -1].argmax(dim=-1) for logits in (effect.logits, effect.baseline_logits))
         return map(_Effect, change.tolist(), (answers == before).tolist())

@@ -190,8 +190,8 @@ def sweep_strength(
         CLTMismatch, HookNotFound, PromptError, TokenizerMissing, ConfigError: as `intervene`.
     """
     check_fit(model, clt)
-    given = as_interventions(interventions)
-    grid = _grid(strengths, given)
+    entries = as_interventions(interventions)
+    grid = _grid(strengths, entries)
     none = "a thousandth of the grid's range"
     width = as_number("tolerance", tolerance, above=0, none=none, error=InterventionError)
     width = width or (grid[-1] - grid[0]) / 1000 or 1.0
@@ -199,7 +199,7 @@ def sweep_strength(
     outcomes = Outcomes(model, clt, prompt, targets, pos, freeze)
 
     def at(strength: float) -> Outcome:
-        return outcomes.of([_times(what, strength) for what in given], through_layer)
+        return outcomes.of([_times(intervention, strength) for intervention in entries], through_layer)
 
     found = {s: at(s) for s in tqdm(grid, desc="strengths", delay=2.0, disable=quiet)}
     answers = {s: outcome.answer for s, outcome in found.items()}
@@ -224,10 +224,10 @@ class _Flip(NamedTuple):
 
 
 def _flips(
-    answer: Callable[[float], int], low: float, high: float, known: Mapping[float, int], tolerance: Number
+    answer: Callable[[float], int], low: float, high: float, answers: Mapping[float, int], tolerance: Number
 ) -> Iterator[_Flip]:
     """Flips of the answer between two strengths, by bisection, until the answer is that of the upper one."""
-    before, last = known[low], known[high]
+    before, last = answers[low], answers[high]
     while before != last:
         top, after = high, last
         while top - low > tolerance and low < (middle := (low + top) / 2) < top:
@@ -239,11 +239,11 @@ def _flips(
         low, before = top, after
 
 
-def _grid(strengths: Number | Iterable[Number], given: list[AnyIntervention]) -> list[float]:
+def _grid(strengths: Number | Iterable[Number], interventions: list[AnyIntervention]) -> list[float]:
     """The strengths in order, each once."""
     numbers = as_several("strengths", strengths, "finite numbers", InterventionError)
     grid = sorted({float(as_number(f"strengths[{i}]", s, error=InterventionError)) for i, s in enumerate(numbers)})
-    if not any(amount for what in given for amount in _amounts(what)):
+    if not any(amount for intervention in interventions for amount in _amounts(intervention)):
         raise InterventionError(
             "Strengths multiply the amounts of the interventions, and there is none other than 0. Give value=1 or"
             " scale=1, for strengths to be values or scales."
@@ -251,20 +251,20 @@ def _grid(strengths: Number | Iterable[Number], given: list[AnyIntervention]) ->
     return grid
 
 
-def _setter(what: AnyIntervention) -> str:
-    return next(name for name in SETTERS if getattr(what, name) is not None)
+def _setter(intervention: AnyIntervention) -> str:
+    return next(name for name in SETTERS if getattr(intervention, name) is not None)
 
 
-def _amounts(what: AnyIntervention) -> list[Number]:
-    amount = getattr(what, _setter(what))
+def _amounts(intervention: AnyIntervention) -> list[Number]:
+    amount = getattr(intervention, _setter(intervention))
     return list(amount) if isinstance(amount, Sequence) else [amount]
 
 
-def _times(what: AnyIntervention, strength: float) -> AnyIntervention:
+def _times(intervention: AnyIntervention, strength: float) -> AnyIntervention:
     """The same intervention, of `strength` times the amount."""
-    amount = getattr(what, _setter(what))
+    amount = getattr(intervention, _setter(intervention))
     more: Any = [strength * a for a in amount] if isinstance(amount, Sequence) else strength * amount
-    return replace(what, **{_setter(what): more})
+    return replace(intervention, **{_setter(intervention): more})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -353,17 +353,17 @@ def sweep_end_layer(
         TargetError, CLTMismatch, HookNotFound, PromptError, TokenizerMissing, ConfigError: as there.
     """
     check_fit(model, clt)
-    given = as_interventions(interventions)
-    if not given:
+    entries = as_interventions(interventions)
+    if not entries:
         raise InterventionError("There are no interventions to sweep: give at least one.")
     quiet = not as_switch("progress", progress)
     outcomes = Outcomes(model, clt, prompt, targets, pos, freeze)
     clean = outcomes.read(outcomes.clean())
     # `intervene` says what is wrong with a layer that is not there.
-    first = min(max(what.layer for what in given), clt.cfg.n_layers - 1)
+    first = min(max(intervention.layer for intervention in entries), clt.cfg.n_layers - 1)
     rows = []
     for layer in tqdm(range(first, clt.cfg.n_layers), desc="end layers", delay=2.0, disable=quiet):
-        for before, now in zip(clean, outcomes.read(outcomes.of(given, layer)), strict=True):
+        for before, now in zip(clean, outcomes.read(outcomes.of(entries, layer)), strict=True):
             p, logit = now.probability, now.logit
             rows.append((layer, now.token, now.token_id, p, p - before.probability, logit, logit - before.logit))
     names = ["through_layer", "token", "token_id", "probability", "change", "logit", "logit_change"]

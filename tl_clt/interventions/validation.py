@@ -74,8 +74,8 @@ from tl_clt.shapes import NodeValues, Tokens
 from tl_clt.transcoder import CrossLayerTranscoder
 from tl_clt.transcoder.decoders import DenseDecoders
 
-Kind = Literal["constrained", "iterative", "model"]
-KINDS: tuple[Kind, ...] = ("constrained", "iterative", "model")
+InterventionKind = Literal["constrained", "iterative", "model"]
+KINDS: tuple[InterventionKind, ...] = ("constrained", "iterative", "model")
 TARGET_KINDS = {TokenTarget: "token", DifferenceTarget: "difference", FeatureTarget: "feature"}
 LOGITS_AT_ONCE = 2**26
 """Logits of one pass: 256 MiB in float32."""
@@ -285,7 +285,7 @@ class _Measurement:
         """Of norms behind the MLPs, once they are needed."""
         self.hooks = list(dict.fromkeys(t.hook for t in named if isinstance(t, DirectionTarget)))
 
-    def __call__(self, sources: Int[Tensor, " n"], kind: Kind) -> Measured:
+    def __call__(self, sources: Int[Tensor, " n"], kind: InterventionKind) -> Measured:
         changes = self._written(sources) if kind == "model" else self._changes(sources)
         tokens = self.graph.tokens.expand(len(sources), -1)
         through = {"constrained": self.clt.cfg.n_layers - 1, "iterative": None, "model": -1}[kind]
@@ -297,7 +297,7 @@ class _Measurement:
         places = (slice(None), features.pos, features.layer, features.index)
         pre = hidden_change[places]
         acts = (effect.feature_acts - effect.baseline_feature_acts)[places]
-        heights = torch.stack([rise(effect, hidden_change, target) for target in self.named], dim=1)
+        heights = torch.stack([change_of_target(effect, hidden_change, target) for target in self.named], dim=1)
         on = ((effect.baseline_feature_acts == 0) & (effect.feature_acts != 0)).flatten(1).sum(dim=1)
         change, act_change = (torch.cat([x.double(), heights], dim=1).cpu() for x in (pre, acts))
         return Measured(change, act_change, on.double().cpu())
@@ -313,15 +313,17 @@ class _Measurement:
     def _written(self, sources: Int[Tensor, " n"]) -> list[DirectionIntervention]:
         """What the changed features write less, or more, into the residual stream behind each block."""
         at = self.graph.nodes.take(sources)
-        found = []
+        interventions = []
         for row, (layer, pos) in enumerate(zip(at.layer.tolist(), at.pos.tolist(), strict=True)):
             by = (self.scale - 1) * at.activation[row]
             vectors = self.clt.decoder_rows(layer, at.index[row : row + 1])[0].detach() * by
             for block, vector in zip(self.clt.cfg.targets(layer), vectors, strict=True):
                 in_stream = self._in_stream(vector, block, pos)
                 if bool(in_stream.any()):
-                    found.append(DirectionIntervention(layer=block, pos=pos, vector=in_stream, add=1, prompt=row))
-        return found
+                    interventions.append(
+                        DirectionIntervention(layer=block, pos=pos, vector=in_stream, add=1, prompt=row)
+                    )
+        return interventions
 
     def _in_stream(self, vector: Float[Tensor, " d_model"], block: int, pos: int) -> Float[Tensor, " d_model"]:
         """What a vector at the CLT's output hook is in the residual stream, through the norm behind it if there is one,
@@ -352,8 +354,8 @@ def require_same_features(features: GraphNodes, effect: InterventionEffect) -> N
         raise _mismatch("features with other activations on its prompt")
 
 
-def rise(effect: InterventionEffect, hidden_change: Acts, target: NamedTarget) -> Float[Tensor, " batch"]:
-    """How much a target has changed, as what it is.
+def change_of_target(effect: InterventionEffect, hidden_change: Acts, target: NamedTarget) -> Float[Tensor, " batch"]:
+    """The change of a target, in the terms of its kind: see the head of this module.
 
     Args:
         effect: which recorded the hooks of directions.
@@ -363,8 +365,8 @@ def rise(effect: InterventionEffect, hidden_change: Acts, target: NamedTarget) -
     if isinstance(target, FeatureTarget):
         return hidden_change[:, target.pos, target.layer, target.feature].double()
     if isinstance(target, DirectionTarget):
-        seen = effect.recorded[target.hook]
-        change = (seen.value - seen.baseline)[:, target.pos].double()
+        recorded = effect.recorded[target.hook]
+        change = (recorded.value - recorded.baseline)[:, target.pos].double()
         return change @ torch.as_tensor(target.direction).to(change)
     after, before = (logits[:, target.pos].double() for logits in (effect.logits, effect.baseline_logits))
     if isinstance(target, DifferenceTarget):
@@ -382,26 +384,28 @@ def _measured_tables(
     """A table of each kind of intervention."""
     # A control may stand beside several, and be tested itself.
     nodes, at = torch.unique(sample.node, return_inverse=True)
-    found: dict[Kind, list[Measured]] = {kind: [] for kind in KINDS}
+    by_kind: dict[InterventionKind, list[Measured]] = {kind: [] for kind in KINDS}
     desc = f"Testing features of the {which} CLT"
     with tqdm(total=len(KINDS) * len(nodes), desc=desc, unit=" runs", delay=2.0, disable=not progress) as bar:
         for batch in nodes.split(batch_size):
             for kind in KINDS:
-                found[kind].append(measure(batch, kind))
+                by_kind[kind].append(measure(batch, kind))
                 bar.update(len(batch))
     predicted = predict(measure.graph, sample.node.to(measure.targets.device))
     for kind in KINDS if len(nodes) else ():
-        measured = Measured(*(torch.cat(x)[at] for x in zip(*found[kind], strict=True)))
+        measured = Measured(*(torch.cat(x)[at] for x in zip(*by_kind[kind], strict=True)))
         yield _table(measure, sample, predicted, measured, kind)
 
 
-def _mismatch(found: str) -> CLTMismatch:
+def _mismatch(difference: str) -> CLTMismatch:
     return CLTMismatch(
-        f"The graph has {found}: it was made with another model or CLT. Trace the prompt again with these."
+        f"The graph has {difference}: it was made with another model or CLT. Trace the prompt again with these."
     )
 
 
-def _table(measure: _Measurement, sample: Sample, predicted: Predictions, measured: Measured, kind: Kind) -> DataFrame:
+def _table(
+    measure: _Measurement, sample: Sample, predicted: Predictions, measured: Measured, kind: InterventionKind
+) -> DataFrame:
     """One row for each source and each target downstream of it."""
     graph, targets, scale = measure.graph, measure.targets, measure.scale
     nodes = graph.nodes
@@ -574,13 +578,13 @@ def _carried(
     graph: AttributionGraph, sources: Nodes, scale: NodeValues, through: NodeValues, absolute: bool = False
 ) -> ByNode:
     """X[t] = scale_t (E[t, sources] + sum_u E[t, u] through_u X[u]), or with |E|."""
-    found = graph.adjacency.new_zeros(len(graph.nodes), len(sources), layout=torch.strided)
+    carried = graph.adjacency.new_zeros(len(graph.nodes), len(sources), layout=torch.strided)
     for layer in reversed(list(top_down(graph.nodes))):
         for rows in layer.split(ROWS_AT_ONCE):
             edges = take_rows(graph.adjacency, rows)
             edges = (edges.abs() if absolute else edges) * scale[rows, None]
-            found[rows] = edges[:, sources] + (edges * through) @ found
-    return found
+            carried[rows] = edges[:, sources] + (edges * through) @ carried
+    return carried
 
 
 @torch.no_grad()
@@ -620,7 +624,7 @@ def baseline_clt(
 
         _randomise_encoder(made, clt, layer_inputs(model, clt, tokens[None])[0, min(1, len(tokens) - 1) :], draw)
         norms = (clt.W_dec[source].norm(dim=-1, keepdim=True) for source in clt.layers)
-        made.W_dec = DenseDecoders([_pointing(draw(*norm.shape[:2], clt.cfg.d_model)) * norm for norm in norms])
+        made.W_dec = DenseDecoders([_unit_vectors(draw(*norm.shape[:2], clt.cfg.d_model)) * norm for norm in norms])
     return made.requires_grad_(False)
 
 
@@ -641,11 +645,11 @@ def _shuffled_decoders(clt: CrossLayerTranscoder, generator: torch.Generator) ->
         order = torch.randperm(len(W_dec), generator=generator)
         other = torch.empty_like(order)
         other[order] = order.roll(1)
-        yield _pointing(W_dec[other.to(W_dec.device)]) * W_dec.norm(dim=-1, keepdim=True)
+        yield _unit_vectors(W_dec[other.to(W_dec.device)]) * W_dec.norm(dim=-1, keepdim=True)
 
 
-def _pointing(vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-    """Unit vectors; where there is nothing, still nothing."""
+def _unit_vectors(vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    """Vectors scaled to length 1; zeros stay zeros."""
     return vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
 
 
@@ -656,17 +660,21 @@ def _randomise_encoder(made: CrossLayerTranscoder, clt: CrossLayerTranscoder, in
     made.threshold = None if clt.threshold is None else nn.Parameter(torch.zeros_like(clt.threshold))
     for layer in clt.layers:
         x = inputs[:, layer]
-        given = clt.encode_layer(x, layer).feature_acts
-        W_enc = _pointing(draw(d_transcoder, d_model)).T * clt.W_enc[layer].norm(dim=0)
+        acts_of_clt = clt.encode_layer(x, layer).feature_acts
+        W_enc = _unit_vectors(draw(d_transcoder, d_model)).T * clt.W_enc[layer].norm(dim=0)
         hidden_pre = x @ W_enc
         mean = hidden_pre.mean(dim=0) if len(x) > 1 else torch.zeros_like(hidden_pre[0])
-        limit = _limit(hidden_pre - mean, int(given.count_nonzero())) if clt.cfg.activation != "topk" else 0.0
+        limit = _limit(hidden_pre - mean, int(acts_of_clt.count_nonzero())) if clt.cfg.activation != "topk" else 0.0
         made.b_enc[layer] = -mean - limit if clt.cfg.activation == "relu" else -mean
         if made.threshold is not None:
             made.threshold[layer] = limit
         made.W_enc[layer] = W_enc
-        found = made.encode_layer(x, layer).feature_acts
-        factor = _mean_active(given) / _mean_active(found) if bool(given.any()) and bool(found.any()) else 1.0
+        acts_made = made.encode_layer(x, layer).feature_acts
+        factor = (
+            _mean_active(acts_of_clt) / _mean_active(acts_made)
+            if bool(acts_of_clt.any()) and bool(acts_made.any())
+            else 1.0
+        )
         for weight in (made.W_enc, made.b_enc, made.threshold):
             if weight is not None:
                 weight[layer] *= factor

@@ -96,9 +96,9 @@ class ValidationReport(Report[FigureName]):
         if not reports:
             raise ConfigError("There is no report to join. Give at least one.")
         for name in ("threshold", *SHARED):
-            found = list({str(r.threshold if name == "threshold" else r.info[name]): None for r in reports})
-            if len(found) > 1:
-                raise ConfigError(f"{name} differs ({', '.join(found)}): join reports that share it.")
+            values = list({str(r.threshold if name == "threshold" else r.info[name]): None for r in reports})
+            if len(values) > 1:
+                raise ConfigError(f"{name} differs ({', '.join(values)}): join reports that share it.")
         prompts: list[str] = []
         tables = []
         for report in reports:
@@ -140,10 +140,10 @@ class ValidationReport(Report[FigureName]):
     @cached_property
     def _side_by_side(self) -> list[tuple[str, str, str, dict[str, Compared]]]:
         """(kind, measured_at, prediction, by CLT what is compared)."""
-        given, *others = ([*self.comparisons(clt)] for clt in self.clts)
+        of_clt, *others = ([*self.comparisons(clt)] for clt in self.clts)
         return [
             (kind, at, prediction, dict(zip(self.clts, [one, *(other[i][3] for other in others)], strict=True)))
-            for i, (kind, at, prediction, one) in enumerate(given)
+            for i, (kind, at, prediction, one) in enumerate(of_clt)
         ]
 
     @cached_property
@@ -169,10 +169,10 @@ class ValidationReport(Report[FigureName]):
         """
         rows = []
         for kind, at, prediction, of_clts in self._side_by_side:
-            found = {clt: self._rank_statistics(compared) for clt, compared in of_clts.items()}
-            for name in found["given"]:
+            statistics = {clt: self._rank_statistics(compared) for clt, compared in of_clts.items()}
+            for name in statistics["given"]:
                 where = {"kind": kind, "measured_at": at, "prediction": prediction, "statistic": name}
-                rows.append({**where, **self._beside_chance({clt: of[name] for clt, of in found.items()})})
+                rows.append({**where, **self._beside_chance({clt: of[name] for clt, of in statistics.items()})})
         return DataFrame(rows)
 
     def _rank_statistics(self, compared: Compared) -> dict[str, Statistic]:
@@ -193,15 +193,19 @@ class ValidationReport(Report[FigureName]):
 
     def _beside_chance(self, of: dict[str, Statistic]) -> dict[str, int | float]:
         """Each CLT's number with its interval, then what the given one has above the others."""
-        found: dict[str, int | float] = {}
+        columns: dict[str, int | float] = {}
         for clt, statistic in of.items():
             low, high = interval(statistic, self._times)
-            found |= {clt: statistic.value(self.n_prompts), f"{clt}_low": low, f"{clt}_high": high}
-            found[f"{clt}_n"] = statistic.n
+            columns |= {clt: statistic.value(self.n_prompts), f"{clt}_low": low, f"{clt}_high": high}
+            columns[f"{clt}_n"] = statistic.n
         for clt in list(of)[1:]:
             low, high = interval(of["given"], self._times, less=of[clt])
-            found |= {f"above_{clt}": found["given"] - found[clt], f"above_{clt}_low": low, f"above_{clt}_high": high}
-        return found
+            columns |= {
+                f"above_{clt}": columns["given"] - columns[clt],
+                f"above_{clt}_low": low,
+                f"above_{clt}_high": high,
+            }
+        return columns
 
     @property
     def n_prompts(self) -> int:
@@ -289,24 +293,24 @@ class ValidationReport(Report[FigureName]):
 
     def _tables(self) -> dict[str, DataFrame]:
         # Splits of the given CLT alone.
-        shown = (self.summary["errors"] == "all") | (self.summary["clt"] == "given")
+        wanted = (self.summary["errors"] == "all") | (self.summary["clt"] == "given")
         return {
             "rank correlations beside chance": brief(self.chance),
-            "agreement": self.summary.iloc[np.flatnonzero(shown)].drop(columns="threshold"),
+            "agreement": self.summary.iloc[np.flatnonzero(wanted)].drop(columns="threshold"),
             "the most influential features beside their controls": self.controls,
             "features switched on by a change, mean": self.switched_on,
         }
 
     def __str__(self) -> str:
-        said = ", ".join(f"{name} {value}" for name, value in self.info.items() if name != "prompts")
-        said = f"{len(self.info['prompts'])} prompts, {said}, threshold {self.threshold:g}"
+        head = ", ".join(f"{name} {value}" for name, value in self.info.items() if name != "prompts")
+        head = f"{len(self.info['prompts'])} prompts, {head}, threshold {self.threshold:g}"
         if not self.info["baselines"]:
-            said += "\nNo baseline was taken: what these numbers would be by chance is not known."
+            head += "\nNo baseline was taken: what these numbers would be by chance is not known."
         parts = [
             f"{title}\n{table.to_string(index=False, float_format=lambda x: f'{x:.3g}')}"
             for title, table in self._tables().items()
         ]
-        return "\n\n".join([said, *parts])
+        return "\n\n".join([head, *parts])
 
 
 def interval_note(n_prompts: int) -> str:
@@ -341,15 +345,15 @@ def _compared(rows: DataFrame, at: str, prediction: str) -> Compared:
     activation = rows["target_activation"].abs()
     if prediction != "influence":
         predicted, measured = rows[prediction], rows["change"]
-        found = predicted, measured, predicted.abs() / activation, measured.abs() / activation
+        columns = predicted, measured, predicted.abs() / activation, measured.abs() / activation
     elif at == "logit":
         rows = _logit_effects(rows).assign(target=-1)
-        found = rows["source_influence"], rows["effect"], rows["source_influence"], rows["effect"]
+        columns = rows["source_influence"], rows["effect"], rows["source_influence"], rows["effect"]
     else:
         effect = rows["act_change"].abs() / activation
-        found = rows["influence"], effect, rows["influence"], effect
+        columns = rows["influence"], effect, rows["influence"], effect
     return Compared(
-        *found, rows["error_share"], *(rows[name] for name in ("prompt", "source", "target", "source_size"))
+        *columns, rows["error_share"], *(rows[name] for name in ("prompt", "source", "target", "source_size"))
     )
 
 
@@ -581,13 +585,13 @@ def interval(of: Statistic, times: Times, less: Statistic | None = None) -> Inte
     return Interval(*(float(x) for x in np.nanpercentile(drawn, [outside, 100 - outside])))
 
 
-def pooled(prompt: Numbers, n_prompts: int, x: Values, y: Values, given: Values | None = None) -> Statistic:
+def pooled(prompt: Numbers, n_prompts: int, x: Values, y: Values, third: Values | None = None) -> Statistic:
     """Spearman's correlation of all pairs together, or the partial one with the ranks of a third thing given.
 
     With prompts counted m times, an item's rank is `sum_q m_q c_q`, c_q the items of prompt q below it and half of
     those that are equal. Sums of products of two ranks are then `sum_pqr m_p m_q m_r T_pqr`, with T taken once.
     """
-    below = [_below(prompt, n_prompts, values) for values in ((x, y) if given is None else (x, y, given))]
+    below = [_below(prompt, n_prompts, values) for values in ((x, y) if third is None else (x, y, third))]
     pairs = [(a, b) for b in range(len(below)) for a in range(b + 1)]
     products = {(a, b): _products(prompt, n_prompts, below[a], below[b]) for a, b in pairs}
     counts = np.bincount(prompt, minlength=n_prompts).astype(float)
@@ -600,13 +604,13 @@ def pooled(prompt: Numbers, n_prompts: int, x: Values, y: Values, given: Values 
             with np.errstate(divide="ignore", invalid="ignore"):
                 return np.einsum("nq,nqr,nr->n", times, sums, times) / whole**3 - 1 / 4
 
-        return _correlation_of_ranks(covariance, given is not None)
+        return _correlation_of_ranks(covariance, third is not None)
 
     return Statistic(len(x), int((counts > 0).sum()), at)
 
 
 def within(
-    groups: Numbers, prompt: Numbers, n_prompts: int, x: Values, y: Values, given: Values | None = None
+    groups: Numbers, prompt: Numbers, n_prompts: int, x: Values, y: Values, third: Values | None = None
 ) -> Statistic:
     """The mean of Spearman's correlations within groups, each counted with its entries.
 
@@ -615,13 +619,13 @@ def within(
     """
     _, group = np.unique(groups, return_inverse=True)
     counts = np.bincount(group)
-    values = [Series(v).groupby(group).rank().to_numpy() for v in ((x, y) if given is None else (x, y, given))]
+    values = [Series(v).groupby(group).rank().to_numpy() for v in ((x, y) if third is None else (x, y, third))]
     ranks = [rank - (counts[group] + 1) / 2 for rank in values]
 
     def covariance(a: int, b: int) -> Values:
         return np.bincount(group, weights=ranks[a] * ranks[b]) / counts**3
 
-    found = _correlation_of_ranks(covariance, given is not None) if len(group) else np.zeros(0)
+    found = _correlation_of_ranks(covariance, third is not None) if len(group) else np.zeros(0)
     used = (counts >= FEWEST_ENTRIES) & ~np.isnan(found)
     of_prompt = np.zeros(len(counts), dtype=int)
     of_prompt[group] = prompt

@@ -35,7 +35,7 @@ FIRST_PATTERN = block_hook(0, "attn.hook_pattern")
 
 
 class CleanRun:
-    """What the model does by itself with the tokens of the forward pass that its hooks are part of.
+    """A run of the model alone on the tokens of the forward pass in which these hooks act.
 
     `begin` goes first in a list of hooks. As the pass enters block 0, it runs the model once more from the same
     residual stream with all users' hooks aside, and keeps what later hooks of the list ask for. A pass over one
@@ -44,24 +44,24 @@ class CleanRun:
 
     Args:
         model: what runs; a CLT that is attached to it stays in place.
-        names: hooks to keep, beside those that are held.
-        freeze: what `frozen` will hold: "attention" the patterns, "all" also the scales of norms, "none".
-        known: the model's hooks. They are read again in each pass: a CLT may have been attached since.
+        names: hooks whose values to keep, besides patterns and scales.
+        freeze: what the hooks of `frozen` hold: "attention" the patterns, "all" also the scales of norms, or "none".
+        hook_dict: the model's hooks. They are read again in each pass: a CLT may have been attached since.
 
     Raises:
         HookNotFound: the model lacks one of the hooks.
     """
 
-    def __init__(self, model: HookedModel, names: Collection[str], freeze: Freeze, known: HookDict) -> None:
+    def __init__(self, model: HookedModel, names: Collection[str], freeze: Freeze, hook_dict: HookDict) -> None:
         with mlp_hook_points(model):
-            require_hooks(model, [START, FIRST_PATTERN, *names], known)
-        patterns = [n for n in known if n.endswith(FROZEN_HOOKS[0])]
+            require_hooks(model, [START, FIRST_PATTERN, *names], hook_dict)
+        patterns = [n for n in hook_dict if n.endswith(FROZEN_HOOKS[0])]
         # Norms of queries and keys act on patterns only, which are held themselves.
-        scales = [n for n in known if is_frozen_hook(n) and n not in patterns and ".attn." not in n]
+        scales = [n for n in hook_dict if is_frozen_hook(n) and n not in patterns and ".attn." not in n]
         self.model = model
         self.patterns = patterns if freeze != "none" else []
         self.scales = scales if freeze == "all" else []
-        self.norm_outs = norm_outputs(known, self.scales)
+        self.norm_outs = norm_outputs(hook_dict, self.scales)
         self.wanted = {*names, *self.patterns, *self.scales, *self.norm_outs}
         self.logits = torch.empty(0)
         """Of the whole text so far, [batch, pos, d_vocab]."""
@@ -85,8 +85,8 @@ class CleanRun:
     @property
     def frozen(self) -> list[FwdHook]:
         """Hooks that hold attention patterns, or also norms' scales, at the clean run's values."""
-        held = [(name, partial(self._hold, name=name)) for name in (*self.patterns, *self.scales)]
-        return [*held, *((name, partial(self._pin, name=name)) for name in self.norm_outs)]
+        hooks = [(name, partial(self._hold, name=name)) for name in (*self.patterns, *self.scales)]
+        return [*hooks, *((name, partial(self._pin, name=name)) for name in self.norm_outs)]
 
     def at(self, name: str) -> Tensor:
         """What passed a hook in the clean run, at the positions of the present pass."""
@@ -121,11 +121,11 @@ class CleanRun:
         self.offsets = padding_before(mask if mask is not None and mask.ndim == 2 else None, batch)
         if self.first and self._position_ids is not None and position_ids is not None:
             position_ids = torch.cat([self._position_ids, position_ids], dim=1)
-        known = position_ids is not None and position_ids.shape[-1] == n_pos
-        self._position_ids = position_ids if known else None
+        covers_text = position_ids is not None and position_ids.shape[-1] == n_pos
+        self._position_ids = position_ids if covers_text else None
 
     def close(self) -> None:
-        """Take off what listens to the model's calls; it also goes with the last hook of the list."""
+        """Remove the forward pre-hook that notes the model's calls. It also goes with the last hook of the list."""
         self._call.handle.remove()
 
     @torch.no_grad()
@@ -133,21 +133,21 @@ class CleanRun:
         tokens = torch.full(text.shape[:2], _plain_token(self.model), device=text.device)
         call = {"attention_mask": self._mask, "position_ids": self._position_ids}
         call = {name: value for name, value in call.items() if value is not None}
-        with user_hooks_aside(self.model) as known, _reading(known, self.model, text):
+        with user_hooks_aside(self.model) as hook_dict, _reading(hook_dict, self.model, text):
             self.logits, cache = run_with_cache(self.model, tokens, lambda name: name in self.wanted, **call)
             self._kept = {name: cache[name] for name in cache.keys()}
             if self.norm_outs:
-                held = [(name, hold(self._kept[name])) for name in (*self.patterns, *self.scales)]
+                frozen = [(name, hold(self._kept[name])) for name in (*self.patterns, *self.scales)]
                 self._norms = PinnedNorms({name: self._kept[name] for name in self.norm_outs})
-                run_with_hooks(self.model, tokens, [*held, *self._norms.note()], known, **call)
+                run_with_hooks(self.model, tokens, [*frozen, *self._norms.note()], hook_dict, **call)
 
     def _check_cache(self, pattern: Tensor, hook: HookPoint) -> None:
         """Compare what the attention sees with the text that these hooks have seen."""
-        new, seen = pattern.shape[-2:]
+        new, attended = pattern.shape[-2:]
         # A sliding window sees less than the whole text.
-        if (seen > new) != (self.first > 0) or seen > self.first + new:
+        if (attended > new) != (self.first > 0) or attended > self.first + new:
             raise ModelUnsupported(
-                f"The pass attends to {seen} tokens of which {new} are new, but these hooks have seen {self.first}"
+                f"The pass attends to {attended} tokens of which {new} are new, but these hooks have seen {self.first}"
                 " before. Give a whole prompt, of at least 2 tokens, and then one new token at a time."
             )
 
@@ -182,7 +182,7 @@ class _Call:
         self.handle = called.register_forward_pre_hook(self.note, with_kwargs=True)
 
     def note(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A clean run, of these hooks or of others, is no call of the user's."""
+        """Note a call's mask and positions, unless a clean run, of these hooks or of others, makes the call."""
         if id(self.model()) in _CLEAN:
             return
         self.mask = kwargs.get("attention_mask")
@@ -194,7 +194,7 @@ _CLEAN: set[int] = set()
 
 
 def _plain_token(model: HookedModel) -> int:
-    """A token that no mask treats apart; its embedding is not used."""
+    """A token id that is no special token, so that no mask leaves it out. Its embedding is not used."""
     special = set(getattr(getattr(model, "tokenizer", None), "all_special_ids", None) or [])
     plain = next((i for i in range(model.cfg.d_vocab) if i not in special), None)
     if plain is None:
@@ -203,12 +203,12 @@ def _plain_token(model: HookedModel) -> int:
 
 
 @contextmanager
-def _reading(known: HookDict, model: HookedModel, text: Tensor) -> Iterator[None]:
-    """Within, every pass has this residual stream before block 0, whatever tokens it is given.
+def _reading(hook_dict: HookDict, model: HookedModel, text: Tensor) -> Iterator[None]:
+    """Within the block, every pass has this residual stream before block 0, whatever tokens it is given.
 
     By a hook of torch's own, which stays where users' hooks are set aside (as an attached CLT does by itself).
     """
-    handle = find_hook(model, START, known).register_forward_hook(lambda *_: text.clone(), prepend=True)
+    handle = find_hook(model, START, hook_dict).register_forward_hook(lambda *_: text.clone(), prepend=True)
     outermost = id(model) not in _CLEAN
     _CLEAN.add(id(model))
     try:

@@ -18,8 +18,8 @@ from tl_clt.shapes import TokenBatch
 
 FROZEN_HOOKS = ("attn.hook_pattern", "hook_scale")
 NOT_LINEAR = 1e-3
-"""Second differences, as a share of first ones, that rounding does not reach (1e-6 where values are held) and a model
-whose patterns or scales move does (0.3 and more)."""
+"""From this ratio of second to first differences on, a model counts as not linear. With patterns and scales held,
+rounding alone gives about 1e-6; where they move, the ratio is 0.3 or more."""
 
 
 def is_frozen_hook(name: str) -> bool:
@@ -57,17 +57,17 @@ def frozen_hooks(
     if model is not None:
         n_pos = next((cache[name].shape[-1] for name in cache.keys() if name.endswith(FROZEN_HOOKS[0])), 4)
         require_held(model, torch.arange(n_pos)[None] % model.cfg.d_vocab)
-    held = [
+    names = [
         name
         for name in cache.keys()
         if (patterns and name.endswith(FROZEN_HOOKS[0])) or (scales and name.endswith(FROZEN_HOOKS[1]))
     ]
-    if not held:
+    if not names:
         raise HookNotFound(
             "The cache has no attn.hook_pattern and no hook_scale to hold. Run run_with_cache without a"
             " names_filter, or with one that lets them through."
         )
-    return [(name, hold(cache[name])) for name in held]
+    return [(name, hold(cache[name])) for name in names]
 
 
 def hold(value: Tensor) -> Callable:
@@ -75,13 +75,13 @@ def hold(value: Tensor) -> Callable:
 
     A plain function: TransformerLens prints each hook that it adds, and a printed partial prints its tensors.
     """
-    held = value.detach()
+    fixed = value.detach()
 
     def put_in_place(tensor: Tensor, hook: HookPoint) -> Tensor:
-        value = for_each_head(held, tensor)
+        value = for_each_head(fixed, tensor)
         if tensor.shape != value.shape:
             raise PromptError(
-                f"{hook.name} has shape {list(tensor.shape)}, but the values to hold have {list(held.shape)}."
+                f"{hook.name} has shape {list(tensor.shape)}, but the values to hold have {list(fixed.shape)}."
                 " Hold values of the same prompt, or of as many prompts of the same length."
             )
         # A copy: a bridge takes the same object, returned, for a hook that changed nothing.
@@ -90,11 +90,11 @@ def hold(value: Tensor) -> Callable:
     return put_in_place
 
 
-def for_each_head(held: Tensor, like: Tensor) -> Tensor:
+def for_each_head(scale: Tensor, like: Tensor) -> Tensor:
     """A norm's scale for as many heads as pass: with `use_split_qkv_input` and grouped heads the norm runs once for
     queries and once for each of keys and values, with the same scale but for other numbers of heads."""
-    a_head = held.ndim == like.ndim == 4 and held.shape[-1] == like.shape[-1] == 1
-    return held[:, :, :1].expand_as(like) if a_head and held.shape[:2] == like.shape[:2] else held
+    a_head = scale.ndim == like.ndim == 4 and scale.shape[-1] == like.shape[-1] == 1
+    return scale[:, :, :1].expand_as(like) if a_head and scale.shape[:2] == like.shape[:2] else scale
 
 
 class PinnedNorms:
@@ -111,11 +111,11 @@ class PinnedNorms:
         self.rounding: dict[str, Tensor] = {}
 
     def note(self) -> list[FwdHook]:
-        """Hooks for a clean run with scales held, which note what rounding makes of each norm."""
+        """Hooks for a run with scales held, which note by how much each norm's output differs from the clean one."""
         return [(name, partial(self._note, name=name)) for name in self.clean]
 
     def pins(self) -> list[FwdHook]:
-        """Hooks for later passes over the same positions, which take this rounding off."""
+        """Hooks for later passes over the same positions, which correct each norm's output by that difference."""
 
         def pin(out: Tensor, hook: HookPoint, name: str) -> Tensor:
             return self.pin(out, name)
@@ -123,7 +123,7 @@ class PinnedNorms:
         return [(name, partial(pin, name=name)) for name in self.clean]
 
     def pin(self, out: Tensor, name: str, first: int = 0) -> Tensor:
-        """A norm's output with this rounding taken off, in a pass that begins at a position of the clean run."""
+        """A norm's output corrected by that difference, in a pass that begins at position `first` of the clean run."""
         return out + self.rounding[name][:, first:]
 
     def _note(self, out: Tensor, hook: HookPoint, name: str) -> Tensor:
@@ -131,13 +131,13 @@ class PinnedNorms:
         return self.clean[name].clone()
 
 
-def norm_outputs(known: HookDict, scales: Collection[str]) -> list[str]:
-    """Those of a model's hooks, where it has them (as bridges do), at the outputs of norms whose scales are named."""
-    return [out for scale in scales if (out := scale.removesuffix("hook_scale") + "hook_out") in known]
+def norm_outputs(hook_dict: HookDict, scales: Collection[str]) -> list[str]:
+    """The hooks at the outputs of the norms whose scale hooks are named, as far as a model has them (bridges do)."""
+    return [out for scale in scales if (out := scale.removesuffix("hook_scale") + "hook_out") in hook_dict]
 
 
 _HELD: WeakKeyDictionary[HookedModel, set[tuple[bool, ...]]] = WeakKeyDictionary()
-"""Models that `require_held` has found to hold, with what their flags were."""
+"""Models that passed the test of `require_held`, with the values of `FLAGS` for which they did."""
 FLAGS = ("use_split_qkv_input", "use_attn_in", "use_attn_result", "use_hook_mlp_in")
 
 
@@ -148,7 +148,7 @@ def require_held(model: HookedModel, tokens: TokenBatch, *, anew: bool = False) 
 
     Args:
         tokens: a prompt to test on.
-        anew: test a model again that has passed before.
+        anew: repeat the test for a model that has passed it before.
 
     Raises:
         ModelUnsupported: something is not held; the message names the first layer where that shows.
@@ -159,15 +159,15 @@ def require_held(model: HookedModel, tokens: TokenBatch, *, anew: bool = False) 
     blocks = range(model.cfg.n_layers)
     start, attn_outs = block_hook(0, "hook_resid_pre"), [block_hook(t, "hook_attn_out") for t in blocks]
     mlp_outs = [block_hook(t, "hook_mlp_out") for t in blocks]
-    known = model.hook_dict
-    missing = [name for name in (start, *attn_outs, *mlp_outs) if name not in known]
+    hook_dict = model.hook_dict
+    missing = [name for name in (start, *attn_outs, *mlp_outs) if name not in hook_dict]
     if missing:
         raise ModelUnsupported(f"{model_name(model)} has no {missing[0]}, without which its MLPs cannot be held.")
-    with user_hooks_aside(model, known):
+    with user_hooks_aside(model, hook_dict):
         wanted = {start, *mlp_outs}
         _, cache = run_with_cache(model, tokens.to(model.W_E.device), lambda n: n in wanted or is_frozen_hook(n))
-        held = [(name, hold(cache[name])) for name in cache.keys() if name != start]
-        outcomes = [_moved(model, known, tokens, held, cache[start], strength, attn_outs) for strength in range(3)]
+        hooks = [(name, hold(cache[name])) for name in cache.keys() if name != start]
+        outcomes = [_moved(model, hook_dict, tokens, hooks, cache[start], strength, attn_outs) for strength in range(3)]
     for place in (*attn_outs, UNEMBEDDING):
         first, second = (outcomes[k + 1][place] - outcomes[k][place] for k in range(2))
         allowed = max(NOT_LINEAR, 16 * torch.finfo(cache[start].dtype).eps) * first.abs().max()
@@ -192,24 +192,24 @@ UNEMBEDDING = "the unembedding's input"
 
 def _moved(
     model: HookedModel,
-    known: HookDict,
+    hook_dict: HookDict,
     tokens: TokenBatch,
-    held: list[FwdHook],
+    frozen: list[FwdHook],
     x: Tensor,
     strength: int,
     places: list[str],
 ) -> dict[str, Tensor]:
-    """What passes some places when a number of steps of noise, as large as the residual stream, go into block 0."""
+    """The values at some hooks when `strength` times a noise as large as the residual stream goes into block 0."""
     # A generator of its own: a caller's random numbers stay as they were.
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     into = x + strength * (noise * float(x.double().square().mean().sqrt())).to(x)
-    seen: dict[str, Tensor] = {}
+    passed: dict[str, Tensor] = {}
 
     def keep(value: Tensor, hook: HookPoint, name: str) -> None:
-        seen[name] = value.double()
+        passed[name] = value.double()
 
     record = [(name, partial(keep, name=name)) for name in places]
     with tap_unembedding(model) as tap:
-        hooks = [*held, (block_hook(0, "hook_resid_pre"), hold(into)), *record]
-        run_with_hooks(model, tokens.to(x.device), hooks, known)
-    return {**seen, UNEMBEDDING: tap.get().final.double()}
+        hooks = [*frozen, (block_hook(0, "hook_resid_pre"), hold(into)), *record]
+        run_with_hooks(model, tokens.to(x.device), hooks, hook_dict)
+    return {**passed, UNEMBEDDING: tap.get().final.double()}

@@ -31,8 +31,8 @@ HookedModel: TypeAlias = HookedTransformer | TransformerBridge
 HookDict: TypeAlias = dict[str, HookPoint]
 """A model's hook points by name, as `model.hook_dict` gives them.
 
-A bridge makes it anew at each access, which takes longer than a small model's pass. So what reads it more than once
-reads it once, for no longer than a pass, and hands it on as `known`; where that is left out it is read.
+A bridge makes it anew at each access, which takes longer than a small model's pass. Functions that need it several
+times therefore read it once a pass and hand it on as `hook_dict`; where that argument is left out, it is read again.
 """
 
 FwdHook = tuple[str, Callable]
@@ -77,26 +77,26 @@ def require_model(model: object) -> None:
             )
 
 
-def find_hook(model: HookedModel, name: str, known: HookDict | None = None) -> HookPoint:
+def find_hook(model: HookedModel, name: str, hook_dict: HookDict | None = None) -> HookPoint:
     """The hook point of a name or of a bridge's alias.
 
     Raises:
         HookNotFound: the model has no such hook; the message gives the nearest name.
     """
-    known = model.hook_dict if known is None else known
-    if name not in known:
+    hook_dict = model.hook_dict if hook_dict is None else hook_dict
+    if name not in hook_dict:
         raise HookNotFound(
-            f"'{name}' is no hook of {model_name(model)} ({model.cfg.n_layers} layers).{nearest(name, known)}"
+            f"'{name}' is no hook of {model_name(model)} ({model.cfg.n_layers} layers).{nearest(name, hook_dict)}"
         )
-    return known[name]
+    return hook_dict[name]
 
 
-def require_hooks(model: HookedModel, names: Iterable[str], known: HookDict | None = None) -> None:
+def require_hooks(model: HookedModel, names: Iterable[str], hook_dict: HookDict | None = None) -> None:
     """Raise `HookNotFound` for the first name that the model lacks."""
-    known = model.hook_dict if known is None else known
+    hook_dict = model.hook_dict if hook_dict is None else hook_dict
     for name in names:
-        if name not in known:
-            find_hook(model, name, known)
+        if name not in hook_dict:
+            find_hook(model, name, hook_dict)
 
 
 def add_hook_points(model: HookedModel, parent: str, child: str, points: nn.Module) -> None:
@@ -135,19 +135,19 @@ def _registry(model: HookedModel) -> dict[str, HookPoint]:
 
 
 @contextmanager
-def user_hooks_aside(model: HookedModel, known: HookDict | None = None) -> Iterator[HookDict]:
-    """Within, hooks that were added through TransformerLens do not run; afterwards they are as before.
+def user_hooks_aside(model: HookedModel, hook_dict: HookDict | None = None) -> Iterator[HookDict]:
+    """Within the block, hooks that were added through TransformerLens do not run; afterwards they are as before.
 
     Gives the model's hook points, for what runs within.
     """
-    known = model.hook_dict if known is None else known
-    points = list(dict.fromkeys(known.values()))
+    hook_dict = model.hook_dict if hook_dict is None else hook_dict
+    points = list(dict.fromkeys(hook_dict.values()))
     saved = [(point, point._forward_hooks) for point in points if point.fwd_hooks]
     try:
         for point, hooks in saved:
             theirs = {handle.hook.id for handle in point.fwd_hooks}
             point._forward_hooks = OrderedDict((k, v) for k, v in hooks.items() if k not in theirs)
-        yield known
+        yield hook_dict
     finally:
         for point, hooks in saved:
             point._forward_hooks = hooks
@@ -155,12 +155,12 @@ def user_hooks_aside(model: HookedModel, known: HookDict | None = None) -> Itera
 
 MLP_IN, MLP_OUT = "mlp.hook_in", "mlp.hook_out"
 POST_NORM_ARCHITECTURES = getattr(transformer_block, "POST_NORM_ARCHITECTURES", ())
-"""Whose ln2 comes behind the MLP and not before it (OLMo 2); earlier TransformerLens has none."""
+"""Architectures whose ln2 comes behind the MLP and not before it (OLMo 2). Earlier TransformerLens has no such list."""
 
 
 @contextmanager
 def mlp_hook_points(model: HookedModel) -> Iterator[None]:
-    """Within, a HookedTransformer has `blocks.{l}.mlp.hook_in` and `.hook_out`, as bridges always have.
+    """Within the block, a HookedTransformer has `blocks.{l}.mlp.hook_in` and `.hook_out`, as bridges always have.
 
     They stand at the MLP module's own input and output, where TransformerLens has no hook points. Nothing changes
     where the model has them already, as on a bridge or within another such block.

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -22,13 +22,11 @@ from transformer_lens import HookedTransformerConfig
 from transformer_lens import loading_from_pretrained as tl_loading
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from tl_clt.arguments import as_choice, as_device, as_dtype, as_path
+from tl_clt.arguments import Backend, as_choice, as_device, as_dtype, as_path
 from tl_clt.bundled import ORGANISMS, bundled_folder, bundled_organisms
 from tl_clt.connection import hub_or_cache
 from tl_clt.errors import ModelNotFound, ModelUnsupported, nearest
 from tl_clt.lens.hooks import HookedModel, HookedTransformer, TransformerBridge
-
-Backend = Literal["hooked", "bridge"]
 
 GEMMA_NAMES = {
     ("gemma3_text", 18, 640): "google/gemma-3-270m",
@@ -58,33 +56,33 @@ def load_model(
         dtype: number type of the weights.
 
     Raises:
-        ConfigError: an argument is none of its kind.
+        ConfigError: an argument is of the wrong kind.
         ModelNotFound: nothing is there, or a file is truncated; the message says what was looked for.
         ModelUnsupported: HookedTransformer does not know the architecture; the bridge may.
     """
     as_path("name_or_path", name_or_path, ModelNotFound)
     backend = as_choice("backend", backend, get_args(Backend))
-    where, dtype = as_device("device", "cpu" if device is None else device), as_dtype("dtype", dtype)
+    on_device, dtype = as_device("device", "cpu" if device is None else device), as_dtype("dtype", dtype)
     path = _local_path(name_or_path)
     if path is None and backend == "hooked":
         _require_known(str(name_or_path))
     with _quietly(), hub_or_cache() if path is None else nullcontext("") as unreached:
         if path is None and backend == "hooked":
-            return _hooked_from_hub(str(name_or_path), where, dtype, unreached)
+            return _hooked_from_hub(str(name_or_path), on_device, dtype, unreached)
         source = str(name_or_path) if path is None else str(path)
         gguf = path is not None and path.is_file()
         hf_model, tokenizer = _read_gguf(path, dtype) if gguf and path else _read_folder(source, dtype, unreached)
         if backend == "bridge":
             # Given no tokenizer, the bridge fails or makes one up that reads text as ids without meaning.
-            given = _empty_tokenizer() if tokenizer is None else tokenizer
+            tokenizer_of_bridge = _empty_tokenizer() if tokenizer is None else tokenizer
             bridge = TransformerBridge.boot_transformers(
-                source, hf_model=hf_model, tokenizer=given, device=where, dtype=dtype
+                source, hf_model=hf_model, tokenizer=tokenizer_of_bridge, device=on_device, dtype=dtype
             )
             if tokenizer is None:
                 bridge.tokenizer = None
             bridge.cfg.model_name = Path(source).stem if gguf else _plain_name(source)
             return bridge.eval()
-        return _hooked_from_parts(source, hf_model, tokenizer, where, dtype)
+        return _hooked_from_parts(source, hf_model, tokenizer, on_device, dtype)
 
 
 def model_from_weights(
@@ -103,12 +101,12 @@ def model_from_weights(
     cfg = HookedTransformerConfig(**{"device": "cpu", **settings}, model_name=name, original_architecture="custom")
     model = HookedTransformer(cfg)
     parameters = dict(model.named_parameters())
-    strange = [given for given in weights if given not in parameters]
+    strange = [key for key in weights if key not in parameters]
     if strange:
         raise ModelUnsupported(f"'{name}' has no weights {strange}. It has {', '.join(parameters)}.")
     with torch.no_grad():
-        for which, parameter in parameters.items():
-            parameter.copy_(weights[which]) if which in weights else parameter.zero_()
+        for key, parameter in parameters.items():
+            parameter.copy_(weights[key]) if key in weights else parameter.zero_()
     return model.eval().requires_grad_(False)
 
 
@@ -190,7 +188,7 @@ def _read_tokenizer(source: str) -> Any:
 
 
 def _empty_tokenizer() -> PreTrainedTokenizerFast:
-    """Something to boot a bridge with that knows no word."""
+    """A tokenizer without any words, with which a bridge can be made."""
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"": 0}, unk_token="")))
 
 
@@ -284,12 +282,12 @@ def _quietly() -> Iterator[None]:
         logging.getLogger().setLevel(level)
 
 
-SAYS_NOTHING_OF_VALUES = (
+NOT_IN_FINGERPRINT = (
     *("device", "n_devices", "seed", "model_name", "tokenizer_name", "init_weights", "dtype"),
     *("initializer_range", "init_mode", "checkpoint_index", "checkpoint_label_type", "checkpoint_value"),
     *("default_prepend_bos", "tokenizer_prepends_bos"),
 )
-"""Settings that differ between loads of one model: where it is and what it is called. Weights tell their own dtype.
+"""Settings that may differ between loads of one model: where it is and what it is called. Weights tell their own dtype.
 The tokenizer's have no part in a forward pass of token ids, and TransformerLens sets `default_prepend_bos` while
 `to_tokens` runs, which in training another thread does."""
 
@@ -300,7 +298,7 @@ def model_fingerprint(model: HookedModel) -> str:
     A folder that moved, another name, or another device change nothing; one changed weight does.
     """
     digest = hashlib.sha256(type(model).__name__.encode())
-    settings = {name: value for name, value in vars(model.cfg).items() if name not in SAYS_NOTHING_OF_VALUES}
+    settings = {name: value for name, value in vars(model.cfg).items() if name not in NOT_IN_FINGERPRINT}
     plain = {name: value for name, value in settings.items() if _is_plain(value)}
     digest.update(json.dumps(plain, sort_keys=True).encode())
     for name, weight in model.named_parameters():

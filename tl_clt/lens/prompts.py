@@ -84,8 +84,8 @@ def to_prompts(model: HookedModel, prompts: PromptBatch) -> list[Tokens]:
         return [to_tokens(model, prompts)]  # type: ignore[arg-type]
     if isinstance(prompts, Mapping):
         rows = _masked(model, *_unpacked(prompts))
-        own = [row.new_ones(len(row)) for row in rows.tokens] if rows.mask is None else rows.mask
-        return [row[mask.bool()] for row, mask in zip(rows.tokens, own, strict=True)]
+        masks = [row.new_ones(len(row)) for row in rows.tokens] if rows.mask is None else rows.mask
+        return [row[mask.bool()] for row, mask in zip(rows.tokens, masks, strict=True)]
     return list(one_after_another(model, prompts))  # type: ignore[arg-type]
 
 
@@ -106,7 +106,7 @@ def one_after_another(model: HookedModel, prompts: Iterable[Prompt], name: str =
 
 @contextmanager
 def at_fault(name: str) -> Iterator[None]:
-    """Within, an error says which prompt it is of."""
+    """Within the block, an error names the prompt that it is about."""
     try:
         yield
     except PromptError as error:
@@ -128,8 +128,8 @@ def _read(model: HookedModel, text: str) -> Tensor:
     tokenizer: Any = model.tokenizer
     bos = tokenizer.bos_token_id
     if bos is not None and tokens[:2].tolist() == [bos, bos]:
-        own = model.to_tokens(text, prepend_bos=False, truncate=False)[0]
-        tokens = own if int(own[0]) == bos else tokens
+        without_bos = model.to_tokens(text, prepend_bos=False, truncate=False)[0]
+        tokens = without_bos if int(without_bos[0]) == bos else tokens
     if _has_unknown(tokenizer, tokens, text):
         warnings.warn(
             f"The tokenizer of {model_name(model)} reads a part of the prompt that it does not know as"
@@ -147,19 +147,21 @@ def _has_unknown(tokenizer: Any, tokens: Tensor, text: str) -> bool:
     return unknown is not None and name not in ends and unknown in tokens and name not in text
 
 
-def _as_ids(given: Any) -> Tensor:
+def _as_ids(prompt: Any) -> Tensor:
     """Whole numbers of a tensor, array, list or the like."""
-    if hasattr(given, "tolist") and not isinstance(given, (Tensor, np.ndarray)):
-        given = given.tolist()
-    if isinstance(given, np.ndarray):
-        given = given.tolist() if given.dtype == object else given
-    elif isinstance(given, Sequence) and not isinstance(given, (str, bytes, bytearray)):
-        given = [_as_id_or_ids(entry) for entry in given]
-    elif not isinstance(given, Tensor):
-        raise PromptError(f"The prompt is {shown(given)}: give {WANTED}.")
+    if hasattr(prompt, "tolist") and not isinstance(prompt, (Tensor, np.ndarray)):
+        prompt = prompt.tolist()
+    if isinstance(prompt, np.ndarray):
+        prompt = prompt.tolist() if prompt.dtype == object else prompt
+    elif isinstance(prompt, Sequence) and not isinstance(prompt, (str, bytes, bytearray)):
+        prompt = [_as_id_or_ids(entry) for entry in prompt]
+    elif not isinstance(prompt, Tensor):
+        raise PromptError(f"The prompt is {shown(prompt)}: give {WANTED}.")
     try:
         # An empty list would become floats.
-        tokens = torch.zeros(0, dtype=torch.long) if isinstance(given, list) and not given else torch.as_tensor(given)
+        tokens = (
+            torch.zeros(0, dtype=torch.long) if isinstance(prompt, list) and not prompt else torch.as_tensor(prompt)
+        )
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise PromptError(f"The prompt is neither text nor one list of token ids ({error}). Give {WANTED}.") from error
     if not has_values(tokens):
@@ -196,14 +198,14 @@ def _unpacked(encoding: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
     return ids, mask[None] if mask is not None and mask.ndim == 1 else mask
 
 
-def _as_mask(given: Any) -> Tensor:
+def _as_mask(attention_mask: Any) -> Tensor:
     """An attention mask as a tensor."""
     try:
-        mask = torch.as_tensor(given)
+        mask = torch.as_tensor(attention_mask)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise PromptError(f"attention_mask is {shown(given)}: give a tensor of 1 and 0 ({error}).") from error
+        raise PromptError(f"attention_mask is {shown(attention_mask)}: give a tensor of 1 and 0 ({error}).") from error
     if not has_values(mask) or not bool(((mask == 0) | (mask == 1)).all()):
-        raise PromptError(f"attention_mask is {shown(given)}: give a tensor of 1 and 0.")
+        raise PromptError(f"attention_mask is {shown(attention_mask)}: give a tensor of 1 and 0.")
     return mask
 
 
@@ -264,9 +266,9 @@ def to_token_batch(
     padded, masks = [], []
     for row in rows:
         padding = row.new_full((longest - len(row),), pad)
-        own, none = torch.ones_like(row), torch.zeros_like(padding)
+        ones, zeros = torch.ones_like(row), torch.zeros_like(padding)
         padded.append(torch.cat([padding, row] if left else [row, padding]))
-        masks.append(torch.cat([none, own] if left else [own, none]))
+        masks.append(torch.cat([zeros, ones] if left else [ones, zeros]))
     return PromptRows(torch.stack(padded), torch.stack(masks))
 
 
@@ -282,12 +284,12 @@ def _masked(model: HookedModel, prompts: Tensor, attention_mask: Tensor | None) 
     _check_range(model, prompts)
     device = model.W_E.device
     tokens, mask = prompts.to(device, torch.long), (attention_mask != 0).long().to(device)
-    for number, (row, own) in enumerate(zip(tokens, mask.bool(), strict=True)):
-        where = torch.nonzero(own).flatten()
+    for number, (row, is_token) in enumerate(zip(tokens, mask.bool(), strict=True)):
+        columns = torch.nonzero(is_token).flatten()
         with at_fault(f"prompts[{number}]") if len(tokens) > 1 else nullcontext():
-            if len(where) and len(where) != int(where[-1] - where[0]) + 1:
+            if len(columns) and len(columns) != int(columns[-1] - columns[0]) + 1:
                 raise PromptError("attention_mask has a gap: padding is before a prompt, or behind it.")
-            to_tokens(model, row[own])
+            to_tokens(model, row[is_token])
     return PromptRows(tokens, mask)
 
 

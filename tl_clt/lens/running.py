@@ -38,7 +38,7 @@ class Unembedding(NamedTuple):
 
 
 class UnembeddingTap:
-    """Filled by a run within `tap_unembedding`."""
+    """What the unembedding took and gave in a run within `tap_unembedding`."""
 
     seen: Unembedding | None = None
 
@@ -50,7 +50,7 @@ class UnembeddingTap:
 
 @contextmanager
 def tap_unembedding(model: HookedModel) -> Iterator[UnembeddingTap]:
-    """Within, a forward pass leaves the unembedding's input and its output before any soft-cap."""
+    """Within the block, a forward pass leaves the unembedding's input and its output before any soft-cap."""
     tap = UnembeddingTap()
 
     def keep(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -63,16 +63,17 @@ def tap_unembedding(model: HookedModel) -> Iterator[UnembeddingTap]:
         handle.remove()
 
 
-def logit_scale(model: HookedModel, seen: Unembedding, logits: Logits) -> float:
+def logit_scale(model: HookedModel, unembedding: Unembedding, logits: Logits) -> float:
     """What the model multiplies its unembedding's output by (Cohere, Granite) before a soft-cap, told from one run.
 
     Args:
-        seen, logits: what went into and came out of the unembedding, and the model's output.
+        unembedding: what went into and came out of it in the run.
+        logits: the model's output in the same run.
 
     Raises:
         ModelUnsupported: the output is no multiple of the unembedding's, soft-capped or not.
     """
-    u, out = seen.logits.detach().double(), logits.detach().double()
+    u, out = unembedding.logits.detach().double(), logits.detach().double()
     cap = getattr(model.cfg, "output_logits_soft_cap", None) or 0.0
     cap = cap if cap > 0 else None
     # Near the cap its inverse is all rounding.
@@ -82,10 +83,10 @@ def logit_scale(model: HookedModel, seen: Unembedding, logits: Logits) -> float:
     eps = torch.finfo(logits.dtype).eps
     # A logit is the sum of many products that round: the root of eps, as for all logits that are computed twice.
     scale = 1.0 if abs(scale - 1) < eps**0.5 else scale
-    made = scale * u
-    made = made if cap is None else cap * torch.tanh(made / cap)
+    predicted = scale * u
+    predicted = predicted if cap is None else cap * torch.tanh(predicted / cap)
     finite = u.isfinite()
-    worst = (made - out)[finite].abs().max()
+    worst = (predicted - out)[finite].abs().max()
     if not bool(worst <= eps**0.5 * out[finite].abs().max().clamp_min(1)):
         raise ModelUnsupported(
             f"{model_name(model)} does something between its unembedding and its logits that is no scale and no"
@@ -116,18 +117,18 @@ def run_blocks_with_cache(
 
 
 def run_with_hooks(
-    model: HookedModel, tokens: TokenBatch, hooks: Sequence[FwdHook], known: HookDict | None = None, **call: Tensor
+    model: HookedModel, tokens: TokenBatch, hooks: Sequence[FwdHook], hook_dict: HookDict | None = None, **call: Tensor
 ) -> Logits:
     """As `model.run_with_hooks`, with gradients where the caller has them on; hooks may be at `mlp.hook_in` and
     `mlp.hook_out` of a HookedTransformer too; `call` goes to the model (`attention_mask`).
 
-    A bridge's own builds its dictionary of hooks anew for each hook in the list, which takes longer than the pass;
-    here it is built once, or not at all where it is handed in as `known`. A bridge warns that norms with held scales
-    round otherwise than its own; that is no news to callers here.
+    A bridge's own method builds its dictionary of hooks anew for each hook in the list, which takes longer than the
+    pass; here it is built once, or not at all where it is given as `hook_dict`. A bridge also warns that norms whose
+    scales are frozen round otherwise than its own. Callers here know that, and the warning is not shown.
     """
     with mlp_hook_points(model) if names_mlp_points(name for name, _ in hooks) else nullcontext():
-        known = model.hook_dict if known is None else known
-        points = [known[name] for name, _ in hooks]
+        hook_dict = model.hook_dict if hook_dict is None else hook_dict
+        points = [hook_dict[name] for name, _ in hooks]
         model.context_level += 1
         try:
             for point, (_, function) in zip(points, hooks, strict=True):
@@ -156,7 +157,7 @@ CACHE_ARGUMENTS = ("past_kv_cache", "past_key_values")
 
 
 class CleanCaches:
-    """For each key-value cache of the user's, one that holds what a run without user hooks put there.
+    """For each key-value cache of the user's, a second one that runs without user hooks fill.
 
     Errors at a new token are those of the clean run, so its attention must look at clean keys and values:
     generation with and without a cache then gives the same tokens.
@@ -170,18 +171,18 @@ class CleanCaches:
         """The arguments of a forward call with the clean cache in place of the user's."""
         swapped = dict(kwargs)
         for name in CACHE_ARGUMENTS:
-            theirs = swapped.get(name)
-            if theirs is not None:
-                if id(theirs) not in self.clean:
-                    self.pair(theirs, copy.deepcopy(theirs))
-                swapped[name] = self.clean[id(theirs)][1]
+            users_cache = swapped.get(name)
+            if users_cache is not None:
+                if id(users_cache) not in self.clean:
+                    self.pair(users_cache, copy.deepcopy(users_cache))
+                swapped[name] = self.clean[id(users_cache)][1]
         return swapped
 
-    def pair(self, theirs: Any, clean: Any) -> None:
+    def pair(self, users_cache: Any, clean: Any) -> None:
         """Remember the clean cache that belongs to one of the user's."""
-        if theirs is not None and clean is not None:
-            key = id(theirs)
-            self.clean[key] = (weakref.ref(theirs, lambda _: self.clean.pop(key, None)), clean)
+        if users_cache is not None and clean is not None:
+            key = id(users_cache)
+            self.clean[key] = (weakref.ref(users_cache, lambda _: self.clean.pop(key, None)), clean)
 
 
 def last_kv_cache(model: HookedModel) -> Any:

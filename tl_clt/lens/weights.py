@@ -60,7 +60,7 @@ def norm_map(model: HookedModel, name: str) -> NormMap | None:
     """The linear map of a norm, for example `blocks.3.ln1` or `ln_final`; None where the model has none there.
 
     Raises:
-        ModelUnsupported: a kind of norm that is none of LN, LNPre, RMS, RMSPre.
+        ModelUnsupported: a kind of norm other than LN, LNPre, RMS and RMSPre.
     """
     norm = _part(model, name)
     if norm is None or isinstance(norm, nn.Identity):
@@ -128,17 +128,17 @@ class MLPNorms(NamedTuple):
 
 def mlp_norms(model: HookedModel, layer: int) -> MLPNorms:
     """The norms in front of and behind one layer's MLP, as far as they have a scale to hold."""
-    known = model.hook_dict
-    before = ("ln2", "ln1") if is_parallel(model, known) else ("ln2",)
+    hook_dict = model.hook_dict
+    before = ("ln2", "ln1") if is_parallel(model, hook_dict) else ("ln2",)
     names = [f"blocks.{layer}.{name}" for name in (*before, "ln2_post")]
-    found = [name for name in names if f"{name}.hook_scale" in known]
-    behind = found.pop() if found and found[-1].endswith("ln2_post") else None
-    return MLPNorms(found[0] if found else None, behind)
+    norms = [name for name in names if f"{name}.hook_scale" in hook_dict]
+    behind = norms.pop() if norms and norms[-1].endswith("ln2_post") else None
+    return MLPNorms(norms[0] if norms else None, behind)
 
 
-def is_parallel(model: HookedModel, known: HookDict | None = None) -> bool:
+def is_parallel(model: HookedModel, hook_dict: HookDict | None = None) -> bool:
     """Whether attention and MLP of a block both read its input."""
-    return "blocks.0.hook_resid_mid" not in (model.hook_dict if known is None else known)
+    return "blocks.0.hook_resid_mid" not in (model.hook_dict if hook_dict is None else hook_dict)
 
 
 def _part(model: HookedModel, name: str) -> Any:

@@ -102,7 +102,7 @@ class Attachment:
         """At the input hook: encode, and add what these features write to the layers they write to."""
         points, forward = self.points[layer], self.current
         x = points.hook_in(x.to(self.clt.W_enc.dtype))
-        hidden_pre = points.hook_acts_pre(x @ self.clt.W_enc[layer] + self.clt.b_enc[layer])
+        hidden_pre = points.hook_acts_pre(self.clt.hidden_pre_layer(x, layer))
         feature_acts = points.hook_acts_post(self.clt.activate(hidden_pre, layer))
         forward.inputs[layer] = x
         self.clt.add_written(forward.written, feature_acts, layer)
@@ -148,15 +148,15 @@ def attach(model: HookedModel, clt: CrossLayerTranscoder, mode: Mode = "observe"
         CLTMismatch, HookNotFound: the CLT is of another model.
     """
     mode = as_choice("mode", mode, get_args(Mode))
-    known = check_fit(model, clt)
+    hook_dict = check_fit(model, clt)
     require_free(model)
     attachment = Attachment(model, clt, mode)
     with ExitStack() as undo:
         if names_mlp_points(block_hook(0, name) for name in (clt.cfg.input_hook, clt.cfg.output_hook)):
             undo.enter_context(mlp_hook_points(model))
         for layer in clt.layers:
-            reads = find_hook(model, block_hook(layer, clt.cfg.input_hook), known)
-            writes = find_hook(model, block_hook(layer, clt.cfg.output_hook), known)
+            reads = find_hook(model, block_hook(layer, clt.cfg.input_hook), hook_dict)
+            writes = find_hook(model, block_hook(layer, clt.cfg.output_hook), hook_dict)
             add_hook_points(model, f"blocks.{layer}", CHILD, attachment.points[layer])
             undo.callback(remove_hook_points, model, f"blocks.{layer}", CHILD)
             _run_last(reads, partial(attachment.read, layer=layer), undo)
@@ -168,7 +168,7 @@ def attach(model: HookedModel, clt: CrossLayerTranscoder, mode: Mode = "observe"
 
 @contextmanager
 def replaced(model: HookedModel, clt: CrossLayerTranscoder) -> Iterator[HookedModel]:
-    """Within, CLT reconstructions stand in for all MLPs, but for position 0, which keeps its own outputs.
+    """Within the block, CLT reconstructions stand in for all MLPs, but for position 0, which keeps its own outputs.
 
     Activations there are huge and mean nothing, and a CLT need not have been trained on them; tracing treats
     them likewise (`bos="error"`).
@@ -180,14 +180,14 @@ def replaced(model: HookedModel, clt: CrossLayerTranscoder) -> Iterator[HookedMo
 
 def _keep_first(layer: int, output_hook: str) -> list[FwdHook]:
     """Hooks that put the MLP's own output, recons + error, back at position 0."""
-    seen: dict[str, Tensor] = {}
+    passed: dict[str, Tensor] = {}
 
     def note(tensor: Tensor, hook: object, name: str) -> None:
-        seen[name] = tensor[:, 0]
+        passed[name] = tensor[:, 0]
 
     def put_back(out: Float[Tensor, "batch pos d_model"], hook: object) -> Tensor:
         out = out.clone()
-        out[:, 0] = (seen["recons"] + seen["error"]).to(out.dtype)
+        out[:, 0] = (passed["recons"] + passed["error"]).to(out.dtype)
         return out
 
     return [

@@ -34,8 +34,9 @@ def check_fit(model: HookedModel, clt: CrossLayerTranscoder) -> HookDict:
         The model's hook points, for what comes next.
 
     Raises:
-        ModelUnsupported: the model is none, or is compiled.
-        CLTMismatch: the CLT is none, n_layers, d_model or device differ, or it reads or writes what no CLT does.
+        ModelUnsupported: the model is no HookedTransformer or TransformerBridge, or is compiled.
+        CLTMismatch: it is no CrossLayerTranscoder; n_layers, d_model or device differ; or it reads or writes where no
+            CLT does.
         HookNotFound: the model lacks a hook that the CLT reads or writes.
     """
     require_model(model)
@@ -57,9 +58,11 @@ def check_fit(model: HookedModel, clt: CrossLayerTranscoder) -> HookDict:
             f"The CLT is on {clt.W_enc.device}, but {name} is on {model.W_E.device}."
             f" Move it: clt.to('{model.W_E.device}')."
         )
-    known = model.hook_dict
+    hook_dict = model.hook_dict
     with mlp_hook_points(model):
-        require_hooks(model, [block_hook(t, h) for t in clt.layers for h in (cfg.input_hook, cfg.output_hook)], known)
+        require_hooks(
+            model, [block_hook(t, h) for t in clt.layers for h in (cfg.input_hook, cfg.output_hook)], hook_dict
+        )
     for verb, place, places in (("reads", cfg.input_hook, READ_PLACES), ("writes", cfg.output_hook, WRITE_PLACES)):
         if place not in places:
             raise CLTMismatch(
@@ -74,7 +77,7 @@ def check_fit(model: HookedModel, clt: CrossLayerTranscoder) -> HookDict:
             " HookedTransformer.from_pretrained_no_processing, or tl_clt.load_model.",
             stacklevel=3,
         )
-    return known
+    return hook_dict
 
 
 def not_read(cfg: CrossLayerTranscoderConfig, layer: int) -> CLTMismatch:

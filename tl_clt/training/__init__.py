@@ -1,13 +1,18 @@
 """Training of cross-layer transcoders with SAELens's trainer and activation store. The only importer of sae_lens.
 
-    clt.py        what is trained: its config, weights and start, and the definition of a step's forward pass and losses
-    losses.py     the terms of the loss, and phi with straight-through gradients
+    config.py     what a user says of a run: the CLT, the data, the run; what is chosen where nothing is said; checks
+    clt.py        what is trained: its weights and start, the definition of a step's forward pass and losses, and the
+                  classes through which SAELens sees it
+    losses.py     the terms of the loss, with their settings, and phi with straight-through gradients
     resampling.py dead features begun anew
     export.py     to a `CrossLayerTranscoder`, with the scaling of training folded into the weights
-    fast/         the same step in less time and memory: step, products, selection
+    fast/         the same step in less time and memory: step, products
     data/         from a dataset to shuffled batches of scaled activations: dataset, batches, cache
-    run/          config, runner, trainer, progress, metrics, checkpoints, memory
+    run/          runner, trainer, progress, metrics, checkpoints, memory
     parallel.py   the processes of a run, and what they tell each other
+
+Names are loaded when they are first used: `config` needs neither SAELens nor a model, so that the command line's help
+does not wait for them.
 
 Of SAELens a run uses as they are: its `ActivationsStore`, which makes prompts of a dataset and runs the model over
 them; the loop of its `SAETrainer`, with the schedules of the learning rate and of the losses' coefficients, the counts
@@ -18,7 +23,7 @@ In the place of SAELens's stand:
     the step             `CLTTrainer._train_step` with `FastStep`. SAELens makes two copies of all activations to count
                          firing, flattened and as 0 and 1; here firing is counted layer by layer, and flattened
                          activations are made on logging steps only.
-    gradients            clipped to norm 1 as in SAELens, but over all processes of a run (`parallel`), by fused Adam
+    gradients            clipped to norm 1 as in SAELens, but over all processes of a run, by fused Adam
                          while it reads them; and neither dropped nor zeroed: the next step writes its own over them
                          (`fast.products`).
     Adam                 fused; for bfloat16 weights `RandomRoundingAdam`, because most of its updates would round to
@@ -38,31 +43,20 @@ In the place of SAELens's stand:
                          position that can be taken up again.
 """
 
-from tl_clt.training.clt import CLTSettings, TrainingCLT, TrainingCLTConfig, init_from_tokens
-from tl_clt.training.data.batches import DataSettings, apply_scale, estimate_scale, hook_names, pack
-from tl_clt.training.export import clt_disk_loader
-from tl_clt.training.parallel import own_device
-from tl_clt.training.run.config import CLTTrainingRunnerConfig
-from tl_clt.training.run.memory import MemoryEstimate
-from tl_clt.training.run.progress import TrainingProgress, TrainingTimes, draw_progress
-from tl_clt.training.run.runner import CLTTrainingRunner
+from typing import Any
 
-__all__ = [
-    "CLTSettings",
-    "CLTTrainingRunner",
-    "CLTTrainingRunnerConfig",
-    "DataSettings",
-    "MemoryEstimate",
-    "TrainingCLT",
-    "TrainingCLTConfig",
-    "TrainingProgress",
-    "TrainingTimes",
-    "apply_scale",
-    "clt_disk_loader",
-    "draw_progress",
-    "estimate_scale",
-    "hook_names",
-    "init_from_tokens",
-    "own_device",
-    "pack",
-]
+from tl_clt.lazy import load_name, modules_of_names
+
+_MODULES = modules_of_names(__name__)
+"""Names of this room, and the module of each."""
+
+__all__ = [*_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    value = globals()[name] = load_name(__name__, _MODULES, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

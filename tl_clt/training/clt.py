@@ -1,5 +1,5 @@
-"""What is trained: the config, weights and start of a CLT, its forward pass and losses as they are defined, and the
-classes through which SAELens sees it.
+"""What is trained: the weights and start of a CLT, its forward pass and losses as they are defined, and the configs and
+classes through which SAELens sees it. What a user says of it is in `config`.
 
 `define_step` is the definition: dense tensors, plain loops over layers, autograd for everything. SAELens's own trainer
 takes it. `fast.step` gives the same result in less time and memory, and is tested against it.
@@ -28,11 +28,8 @@ from sae_lens.saes.sae import (
 from torch import Tensor, nn
 
 from tl_clt.errors import ConfigError
+from tl_clt.training.config import CLTSettings, CLTShape
 from tl_clt.training.losses import (
-    Across,
-    SparsityKind,
-    StraightThrough,
-    TrainedActivation,
     auxk_loss,
     dead_feature_loss,
     far_write_loss,
@@ -54,125 +51,7 @@ SMALLEST_NORM = 1e-12
 THRESHOLD_RATE = 0.01
 """Weight of a step in the running mean of the smallest kept score."""
 
-# -- configs
-
-DEFAULT_K = 16
-"""Active features per layer and token where nothing is said of them."""
-
-
-@dataclass(kw_only=True, unsafe_hash=True)
-class CLTShape:
-    """What a user says of a CLT's weights and activation."""
-
-    d_transcoder: int
-    """Features per layer."""
-
-    span: int | None = None
-    """Layers a feature writes to: n_layers (a CLT) where left out, 1 for per-layer transcoders."""
-
-    activation: TrainedActivation = "topk"
-    """topk, batchtopk, jumprelu or relu. topk and batchtopk rank features by activation * ||W_dec,i||, so that as many
-    are active as were asked for, in every layer and from the first step on; jumprelu and relu have to learn it."""
-
-    k: int | None = None
-    """Features kept per layer and token, in the mean, by topk and batchtopk. `target_l0` where left out, or else 16."""
-
-    topk_across: Across = "layer"
-    """What k is counted over: each layer by itself ("layer"), or all layers together ("all_layers"), so that layers
-    which need more features get them. All layers together, and batchtopk, are exported as jumprelu."""
-
-    skip: bool = False
-    """Whether each layer adds a linear map of its own input."""
-
-    far_rank: int | None = None
-    """Rank of the decoders to later layers, which are exported as full ones; full where left out."""
-
-    input_hook: str = "hook_resid_mid"
-    """Hook that features read, within a block."""
-
-    output_hook: str = "hook_mlp_out"
-    """Hook that features write, within a block."""
-
-    jumprelu_init_threshold: float = 0.03
-    """Threshold of every feature at the start, in units of hidden_pre."""
-
-    jumprelu_bandwidth: float = 1.0
-    """Width of the window of the straight-through gradient, in units of hidden_pre."""
-
-    straight_through: StraightThrough = "all"
-    """Whether that gradient reaches hidden_pre as well ("all") or the threshold only ("threshold")."""
-
-    @property
-    def selects(self) -> bool:
-        """Whether features are chosen by rank (topk, batchtopk), and not by a threshold of their own."""
-        return self.activation in ("topk", "batchtopk")
-
-    @property
-    def has_score_threshold(self) -> bool:
-        """Whether inference compares scores with a fixed threshold, because what competes is not known then.
-
-        One token knows nothing of its batch, and a layer of a model nothing of the layers above.
-        """
-        return self.activation == "batchtopk" or (self.selects and self.topk_across == "all_layers")
-
-
-@dataclass(kw_only=True, unsafe_hash=True)
-class CLTSettings(CLTShape):
-    """All that a user says of a CLT in training: the `clt` of a `CLTTrainingRunnerConfig`. The formulas and units of
-    the losses are in `losses`."""
-
-    dtype: str = "float32"
-    """Number type of the CLT's weights and of training; bfloat16 weights are rounded at random."""
-
-    k_start: int | None = None
-    """k at the first step, from where it falls linearly to `k` over the first `k_anneal_steps` steps."""
-
-    k_anneal_steps: int = 0
-    """Steps over which k falls from `k_start`."""
-
-    sparsity_loss: SparsityKind = "tanh"
-    """tanh, l0 or quadratic_l0. The latter two are for jumprelu. No part for topk and batchtopk."""
-
-    sparsity_coefficient: float = 1.0
-    """lambda at the end; it rises linearly from 0 over the whole run. About the squared error, summed over
-    layers, that a feature must save to be worth firing. With target_l0 a guess is enough."""
-
-    target_l0: float | None = None
-    """Active features per token to ask for, in every layer. For topk and batchtopk it is k. For jumprelu and relu it
-    stands in place of a lambda: each layer's is adjusted during training until that many are active ("quadratic_l0"
-    leaves lambda as it is), and jumprelu's thresholds are set by held-out text at the end."""
-
-    tanh_scale: float = 4.0
-    """c of the tanh sparsity loss."""
-
-    dead_feature_coefficient: float = 3e-6
-    """lambda_P. Small dictionaries with lambda near 1 need far more, 0.01 to 0.1, to keep most features alive where
-    AuxK does not; more of it raises L0. No part for topk and batchtopk."""
-
-    far_write_coefficient: float = 0.0
-    """Weight of a penalty on what features write to later layers, times the distance; none unless more than 0. It draws
-    what a layer computes to that layer's own features, so that graphs skip fewer hops, for a larger error or L0."""
-
-    auxk_coefficient: float = 1 / 32
-    """Weight of AuxK, by which dead features learn what the others leave out. With 1 fewer die in a small model, but
-    with 2,048 features in each of 18 layers training went astray."""
-
-    k_aux: int | None = None
-    """Dead features of each layer that it trains at a token; d_model / 2 where left out."""
-
-    dead_feature_density: float = 1e-6
-    """Share of tokens below which a feature counts as dead. Such as fire at no token of the window always do."""
-
-    def k_asked_for(self) -> int:
-        """k where it is left out: `target_l0`, or else `DEFAULT_K`."""
-        asked = DEFAULT_K if self.target_l0 is None else max(1, round(self.target_l0))
-        return min(asked, self.d_transcoder)
-
-    def k_at(self, step: int) -> int | None:
-        """k at a training step: it falls linearly from `k_start` to `k` over the first `k_anneal_steps` steps."""
-        if self.k is None or self.k_start is None or step >= self.k_anneal_steps:
-            return self.k
-        return round(self.k_start + (self.k - self.k_start) * step / self.k_anneal_steps)
+# -- configs, as SAELens sees them
 
 
 @dataclass(kw_only=True)
@@ -329,26 +208,26 @@ class CLTWeights:
         the same CLT on any number of processes.
         """
         cfg: CrossLayerTranscoderConfig = self.transcoder_config
-        kind = {"dtype": self.dtype, "device": self.device}
+        placement = {"dtype": self.dtype, "device": self.device}
 
         def uniform(bound: float, *shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, **kind).uniform_(-bound, bound))
+            return nn.Parameter(torch.empty(*shape, **placement).uniform_(-bound, bound))
 
-        def own(whole: nn.Parameter) -> nn.Parameter:
+        def own_rows(whole: nn.Parameter) -> nn.Parameter:
             return whole if n_own == n_features else nn.Parameter(whole.data[self.grid.own(n_features)].clone())
 
         def constant(value: float, *shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.full(shape, value, **kind))
+            return nn.Parameter(torch.full(shape, value, **placement))
 
         layers, n_features, rank = range(cfg.n_layers), cfg.d_transcoder, self.cfg.far_rank
         n_own = self.n_own_features
         enc_bound, dec_bound = n_features**-0.5, (cfg.n_layers * cfg.d_model) ** -0.5
         n_far = [len(cfg.targets(s)) - 1 for s in layers]
         far_width = cfg.d_model if rank is None else rank
-        self.W_enc = nn.ParameterList([own(uniform(enc_bound, n_features, cfg.d_model)) for _ in layers])
+        self.W_enc = nn.ParameterList([own_rows(uniform(enc_bound, n_features, cfg.d_model)) for _ in layers])
         self.b_enc = nn.ParameterList([constant(0.0, n_own) for _ in layers])
         widths = [cfg.d_model + n * far_width for n in n_far]
-        self.W_dec = nn.ParameterList([own(uniform(dec_bound, n_features, width)) for width in widths])
+        self.W_dec = nn.ParameterList([own_rows(uniform(dec_bound, n_features, width)) for width in widths])
         self.W_far = None
         if rank is not None:
             self.W_far = nn.ParameterList([uniform((3 / rank) ** 0.5, n, rank, cfg.d_model) for n in n_far if n > 0])
@@ -400,8 +279,8 @@ class CLTWeights:
             if far is None:
                 blocks = W.split(self.cfg.d_in, dim=1)
             else:
-                own, *thin = W.split([self.cfg.d_in, *[self.cfg.far_rank] * len(far)], dim=1)
-                blocks = [own, *(A @ B for A, B in zip(thin, far.to(kind), strict=True))]
+                near, *thin = W.split([self.cfg.d_in, *[self.cfg.far_rank] * len(far)], dim=1)
+                blocks = [near, *(A @ B for A, B in zip(thin, far.to(kind), strict=True))]
             result.append(dict(zip(targets, blocks, strict=True)))
         return result
 
@@ -419,10 +298,10 @@ class CLTWeights:
             dtype: that they are to have; `sum_dtype` where left out.
         """
         kind, far, n_far = dtype or self.sum_dtype, self.far(source), len(self.targets[source]) - 1
-        beyond = self.W_dec[source][:, self.cfg.d_in :].to(kind)
+        far_columns = self.W_dec[source][:, self.cfg.d_in :].to(kind)
         if n_far == 0:
-            return beyond.sum(dim=1)
-        slots = beyond.unflatten(1, (n_far, -1))
+            return far_columns.sum(dim=1)
+        slots = far_columns.unflatten(1, (n_far, -1))
         if far is None:
             norms = slots.norm(dim=2)
         else:

@@ -62,9 +62,9 @@ def fold_scaling(clt: TrainingCLT | InferenceCLT, dtype: torch.dtype, products: 
         products: number type that the products are taken in.
     """
     cfg = clt.transcoder_config
-    kind = {"dtype": products, "device": clt.b_dec.device}
-    s_in = torch.tensor(cfg.input_scale or [1.0] * cfg.n_layers, **kind)
-    s_out = torch.tensor(cfg.output_scale or [1.0] * cfg.n_layers, **kind)
+    placement = {"dtype": products, "device": clt.b_dec.device}
+    s_in = torch.tensor(cfg.input_scale or [1.0] * cfg.n_layers, **placement)
+    s_out = torch.tensor(cfg.output_scale or [1.0] * cfg.n_layers, **placement)
     moved = _moved_norms(clt, products)
     decoders = []
     for source, pairs in enumerate(clt.decoders(products)):
@@ -101,7 +101,7 @@ LIKE_EACH_OTHER = 0.01
 """Features of a layer whose factors differ by less are ranked as before, but for near-ties."""
 
 OF_MODEL = ("n_layers", "d_model")
-KIND = (*OF_MODEL, "d_transcoder", "span", "skip", "input_hook", "output_hook", "activation")
+SAME_AS_RUN = (*OF_MODEL, "d_transcoder", "span", "skip", "input_hook", "output_hook", "activation")
 """What the CLT that a run begins with must have as the run has it."""
 
 
@@ -121,13 +121,13 @@ def require_same_kind(clt: TrainingCLT, weights: Weights, name: str) -> None:
         raise ConfigError(f"far_rank is {clt.cfg.far_rank} with init_from, whose decoders are full: leave one out.")
     # What compares with thresholds does the same by either name.
     activations = ("jumprelu", "batchtopk") if ours.has_threshold else (ours.activation,)
-    for field in KIND:
-        given, wanted = getattr(theirs, field), getattr(ours, field)
-        if given == wanted or (field == "activation" and given in activations):
+    for field in SAME_AS_RUN:
+        theirs_value, wanted = getattr(theirs, field), getattr(ours, field)
+        if theirs_value == wanted or (field == "activation" and theirs_value in activations):
             continue
-        mend = "give a CLT of the same model" if field in OF_MODEL else f"give {field}={given!r}"
+        mend = "give a CLT of the same model" if field in OF_MODEL else f"give {field}={theirs_value!r}"
         raise ConfigError(
-            f"init_from is '{name}', which has {field} {given!r}, but this run has"
+            f"init_from is '{name}', which has {field} {theirs_value!r}, but this run has"
             f" {trained if field == 'activation' else wanted!r}: {mend}, or leave init_from out."
         )
     if weights.threshold is not None and bool((weights.threshold < 0).any()):
@@ -151,22 +151,22 @@ def take_over(clt: TrainingCLT | InferenceCLT, weights: Weights) -> None:
         clt: changed in place.
         weights: such as `require_same_kind` lets pass.
     """
-    cfg, theirs = clt.cfg, weights.cfg
-    if cfg.selects and theirs.input_scale is not None and theirs.output_scale is not None:
-        cfg.input_scale, cfg.output_scale = theirs.input_scale, theirs.output_scale
-    kind = {"dtype": torch.float64, "device": clt.b_dec.device}
-    s_in = torch.tensor(cfg.input_scale or [1.0] * cfg.n_layers, **kind)
-    s_out = torch.tensor(cfg.output_scale or [1.0] * cfg.n_layers, **kind)
+    cfg, weights_cfg = clt.cfg, weights.cfg
+    if cfg.selects and weights_cfg.input_scale is not None and weights_cfg.output_scale is not None:
+        cfg.input_scale, cfg.output_scale = weights_cfg.input_scale, weights_cfg.output_scale
+    placement = {"dtype": torch.float64, "device": clt.b_dec.device}
+    s_in = torch.tensor(cfg.input_scale or [1.0] * cfg.n_layers, **placement)
+    s_out = torch.tensor(cfg.output_scale or [1.0] * cfg.n_layers, **placement)
     own, ranked_anew = clt.grid.own(cfg.d_transcoder), []
     for source, targets in enumerate(clt.targets):
-        W_dec = weights.W_dec[source].to(**kind) * s_out[targets.start : targets.stop, None]
-        clt.W_enc[source].copy_((weights.W_enc[source].to(**kind) / s_in[source]).T[own])
+        W_dec = weights.W_dec[source].to(**placement) * s_out[targets.start : targets.stop, None]
+        clt.W_enc[source].copy_((weights.W_enc[source].to(**placement) / s_in[source]).T[own])
         clt.b_enc[source].copy_(weights.b_enc[source][own])
         clt.W_dec[source].copy_(W_dec[own].flatten(start_dim=1))
         factors = W_dec.flatten(start_dim=1).norm(dim=1)
         writes = factors > 0
         if weights.threshold is not None:
-            threshold = weights.threshold[source].to(**kind)
+            threshold = weights.threshold[source].to(**placement)
             factors = factors * threshold
             if clt.log_threshold is not None:
                 clt.log_threshold[source].copy_(threshold.clamp(min=torch.finfo(clt.dtype).tiny).log()[own])
@@ -175,10 +175,10 @@ def take_over(clt: TrainingCLT | InferenceCLT, weights: Weights) -> None:
                 clt.score_threshold[source] = factors[writes].mean()
             if factors[writes].max() > (1 + LIKE_EACH_OTHER) * factors[writes].min():
                 ranked_anew.append(source)
-    clt.b_dec.copy_(weights.b_dec.to(**kind) * s_out[:, None])
+    clt.b_dec.copy_(weights.b_dec.to(**placement) * s_out[:, None])
     if clt.W_skip is not None and weights.W_skip is not None:
         for layer, W_skip in enumerate(clt.W_skip):
-            W_skip.copy_(weights.W_skip[layer].to(**kind) * s_out[layer] / s_in[layer])
+            W_skip.copy_(weights.W_skip[layer].to(**placement) * s_out[layer] / s_in[layer])
     if ranked_anew:
         warnings.warn(
             f"{cfg.activation} ranks features by activation times decoder norm in training. The CLT that this run"
@@ -215,9 +215,9 @@ def clt_disk_loader(
         ConfigError: SAELens's CLTs have no such thresholds, or rank features otherwise: it was not trained here.
     """
     overrides = cfg_overrides or {}
-    given = CrossLayerTranscoder.from_pretrained(str(path), device=device, dtype=overrides.get("dtype")).weights
-    cfg = given.cfg
-    if given.threshold is not None and bool((given.threshold < 0).any()):
+    weights = CrossLayerTranscoder.from_pretrained(str(path), device=device, dtype=overrides.get("dtype")).weights
+    cfg = weights.cfg
+    if weights.threshold is not None and bool((weights.threshold < 0).any()):
         raise ConfigError("Some thresholds are below 0, which SAELens's CLTs cannot have: use a CrossLayerTranscoder.")
     same = ("n_layers", "d_transcoder", "span", "activation", "k", "skip", "input_hook", "output_hook", "model_name")
     values = {
@@ -226,7 +226,7 @@ def clt_disk_loader(
         "metadata": SAEMetadata(model_name=cfg.model_name, hook_name=cfg.input_hook, hook_name_out=cfg.output_hook),
     }
     clt = InferenceCLT(InferenceCLTConfig(**(values | overrides)))
-    take_over(clt, given)
+    take_over(clt, weights)
     if cfg.activation == "topk":
         _require_unit_norms(clt)
     return clt.cfg.to_dict(), dict(clt.state_dict())

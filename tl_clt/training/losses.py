@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -128,6 +129,44 @@ def step_function(
 SparsityKind = Literal["tanh", "l0", "quadratic_l0"]
 PerLayer = Sequence[Float[Tensor, "batch d_transcoder"]]
 PerFeature = Sequence[Float[Tensor, " d_transcoder"]]
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class LossSettings:
+    """What a user says of the loss, a part of `CLTSettings`."""
+
+    sparsity_loss: SparsityKind = "tanh"
+    """tanh, l0 or quadratic_l0. The latter two are for jumprelu. No part for topk and batchtopk."""
+
+    sparsity_coefficient: float = 1.0
+    """lambda at the end; it rises linearly from 0 over the whole run. About the squared error, summed over
+    layers, that a feature must save to be worth firing. With target_l0 a guess is enough."""
+
+    target_l0: float | None = None
+    """Active features per token to ask for, in every layer. For topk and batchtopk it is k. For jumprelu and relu it
+    stands in place of a lambda: each layer's is adjusted during training until that many are active ("quadratic_l0"
+    leaves lambda as it is), and jumprelu's thresholds are set by held-out text at the end."""
+
+    tanh_scale: float = 4.0
+    """c of the tanh sparsity loss."""
+
+    dead_feature_coefficient: float = 3e-6
+    """lambda_P. Small dictionaries with lambda near 1 need far more, 0.01 to 0.1, to keep most features alive where
+    AuxK does not; more of it raises L0. No part for topk and batchtopk."""
+
+    far_write_coefficient: float = 0.0
+    """Weight of a penalty on what features write to later layers, times the distance; none unless more than 0. It draws
+    what a layer computes to that layer's own features, so that graphs skip fewer hops, for a larger error or L0."""
+
+    auxk_coefficient: float = 1 / 32
+    """Weight of AuxK, by which dead features learn what the others leave out. With 1 fewer die in a small model, but
+    with 2,048 features in each of 18 layers training went astray."""
+
+    k_aux: int | None = None
+    """Dead features of each layer that it trains at a token; d_model / 2 where left out."""
+
+    dead_feature_density: float = 1e-6
+    """Share of tokens below which a feature counts as dead. Such as fire at no token of the window always do."""
 
 
 # -- the terms

@@ -8,21 +8,20 @@ all tokens, up to the order of addition.
 
 Every rank computes the whole reconstruction and the same loss of its row's tokens. The gradient of a sum over a row
 with respect to one rank's part of it is therefore the gradient of the sum, and needs no communication. What is left to
-do about gradients is their mean over tokens, and their norm over features.
+do about gradients, their mean over tokens and their norm over features, `run.trainer` does.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from tl_clt.arguments import require_device
@@ -32,6 +31,11 @@ Value = TypeVar("Value")
 
 SHARED_WEIGHTS = ("W_far", "W_skip", "b_dec", "score_threshold")
 """Weights that belong to no feature: every rank has the whole of them. Of all others, dimension 0 is features."""
+
+
+def is_shared(name: str) -> bool:
+    """Whether every rank has the whole of a weight ("b_dec", "W_far.0")."""
+    return name.split(".")[0] in SHARED_WEIGHTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,8 +230,8 @@ def process_grid(n_data_parallel: int, device: str) -> Iterator[ProcessGrid]:
     Raises:
         ConfigError: the number of processes is no multiple of n_data_parallel.
     """
-    ours = under_torchrun() and not _connected()
-    if ours:
+    starts_group = under_torchrun() and not _connected()
+    if starts_group:
         kind = torch.device(device).type
         if kind == "cuda":
             torch.cuda.set_device(device)
@@ -235,7 +239,7 @@ def process_grid(n_data_parallel: int, device: str) -> Iterator[ProcessGrid]:
     try:
         yield _grid(n_data_parallel, torch.device(device).type)
     finally:
-        if ours:
+        if starts_group:
             dist.destroy_process_group()
 
 
@@ -266,63 +270,9 @@ def _grid(n_data_parallel: int, device_type: str) -> ProcessGrid:
 
 @contextmanager
 def only_main_shows(grid: ProcessGrid) -> Iterator[None]:
-    """Within, progress bars of ranks other than the main one go nowhere."""
+    """Within the block, progress bars of ranks other than the main one go nowhere."""
     if grid.is_main:
         yield
         return
     with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
         yield
-
-
-# -- gradients
-
-EPSILON = 1e-6
-"""Added to the norm, as `torch.nn.utils.clip_grad_norm_` does."""
-
-
-SUMS_OVER_FEATURES = "W_far"
-"""A shared weight through which each rank's features write: a rank has its features' part of the gradient. Others
-(b_dec, W_skip) come after the sum over ranks, and every rank has the whole of theirs."""
-
-
-def is_shared(name: str) -> bool:
-    """Whether every rank has the whole of a weight ("b_dec", "W_far.0")."""
-    return name.split(".")[0] in SHARED_WEIGHTS
-
-
-def combine_gradients(clt: nn.Module, grid: ProcessGrid) -> None:
-    """Make each rank's gradients those of all tokens and, of shared weights, all features; in place."""
-    for name, parameter in clt.named_parameters():
-        if name.startswith(SUMS_OVER_FEATURES) and parameter.grad is not None:
-            grid.add_over_features(parameter.grad)
-    grid.mean_over_data([p.grad for p in clt.parameters() if p.grad is not None])
-
-
-def gradient_norm(clt: nn.Module, grid: ProcessGrid) -> Float[Tensor, ""]:
-    """The norm of all gradients, over all ranks.
-
-        norm = sqrt(sum over ranks of |gradients of their features|^2 + |gradients of shared weights|^2)
-
-    Where one rank has all features this is that of `torch.nn.utils.clip_grad_norm_`.
-    """
-    gradients = {name: p.grad for name, p in clt.named_parameters() if p.grad is not None}
-    if grid.n_feature_shards == 1:
-        return torch.nn.utils.get_total_norm(list(gradients.values()))
-    return _norm_over_ranks(gradients, grid)
-
-
-def clip_divisor(norm: Float[Tensor, ""], max_norm: float) -> Float[Tensor, ""]:
-    """What gradients of that norm are divided by, so that it is at most `max_norm`."""
-    return ((norm + EPSILON) / max_norm).clamp(min=1.0)
-
-
-def _norm_over_ranks(gradients: Mapping[str, Tensor], grid: ProcessGrid) -> Float[Tensor, ""]:
-    def square(shared: bool) -> Tensor:
-        grads = [g for name, g in gradients.items() if is_shared(name) == shared]
-        return torch.stack([torch.linalg.vector_norm(g, dtype=_sum_dtype(g)).square() for g in grads]).sum()
-
-    return (grid.add_over_features(square(shared=False)) + square(shared=True)).sqrt()
-
-
-def _sum_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

@@ -164,14 +164,14 @@ class CrossLayerTranscoderConfig:
 
 def _plain(name: str, value: object, kind: type) -> Any:
     """A value of one of a config's types, as a plain one of Python's."""
-    told = f"CrossLayerTranscoderConfig: {name}"
+    label = f"CrossLayerTranscoderConfig: {name}"
     if kind is int:
-        return as_whole(told, value)
+        return as_whole(label, value)
     if kind is bool:
-        return as_switch(told, value)
+        return as_switch(label, value)
     if kind is tuple:
-        factors = as_several(told, value, "a factor for each layer")
-        return tuple(float(as_number(f"{told}[{i}]", factor)) for i, factor in enumerate(factors))
+        factors = as_several(label, value, "a factor for each layer")
+        return tuple(float(as_number(f"{label}[{i}]", factor)) for i, factor in enumerate(factors))
     _require(isinstance(value, str), f"{name} is {shown(value)}: give text.")
     return value
 

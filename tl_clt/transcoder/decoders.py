@@ -137,11 +137,11 @@ class LazyDecoders(nn.Module):
     def _read(self, source: int, runs: list[slice]) -> Float[Tensor, "n n_writes d_model"]:
         """Rows in this CLT's dtype and on its device."""
         place: Tensor = self.place  # type: ignore[assignment]
-        where = self.sources[source]
-        with open_tensors(where.path) as tensors:
-            parts = [where.read(tensors, run, self.n_writes[source]) for run in runs]
+        decoder = self.sources[source]
+        with open_tensors(decoder.path) as tensors:
+            parts = [decoder.read(tensors, run, self.n_writes[source]) for run in runs]
         rows = torch.cat(parts)
-        require_finite(rows, f"decoder of layer {source}", where.path)
+        require_finite(rows, f"decoder of layer {source}", decoder.path)
         return rows.to(place.device, place.dtype)
 
 

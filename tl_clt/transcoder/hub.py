@@ -172,22 +172,22 @@ class HubPath(NamedTuple):
         return f"{self.path}/{name}" if self.path else name
 
 
-def parse(where: str) -> HubPath:
-    """Take the name of a place on the hub apart.
+def parse(address: str) -> HubPath:
+    """Repository, path and revision of an address on the hub.
 
     Raises:
-        FormatError: it is none.
+        FormatError: the text is no such address.
     """
-    text = where.removeprefix(URI)
+    text = address.removeprefix(URI)
     text, _, revision = text.partition("?revision=") if "?" in text else text.partition("@")
     owner, _, rest = text.rstrip("/").partition("/")
     name, _, path = rest.partition("/")
     if not owner or not name or "?" in text or ".." in path.split("/"):
         bundled = bundled_organisms()
-        known = [*bundled, *(entry.name for entry in CATALOGUE)]
-        alike = get_close_matches(where.lower(), known, n=2, cutoff=0.5)
+        names = [*bundled, *(entry.name for entry in CATALOGUE)]
+        alike = get_close_matches(address.lower(), names, n=2, cutoff=0.5)
         raise FormatError(
-            f"'{where}' is neither a folder here nor a hub repository that can be reached, nor a bundled organism"
+            f"'{address}' is neither a folder here nor a hub repository that can be reached, nor a bundled organism"
             f" ({', '.join(bundled)}), nor a name that `tl-clt list` gives: repositories are written owner/repo,"
             f" owner/repo/folder or {URI}owner/repo/file, with @revision behind it where one is meant."
             + (f" Nearest names: {', '.join(alike)}." if alike else "")
@@ -195,28 +195,28 @@ def parse(where: str) -> HubPath:
     return HubPath(f"{owner}/{name}", path, revision or None)
 
 
-def fetch_file(where: HubPath) -> Path:
+def fetch_file(hub_path: HubPath) -> Path:
     """One file, downloaded unless it is cached."""
     with hub_or_cache() as unreached:
         try:
-            return Path(hf_hub_download(where.repo, where.path, revision=where.revision))
+            return Path(hf_hub_download(hub_path.repo, hub_path.path, revision=hub_path.revision))
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise _unreachable(where, error, unreached) from error
+            raise _unreachable(hub_path, error, unreached) from error
 
 
-def fetch_folder(where: HubPath, patterns: list[str]) -> Path:
+def fetch_folder(hub_path: HubPath, patterns: list[str]) -> Path:
     """The files of a folder (and its sub-folders) that match one of the patterns."""
-    wanted = [where.file(pattern) for pattern in patterns]
+    wanted = [hub_path.file(pattern) for pattern in patterns]
     with hub_or_cache() as unreached:
         try:
-            whole = Path(snapshot_download(where.repo, revision=where.revision, allow_patterns=wanted))
+            whole = Path(snapshot_download(hub_path.repo, revision=hub_path.revision, allow_patterns=wanted))
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise _unreachable(where, error, unreached) from error
-    return whole / where.path
+            raise _unreachable(hub_path, error, unreached) from error
+    return whole / hub_path.path
 
 
-def _unreachable(where: HubPath, error: Exception, unreached: str) -> FormatError | NotWritten:
-    place = f"{where.repo}/{where.path}".rstrip("/") + (f"@{where.revision}" if where.revision else "")
+def _unreachable(hub_path: HubPath, error: Exception, unreached: str) -> FormatError | NotWritten:
+    place = f"{hub_path.repo}/{hub_path.path}".rstrip("/") + (f"@{hub_path.revision}" if hub_path.revision else "")
     if isinstance(error, OSError) and error.errno in NO_PLACE:
         return NotWritten(
             f"'{place}' could not be downloaded: the cache '{constants.HF_HUB_CACHE}' takes nothing"

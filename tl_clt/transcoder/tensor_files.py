@@ -48,7 +48,7 @@ class TensorFile(ABC):
         """Number type of a tensor, by torch's name."""
 
     @abstractmethod
-    def part(self, key: str, where: tuple[int | slice, ...]) -> Tensor:
+    def part(self, key: str, index: tuple[int | slice, ...]) -> Tensor:
         """What an index into a tensor gives; no more than that is read from disk."""
 
     def tensor(self, key: str, shape: Sequence[int]) -> Tensor:
@@ -100,10 +100,10 @@ class SafetensorsFile(TensorFile):
         stored = str(self.opened.get_slice(key).get_dtype())
         return DTYPES.get(stored, stored)
 
-    def part(self, key: str, where: tuple[int | slice, ...]) -> Tensor:
+    def part(self, key: str, index: tuple[int | slice, ...]) -> Tensor:
         self.require(key)
         with reading(self.path, "safetensors file"):
-            return self.opened.get_slice(key)[where]
+            return self.opened.get_slice(key)[index]
 
 
 class _Stored(NamedTuple):
@@ -136,10 +136,10 @@ class NpzFile(TensorFile):
     def dtype(self, key: str) -> str:
         return self._stored(key).dtype.name
 
-    def part(self, key: str, where: tuple[int | slice, ...]) -> Tensor:
+    def part(self, key: str, index: tuple[int | slice, ...]) -> Tensor:
         stored = self._stored(key)
         with reading(self.path, ".npz file"):
-            part = np.array(self._array(key, stored)[where])
+            part = np.array(self._array(key, stored)[index])
             return torch.from_numpy(part.astype(part.dtype.newbyteorder("="), copy=False))
 
     def _stored(self, key: str) -> _Stored:

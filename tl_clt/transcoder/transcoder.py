@@ -30,7 +30,7 @@ from tl_clt.transcoder.formats import load, save
 
 
 class Encoding(NamedTuple):
-    """What `encode_with_hidden_pre` gives."""
+    """One layer's features on some tokens."""
 
     feature_acts: Float[Tensor, "*batch d_transcoder"]
     """After phi: sparse, not negative."""
@@ -90,8 +90,17 @@ class CrossLayerTranscoder(nn.Module):
 
     def encode_layer(self, x: Float[Tensor, "*batch d_model"], layer: int) -> Encoding:
         """One layer's features from that layer's input, with their pre-activations."""
-        hidden_pre = x @ self.W_enc[layer] + self.b_enc[layer]
+        hidden_pre = self.hidden_pre_layer(x, layer)
         return Encoding(self.activate(hidden_pre, layer), hidden_pre)
+
+    def hidden_pre(self, x: LayerInputs) -> FeatureActs:
+        """Pre-activations of every layer's features from every layer's input."""
+        self._require_shape("x", x, self.cfg.d_model)
+        return torch.stack([self.hidden_pre_layer(x[..., s, :], s) for s in self.layers], dim=-2)
+
+    def hidden_pre_layer(self, x: Float[Tensor, "*batch d_model"], layer: int) -> Float[Tensor, "*batch d_transcoder"]:
+        """Pre-activations of one layer's features from that layer's input."""
+        return x @ self.W_enc[layer] + self.b_enc[layer]
 
     def activate(
         self, hidden_pre: Float[Tensor, "*batch d_transcoder"], layer: int
@@ -227,11 +236,11 @@ class CrossLayerTranscoder(nn.Module):
                 f" (layers, then {'d_model' if name == 'x' else 'd_transcoder'})."
             )
         # Within autocast, products of different number types are what is asked for.
-        own, alike = self.W_enc, values.dtype == self.W_enc.dtype or torch.is_autocast_enabled(values.device.type)
-        if values.device != own.device or not alike:
+        W_enc, alike = self.W_enc, values.dtype == self.W_enc.dtype or torch.is_autocast_enabled(values.device.type)
+        if values.device != W_enc.device or not alike:
             raise CLTMismatch(
-                f"{name} has {values.dtype} on {values.device}, but this CLT has {own.dtype} on {own.device}: give"
-                f" {name}.to({own.dtype}).to('{own.device}')."
+                f"{name} has {values.dtype} on {values.device}, but this CLT has {W_enc.dtype} on {W_enc.device}: give"
+                f" {name}.to({W_enc.dtype}).to('{W_enc.device}')."
             )
 
     @torch.no_grad()
@@ -242,17 +251,17 @@ class CrossLayerTranscoder(nn.Module):
         decoders, three features a layer stand for all, so that nothing large is read from disk. It is kept until a
         weight changes in place or is another tensor.
         """
-        cfg, own = self.cfg, list(self.parameters())
+        cfg, parameters = self.cfg, list(self.parameters())
         # Tensors made in inference mode do not tell how often they were changed.
-        counted = not any(weight.is_inference() for weight in own)
-        state = tuple((id(weight), weight.data_ptr(), weight._version) for weight in own) if counted else None
+        counted = not any(weight.is_inference() for weight in parameters)
+        state = tuple((id(weight), weight.data_ptr(), weight._version) for weight in parameters) if counted else None
         if state is not None and self._fingerprint is not None and self._fingerprint[0] == state:
             return self._fingerprint[1]
         shape = [cfg.n_layers, cfg.d_model, cfg.d_transcoder, cfg.span, cfg.activation, cfg.k]
         digest = hashlib.sha256(json.dumps([*shape, cfg.input_hook, cfg.output_hook]).encode())
-        some = sorted({0, cfg.d_transcoder // 2, cfg.d_transcoder - 1})
+        three_features = sorted({0, cfg.d_transcoder // 2, cfg.d_transcoder - 1})
         weights = [getattr(self, name) for name in sorted(cfg.weight_shapes)]
-        for weight in [*weights, *(self.decoder_rows(s, some) for s in self.layers)]:
+        for weight in [*weights, *(self.decoder_rows(s, three_features) for s in self.layers)]:
             if weight is not None:
                 values = weight.detach().to("cpu", torch.float32).contiguous().flatten()
                 digest.update(values.view(torch.uint8).numpy().data)
@@ -287,7 +296,7 @@ class CrossLayerTranscoder(nn.Module):
             lazy_decoder: leave decoders on disk and read only the rows asked for.
 
         Raises:
-            ConfigError: device, dtype or lazy_decoder is none.
+            ConfigError: device, dtype or lazy_decoder is not one.
             FormatError: the folder is in no known layout, or a file is truncated or of the wrong shape.
         """
         as_path("folder_or_hub_repo", folder_or_hub_repo, FormatError)

@@ -14,19 +14,15 @@ from sae_lens.saes.sae import TrainStepInput
 from tests.training.small_clts import trainer_config
 from tl_clt.training.clt import TrainingCLT, TrainingCLTConfig
 from tl_clt.training.fast import step as step_module
-from tl_clt.training.fast.selection import layer_topk
-from tl_clt.training.fast.step import FastStep
+from tl_clt.training.fast.step import FastStep, layer_topk
 from tl_clt.training.parallel import (
     SINGLE,
     ProcessGrid,
-    clip_divisor,
-    combine_gradients,
-    gradient_norm,
     is_shared,
     process_grid,
 )
 from tl_clt.training.run.checkpoints import gather_clt, own_share
-from tl_clt.training.run.trainer import CLTTrainer
+from tl_clt.training.run.trainer import CLTTrainer, clip_divisor, combine_gradients, gradient_norm
 
 N_LAYERS, D_MODEL, N_FEATURES, BATCH, STEPS = 3, 8, 12, 8, 10
 COEFFICIENTS = {"sparsity": 0.7, "dead_feature": 0.2, "auxk": 0.5, "far_write": 0.3}

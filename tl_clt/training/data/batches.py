@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -46,95 +46,12 @@ from tl_clt.lens import (
     require_hooks,
     user_hooks_aside,
 )
-from tl_clt.training.clt import CLTSettings, CLTShape
-from tl_clt.training.data.cache import ActivationCache, Activations, CacheDtype, Prompts
+from tl_clt.training.config import HELD_OUT_EVERY, CLTSettings, CLTShape, DataSettings
+from tl_clt.training.data.cache import ActivationCache, Activations, Prompts
 from tl_clt.training.data.dataset import AnyDataset, require_known_tokens
 from tl_clt.training.parallel import ProcessGrid
 
-Batch = Float[Tensor, "batch 2 n_layers d_model"]
-
-CHOSEN: Any = None
-"""Default of what a run's config chooses by itself where it is left out: see `run.config.choose`."""
-
-if TYPE_CHECKING:  # once a run's config is made
-    WholeOrChosen: TypeAlias = int
-    NumberOrChosen: TypeAlias = float
-else:
-    WholeOrChosen: TypeAlias = int | None
-    NumberOrChosen: TypeAlias = float | None
-
-HELD_OUT_EVERY = 16
-"""Of so many prompts of a dataset one is kept out of training: the last."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """What a CLT is trained on: the `data` of a `CLTTrainingRunnerConfig`."""
-
-    streaming: bool = True
-    """Read a hub dataset while training, in place of a download beforehand."""
-
-    training_tokens: int = 2_000_000
-    """Tokens to train on, repeats of the dataset included. Exactly so many: the last batch may be shorter."""
-
-    context_size: WholeOrChosen = CHOSEN
-    """Tokens of a prompt. Where left out: 128, or as many as the model takes where these are fewer."""
-
-    train_batch_size_tokens: WholeOrChosen = CHOSEN
-    """Tokens of a training step. Where left out: the power of two of at least 128 and at most 4096 tokens that makes
-    about 300 steps of training_tokens, because features need some hundred steps to settle."""
-
-    store_batch_size_prompts: int = 32
-    """Prompts of a forward pass of the model."""
-
-    n_batches_in_buffer: int = 128
-    """The shuffling buffer's size in prompts; n_batches_in_buffer * context_size tokens must hold a batch."""
-
-    activations_mixing_fraction: float = 0.5
-    """Share of the buffer that is kept back for mixing with new activations."""
-
-    prepend_bos: bool = True
-    """Begin each prompt made of text with the beginning-of-sequence token."""
-
-    sequence_separator_token: int | Literal["bos", "eos", "sep"] | None = "bos"
-    """What goes between rows of text that share a prompt."""
-
-    exclude_special_tokens: bool | tuple[int, ...] = True
-    """Leave the tokenizer's special tokens (True; none where the model has no tokenizer), or these token ids, out of
-    training. The beginning-of-sequence token has a norm a hundred times the others', and means nothing."""
-
-    seqpos_slice: tuple[int | None, ...] = (None,)
-    """Positions to train on, as the arguments of `slice`: (1, None) leaves the first out."""
-
-    max_norm_ratio: float | None = 10.0
-    """Leave out tokens at which some layer's input has a norm of more than so many times its median over the prompts
-    of a forward pass: massive activations, which mean nothing, and a few of which would make up most of the squared
-    error. None leaves none out. On Gemma 3 270M only the beginning-of-sequence token has any (13 times the median)."""
-
-    n_eval_prompts: WholeOrChosen = CHOSEN
-    """Prompts that the final metrics are measured on; where thresholds are set at the end, half of them are for that.
-    Every 16th prompt of the dataset is kept out of training for them. Where left out: 1 for every 16 that are trained
-    on, and at least 16, at most 256."""
-
-    cache_path: str | None = None
-    """Folder of cached activations: what is in it is read, what is not is added. Any run of the same model and hooks
-    may use it, whatever its dataset, context size, left-out tokens and seed."""
-
-    cache_dtype: CacheDtype = "float16"
-    """float16, or int8 for half the space. A run with a cache trains on the rounded activations, the first run
-    as well as the next. On Gemma 3 270M a layer's activations change by up to 0.02% (float16) or 5% (int8)."""
-
-    prefetch: bool = True
-    """Run the model for the next batches on a thread of its own while a step is made. Batches are the same."""
-
-    n_batches_for_scale: WholeOrChosen = CHOSEN
-    """First batches, on which scales and the first weights are set. They are trained on as well. Where left out: so
-    many that they have 4,096 tokens, or two for each feature of a layer if that is more, but at most 16,384."""
-
-    @property
-    def positions_per_prompt(self) -> int:
-        """Positions of a prompt that `seqpos_slice` leaves to train on."""
-        return len(range(self.context_size)[slice(*self.seqpos_slice)])
+ActivationBatch = Float[Tensor, "batch 2 n_layers d_model"]
 
 
 class ActivationScale(NamedTuple):
@@ -147,7 +64,7 @@ class ActivationScale(NamedTuple):
     """One a layer, for what they write."""
 
 
-def estimate_scale(batches: Sequence[Batch]) -> ActivationScale:
+def estimate_scale(batches: Sequence[ActivationBatch]) -> ActivationScale:
     """sqrt(d_model) / median norm over tokens, for the inputs and the outputs of each layer.
 
     The median, because a few tokens of huge norm would make all others small.
@@ -168,7 +85,7 @@ def estimate_scale(batches: Sequence[Batch]) -> ActivationScale:
     return ActivationScale(tuple(inputs), tuple(outputs))
 
 
-def apply_scale(batch: Batch, scale: ActivationScale) -> Batch:
+def apply_scale(batch: ActivationBatch, scale: ActivationScale) -> ActivationBatch:
     """Every layer's inputs and outputs times their factors."""
     return batch * torch.tensor(scale, dtype=batch.dtype, device=batch.device)[..., None]
 
@@ -202,9 +119,9 @@ class DataCounts:
             "special tokens": self.special_tokens,
             "of outlying norm": self.outliers,
         }
-        said = ", ".join(f"{n:,} {what}" for what, n in left_out.items() if n > 0)
+        left_out_text = ", ".join(f"{n:,} {what}" for what, n in left_out.items() if n > 0)
         return f"Of {self.prompts:,} prompts {self.kept:,} tokens were kept" + (
-            f", and {said} left out." if said else "."
+            f", and {left_out_text} left out." if left_out_text else "."
         )
 
     def __add__(self, other: DataCounts) -> DataCounts:
@@ -230,7 +147,7 @@ class Rules:
     ten times the median: Gemma's first layer writes 15 times as much at every space as elsewhere.)"""
 
     def choose(self, tokens: Prompts, activations: Activations) -> tuple[Int[Tensor, " kept"], DataCounts]:
-        """Rows of `activations`, which are the tokens' prompt after prompt, to train on; and the counts."""
+        """Which rows of `activations`, one for each token, prompt after prompt, to train on; and the counts."""
         within = torch.zeros_like(tokens, dtype=torch.bool)
         within[:, slice(*self.seqpos_slice)] = True
         ordinary = torch.ones_like(within) if self.excluded is None else ~torch.isin(tokens, self.excluded)
@@ -256,7 +173,7 @@ def _usual(activations: Activations, wanted: Bool[Tensor, " token"], max_norm_ra
     return (norms <= limit).flatten(start_dim=1).all(dim=1)
 
 
-class Place(NamedTuple):
+class ChunkPlace(NamedTuple):
     """Where a chunk is in the dataset."""
 
     epoch: int
@@ -269,7 +186,7 @@ class Place(NamedTuple):
 class Chunk(NamedTuple):
     """What one forward pass gives to train on."""
 
-    place: Place
+    place: ChunkPlace
     """Where it is."""
 
     rows: Activations
@@ -309,7 +226,7 @@ class Chunks:
         self.seconds = 0.0
         """That reading activations took."""
 
-    def after(self, place: Place | None, tokens_digest: str | None = None) -> Iterator[Chunk]:
+    def after(self, place: ChunkPlace | None, tokens_digest: str | None = None) -> Iterator[Chunk]:
         """The chunks that follow a place, without end; all of them where place is None.
 
         Args:
@@ -329,7 +246,7 @@ class Chunks:
             n_kept = 0
             for index, tokens in enumerate(prompts, start=skip):
                 digest.update(tokens.cpu().numpy().tobytes())
-                chunk = self._chunk(Place(epoch, index), tokens, digest.hexdigest(), new_epoch=index == 0 < epoch)
+                chunk = self._chunk(ChunkPlace(epoch, index), tokens, digest.hexdigest(), new_epoch=index == 0 < epoch)
                 n_kept += len(chunk.rows)
                 yield chunk
             if n_kept == 0 and skip == 0:
@@ -359,7 +276,7 @@ class Chunks:
                 return rows
         raise DatasetError(_OTHER_TOKENS)
 
-    def _chunk(self, place: Place, tokens: Prompts, digest: str, new_epoch: bool) -> Chunk:
+    def _chunk(self, place: ChunkPlace, tokens: Prompts, digest: str, new_epoch: bool) -> Chunk:
         began = time.monotonic()
         activations = self._read(tokens)
         # Numbers come off the device here, which waits until it has made them.
@@ -379,7 +296,7 @@ _OTHER_TOKENS = (
 class Position:
     """Where a stream of batches is, after some batch. With the dataset and the model this is enough to go on."""
 
-    place: Place
+    place: ChunkPlace
     """Of the last chunk that went into the buffer."""
 
     tokens_digest: str
@@ -398,7 +315,7 @@ class Position:
     """What was read so far."""
 
 
-class MixedBatches(Iterator[Batch]):
+class MixedBatches(Iterator[ActivationBatch]):
     """Batches of a fixed size from a buffer that is filled to `size` tokens, shuffled, and emptied to `kept`.
 
     As soon as the buffer holds all that is still wanted, nothing is read any more, and it is emptied: the last batch
@@ -422,7 +339,7 @@ class MixedBatches(Iterator[Batch]):
         self._rows: Activations | None = None
         self._ids = torch.empty(0, dtype=torch.int64)
         self._n_ready = 0
-        self._place, self._tokens_digest = Place(0, -1), ""
+        self._place, self._tokens_digest = ChunkPlace(0, -1), ""
         self.counts = DataCounts()
 
     def go_on(self, position: Position, rows: Activations | None) -> None:
@@ -445,7 +362,7 @@ class MixedBatches(Iterator[Batch]):
         left = self._wanted - (self.counts.kept - len(self._ids))
         return left if left > 0 else self._size
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> ActivationBatch:
         # Fewer tokens than a batch are ready where a run was to end that is now longer.
         if self._n_ready == 0 or len(self._ids) < min(self._batch_size, self._n_left):
             self._fill()
@@ -530,7 +447,7 @@ def check_fits(model: HookedModel, clt: CLTShape, data: DataSettings) -> None:
         )
 
 
-class ActivationBatches(Iterator[Batch]):
+class ActivationBatches(Iterator[ActivationBatch]):
     """Endless, shuffled batches of raw inputs and outputs [batch, 2, n_layers, d_model] in the CLT's dtype.
 
     Prompts and activations are SAELens's store's. Hooks of the user's own are set aside, as in `attribute`: the model
@@ -589,19 +506,19 @@ class ActivationBatches(Iterator[Batch]):
         )
         if position is not None:
             self._batches.go_on(position, rows)
-        self._ahead: list[tuple[Batch, Position]] = []
+        self._ahead: list[tuple[ActivationBatch, Position]] = []
         self._held_out = partial(_held_out, model, dataset, clt, data, device, read)
         self.position = self._batches.position
         """After the last batch that was handed out."""
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> ActivationBatch:
         if self._ahead:
             batch, self.position = self._ahead.pop(0)
         else:
             batch, self.position = next(self._batches), self._batches.position
         return batch
 
-    def peek(self, n: int) -> list[Batch]:
+    def peek(self, n: int) -> list[ActivationBatch]:
         """The next n batches, which are still to be handed out."""
         while len(self._ahead) < n:
             self._ahead.append((next(self._batches), self._batches.position))
@@ -617,7 +534,7 @@ class ActivationBatches(Iterator[Batch]):
         return self._source.seconds
 
     def paused(self) -> AbstractContextManager[None]:
-        """Within, no other thread runs the model."""
+        """Within the block, no other thread runs the model."""
         return nullcontext() if self._prefetching is None else self._prefetching.paused()
 
     def close(self) -> None:
@@ -644,7 +561,7 @@ class HeldOutActivations(NamedTuple):
     kept_out: bool
     """Whether training leaves them out. False where the dataset is too short for that: then they are its first."""
 
-    batches: Iterator[Batch]
+    batches: Iterator[ActivationBatch]
     """Their raw activations, some prompts at a time."""
 
 
@@ -669,15 +586,15 @@ def _held_out(
 ) -> HeldOutActivations:
     n = data.n_eval_prompts
     first: list[Prompts] = []
-    found: list[Prompts] = []
+    kept_out: list[Prompts] = []
     for i, prompt in enumerate(_prompts(_store(model, dataset, clt, data, device), data, model.cfg.d_vocab)):
         if i < n:
             first.append(prompt)
         if _is_held_out(i):
-            found.append(prompt)
-        if len(found) >= n:
+            kept_out.append(prompt)
+        if len(kept_out) >= n:
             break
-    chosen, excluded = found or first, _excluded(model, data, device)
+    chosen, excluded = kept_out or first, _excluded(model, data, device)
     wanted = torch.ones(len(chosen), data.context_size, dtype=torch.bool)
     wanted[:, : min(1, data.context_size - 1)] = False  # a prompt of one token has but its position 0
     if excluded is not None:
@@ -686,7 +603,7 @@ def _held_out(
     masks = wanted.split(data.store_batch_size_prompts)
     groups = _in_groups(iter(chosen), data.store_batch_size_prompts)
     batches = (read(p)[mask.flatten().to(device)] for p, mask in zip(groups, masks, strict=True))
-    return HeldOutActivations(int(wanted.sum()), bool(found), batches)
+    return HeldOutActivations(int(wanted.sum()), bool(kept_out), batches)
 
 
 def _is_held_out(prompt: int) -> bool:
@@ -756,7 +673,7 @@ def _in_groups(prompts: Iterator[Prompts], n: int) -> Iterator[Prompts]:
         yield torch.cat(group)
 
 
-def pack(activations: list[Tensor], names: list[str], d_model: int) -> Batch:
+def pack(activations: list[Tensor], names: list[str], d_model: int) -> ActivationBatch:
     """The 2 * n_layers hooks' activations [batch, d_model] as [batch, 2, n_layers, d_model].
 
     Raises:
@@ -781,14 +698,14 @@ def _excluded(model: HookedModel, data: DataSettings, device: str) -> Tensor | N
 
 @contextmanager
 def without_store_noise() -> Iterator[None]:
-    """Within, SAELens's warnings about text, repeats and cut rows stay silent."""
+    """Within the block, SAELens's warnings about text, repeats and cut rows stay silent."""
     with warnings.catch_warnings():
         for message in NOISE:
             warnings.filterwarnings("ignore", message=message)
         yield
 
 
-class Handout(Iterator[Batch]):
+class Handout(Iterator[ActivationBatch]):
     """Of each batch, the tokens that this rank is to see: the n-th of n_data_parallel equal parts.
 
     Args:
@@ -801,7 +718,7 @@ class Handout(Iterator[Batch]):
 
     def __init__(
         self,
-        batches: Iterator[Batch] | None,
+        batches: Iterator[ActivationBatch] | None,
         grid: ProcessGrid,
         shape: tuple[int, int, int],
         dtype: torch.dtype,
@@ -810,7 +727,7 @@ class Handout(Iterator[Batch]):
         self._batches, self._grid = batches, grid
         self._shape, self._dtype, self._device = shape, dtype, device
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> ActivationBatch:
         batch = None if self._batches is None else next(self._batches)
         grid = self._grid
         if grid.n_processes == 1:

@@ -18,7 +18,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -28,10 +28,10 @@ from torch import Tensor
 
 from tl_clt.errors import FormatError, ModelUnsupported
 from tl_clt.files import READING_ERRORS, new_file, read_json, reading
+from tl_clt.training.config import CacheDtype
 
 Prompts = Int[Tensor, "prompt pos"]
 Activations = Float[Tensor, "token 2 n_layers d_model"]
-CacheDtype = Literal["float16", "int8"]
 
 INDEX = "index.json"
 SUFFIX = ".safetensors"

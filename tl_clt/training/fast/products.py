@@ -283,10 +283,10 @@ class _RowNorms(torch.autograd.Function):
         W, norms = ctx.saved_tensors
         # A row of zeros has no direction: its gradient is 0, as that of torch's norm.
         share = torch.where(norms > 0, grad / norms, 0.0)[:, None].to(W.dtype)
-        held = _gradient(W)
-        if held is None:
+        memory = _gradient(W)
+        if memory is None:
             return W * share
-        total, adds = held
+        total, adds = memory
         if adds:
             total.addcmul_(W, share)
         else:
@@ -347,34 +347,34 @@ def _gradient(weight: Tensor) -> tuple[Tensor, bool] | None:
 
 def _add_product(weight: Tensor, a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor | None:
     """Gradient a @ b of a weight: written to its `.grad` where that may be, else given back."""
-    held = _gradient(weight)
+    memory = _gradient(weight)
     if low is not None:
         product = a.to(low) @ b.to(low)
-        return product.to(weight.dtype) if held is None else _write(product, *held)
-    if held is None:
+        return product.to(weight.dtype) if memory is None else _write(product, *memory)
+    if memory is None:
         return a @ b
-    total, adds = held
+    total, adds = memory
     total.addmm_(a, b, beta=int(adds))
     return None
 
 
 def _add_sparse_product(weight: Tensor, values: Tensor, support: Support, grad: Tensor) -> Tensor | None:
     """The same of A.T @ grad, with A at the places of a support."""
-    held = _gradient(weight)
-    total, adds = (torch.empty_like(weight), False) if held is None else held
+    memory = _gradient(weight)
+    total, adds = (torch.empty_like(weight), False) if memory is None else memory
     add_outer(total, values, support, grad, adds)
-    return total if held is None else None
+    return total if memory is None else None
 
 
 def _add_product_of_rows(weight: Tensor, rows: Tensor, a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor | None:
     """The same of a @ b for some rows of the weight, and 0 for the others."""
     product = a @ b if low is None else a.to(low) @ b.to(low)
-    held = _gradient(weight)
-    total, adds = (torch.empty_like(weight), False) if held is None else held
+    memory = _gradient(weight)
+    total, adds = (torch.empty_like(weight), False) if memory is None else memory
     if not adds:
         total.zero_()
     total.index_add_(0, rows, product.to(weight.dtype))
-    return total if held is None else None
+    return total if memory is None else None
 
 
 def _write(gradient: Tensor, total: Tensor, adds: bool) -> None:
@@ -551,18 +551,18 @@ def apply_far_decoders(
 ) -> Float[Tensor, "batch width"]:
     """What a layer writes to all its targets, from what its features write to [own | A_1 | A_2 | ...]."""
     n_far, rank, d_model = W_far.shape
-    own, ranks = written[:, :d_model], written[:, d_model:].unflatten(1, (n_far, rank))
+    near, ranks = written[:, :d_model], written[:, d_model:].unflatten(1, (n_far, rank))
     far = torch.einsum("bjr,jrd->bjd", ranks, W_far.to(written.dtype)).to(written.dtype)
-    return torch.cat([own, far.flatten(start_dim=1)], dim=1)
+    return torch.cat([near, far.flatten(start_dim=1)], dim=1)
 
 
 def far_norms(
     W_dec: Float[Tensor, "d_transcoder own_and_ranks"], W_far: Float[Tensor, "n_far rank d_model"]
 ) -> Float[Tensor, " d_transcoder"]:
     """||W_dec,i|| over all decoder vectors, without making them: sum_t A_t,i (B_t B_t^T) A_t,i^T beside the own."""
-    kind = torch.promote_types(W_dec.dtype, torch.float32)
-    W_dec, W_far = W_dec.to(kind), W_far.to(kind)
+    wide = torch.promote_types(W_dec.dtype, torch.float32)
+    W_dec, W_far = W_dec.to(wide), W_far.to(wide)
     n_far, rank, d_model = W_far.shape
-    own, A = W_dec[:, :d_model], W_dec[:, d_model:].unflatten(1, (n_far, rank))
+    near, A = W_dec[:, :d_model], W_dec[:, d_model:].unflatten(1, (n_far, rank))
     far = (torch.einsum("fjr,jrq->fjq", A, W_far @ W_far.mT) * A).sum(dim=(1, 2))
-    return (own.square().sum(dim=1) + far).sqrt()
+    return (near.square().sum(dim=1) + far).sqrt()

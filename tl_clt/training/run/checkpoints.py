@@ -40,9 +40,9 @@ from torch import Tensor
 from tl_clt.errors import CheckpointError, NotWritten, TlCltError, TrainingWarning
 from tl_clt.files import READING_ERRORS, read_json, require_file, require_new
 from tl_clt.training.clt import TrainingCLT
-from tl_clt.training.data.batches import ActivationScale, DataCounts, Place, Position
+from tl_clt.training.config import CLTTrainingRunnerConfig
+from tl_clt.training.data.batches import ActivationScale, ChunkPlace, DataCounts, Position
 from tl_clt.training.parallel import SINGLE, ProcessGrid, is_shared
-from tl_clt.training.run.config import CLTTrainingRunnerConfig
 from tl_clt.training.run.trainer import CLTTrainer, require_finite_weights
 
 # -- from the shares that several ranks hold to the whole CLT, and back
@@ -264,7 +264,7 @@ def position_of(state: TrainingState) -> Position:
             if type(number) is not int or number < -(name == "index"):
                 raise ValueError(f"data's {name} is {number!r}")
         return Position(
-            place=Place(**data["place"]),
+            place=ChunkPlace(**data["place"]),
             tokens_digest=data["tokens_digest"],
             ids=ids,
             n_ready=data["n_ready"],

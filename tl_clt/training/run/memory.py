@@ -9,7 +9,7 @@ import torch
 from tl_clt.errors import NotEnoughMemory
 from tl_clt.machine import GIB, free_memory
 from tl_clt.training.clt import CHUNK_ELEMENTS, TrainingCLT
-from tl_clt.training.data.batches import DataSettings
+from tl_clt.training.config import DataSettings
 
 
 class MemoryEstimate(NamedTuple):
@@ -60,16 +60,16 @@ def estimate_memory(clt: TrainingCLT, data: DataSettings) -> MemoryEstimate:
     # batch: raw, scaled, reconstructed, and the gradient.
     step = batch * ((2 * n_layers + 4) * clt.n_own_features + 4 * per_token) * number
     positions = data.positions_per_prompt
-    held = data.n_batches_for_scale * data.train_batch_size_tokens
+    tokens_in_memory = data.n_batches_for_scale * data.train_batch_size_tokens
     if clt.grid.is_main:
-        held += int((3 - data.activations_mixing_fraction) * data.n_batches_in_buffer * positions)
+        tokens_in_memory += int((3 - data.activations_mixing_fraction) * data.n_batches_in_buffer * positions)
     later = n_weights * weight + 2 * n_weights * number + step
     return MemoryEstimate(
         weights=n_weights * weight,
         gradients=n_weights * weight,
         moments=2 * n_weights * number,
         activations=step,
-        buffer=held * per_token * weight,
+        buffer=tokens_in_memory * per_token * weight,
         start=max(0, _at_start(clt, data.n_batches_for_scale * data.train_batch_size_tokens) - later),
     )
 

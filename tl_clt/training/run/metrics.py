@@ -16,7 +16,7 @@ from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
 from tl_clt.training.clt import SMALLEST_NORM, CLTStep, Step, TrainingCLT
-from tl_clt.training.data.batches import Batch
+from tl_clt.training.data.batches import ActivationBatch
 from tl_clt.transcoder import explained_variance
 
 
@@ -62,17 +62,17 @@ class Metrics(NamedTuple):
     """Features that fired at a token of each layer before thresholds were set by `fit_thresholds`; None where they were
     not."""
 
-    def in_words(self, asked: float | None) -> str:
+    def in_words(self, l0_asked_for: float | None) -> str:
         """What a newcomer should know of the CLT.
 
         Args:
-            asked: active features per token that each layer was to have; None where a lambda was given.
+            l0_asked_for: active features per token that each layer was to have; None where a lambda was given.
         """
         ev, l0 = self.explained_variance_per_layer, self.l0_per_layer
         worst = min(range(len(ev)), key=ev.__getitem__)
         text = "text kept out of training" if self.held_out else "text that was trained on, too short to keep any out"
-        wanted = "" if asked is None else f"; {asked:g} were asked for"
-        said = [
+        wanted = "" if l0_asked_for is None else f"; {l0_asked_for:g} were asked for"
+        sentences = [
             f"On {self.n_tokens:,} tokens of {text}, the CLT explains {self.explained_variance:.0%} of the variance of"
             f" MLP outputs, mean over layers ({ev[worst]:.0%} in layer {worst}, the least).",
             f"{self.l0_mean_per_layer:.3g} features of a layer are active at a token (by layer {min(l0):.3g} to"
@@ -80,22 +80,26 @@ class Metrics(NamedTuple):
         ]
         silent = [layer for layer, of_layer in enumerate(l0) if of_layer == 0]
         if silent:
-            said.append(
+            sentences.append(
                 f"Layers {_joined(silent)} are silent: raise target_l0 or k, or lower sparsity_coefficient, whichever"
                 " was set, or give more training_tokens."
             )
-        if asked is not None:
-            missed = [s for s, of_layer in enumerate(l0) if of_layer > 0 and abs(of_layer / asked - 1) > MISSED_BY]
+        if l0_asked_for is not None:
+            missed = [
+                s for s, of_layer in enumerate(l0) if of_layer > 0 and abs(of_layer / l0_asked_for - 1) > MISSED_BY
+            ]
             if missed:
-                said.append(f"The L0 that was asked for was missed by more than a tenth in layers {_joined(missed)}:")
-                few = self.l0_before_thresholds is None and all(l0[s] < asked for s in missed)
-                said.append(
+                sentences.append(
+                    f"The L0 that was asked for was missed by more than a tenth in layers {_joined(missed)}:"
+                )
+                few = self.l0_before_thresholds is None and all(l0[s] < l0_asked_for for s in missed)
+                sentences.append(
                     "fewer features than that are positive at their tokens. Give more features or training_tokens."
                     if few
                     else "the text by which thresholds were set is another, or too few features are positive. Give more"
                     " n_eval_prompts or training_tokens, or activation='topk'."
                 )
-        return " ".join(said)
+        return " ".join(sentences)
 
 
 MISSED_BY = 0.1
@@ -109,7 +113,7 @@ def _joined(numbers: list[int]) -> str:
 @torch.no_grad()
 def measure(
     clt: TrainingCLT,
-    batches: Iterable[Batch],
+    batches: Iterable[ActivationBatch],
     step: Step,
     *,
     dead_share_in_training: float,
@@ -159,7 +163,7 @@ def measure(
     )
 
 
-def _look(clt: TrainingCLT, batch: Batch, step: Step) -> CLTStep:
+def _look(clt: TrainingCLT, batch: ActivationBatch, step: Step) -> CLTStep:
     """A forward pass as at inference, with the k that training ended with."""
     clt.eval()
     without_penalties: dict[str, float] = {"sparsity": 0.0, "dead_feature": 0.0, "auxk": 0.0}
@@ -182,7 +186,7 @@ CLOSE_ENOUGH = 0.075
 
 
 @torch.no_grad()
-def fit_thresholds(clt: TrainingCLT, batches: Iterable[Batch], step: Step) -> list[float]:
+def fit_thresholds(clt: TrainingCLT, batches: Iterable[ActivationBatch], step: Step) -> list[float]:
     """Set thresholds so that as many features fire as were asked for, in the mean over these tokens:
 
         batchtopk, all_layers  score_threshold = t,   of each layer, or one for all
@@ -228,10 +232,10 @@ def fit_thresholds(clt: TrainingCLT, batches: Iterable[Batch], step: Step) -> li
     for group in [list(layers)] if together else [[s] for s in layers]:
         if not cfg.has_score_threshold and abs(before[group[0]] - wanted) <= CLOSE_ENOUGH * wanted:
             continue
-        own = torch.cat([scores for s in group for scores in largest[s]])
+        scores_here = torch.cat([scores for s in group for scores in largest[s]])
         # Of data-parallel ranks each has every score once.
         copies = clt.grid.n_data_parallel
-        t = _between(clt.grid.all_of_any_length(own), copies * round(wanted * n * len(group)))
+        t = _between(clt.grid.all_of_any_length(scores_here), copies * round(wanted * n * len(group)))
         for s in group:
             if cfg.has_score_threshold:
                 clt.score_threshold[s] = max(t, 0.0)
@@ -250,7 +254,7 @@ def _between(scores: Float[Tensor, " n"], n_kept: int) -> float:
     return float(two.double().mean())
 
 
-def cut_alike(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
+def cut_alike(batches: Iterator[ActivationBatch], size: int) -> Iterator[ActivationBatch]:
     """The same tokens in batches of `size`; the last has what is left."""
     rest: Tensor | None = None
     for batch in batches:

@@ -30,7 +30,8 @@ from torch import Tensor
 from tl_clt.errors import CheckpointError, LayerWarning
 from tl_clt.files import READING_ERRORS, new_file
 from tl_clt.report import GREY, PALETTE, drawing
-from tl_clt.training.clt import CLTSettings, CLTStep, TrainingCLT
+from tl_clt.training.clt import CLTStep, TrainingCLT
+from tl_clt.training.config import CLTSettings
 from tl_clt.transcoder import explained_variance
 
 if TYPE_CHECKING:
@@ -268,7 +269,7 @@ class LayerWatch:
 
     def __init__(self, clt: CLTSettings) -> None:
         self._clt = clt
-        self._told: set[int] = set()
+        self._warned_of: set[int] = set()
 
     def look(self, line: TrainingProgress) -> list[str]:
         """Warn of what the line shows; the messages."""
@@ -276,15 +277,15 @@ class LayerWatch:
         silent = [layer for layer, l0 in enumerate(line.l0_per_layer) if l0 < silent_below]
         late = line.step > line.n_steps / 2
         bad = [layer for layer, ev in enumerate(line.explained_variance_per_layer) if late and ev < 0]
-        found = []
-        for layers, seen in ((silent, self._say_silent), (bad, self._say_negative)):
-            new = [layer for layer in layers if layer not in self._told]
-            self._told.update(new)
+        messages = []
+        for layers, describe in ((silent, self._say_silent), (bad, self._say_negative)):
+            new = [layer for layer in layers if layer not in self._warned_of]
+            self._warned_of.update(new)
             if new:
-                found.append(f"Step {line.step} of {line.n_steps}: {seen(new, line)}")
-        for message in found:
+                messages.append(f"Step {line.step} of {line.n_steps}: {describe(new, line)}")
+        for message in messages:
             warnings.warn(message, LayerWarning, stacklevel=2)
-        return found
+        return messages
 
     def _say_silent(self, layers: list[int], line: TrainingProgress) -> str:
         most = max(line.l0_per_layer[layer] for layer in layers)
@@ -366,10 +367,10 @@ class Waiting(Iterator[Any]):
 
 
 @contextmanager
-def bar(shown: bool) -> Iterator[None]:
-    """Within, SAELens's progress bar is shown or not: it has no switch of its own."""
+def bar(show: bool) -> Iterator[None]:
+    """Within the block, SAELens's progress bar is shown or not: it has no switch of its own."""
     before = sae_trainer.tqdm
-    if not shown:
+    if not show:
         sae_trainer.tqdm = partial(before, disable=True)  # type: ignore[misc, assignment]
     try:
         yield

@@ -27,10 +27,11 @@ from tl_clt.errors import ConfigError, NotFinite, NotWritten, OutputNotEmpty, Tr
 from tl_clt.files import files_into, new_folder, require_new
 from tl_clt.lens import HookedModel, load_model, mlp_hook_points, model_fingerprint, model_name, require_model
 from tl_clt.training.clt import TrainingCLT, TrainingCLTConfig, init_from_tokens
+from tl_clt.training.config import CLTTrainingRunnerConfig
 from tl_clt.training.data.batches import (
+    ActivationBatch,
     ActivationBatches,
     ActivationScale,
-    Batch,
     DataCounts,
     Handout,
     apply_scale,
@@ -58,7 +59,6 @@ from tl_clt.training.run.checkpoints import (
     restore,
     scale_of,
 )
-from tl_clt.training.run.config import CLTTrainingRunnerConfig
 from tl_clt.training.run.memory import MemoryEstimate, estimate_memory, require_memory
 from tl_clt.training.run.metrics import Metrics, cut_alike, fit_thresholds, measure, sets_thresholds
 from tl_clt.training.run.progress import (
@@ -357,14 +357,14 @@ class CLTTrainingRunner:
         if state is not None:
             restore(trainer, state, longer=start.checkpoint is not None and has_more_tokens(cfg, start.checkpoint))
 
-        def own_part(batches: Iterator[Batch] | None) -> Iterator[Batch]:
+        def own_part(batches: Iterator[ActivationBatch] | None) -> Iterator[ActivationBatch]:
             handed_out = Handout(batches, grid, (2, start.n_layers, start.d_model), sae.dtype, sae.device)
             return (apply_scale(batch, scale) for batch in handed_out)
 
         waiting = Waiting(own_part(None if raw is None else self._for_training(raw, trainer)))
         trainer.data_provider = waiting
 
-        def upcoming() -> Batch:
+        def upcoming() -> ActivationBatch:
             ahead = None if raw is None else torch.cat(raw.peek(cfg.data.n_batches_for_scale))
             return apply_scale(from_main(ahead, grid, sae.dtype, sae.device), scale)
 
@@ -391,7 +391,7 @@ class CLTTrainingRunner:
             logger.info("%s", cfg.in_words())
         meter.begin(trainer.n_training_samples)
         try:
-            with checkpoints, bar(shown=self.on_progress is None and not logger.isEnabledFor(logging.INFO)):
+            with checkpoints, bar(show=self.on_progress is None and not logger.isEnabledFor(logging.INFO)):
                 trainer.fit()
                 checkpoints.write_last(trainer)
         finally:
@@ -426,15 +426,15 @@ class CLTTrainingRunner:
         """
         cfg, sae = self.cfg, trainer.sae
         with nullcontext() if raw is None else raw.paused():
-            held = None if raw is None else raw.held_out()
-            n_tokens, kept_out = sae.grid.on_main(lambda: (0, False) if held is None else held[:2])
+            held_out = None if raw is None else raw.held_out()
+            n_tokens, kept_out = sae.grid.on_main(lambda: (0, False) if held_out is None else held_out[:2])
             # An even number of equal batches, of which thresholds may take half.
             n_batches = 2 * -(-n_tokens // (2 * cfg.data.train_batch_size_tokens))
             size = -(-n_tokens // n_batches)
             n_batches = -(-n_tokens // size)
-            cut = None if held is None else cut_alike(held.batches, size)
+            cut = None if held_out is None else cut_alike(held_out.batches, size)
 
-            def for_everyone() -> Iterator[Batch]:
+            def for_everyone() -> Iterator[ActivationBatch]:
                 for _ in range(n_batches):
                     batch = None if cut is None else next(cut)
                     yield apply_scale(from_main(batch, sae.grid, sae.dtype, sae.device), scale)
@@ -530,7 +530,7 @@ class CLTTrainingRunner:
         return ProgressTable(losses, checkpoints if clt.grid.is_main else None, before)
 
     def _teller(self, table: ProgressTable, raw: ActivationBatches | None) -> Callable[[TrainingProgress], None]:
-        """What becomes of each line: nothing but on the main process."""
+        """What each line of progress is given to. On other processes than the main one it does nothing."""
         watch = LayerWatch(self.cfg.clt)
 
         def tell(line: TrainingProgress) -> None:
@@ -545,11 +545,11 @@ class CLTTrainingRunner:
 
         return tell
 
-    def _for_training(self, raw: ActivationBatches, trainer: CLTTrainer) -> Iterator[Batch]:
+    def _for_training(self, raw: ActivationBatches, trainer: CLTTrainer) -> Iterator[ActivationBatch]:
         """The batches, the last cut to the tokens that are left."""
-        repeats_told = False
+        warned = False
         for batch in raw:
-            repeats_told = repeats_told or _warn_of_repeats(raw.position.counts, self.cfg.data.training_tokens)
+            warned = warned or _warn_of_repeats(raw.position.counts, self.cfg.data.training_tokens)
             yield batch[: self.cfg.data.training_tokens - trainer.n_training_samples]
 
     def _clt_config(self, start: Start, scale: ActivationScale | None) -> TrainingCLTConfig:
@@ -629,7 +629,7 @@ CONSTANT_BELOW = 1e-10
 """Share of outputs' squares that varies, below which it is taken for rounding."""
 
 
-def _warn_of_constant_outputs(batches: Sequence[Batch]) -> None:
+def _warn_of_constant_outputs(batches: Sequence[ActivationBatch]) -> None:
     """Warn where some layer's outputs are the same at all tokens."""
     constant = []
     for layer in range(batches[0].shape[2]):
@@ -653,7 +653,7 @@ def _of_same_name(cfg: CLTTrainingRunnerConfig, kind: type) -> dict[str, Any]:
 
 @contextmanager
 def _seeded(cfg: CLTTrainingRunnerConfig) -> Iterator[None]:
-    """Within, torch's random numbers are those of the run's seed; afterwards they are as before."""
+    """Within the block, torch's random numbers are those of the run's seed; afterwards they are as before."""
     device = torch.device(cfg.device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -663,7 +663,7 @@ def _seeded(cfg: CLTTrainingRunnerConfig) -> Iterator[None]:
 
 @contextmanager
 def _wandb(cfg: CLTTrainingRunnerConfig, start: Start, grid: ProcessGrid) -> Iterator[None]:
-    """Within, a Weights & Biases run is open where the config asks for one: that of a resumed run goes on.
+    """Within the block, a Weights & Biases run is open where the config asks for one: that of a resumed run goes on.
 
     What other processes than the main one log goes nowhere.
     """

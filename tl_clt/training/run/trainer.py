@@ -1,5 +1,8 @@
 """SAELens's trainer, with a step that costs what its matrix products cost.
 
+From the `TrainStepInput` that is made here to the optimiser's step a run goes through this file, `clt` (`step`),
+`fast.step`, its `fast.products`, and `losses`.
+
 Adam for weights in bfloat16 has moments in float32, and rounds weights at random: bfloat16 has 8 significant bits, and
 an update of Adam is often less than half of the last one: rounded to the nearest, it is lost every time. Rounded up
 with the probability that the position between two neighbours gives, it is right on average.
@@ -19,16 +22,16 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tl_clt.errors import NotFinite
 from tl_clt.training.clt import TrainingCLT, TrainingCLTConfig
-from tl_clt.training.data.batches import Batch
+from tl_clt.training.data.batches import ActivationBatch
 from tl_clt.training.fast.products import set_gradients_aside, zero_gradients_aside
 from tl_clt.training.fast.step import FastStep
 from tl_clt.training.losses import L0Controller
-from tl_clt.training.parallel import clip_divisor, combine_gradients, gradient_norm
+from tl_clt.training.parallel import ProcessGrid, is_shared
 from tl_clt.training.resampling import UNTIL, resample
 from tl_clt.training.run.progress import ProgressMeter
 
@@ -79,7 +82,7 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
     progress: ProgressMeter | None = None
     """Told of every step."""
 
-    upcoming: Callable[[], Batch] | None = None
+    upcoming: Callable[[], ActivationBatch] | None = None
     """Gives some tokens that are soon trained on, scaled, on a grid the same for every rank. Dead features begin anew
     from them (see `resampling`); none do where it is left out."""
 
@@ -217,7 +220,7 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
         sae, cfg = self.sae, self.cfg
         by_layer = output.sae_out.unflatten(1, (sae.cfg.n_layers, -1))
         gradients = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
-        found = sae.grid.everywhere(
+        by_rank = sae.grid.everywhere(
             lambda: (
                 bool(sae_in.isfinite().all()),
                 [layer for layer in range(sae.cfg.n_layers) if not by_layer[:, layer].isfinite().all()],
@@ -225,17 +228,17 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
             )
         )
         step = f"Training stopped at step {self.n_training_steps + 1} of {cfg.total_training_steps}:"
-        if not all(finite for finite, _, _ in found):
+        if not all(finite for finite, _, _ in by_rank):
             raise NotFinite(
                 f"{step} the model's activations are infinite or no number at some token. Nothing is saved. Load the"
                 " model in float32 (model_dtype), or check its weights."
             )
         terms = [f"{name} is {float(value)}" for name, value in output.losses.items() if not value.isfinite()]
-        layers = sorted({layer for _, of_rank, _ in found for layer in of_rank})
+        layers = sorted({layer for _, of_rank, _ in by_rank for layer in of_rank})
         if layers:
             terms.append(f"the reconstruction of layers {', '.join(map(str, layers))} is not finite")
         if not terms:
-            names = sorted({name for _, _, of_rank in found for name in of_rank})
+            names = sorted({name for _, _, of_rank in by_rank for name in of_rank})
             source = f", from {', '.join(names)}" if 0 < len(names) < len(gradients) else ""
             terms = [f"the gradient's norm is {float(norm)}{source}"]
         raise NotFinite(f"{step} {'; '.join(terms)}. Nothing is saved of these weights. {mend_of_growth(cfg)}")
@@ -281,6 +284,58 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
             self.controller.observe(self.sae.l0_per_layer(fired, n_tokens))
 
 
+# -- gradients: their mean over tokens, and their norm, over the processes of a run
+
+EPSILON = 1e-6
+"""Added to the norm, as `torch.nn.utils.clip_grad_norm_` does."""
+
+
+SUMS_OVER_FEATURES = "W_far"
+"""A shared weight through which each rank's features write: a rank has its features' part of the gradient. Others
+(b_dec, W_skip) come after the sum over ranks, and every rank has the whole of theirs."""
+
+
+def combine_gradients(clt: nn.Module, grid: ProcessGrid) -> None:
+    """Make each rank's gradients those of all tokens and, of shared weights, all features; in place."""
+    for name, parameter in clt.named_parameters():
+        if name.startswith(SUMS_OVER_FEATURES) and parameter.grad is not None:
+            grid.add_over_features(parameter.grad)
+    grid.mean_over_data([p.grad for p in clt.parameters() if p.grad is not None])
+
+
+def gradient_norm(clt: nn.Module, grid: ProcessGrid) -> Float[Tensor, ""]:
+    """The norm of all gradients, over all ranks.
+
+        norm = sqrt(sum over ranks of |gradients of their features|^2 + |gradients of shared weights|^2)
+
+    Where one rank has all features this is that of `torch.nn.utils.clip_grad_norm_`.
+    """
+    gradients = {name: p.grad for name, p in clt.named_parameters() if p.grad is not None}
+    if grid.n_feature_shards == 1:
+        return torch.nn.utils.get_total_norm(list(gradients.values()))
+    return _norm_over_ranks(gradients, grid)
+
+
+def clip_divisor(norm: Float[Tensor, ""], max_norm: float) -> Float[Tensor, ""]:
+    """What gradients of that norm are divided by, so that it is at most `max_norm`."""
+    return ((norm + EPSILON) / max_norm).clamp(min=1.0)
+
+
+def _norm_over_ranks(gradients: Mapping[str, Tensor], grid: ProcessGrid) -> Float[Tensor, ""]:
+    def square(shared: bool) -> Tensor:
+        grads = [g for name, g in gradients.items() if is_shared(name) == shared]
+        return torch.stack([torch.linalg.vector_norm(g, dtype=_sum_dtype(g)).square() for g in grads]).sum()
+
+    return (grid.add_over_features(square(shared=False)) + square(shared=True)).sqrt()
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+# -- numbers that are not finite
+
+
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors that hold infinities, or what is no number."""
     return [name for name, value in tensors.items() if not value.isfinite().all()]
@@ -314,6 +369,8 @@ def require_finite_weights(weights: Mapping[str, Tensor], when: str, cfg: Any) -
             f" them. {mend_of_growth(cfg)}"
         )
 
+
+# -- Adam for weights in bfloat16
 
 LOW_BITS = 16
 """Bits that float32 has and bfloat16 has not."""
@@ -370,6 +427,8 @@ class RandomRoundingAdam(Optimizer):
             for name in ("exp_avg", "exp_avg_sq"):
                 self.state[weights[index]][name] = saved[name].to(weights[index].device, torch.float32, copy=True)
 
+
+# -- dead features
 
 BLOCKS = 8
 """Parts of the window: the oldest is dropped whole when a new one begins."""

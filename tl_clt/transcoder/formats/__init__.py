@@ -81,26 +81,30 @@ def _local_folder(folder_or_hub_repo: str | Path) -> Path:
         return bundled
     if folder.is_file():
         raise FormatError(f"'{folder}' is a file: give the folder that holds the CLT's files.")
-    known = hub.find(str(folder_or_hub_repo))
-    if known is None and _names_a_folder(folder_or_hub_repo):
+    entry_of_catalogue = hub.find(str(folder_or_hub_repo))
+    if entry_of_catalogue is None and _names_a_folder(folder_or_hub_repo):
         raise FormatError(
             f"'{folder_or_hub_repo}' is neither a folder here nor a hub repository that can be reached: there is no"
             " folder of this path. Check it."
         )
     revision = str(folder_or_hub_repo).partition("@")[2]
-    where = hub.parse(str(folder_or_hub_repo) if known is None else known.repo)
-    where = where._replace(revision=where.revision or revision or None)
-    folder = hub.fetch_folder(where, ["config.yaml", "config.json", "cfg.json"])
+    hub_path = hub.parse(str(folder_or_hub_repo) if entry_of_catalogue is None else entry_of_catalogue.repo)
+    hub_path = hub_path._replace(revision=hub_path.revision or revision or None)
+    folder = hub.fetch_folder(hub_path, ["config.yaml", "config.json", "cfg.json"])
     listed = read_config(folder / "config.yaml").get("transcoders")
     if isinstance(listed, list):
         inside = [str(entry) for entry in listed if not str(entry).startswith(hub.URI)]
-        return hub.fetch_folder(where, [*inside, *(f"{entry}/*" for entry in inside)]) if inside else folder
-    return hub.fetch_folder(where, ["*.safetensors", "*.json", "*.yaml"])
+        return hub.fetch_folder(hub_path, [*inside, *(f"{entry}/*" for entry in inside)]) if inside else folder
+    return hub.fetch_folder(hub_path, ["*.safetensors", "*.json", "*.yaml"])
 
 
-def _names_a_folder(given: str | Path) -> bool:
+def _names_a_folder(folder_or_hub_repo: str | Path) -> bool:
     """Whether this can only be meant as a folder here, and not as a place on the hub."""
-    return isinstance(given, Path) or given.startswith(("/", "./", "../", "~")) or "\\" in given
+    return (
+        isinstance(folder_or_hub_repo, Path)
+        or folder_or_hub_repo.startswith(("/", "./", "../", "~"))
+        or "\\" in folder_or_hub_repo
+    )
 
 
 UNVERIFIED = {
@@ -111,7 +115,7 @@ UNVERIFIED = {
 
 
 def _unverified(folder: Path) -> str:
-    for name, what in UNVERIFIED.items():
+    for name, layout in UNVERIFIED.items():
         if (folder / name).is_file():
-            return f" It looks like {what}, whose names and orientations this package could not verify: convert it."
+            return f" It looks like {layout}, whose names and orientations this package could not verify: convert it."
     return ""

@@ -240,7 +240,7 @@ def hook_of_hf(point: str, where: str) -> str:
     """The hook for a place such as `model.layers.3.pre_feedforward_layernorm.output`.
 
     Raises:
-        FormatError: it is none of those known.
+        FormatError: the place is not one of those in `HF_HOOKS`.
     """
     within = re.sub(r"^(model\.)?(language_model\.)?(layers\.(\d+|\{[a-z]*\})\.)?", "", point)
     if within not in HF_HOOKS:

@@ -1,4 +1,9 @@
-"""What a training run is, in plain values, and what these must satisfy, with the field and the mend in each message."""
+"""What a training run is, in plain values: the settings of the CLT, of the data and of the run, what is chosen where
+nothing is said, and what all of it must satisfy, with the field and the mend in each message.
+
+The command line's options are these fields. Neither SAELens nor TransformerLens is imported here, so that its help
+comes at once.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +12,192 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
-from tl_clt.arguments import as_choice, as_number, as_several, as_switch, as_whole, is_whole, plain, shown
+from tl_clt.arguments import Backend, as_choice, as_number, as_several, as_switch, as_whole, is_whole, plain, shown
 from tl_clt.errors import ConfigError, nearest
-from tl_clt.lens import Backend
-from tl_clt.training.clt import CLTSettings
-from tl_clt.training.data.batches import CHOSEN, HELD_OUT_EVERY, DataSettings, NumberOrChosen, WholeOrChosen
-from tl_clt.training.data.cache import CacheDtype
-from tl_clt.training.losses import Across, SparsityKind, StraightThrough, TrainedActivation
+from tl_clt.training.losses import Across, LossSettings, SparsityKind, StraightThrough, TrainedActivation
 from tl_clt.transcoder.config import DTYPES
 
 Config = TypeVar("Config")
+CacheDtype = Literal["float16", "int8"]
 Scheduler = Literal["constant", "cosineannealing", "cosineannealingwarmrestarts"]
+
+CHOSEN: Any = None
+"""Default of what a run's config chooses by itself where it is left out: see `choose`."""
+
+if TYPE_CHECKING:  # once a run's config is made
+    WholeOrChosen: TypeAlias = int
+    NumberOrChosen: TypeAlias = float
+else:
+    WholeOrChosen: TypeAlias = int | None
+    NumberOrChosen: TypeAlias = float | None
+
+HELD_OUT_EVERY = 16
+"""Of so many prompts of a dataset one is kept out of training: the last."""
+
+# -- the CLT
+
+DEFAULT_K = 16
+"""Active features per layer and token where nothing is said of them."""
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class CLTShape:
+    """What a user says of a CLT's weights and activation."""
+
+    d_transcoder: int
+    """Features per layer."""
+
+    span: int | None = None
+    """Layers a feature writes to: n_layers (a CLT) where left out, 1 for per-layer transcoders."""
+
+    activation: TrainedActivation = "topk"
+    """topk, batchtopk, jumprelu or relu. topk and batchtopk rank features by activation * ||W_dec,i||, so that as many
+    are active as were asked for, in every layer and from the first step on; jumprelu and relu have to learn it."""
+
+    k: int | None = None
+    """Features kept per layer and token, in the mean, by topk and batchtopk. `target_l0` where left out, or else 16."""
+
+    topk_across: Across = "layer"
+    """What k is counted over: each layer by itself ("layer"), or all layers together ("all_layers"), so that layers
+    which need more features get them. All layers together, and batchtopk, are exported as jumprelu."""
+
+    skip: bool = False
+    """Whether each layer adds a linear map of its own input."""
+
+    far_rank: int | None = None
+    """Rank of the decoders to later layers, which are exported as full ones; full where left out."""
+
+    input_hook: str = "hook_resid_mid"
+    """Hook that features read, within a block."""
+
+    output_hook: str = "hook_mlp_out"
+    """Hook that features write, within a block."""
+
+    jumprelu_init_threshold: float = 0.03
+    """Threshold of every feature at the start, in units of hidden_pre."""
+
+    jumprelu_bandwidth: float = 1.0
+    """Width of the window of the straight-through gradient, in units of hidden_pre."""
+
+    straight_through: StraightThrough = "all"
+    """Whether that gradient reaches hidden_pre as well ("all") or the threshold only ("threshold")."""
+
+    @property
+    def selects(self) -> bool:
+        """Whether features are chosen by rank (topk, batchtopk), and not by a threshold of their own."""
+        return self.activation in ("topk", "batchtopk")
+
+    @property
+    def has_score_threshold(self) -> bool:
+        """Whether inference compares scores with a fixed threshold, because what competes is not known then.
+
+        One token knows nothing of its batch, and a layer of a model nothing of the layers above.
+        """
+        return self.activation == "batchtopk" or (self.selects and self.topk_across == "all_layers")
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class CLTSettings(LossSettings, CLTShape):
+    """All that a user says of a CLT in training: the `clt` of a `CLTTrainingRunnerConfig`. The formulas and units of
+    the losses are in `losses`."""
+
+    dtype: str = "float32"
+    """Number type of the CLT's weights and of training; bfloat16 weights are rounded at random."""
+
+    k_start: int | None = None
+    """k at the first step, from where it falls linearly to `k` over the first `k_anneal_steps` steps."""
+
+    k_anneal_steps: int = 0
+    """Steps over which k falls from `k_start`."""
+
+    def k_asked_for(self) -> int:
+        """k where it is left out: `target_l0`, or else `DEFAULT_K`."""
+        k = DEFAULT_K if self.target_l0 is None else max(1, round(self.target_l0))
+        return min(k, self.d_transcoder)
+
+    def k_at(self, step: int) -> int | None:
+        """k at a training step: it falls linearly from `k_start` to `k` over the first `k_anneal_steps` steps."""
+        if self.k is None or self.k_start is None or step >= self.k_anneal_steps:
+            return self.k
+        return round(self.k_start + (self.k - self.k_start) * step / self.k_anneal_steps)
+
+
+# -- the data
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """What a CLT is trained on: the `data` of a `CLTTrainingRunnerConfig`."""
+
+    streaming: bool = True
+    """Read a hub dataset while training, in place of a download beforehand."""
+
+    training_tokens: int = 2_000_000
+    """Tokens to train on, repeats of the dataset included. Exactly so many: the last batch may be shorter."""
+
+    context_size: WholeOrChosen = CHOSEN
+    """Tokens of a prompt. Where left out: 128, or as many as the model takes where these are fewer."""
+
+    train_batch_size_tokens: WholeOrChosen = CHOSEN
+    """Tokens of a training step. Where left out: the power of two of at least 128 and at most 4096 tokens that makes
+    about 300 steps of training_tokens, because features need some hundred steps to settle."""
+
+    store_batch_size_prompts: int = 32
+    """Prompts of a forward pass of the model."""
+
+    n_batches_in_buffer: int = 128
+    """The shuffling buffer's size in prompts; n_batches_in_buffer * context_size tokens must hold a batch."""
+
+    activations_mixing_fraction: float = 0.5
+    """Share of the buffer that is kept back for mixing with new activations."""
+
+    prepend_bos: bool = True
+    """Begin each prompt made of text with the beginning-of-sequence token."""
+
+    sequence_separator_token: int | Literal["bos", "eos", "sep"] | None = "bos"
+    """What goes between rows of text that share a prompt."""
+
+    exclude_special_tokens: bool | tuple[int, ...] = True
+    """Leave the tokenizer's special tokens (True; none where the model has no tokenizer), or these token ids, out of
+    training. The beginning-of-sequence token has a norm a hundred times the others', and means nothing."""
+
+    seqpos_slice: tuple[int | None, ...] = (None,)
+    """Positions to train on, as the arguments of `slice`: (1, None) leaves the first out."""
+
+    max_norm_ratio: float | None = 10.0
+    """Leave out tokens at which some layer's input has a norm of more than so many times its median over the prompts
+    of a forward pass: massive activations, which mean nothing, and a few of which would make up most of the squared
+    error. None leaves none out. On Gemma 3 270M only the beginning-of-sequence token has any (13 times the median)."""
+
+    n_eval_prompts: WholeOrChosen = CHOSEN
+    """Prompts that the final metrics are measured on; where thresholds are set at the end, half of them are for that.
+    Every 16th prompt of the dataset is kept out of training for them. Where left out: 1 for every 16 that are trained
+    on, and at least 16, at most 256."""
+
+    cache_path: str | None = None
+    """Folder of cached activations: what is in it is read, what is not is added. Any run of the same model and hooks
+    may use it, whatever its dataset, context size, left-out tokens and seed."""
+
+    cache_dtype: CacheDtype = "float16"
+    """float16, or int8 for half the space. A run with a cache trains on the rounded activations, the first run
+    as well as the next. On Gemma 3 270M a layer's activations change by up to 0.02% (float16) or 5% (int8)."""
+
+    prefetch: bool = True
+    """Run the model for the next batches on a thread of its own while a step is made. Batches are the same."""
+
+    n_batches_for_scale: WholeOrChosen = CHOSEN
+    """First batches, on which scales and the first weights are set. They are trained on as well. Where left out: so
+    many that they have 4,096 tokens, or two for each feature of a layer if that is more, but at most 16,384."""
+
+    @property
+    def positions_per_prompt(self) -> int:
+        """Positions of a prompt that `seqpos_slice` leaves to train on."""
+        return len(range(self.context_size)[slice(*self.seqpos_slice)])
+
+
+# -- the run
 
 PARTS: dict[str, type[CLTSettings] | type[DataSettings]] = {"clt": CLTSettings, "data": DataSettings}
 """Settings that a run's config contains, by the field that holds them."""
@@ -205,7 +383,7 @@ class CLTTrainingRunnerConfig:
     def in_words(self) -> str:
         """The activation, what was chosen where nothing was said, and why, and what of the text is left out."""
         data = self.data
-        said = [f"  {name} = {getattr(self, name)}: {reason}" for name, reason in self.chosen.items()]
+        chosen_lines = [f"  {name} = {getattr(self, name)}: {reason}" for name, reason in self.chosen.items()]
         rules = []
         if data.exclude_special_tokens is not False:
             named = data.exclude_special_tokens is True
@@ -213,10 +391,10 @@ class CLTTrainingRunnerConfig:
         if data.max_norm_ratio is not None:
             rules.append(f"tokens of a norm above {data.max_norm_ratio:g} times the median (max_norm_ratio)")
         rules.append(f"every {HELD_OUT_EVERY}th prompt, to measure on, where there are so many")
-        chosen = ["Chosen, where nothing was said:", *said] if said else []
+        sentences = ["Chosen, where nothing was said:", *chosen_lines] if chosen_lines else []
         kept = f", {self.clt.k} features a layer and token" if self.clt.selects else ""
         first, last = f"Activation {self.clt.activation}{kept}.", f"Left out of training: {', '.join(rules)}."
-        return "\n".join([first, *chosen, last])
+        return "\n".join([first, *sentences, last])
 
     @property
     def l0_asked_for(self) -> float | None:
@@ -366,28 +544,28 @@ def require(holds: bool, message: str) -> None:
 def _make_plain(cfg: CLTTrainingRunnerConfig) -> None:
     """Put plain values of Python's in the place of what was given for numbers, switches and text."""
     for part, kind in PARTS.items():
-        given = getattr(cfg, part)
-        require(isinstance(given, kind), f"{part} is {shown(given)}: give a {kind.__name__}.")
+        settings = getattr(cfg, part)
+        require(isinstance(settings, kind), f"{part} is {shown(settings)}: give a {kind.__name__}.")
         # A copy, so that what was given stays as it is.
-        object.__setattr__(cfg, part, replace(given))
+        object.__setattr__(cfg, part, replace(settings))
     for holder in (cfg, cfg.clt, cfg.data):
         for field_ in fields(holder):
             value, kind = getattr(holder, field_.name), str(field_.type)
             if value is None and kind.endswith(("| None", "OrChosen")):
                 continue
-            told = f"CLTTrainingRunnerConfig: {field_.name}"
+            label = f"CLTTrainingRunnerConfig: {field_.name}"
             as_plain = {"int": as_whole, "float": as_number, "bool": as_switch, "str": _as_text}
             as_plain |= {"WholeOrChosen": as_whole, "NumberOrChosen": as_number}
             kind = kind.removesuffix(" | None")
             if kind in as_plain:
-                object.__setattr__(holder, field_.name, as_plain[kind](told, value))
+                object.__setattr__(holder, field_.name, as_plain[kind](label, value))
     data = cfg.data
     for name in ("seqpos_slice", "exclude_special_tokens"):
         value = getattr(data, name)
         if name == "seqpos_slice" or not isinstance(value, bool):
             entries = as_several(f"CLTTrainingRunnerConfig: {name}", value, "whole numbers")
-            told = f"CLTTrainingRunnerConfig: {name}"
-            whole = [as_whole(f"{told}[{i}]", n, none="no bound") for i, n in enumerate(entries)]
+            label = f"CLTTrainingRunnerConfig: {name}"
+            whole = [as_whole(f"{label}[{i}]", n, none="no bound") for i, n in enumerate(entries)]
             require(None not in whole or name == "seqpos_slice", f"{name} is {value!r}: give token ids.")
             require(len(whole) <= 3 or name != "seqpos_slice", f"seqpos_slice is {value!r}: give start, stop and step.")
             object.__setattr__(data, name, tuple(whole))
