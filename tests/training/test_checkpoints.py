@@ -438,13 +438,17 @@ def press_at(step: int) -> Callable[[TrainingProgress], None]:
 @pytest.mark.parametrize("at", [7, 9])
 def test_ctrl_c_ends_the_step_and_writes_a_checkpoint(cfg, model, tokens, at: int) -> None:
     """It is pressed before step 8, or before step 10, at which there is a checkpoint anyway."""
+    stopped = CLTTrainingRunner(cfg, model=model, dataset=tokens, on_progress=press_at(at))
     with pytest.raises(KeyboardInterrupt):
-        CLTTrainingRunner(cfg, model=model, dataset=tokens, on_progress=press_at(at)).run()
+        stopped.run()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     folder = Path(cfg.checkpoint_path)
     assert steps_in(folder) == [5, at + 1]
+    # The step that it falls into has its line: what goes on from there does not make it again.
+    assert [line.step for line in stopped.progress] == list(range(1, at + 2))
     run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
     assert_same(run, run.run(resume=folder), uninterrupted(cfg, model, tokens))
+    assert [line.step for line in run.progress] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.usefixtures("handler")

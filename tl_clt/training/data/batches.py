@@ -317,7 +317,8 @@ class Chunks:
             tokens_digest: what that chunk said of the tokens; they must be the same now.
 
         Raises:
-            DatasetError: the tokens up to the place are others, or no token of a whole pass is kept.
+            DatasetError: the tokens up to the place are others, or no token of a whole pass is kept, or of the first
+                `MOST_WITHOUT_ANY` chunks of it.
         """
         epoch, skip = (0, 0) if place is None else (place.epoch, place.index + 1)
         while True:
@@ -326,17 +327,16 @@ class Chunks:
                 digest.update(tokens.cpu().numpy().tobytes())
             if skip > 0 and digest.hexdigest() != tokens_digest:
                 raise DatasetError(_OTHER_TOKENS)
-            n_kept = 0
+            read = DataCounts()
             for index, tokens in enumerate(prompts, start=skip):
                 digest.update(tokens.cpu().numpy().tobytes())
                 chunk = self._chunk(Place(epoch, index), tokens, digest.hexdigest(), new_epoch=index == 0 < epoch)
-                n_kept += len(chunk.rows)
+                read += chunk.counts
                 yield chunk
-            if n_kept == 0 and skip == 0:
-                raise DatasetError(
-                    "No token of the dataset is left to train on. Widen seqpos_slice, exclude fewer tokens, or raise"
-                    " max_norm_ratio."
-                )
+                if read.kept == 0 and skip == 0 and index + 1 == MOST_WITHOUT_ANY:
+                    raise _nothing_left(read)
+            if read.kept == 0 and skip == 0:
+                raise _nothing_left(read)
             epoch, skip = epoch + 1, 0
 
     def find(self, ids: Int[Tensor, " token"]) -> Activations:
@@ -367,6 +367,19 @@ class Chunks:
         self.seconds += time.monotonic() - began
         ids = place.index * self._full + kept.cpu()
         return Chunk(place, activations[kept], ids, counts + DataCounts(epochs=int(new_epoch)), digest)
+
+
+MOST_WITHOUT_ANY = 64
+"""Chunks at the beginning of a pass that may be without a token to train on. A pass over a long text, whose prompts
+are perhaps all too short or of words that the tokenizer does not know, would end hours later with the same."""
+
+
+def _nothing_left(read: DataCounts) -> DatasetError:
+    return DatasetError(
+        f"No token is left to train on. {read.in_words()} Give a longer context_size, or text whose words the tokenizer"
+        " knows (unknown ones are special tokens). Or widen seqpos_slice, exclude fewer tokens, or raise"
+        " max_norm_ratio."
+    )
 
 
 _OTHER_TOKENS = (
@@ -513,7 +526,7 @@ def check_fits(model: HookedModel, clt: CLTShape, data: DataSettings) -> None:
 
     Raises:
         HookNotFound: it lacks a hook.
-        ConfigError: context_size, span or far_rank is more than the model's.
+        ConfigError: context_size, span or far_rank is more than the model's, or a token id to exclude is none of its.
     """
     hook_names(model, clt)
     name, n_ctx, n_layers = model_name(model), model.cfg.n_ctx, model.cfg.n_layers
@@ -527,6 +540,13 @@ def check_fits(model: HookedModel, clt: CLTShape, data: DataSettings) -> None:
         raise ConfigError(
             f"far_rank is {clt.far_rank}, but d_model of {name} is {model.cfg.d_model}, above which no rank is lower:"
             " give less, or leave far_rank out for full decoders."
+        )
+    excluded = () if isinstance(data.exclude_special_tokens, bool) else data.exclude_special_tokens
+    strange = [one for one in excluded if one >= model.cfg.d_vocab]
+    if strange:
+        raise ConfigError(
+            f"exclude_special_tokens has the token id {strange[0]}, but {name} has ids 0 to {model.cfg.d_vocab - 1}:"
+            " give ids of this model."
         )
 
 

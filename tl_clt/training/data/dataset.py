@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -31,7 +31,7 @@ from tl_clt.errors import ConfigError, DatasetError, TrainingWarning
 from tl_clt.lens import HookedModel, model_name, require_tokenizer
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
-DatasetSource: TypeAlias = str | Path | Tensor | Dataset | IterableDataset | DatasetDict | IterableDatasetDict
+DatasetSource: TypeAlias = str | Path | Tensor | Sequence[str] | AnyDataset | DatasetDict | IterableDatasetDict
 
 TOKEN_COLUMNS = ("tokens", "input_ids")
 TEXT_COLUMNS = ("text", "problem")
@@ -51,9 +51,9 @@ def open_dataset(
     """A dataset of one column, `tokens`, `input_ids`, `text` or `problem`, that is known to suit what is to be done.
 
     Args:
-        source: token ids [n, at least context_size]; a `datasets` object (of a DatasetDict, the split "train");
-            a text file (rows are its paragraphs, or its lines where it has no blank line), a .json, .jsonl, .csv
-            or .parquet file, a folder of such files or one saved with `save_to_disk`, or a hub dataset.
+        source: token ids [n, at least context_size]; a list of texts; a `datasets` object (of a DatasetDict, the split
+            "train"); a text file (rows are its paragraphs, or its lines where it has no blank line), a .json, .jsonl,
+            .csv or .parquet file, a folder of such files or one saved with `save_to_disk`, or a hub dataset.
         model: whose tokenizer and vocabulary the data must fit.
         context_size: tokens of a prompt; rows of token ids must be as long.
         batch_size: tokens that the dataset must hold: one batch of training.
@@ -110,7 +110,24 @@ def _as_dataset(source: DatasetSource, streaming: bool) -> tuple[AnyDataset, str
         return _from_tensor(source), "The tensor of tokens"
     if isinstance(source, str | Path):
         return _from_path(source, streaming), f"Dataset '{source}'"
+    if isinstance(source, (list, tuple)):
+        return _from_texts(source), "The list of texts"
+    if not hasattr(source, "column_names"):
+        raise DatasetError(
+            f"The dataset is {shown(source)}: give a text file, a folder, a hub name, a list of texts, token ids"
+            " [n, at least context_size] or a `datasets` object."
+        )
     return _one_split(source, "The dataset"), "The dataset"
+
+
+def _from_texts(texts: Sequence[str]) -> Dataset:
+    strange = [text for text in texts if not isinstance(text, str)]
+    if strange:
+        raise DatasetError(
+            f"The list of texts holds {shown(strange[0])}: give texts; of token ids, a tensor [n, at least"
+            " context_size]."
+        )
+    return Dataset.from_dict({"text": [text for text in texts if text.strip()]})
 
 
 def _from_tensor(tokens: Tensor) -> Dataset:
@@ -266,6 +283,10 @@ def _check_text_size(
 
 
 def _check_size(n_tokens: int, name: str, context_size: int, batch_size: int) -> None:
+    if n_tokens == 0:
+        raise DatasetError(
+            f"{name} does not fill one prompt of {context_size} tokens. Give more data, or a smaller context_size."
+        )
     if n_tokens < batch_size:
         raise DatasetError(
             f"{name} has {n_tokens} tokens in prompts of {context_size}, fewer than one batch of"
