@@ -159,6 +159,17 @@ def test_what_is_no_data_is_told(model, make_config, as_users_run_it, dataset, m
         opened(dataset, model, make_config())
 
 
+def test_words_that_the_tokenizer_does_not_know_are_counted_once(model_with_tokenizer, make_config, recwarn) -> None:
+    opened(LINES, model_with_tokenizer, make_config())
+    assert not recwarn.list
+    strange = [*LINES, "the zebra sees a gnu .", "who writes <unk> , and means it"]
+    opened(strange, model_with_tokenizer, make_config())
+    (told,) = recwarn.list
+    n = sum(len(line.split()) for line in strange[:-1])
+    assert f"Of the first {n:,} tokens of The list of texts, 2 ({2 / n:.1%}) stand for what" in str(told.message)
+    assert "and reads as '<unk>': model.to_str_tokens(text) shows where" in str(told.message)
+
+
 def test_a_list_of_texts_is_read_as_the_file_of_them_is(model_with_tokenizer, make_config, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("\n".join(LINES))
     of_file, of_list = (opened(x, model_with_tokenizer, make_config()) for x in (tmp_path / "text.txt", [*LINES, " "]))
@@ -228,6 +239,12 @@ def test_model_that_does_not_fit_is_told(model, make_config, changes: dict, erro
     with pytest.raises(error, match=message):
         cfg = make_config(**changes)
         check_fits(model, cfg.clt, cfg.data)
+
+
+def test_a_hook_that_a_flag_keeps_off_is_told(model, make_config, tokens) -> None:
+    cfg = make_config(input_hook="hook_mlp_in")
+    with pytest.raises(HookNotFound, match="'blocks.0.hook_mlp_in' is a hook of .* Set the flag, or give another hook"):
+        first_batch(model, opened(tokens, model, cfg), cfg)
 
 
 def test_hook_of_another_width_is_told(model, make_config, tokens) -> None:

@@ -36,7 +36,7 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
-from tl_clt.errors import ConfigError, DatasetError, ModelUnsupported
+from tl_clt.errors import ConfigError, DatasetError, HookNotFound, ModelUnsupported
 from tl_clt.lens import (
     HookedModel,
     block_hook,
@@ -721,8 +721,17 @@ def _reader(
     store = _store(model, dataset, clt, data, device)
 
     def run(tokens: Prompts) -> Activations:
-        with user_hooks_aside(model):
-            activations = store.get_multi_hook_activations(tokens)
+        try:
+            with user_hooks_aside(model):
+                activations = store.get_multi_hook_activations(tokens)
+        except KeyError as error:
+            missing = error.args[0]
+            if missing not in names:
+                raise
+            raise HookNotFound(
+                f"'{missing}' is a hook of {model_name}, but nothing passes it: a flag of the model keeps it off (as"
+                " use_hook_mlp_in does with hook_mlp_in). Set the flag, or give another hook."
+            ) from error
         return pack([activations[name].flatten(0, 1).to(device) for name in names], names, model.cfg.d_model)
 
     if data.cache_path is None:

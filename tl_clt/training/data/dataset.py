@@ -28,7 +28,7 @@ from torch import Tensor
 from tl_clt.arguments import shown
 from tl_clt.connection import hub_or_cache
 from tl_clt.errors import ConfigError, DatasetError, TrainingWarning
-from tl_clt.lens import HookedModel, model_name, require_tokenizer
+from tl_clt.lens import HookedModel, model_name, require_tokenizer, unknown_id
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 DatasetSource: TypeAlias = str | Path | Tensor | Sequence[str] | AnyDataset | DatasetDict | IterableDatasetDict
@@ -85,6 +85,7 @@ def open_dataset(
         dataset = dataset.select_columns([column])
         _check_text_size(dataset, column, name, model, context_size, batch_size)
         _warn_of_same_rows(first_rows, column, name)
+        _warn_of_unknown(dataset, column, name, model)
         return dataset
     _check_token_row(row[column], column, name, model, context_size)
     _warn_of_same_rows(first_rows, column, name)
@@ -258,6 +259,35 @@ def _warn_of_same_rows(rows: list[dict[str, Any]], column: str, name: str) -> No
             f"The first {len(rows)} rows of {name} are all the same: a CLT learns from what varies. Check the column,"
             " or give data with different rows.",
             TrainingWarning,
+            stacklevel=3,
+        )
+
+
+TOKENS_LOOKED_AT, ROWS_LOOKED_AT = 65_536, 4096
+"""Of the beginning of a text, in which words that the tokenizer does not know are counted."""
+
+
+def _warn_of_unknown(dataset: AnyDataset, column: str, name: str, model: HookedModel) -> None:
+    """Warn where a text has words that the tokenizer reads as its token for unknown ones."""
+    tokenizer = cast(Any, model.tokenizer)
+    unknown = unknown_id(tokenizer)
+    if unknown is None:
+        return
+    n_tokens = n_unknown = 0
+    for row in islice(cast(Iterable[dict[str, Any]], dataset), ROWS_LOOKED_AT):
+        text = row[column]
+        # Other values are refused where they are read; who writes the token's name means it.
+        if not isinstance(text, str) or tokenizer.unk_token in text:
+            continue
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        n_tokens, n_unknown = n_tokens + len(ids), n_unknown + ids.count(unknown)
+        if n_tokens >= TOKENS_LOOKED_AT:
+            break
+    if n_unknown > 0:
+        warnings.warn(
+            f"Of the first {n_tokens:,} tokens of {name}, {n_unknown:,} ({n_unknown / n_tokens:.1%}) stand for what the"
+            f" tokenizer of {model_name(model)} does not know, and reads as {tokenizer.unk_token!r}:"
+            " model.to_str_tokens(text) shows where. Give text of words that the model knows.",
             stacklevel=3,
         )
 
