@@ -418,7 +418,7 @@ def test_help_says_what_every_option_is_for(command):
     ("command", "function", "not_offered"),
     [
         ("evaluate", tl_clt.evaluate, {"progress"}),
-        ("finetune", tl_clt.finetune, {"progress", "prompts"}),
+        ("finetune", tl_clt.finetune, {"progress", "prompts", "on_progress"}),
         ("tradeoff", compare, {"progress", "transcoders", "neuron_l0s"}),
         ("intervene", tl_clt.intervene, {"interventions", "attention_mask", "record", "bos"}),
     ],
