@@ -21,6 +21,7 @@ import torch
 import wandb
 from sae_lens.config import LoggingConfig
 from sae_lens.saes.sae import SAEMetadata
+from wandb.errors import Error as WandbError
 
 from tl_clt.arguments import shown
 from tl_clt.errors import ConfigError, NotFinite, NotWritten, OutputNotEmpty, TrainingWarning
@@ -684,7 +685,7 @@ def _wandb(cfg: CLTTrainingRunnerConfig, start: Start, grid: ProcessGrid) -> Ite
             id=run_id,
             resume=None if run_id is None else "must",
         )
-    except wandb.errors.Error as error:
+    except WandbError as error:
         raise ConfigError(
             f"log_to_wandb is True, but Weights & Biases has no run for this one ({error}) Log in with `wandb login`,"
             " set WANDB_MODE=offline in the environment, or leave log_to_wandb out."
