@@ -339,7 +339,7 @@ def test_what_was_judged_before_an_interruption_is_not_done_again(monkeypatch, t
         ({"kinds": ["saes"]}, "give one of neurons, untrained, plt, clt"),
         ({"sparsities": [-1.0]}, r"sparsities\[0\] is -1"),
         ({"k": [0]}, r"k\[0\] is 0"),
-        ({"k": [99], "kinds": "plt", "sparsities": []}, "k is 99"),
+        ({"k": [99], "kinds": "plt", "sparsities": []}, r"k\[0\] is 99"),
         ({"neurons_kept": [2.0]}, r"neurons_kept\[0\] is 2"),
         ({"n_seeds": 0}, "n_seeds is 0"),
         ({"kinds": "plt", "k": [], "sparsities": []}, "kinds with a lambda, a k or a share"),
@@ -348,6 +348,14 @@ def test_what_was_judged_before_an_interruption_is_not_done_again(monkeypatch, t
 def test_what_cannot_be_judged_is_refused(changed, words, as_users_run_it):
     with pytest.raises(ConfigError, match=words):
         run_benchmark(**{"judges": "sum", "progress": False, **changed})
+
+
+def test_too_large_a_k_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr("tl_clt.benchmark.judges.load_judge", None)
+    with pytest.raises(ConfigError, match=r"k\[1\] is 99: give 1 to 32, the features of a layer of sum's transcoders"):
+        run_benchmark("sum", k=[2, 99], progress=False)
+    with pytest.raises(ConfigError, match=r"k\[0\] is 257: give 1 to 256, the features of a layer of atlas's"):
+        run_benchmark(["school", "atlas"], k=[257], progress=False)
 
 
 def test_what_is_no_judge_is_refused():

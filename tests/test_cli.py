@@ -318,6 +318,9 @@ def test_intervene_shows_what_changes_and_says_what_is_inactive():
     assert "is not active" not in output
     output = run(*basic, "--value", f"{layer}:all:{feature},{silent}=30", "--through-layer", "3", "--backend", "bridge")
     assert f"feature {layer}.{silent} is not active there in prompt 0" in output
+    assert "Scaling it does nothing" not in output  # it was set, which does something
+    output = run(*basic, "--scale", f"{layer}:{pos}:{silent}=2", "--top", "3")
+    assert f"feature {layer}.{silent} is not active there in prompt 0. Scaling it does nothing." in output
     what = Intervention(layer=layer, pos=pos, feature=feature, scale=-20)
     first_row = intervene(model, clt, PROMPT, [what], freeze="none").top_changes(1).iloc[0]
     output = run(*basic, "--scale", f"{layer}:{pos}:{feature}=-20", "--freeze", "none")
@@ -418,7 +421,7 @@ def test_help_says_what_every_option_is_for(command):
     ("command", "function", "not_offered"),
     [
         ("evaluate", tl_clt.evaluate, {"progress"}),
-        ("finetune", tl_clt.finetune, {"progress", "prompts"}),
+        ("finetune", tl_clt.finetune, {"progress", "prompts", "on_progress"}),
         ("tradeoff", compare, {"progress", "transcoders", "neuron_l0s"}),
         ("intervene", tl_clt.intervene, {"interventions", "attention_mask", "record", "bos"}),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,17 @@ from tests.models import COMMON, Model, random_tokens, randomise, snapshot, tiny
 from tl_clt import CrossLayerTranscoder, CrossLayerTranscoderConfig, attach, evaluate, feature_acts, finetune
 from tl_clt.benchmark.hops import neurons_as_transcoder
 from tl_clt.errors import AlreadyAttached, CLTMismatch, ConfigError, DatasetError, NotFinite, PromptError
-from tl_clt.finetuning import LiveTranscoder, TermWeights, _Terms, counted, loss_terms, run_clean, start_from
+from tl_clt.finetuning import (
+    FinetuningInterrupted,
+    FinetuningStep,
+    LiveTranscoder,
+    TermWeights,
+    _Terms,
+    counted,
+    loss_terms,
+    run_clean,
+    start_from,
+)
 from tl_clt.lens import block_hook
 from tl_clt.organisms import load_circuit
 from tl_clt.replacement import replaced
@@ -375,3 +386,56 @@ def test_the_command_does_not_lose_a_clt_that_cannot_be_written(tmp_path, monkey
     assert result.exit_code == 1 and f"TheCLTisnotlost:itisin'{kept}'" in said
     again = CrossLayerTranscoder.from_pretrained(kept)
     assert again.fingerprint() == CrossLayerTranscoder.from_pretrained("atlas").fingerprint()
+    record = json.loads((kept / "finetuning.json").read_text())
+    assert record["dataset"] == "text.txt" and record["clt_fingerprint"] == again.fingerprint()
+    assert record["settings"]["lr"] == 5e-4 and record["steps_done"] == 300
+
+
+def test_ctrl_c_gives_what_was_trained_so_far(monkeypatch):
+    model, told = tiny_hooked("gpt2", torch.float32), []
+    clt, tokens = clt_of(model, "topk", dtype=torch.float32), random_tokens(model, batch=4, pos=6)
+
+    def press_at_3(step: FinetuningStep) -> None:
+        told.append(step)
+        if step.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(FinetuningInterrupted, match="Ctrl-C after 3 steps") as stopped:
+        finetune(model, clt, tokens, n_steps=9, lr=2e-2, progress=False, on_progress=press_at_3)
+    assert stopped.value.n_done == 3 and [(one.step, one.n_steps) for one in told] == [(1, 9), (2, 9), (3, 9)]
+    assert set(told[0].losses) == {"mse_loss"} and len(told[0].l0_per_layer) == model.cfg.n_layers
+    assert measured(model, stopped.value.clt, tokens)["mse"] < measured(model, clt, tokens)["mse"]
+
+    def press(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tl_clt.finetuning.loss_terms", press)
+    with pytest.raises(KeyboardInterrupt) as at_once:
+        finetune(model, clt, tokens, n_steps=9, progress=False)
+    assert at_once.type is KeyboardInterrupt, "nothing was trained"
+
+
+def test_the_command_keeps_what_was_trained_until_ctrl_c_and_how(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from tl_clt.cli import app
+    from tl_clt.cli.interruption import interruption
+
+    def stopped(model, clt, *arguments, on_progress, **options):
+        on_progress(FinetuningStep(7, options["n_steps"], {"mse_loss": 2.5, "kl_loss": 0.5}, [8.0, 7.5, 8.0, 8.0]))
+        raise FinetuningInterrupted(clt, 7)
+
+    monkeypatch.setattr(interruption, "kept", interruption.kept)
+    monkeypatch.setattr("tl_clt.finetuning.finetune", stopped)
+    output, partial = tmp_path / "tuned", tmp_path / "tuned-interrupted"
+    command = ["finetune", "--clt", "atlas", "--dataset", "text.txt", "--output", str(output), "--kl", "0.5"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code != 0 and not output.exists()
+    assert interruption.kept() == f"The CLT as it was after 7 of 300 steps is in {partial}."
+    assert CrossLayerTranscoder.from_pretrained(partial).cfg.d_transcoder == 256
+    record = json.loads((partial / "finetuning.json").read_text())
+    assert (record["model"], record["clt"], record["steps_done"]) == ("atlas", "atlas", 7)
+    assert record["settings"]["kl"] == 0.5
+    assert record["last_step"]["losses"] == {"mse_loss": 2.5, "kl_loss": 0.5}
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 1 and "is not empty" in again.output

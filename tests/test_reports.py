@@ -131,6 +131,13 @@ def test_saved_are_numbers_and_every_figure(report: Report, tmp_path):
 
 
 @every_report
+def test_what_is_no_folder_is_refused(report: Report, as_users_run_it):
+    for wrong in (None, 3, ""):
+        with pytest.raises(ConfigError, match="folder is .*: give a path"):
+            report.save(wrong)
+
+
+@every_report
 def test_one_line_of_text_and_escaped_html(report: Report):
     line = repr(report)
     assert line.startswith(type(report).__name__ + "(") and "\n" not in line and len(line) < 200

@@ -108,9 +108,10 @@ def as_whole(
     low = SMALLEST if least is None else least
     high = LARGEST if most is None else most
     if not is_whole(number) or not low <= number <= high:
-        kind = "" if is_whole(number) else "a whole number, "
-        bounds = _bounds(least, most) + (f", {why}" if why else "")
-        raise error(f"{name} is {_said(number, value)}: give {kind}{bounds}{_or_none(none)}.")
+        wanted = ([] if is_whole(number) else ["a whole number"]) + [_bounds(least, most)] + ([why] if why else [])
+        if least is None and most is None:
+            wanted = ["a whole number of 64 bits" if is_whole(number) else "a whole number"]
+        raise error(f"{name} is {_said(number, value)}: give {', '.join(wanted)}{_or_none(none)}.")
     return operator.index(number)
 
 
@@ -305,7 +306,7 @@ def _said(number: object, value: object) -> str:
 
 def _bounds(least: int | None, most: int | None) -> str:
     if least is None:
-        return "of 64 bits" if most is None else f"at most {most}"
+        return f"at most {most}"
     if least == 0 and most is None:
         return "0 or more"
     return f"at least {least}" if most is None else f"{least} to {most}"

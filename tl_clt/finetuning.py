@@ -28,7 +28,7 @@ features are active is given: no gradient of the two Jacobian terms reaches thre
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.func import jvp
 from tqdm.auto import tqdm
 
-from tl_clt.arguments import as_number, as_seed, as_switch, as_whole
+from tl_clt.arguments import as_number, as_seed, as_switch, as_whole, shown
 from tl_clt.errors import ConfigError, DatasetError, NotFinite
 from tl_clt.lens import FwdHook, HookedModel, block_hook, run_with_cache, run_with_hooks, user_hooks_aside
 from tl_clt.replacement import attach, check_fit, replaced, require_free
@@ -70,6 +70,33 @@ class TermWeights(NamedTuple):
     across: float = 0.0
 
 
+class FinetuningStep(NamedTuple):
+    """What `on_progress` is told of a step."""
+
+    step: int
+    """Counted from 1."""
+
+    n_steps: int
+    """Of the whole run."""
+
+    losses: dict[str, float]
+    """Terms of the loss, weights included, by name ("mse_loss", "kl_loss")."""
+
+    l0_per_layer: list[float]
+    """Active features per token of each layer, in this step's batch."""
+
+
+class FinetuningInterrupted(KeyboardInterrupt):
+    """Ctrl-C while a CLT was trained further: what was trained so far is not lost."""
+
+    def __init__(self, clt: CrossLayerTranscoder, n_done: int) -> None:
+        super().__init__(f"Ctrl-C after {n_done} steps; the CLT that they made is in this error's `clt`")
+        self.clt = clt
+        """The CLT as it was then."""
+        self.n_done = n_done
+        """Steps made."""
+
+
 def finetune(
     model: HookedModel,
     clt: CrossLayerTranscoder,
@@ -88,6 +115,7 @@ def finetune(
     pos: int | None = None,
     seed: int = 0,
     progress: bool = True,
+    on_progress: Callable[[FinetuningStep], None] | None = None,
 ) -> CrossLayerTranscoder:
     """Train a CLT further, with terms in the loss that ask what it does in the place of the MLPs.
 
@@ -111,6 +139,7 @@ def finetune(
         pos: the one position of each prompt that counts, negative ones from the end; None for all but position 0.
         seed: of the order of prompts, and of directions.
         progress: show a bar where it takes longer than 2 s.
+        on_progress: told of each step.
 
     Returns:
         A new CLT of the same shape, activation, hooks and number type.
@@ -122,6 +151,7 @@ def finetune(
         ConfigError: an argument out of range, or thresholds below 0.
         ModelUnsupported: most of a layer's activations are zero.
         NotFinite: the loss or its gradient is infinite or no number, with the step and the term.
+        FinetuningInterrupted: Ctrl-C, once a step was made; it is a KeyboardInterrupt, and has the CLT as it is then.
     """
     given = {"kl": kl, "downstream": downstream, "jacobian": jacobian, "across": across}
     weights = TermWeights(**{name: _not_negative(name, value) for name, value in given.items()})
@@ -130,6 +160,8 @@ def finetune(
     penalty = None if sparsity is None else _not_negative("sparsity", sparsity)
     where = as_whole("pos", pos, none="all but position 0")
     seed, progress = as_seed("seed", seed), as_switch("progress", progress)
+    if on_progress is not None and not callable(on_progress):
+        raise ConfigError(f"on_progress is {shown(on_progress)}: give a function, or None.")
     check_fit(model, clt)
     require_free(model)
     _check(clt, weights, penalty)
@@ -141,17 +173,31 @@ def finetune(
         lambdas = _Lambdas(trained, penalty, held, n_steps)
         adam = torch.optim.Adam(trained.parameters(), lr=lr)
         steps = tqdm(range(n_steps), desc="Fine-tuning", unit=" steps", delay=2.0, disable=not progress)
-        for step, tokens in zip(steps, _batches(texts, batch_size, generator), strict=False):
-            for group in adam.param_groups:
-                group["lr"] = lr * min(1.0, (step + 1) / max(1, n_steps // 20), 5 * (n_steps - step) / n_steps)
-            losses, l0 = loss_terms(model, trained, tokens, weights, where, lambdas.use(), n_directions, generator)
-            _descend(adam, losses, f"Fine-tuning stopped at step {step + 1} of {n_steps}:", lr)
-            lambdas.observe(l0)
-            told = {name.removesuffix("_loss"): f"{x.item():.3g}" for name, x in losses.items()}
-            steps.set_postfix(told, refresh=False)
-    tuned = export(trained, clt.cfg.dtype)
+        n_done = 0
+        try:
+            for step, tokens in zip(steps, _batches(texts, batch_size, generator), strict=False):
+                for group in adam.param_groups:
+                    group["lr"] = lr * min(1.0, (step + 1) / max(1, n_steps // 20), 5 * (n_steps - step) / n_steps)
+                losses, l0 = loss_terms(model, trained, tokens, weights, where, lambdas.use(), n_directions, generator)
+                _descend(adam, losses, f"Fine-tuning stopped at step {step + 1} of {n_steps}:", lr)
+                n_done = step + 1
+                lambdas.observe(l0)
+                values = {name: x.item() for name, x in losses.items()}
+                steps.set_postfix({k.removesuffix("_loss"): f"{x:.3g}" for k, x in values.items()}, refresh=False)
+                if on_progress is not None:
+                    on_progress(FinetuningStep(n_done, n_steps, values, l0.tolist()))
+        except KeyboardInterrupt as error:
+            if n_done == 0:
+                raise
+            raise FinetuningInterrupted(_exported(trained, clt), n_done) from error
+    return _exported(trained, clt)
+
+
+def _exported(trained: TrainingCLT, before: CrossLayerTranscoder) -> CrossLayerTranscoder:
+    """What comes of a CLT that was trained further."""
+    tuned = export(trained, before.cfg.dtype)
     # What a database says of the features before is not true of these.
-    tuned.cfg = replace(clt.cfg, scan=None)
+    tuned.cfg = replace(before.cfg, scan=None)
     return tuned
 
 

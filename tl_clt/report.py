@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import numpy as np
 from pandas import DataFrame
 
+from tl_clt.arguments import as_path
 from tl_clt.errors import ConfigError
 from tl_clt.files import new_folder
 
@@ -65,10 +66,11 @@ class Report(ABC, Generic[Name]):
         """Write it to a new or empty folder, all or nothing: numbers and tables, and each figure as a PNG file.
 
         Raises:
+            ConfigError: that is no path.
             OutputNotEmpty: the folder holds something already, or is a file.
             NotWritten: the disk is full, for example; nothing is left.
         """
-        folder = Path(folder)
+        folder = as_path("folder", folder)
         with new_folder(folder) as unfinished:
             self.write_into(unfinished)
         return folder

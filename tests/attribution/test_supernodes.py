@@ -210,7 +210,9 @@ def graph(request) -> AttributionGraph:
 
 def test_the_collapsed_graphs_influence_is_the_sum_of_the_members(graph: AttributionGraph):
     groups = some_groups(graph)
-    nodes, edges = collapse(graph, groups)
+    collapsed = nodes, edges = collapse(graph, groups)
+    said = f"CollapsedGraph({len(groups)} groups among {len(nodes)} nodes, {len(edges)} edges)"
+    assert repr(collapsed) == said and said in collapsed._repr_html_()
     n = len(nodes)
     S = torch.zeros(n, n, dtype=torch.float64)
     S[edges["target"].tolist(), edges["source"].tolist()] = torch.tensor(edges["share"].to_numpy())

@@ -20,6 +20,7 @@ from tl_clt import FeatureStore, label_features, load_features, load_organism
 from tl_clt.errors import ConfigError, DatasetError, FeatureNotFound, FormatError, LabellerError
 from tl_clt.features import EndpointLabeller, RuleLabeller
 from tl_clt.features import labels as module
+from tl_clt.features.collect import require_text_for_labels
 from tl_clt.features.contexts import Contexts, Firing, as_activations, read_contexts
 from tl_clt.features.rules import label_here
 from tl_clt.features.store import FeatureRecord, Histogram, TokenValue
@@ -331,6 +332,15 @@ def test_what_cannot_be_labelled_is_told(case: Case, store: FeatureStore, tmp_pa
         label_features(case.model, case.clt, bare, progress=False)
     with pytest.raises(Exception, match="another CLT"):
         label_features(*load_organism("atlas"), store, progress=False)
+
+
+def test_a_text_too_short_for_labels_is_told_before_it_is_read_through(case: Case):
+    prompts = [torch.arange(1, 6)] * 4
+    require_text_for_labels(case.model, prompts, None, None, 1)
+    few, cut, none = (3, None, 9, "it has 3 prompts"), (4, 8, 9, "it has 2 prompts"), (4, None, 0, "label_tokens is 0")
+    for n, most, label_tokens, why in (few, cut, none):
+        with pytest.raises(DatasetError, match=f"none to choose and score labels on: {why}.*`--labels none`"):
+            require_text_for_labels(case.model, prompts[:n], most, None, label_tokens)
 
 
 # -- a language model

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import small_disk
 from tests.training.conftest import tiny_model
-from tl_clt.errors import CheckpointError, DatasetError, NotWritten, OutputNotEmpty, TrainingWarning
+from tl_clt.errors import CheckpointError, ConfigError, DatasetError, NotWritten, OutputNotEmpty, TrainingWarning
 from tl_clt.training import CLTTrainingRunner, CLTTrainingRunnerConfig, TrainingProgress
 from tl_clt.training.data.dataset import ROWS_IN_FINGERPRINT
 from tl_clt.training.run import checkpoints, runner
@@ -438,13 +438,17 @@ def press_at(step: int) -> Callable[[TrainingProgress], None]:
 @pytest.mark.parametrize("at", [7, 9])
 def test_ctrl_c_ends_the_step_and_writes_a_checkpoint(cfg, model, tokens, at: int) -> None:
     """It is pressed before step 8, or before step 10, at which there is a checkpoint anyway."""
+    stopped = CLTTrainingRunner(cfg, model=model, dataset=tokens, on_progress=press_at(at))
     with pytest.raises(KeyboardInterrupt):
-        CLTTrainingRunner(cfg, model=model, dataset=tokens, on_progress=press_at(at)).run()
+        stopped.run()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     folder = Path(cfg.checkpoint_path)
     assert steps_in(folder) == [5, at + 1]
+    # The step that it falls into has its line: what goes on from there does not make it again.
+    assert [line.step for line in stopped.progress] == list(range(1, at + 2))
     run = CLTTrainingRunner(cfg, model=model, dataset=tokens)
     assert_same(run, run.run(resume=folder), uninterrupted(cfg, model, tokens))
+    assert [line.step for line in run.progress] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.usefixtures("handler")
@@ -504,6 +508,16 @@ def test_wandb_run_goes_on(cfg, model, tokens, monkeypatch) -> None:
     folder = interrupted(cfg, model, tokens, 6)
     CLTTrainingRunner(cfg, model=model, dataset=tokens).run(resume=folder)
     assert [(options["id"], options["resume"]) for options in asked] == [(None, None), ("abc123", "must")]
+
+
+def test_without_an_account_at_wandb_the_mend_is_told_and_nothing_is_written(cfg, model, tokens, monkeypatch) -> None:
+    def refuse(**options: object) -> None:
+        raise checkpoints.wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr("wandb.init", refuse)
+    with pytest.raises(ConfigError, match="No API key configured.. Log in with `wandb login`, set WANDB_MODE=offline"):
+        CLTTrainingRunner(replace(cfg, log_to_wandb=True), model=model, dataset=tokens).run()
+    assert not Path(cfg.checkpoint_path).exists()
 
 
 def test_what_a_config_chose_by_itself_is_as_it_was_when_a_run_goes_on_longer(

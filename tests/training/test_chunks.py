@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tl_clt.errors import DatasetError
-from tl_clt.training.data.batches import ChunkPlace, Chunks, DataCounts, Rules
+from tl_clt.training.data.batches import MOST_WITHOUT_ANY, ChunkPlace, Chunks, DataCounts, Rules
 
 PASS = [torch.arange(12).reshape(3, 4), torch.arange(12, 24).reshape(3, 4), torch.arange(24, 32).reshape(2, 4)]
 """A dataset of 32 different tokens: two full chunks and a shorter one."""
@@ -112,5 +112,19 @@ def test_another_dataset_is_refused_on_going_on() -> None:
 
 def test_a_dataset_of_which_nothing_is_left_is_told() -> None:
     everything_left_out: Iterator = chunks(Rules(excluded=torch.arange(32))).after(None)
-    with pytest.raises(DatasetError, match="No token of the dataset is left to train on. Widen seqpos_slice"):
+    told = "No token is left to train on. Of 8 prompts 0 tokens were kept, and 32 special tokens left out. .*unknown"
+    with pytest.raises(DatasetError, match=told):
         list(islice(everything_left_out, 10))
+
+
+def test_a_long_text_of_which_nothing_is_left_is_not_read_to_its_end() -> None:
+    endless = chunks(Rules(excluded=torch.arange(32)), data=PASS[:1] * (MOST_WITHOUT_ANY + 10)).after(None)
+    assert len(list(islice(endless, MOST_WITHOUT_ANY))) == MOST_WITHOUT_ANY
+    with pytest.raises(DatasetError, match="0 tokens were kept"):
+        next(endless)
+
+
+def test_a_text_whose_beginning_is_left_out_is_read_on() -> None:
+    late = [PASS[0]] * (MOST_WITHOUT_ANY - 1) + [PASS[1], PASS[1]]
+    found = chunks(Rules(excluded=torch.arange(12)), data=late).after(None)
+    assert sum(len(chunk.rows) for chunk in islice(found, len(late) + 1)) == 24

@@ -174,6 +174,10 @@ def test_what_is_said_at_the_end_names_what_was_missed_and_the_mend() -> None:
     assert "text that was trained on" in few
     many = good._replace(l0_per_layer=[8.0, 16.0]).in_words(8.0)
     assert "missed by more than a tenth in layers 1: the text by which thresholds were set is another" in many
+    assert "worse than the mean" not in said
+    bad = good._replace(explained_variance=-1.2, explained_variance_per_layer=[0.6, -3.0]).in_words(8.0)
+    assert "explains -120% of" in bad and "In layers 1 it is worse than the mean output would be" in bad
+    assert "give more training_tokens" in bad and "lr too high" in bad and "raise target_l0 or k" in bad
     assert "Layers 1 are silent: raise target_l0 or k" in good._replace(l0_per_layer=[8.0, 0.0]).in_words(8.0)
     assert DataCounts(prompts=2, kept=5, special_tokens=2, outliers=1).in_words() == (
         "Of 2 prompts 5 tokens were kept, and 2 special tokens, 1 of outlying norm left out."

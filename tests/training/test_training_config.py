@@ -138,6 +138,15 @@ def test_is_frozen(make_config) -> None:
         ({"target_l0": 25.0, "activation": "jumprelu"}, "target_l0 is 25.0 for 24 features"),
         ({"target_l0": 2.5, "k": None}, "keeps a whole number of features: give 2 or 3, or activation 'jumprelu'"),
         ({"sparsity_loss": "l0", "activation": "relu"}, "which only jumprelu has"),
+        ({"sparsity_loss": "l0"}, "which only jumprelu has. Use jumprelu, or leave it out"),
+        ({"jumprelu_bandwidth": 2.0}, "leave it out, or set activation to 'jumprelu'[.]$"),
+        ({"jumprelu_bandwidth": 2.0, "activation": "relu", "k": None}, "with activation 'relu', where it has no part"),
+        ({"tanh_scale": 2.0}, "set activation to 'relu' or 'jumprelu'[.]$"),
+        ({"dead_feature_density": 2.0}, "dead_feature_density is 2: give a share of tokens, 0 to 1"),
+        ({"lr_end": 1e-4}, "lr_end is 0.0001 with lr_scheduler_name 'constant', which has no such end"),
+        ({"exclude_special_tokens": (-1,)}, "0. is -1: give 0 or more, a token id"),
+        ({"seed": 2**64}, "seed is 18446744073709551616: give a whole number of 64 bits"),
+        ({"seed": 1.5}, "seed is 1.5: give a whole number[.]$"),
         ({"sparsity_loss": "quadratic_l0", "activation": "jumprelu"}, "without target_l0"),
         ({"target_l0": 4.0, "activation": "relu", "sparsity_coefficient": 0.0}, "for lambda to start from"),
         ({"output_hook": "hook_resid_mid"}, "give two different hooks"),
@@ -160,6 +169,12 @@ def test_is_frozen(make_config) -> None:
 def test_bad_value_names_field_and_mend(make_config, changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_config(**changes)
+
+
+def test_a_word_is_no_token_id_and_the_mend_speaks_of_ids_alone(make_config, as_users_run_it) -> None:
+    told = "exclude_special_tokens.0. is 'pad', of type str: give a whole number, 0 or more, a token id[.]$"
+    with pytest.raises(ConfigError, match=told):
+        make_config(exclude_special_tokens=("pad",))
 
 
 @pytest.mark.parametrize(

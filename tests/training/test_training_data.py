@@ -138,6 +138,7 @@ def test_small_datasets_repeat_without_noise(model, make_config, tokens, recwarn
         (torch.zeros(9, 8), "give whole numbers"),
         (torch.zeros(9, dtype=torch.long), "has shape \\[9\\]"),
         (Dataset.from_dict({"tokens": ["the cat"] * 9}), "must be a list of token ids, but it is 'the cat'"),
+        ([], "The list of texts is empty"),
     ],
 )
 def test_bad_data_names_cause_and_mend(model, make_config, dataset, message: str) -> None:
@@ -146,11 +147,42 @@ def test_bad_data_names_cause_and_mend(model, make_config, dataset, message: str
 
 
 @pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ([[1, 2, 3]] * 9, "The list of texts holds .1, 2, 3., of type list: give texts; of token ids, a tensor"),
+        ({"text": ["a"]}, "The dataset is {'text': .'a'.}, of type dict: give a text file, a folder"),
+        (7, "The dataset is 7, of type int: give a text file"),
+    ],
+)
+def test_what_is_no_data_is_told(model, make_config, as_users_run_it, dataset, message: str) -> None:
+    with pytest.raises(DatasetError, match=message):
+        opened(dataset, model, make_config())
+
+
+def test_words_that_the_tokenizer_does_not_know_are_counted_once(model_with_tokenizer, make_config, recwarn) -> None:
+    opened(LINES, model_with_tokenizer, make_config())
+    assert not recwarn.list
+    strange = [*LINES, "the zebra sees a gnu .", "who writes <unk> , and means it"]
+    opened(strange, model_with_tokenizer, make_config())
+    (told,) = recwarn.list
+    n = sum(len(line.split()) for line in strange[:-1])
+    assert f"Of the first {n:,} tokens of The list of texts, 2 ({2 / n:.1%}) stand for what" in str(told.message)
+    assert "and reads as '<unk>': model.to_str_tokens(text) shows where" in str(told.message)
+
+
+def test_a_list_of_texts_is_read_as_the_file_of_them_is(model_with_tokenizer, make_config, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(LINES))
+    of_file, of_list = (opened(x, model_with_tokenizer, make_config()) for x in (tmp_path / "text.txt", [*LINES, " "]))
+    assert list(of_file) == list(of_list)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (b" \n\n ", "is empty. Give a file with some text"),
         (b"\xff\xfe\x00\x81", "is no UTF-8 text"),
-        (b"the cat sees a dog .", "fewer than one batch of 64"),
+        (b"the cat sees a dog .", "does not fill one prompt of 8 tokens. Give more data, or a smaller context_size"),
+        (b"the cat sees a dog . " * 3, "fewer than one batch of 64"),
     ],
 )
 def test_bad_text_file_names_cause_and_mend(
@@ -200,12 +232,19 @@ def test_text_needs_a_beginning_token_to_prepend(model_with_tokenizer, make_conf
         ({"context_size": 9}, ConfigError, "takes 8 tokens: give at most 8"),
         ({"span": 4}, ConfigError, "has 3 layers"),
         ({"far_rank": 17}, ConfigError, "far_rank is 17, but d_model of .* is 16"),
+        ({"exclude_special_tokens": (3, 30)}, ConfigError, "has the token id 30, but .* has ids 0 to 29"),
     ],
 )
 def test_model_that_does_not_fit_is_told(model, make_config, changes: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         cfg = make_config(**changes)
         check_fits(model, cfg.clt, cfg.data)
+
+
+def test_a_hook_that_a_flag_keeps_off_is_told(model, make_config, tokens) -> None:
+    cfg = make_config(input_hook="hook_mlp_in")
+    with pytest.raises(HookNotFound, match="'blocks.0.hook_mlp_in' is a hook of .* Set the flag, or give another hook"):
+        first_batch(model, opened(tokens, model, cfg), cfg)
 
 
 def test_hook_of_another_width_is_told(model, make_config, tokens) -> None:

@@ -47,6 +47,7 @@ from tl_clt.attribution.edges import (
 from tl_clt.attribution.graph import AttributionGraph
 from tl_clt.attribution.influence import Definition, GraphScores, score_graph, walk_upstream
 from tl_clt.errors import ConfigError
+from tl_clt.report import as_html
 
 APART = 4.0
 """Distance of features at different positions: more than the 2 of opposite ones."""
@@ -306,6 +307,13 @@ class CollapsedGraph(NamedTuple):
     """One row a pair with edges between them: source, target (rows of `nodes`), label, share (of the target's input,
     see the module; with what the graph does not keep, those of each target sum to 1), signed (the same with the signs
     of edges), weight (the sum of the edges, which viewers draw), n_edges."""
+
+    def __repr__(self) -> str:
+        n_groups = int((self.nodes["kind"] == "group").sum())
+        return f"CollapsedGraph({n_groups} groups among {len(self.nodes)} nodes, {len(self.edges)} edges)"
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self), {"nodes": self.nodes, "edges": self.edges})
 
 
 def collapse(graph: AttributionGraph, supernodes: Mapping[str, Iterable[int | Node]]) -> CollapsedGraph:

@@ -201,6 +201,8 @@ def run_benchmark(
         *(("jumprelu", float(x)) for x in lambdas),
         *(("topk", float(x)) for x in ks),
     ]
+    if ks and {"plt", "clt"} & set(chosen):
+        _check_k(ks, names)
     seeds = range(seed, seed + n_seeds)
     loaded = {name: load_judge(name) for name in names}
     jobs = [
@@ -221,6 +223,15 @@ def run_benchmark(
         if file is not None:
             append_line(file, json.dumps(how | run.to_dict(), allow_nan=False))
     return BenchmarkReport(runs=[done[job] for job in jobs], info={"n_seeds": n_seeds, **how, "seed": seed})
+
+
+def _check_k(ks: Sequence[int], judges: Sequence[str]) -> None:
+    """Raise where a k is more than the features of a layer: the turn of that transcoder may come hours later."""
+    # Only here, since it loads sae_lens.
+    from tl_clt.benchmark.train import features_of
+
+    for judge, (i, k) in product(judges, enumerate(ks)):
+        as_whole(f"k[{i}]", k, 1, features_of(judge), why=f"the features of a layer of {judge}'s transcoders")
 
 
 def _recorded(file: Path, how: dict[str, int]) -> dict[tuple[str, Candidate], Run]:

@@ -79,6 +79,11 @@ OF_ORGANISM = {"atlas": 256, "school": 512}
 """Features a layer of each organism's transcoders, as in those that are bundled."""
 
 
+def features_of(judge: str) -> int:
+    """Features of a layer that transcoders trained on a judge have."""
+    return OF_ORGANISM.get(judge, FEATURES)
+
+
 def train_on_organism(
     name: str,
     model: HookedModel,

@@ -73,6 +73,7 @@ def features(
     with plain_errors():
         from tl_clt.arguments import as_choice, as_whole
         from tl_clt.features import EndpointLabeller, RuleLabeller, collect_features, label_features
+        from tl_clt.features.collect import require_text_for_labels
         from tl_clt.features.processes import sharing
         from tl_clt.features.store import ABOUT
         from tl_clt.files import require_new
@@ -96,6 +97,8 @@ def features(
             device = own_device(device)
         with console.status("Loading the model and the CLT"):
             hooked, transcoder = load_pair(model, clt, backend, device, lazy_decoder)
+        if labels != "none" and not finished:
+            require_text_for_labels(hooked, dataset, max_tokens, context_size, label_tokens)
         with sharing(device):
             store = collect_features(
                 hooked,

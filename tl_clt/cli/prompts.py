@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tl_clt.attribution.edges import Node
     from tl_clt.evaluation import EvaluationReport
     from tl_clt.features import FeatureRecord, FeatureStore
-    from tl_clt.interventions import InterventionEffect
+    from tl_clt.interventions import Intervention, InterventionEffect
     from tl_clt.lens import HookedModel
     from tl_clt.transcoder import CrossLayerTranscoder
 
@@ -265,7 +265,7 @@ def intervene(
             last = int(through_layer)
         as_whole("--top", top, 1, hooked.cfg.d_vocab, why="the size of the vocabulary", error=InterventionError)
         effect = change(hooked, transcoder, prompt, changes, last, freeze)  # type: ignore[arg-type]
-        _show_effect(effect, top)
+        _show_effect(effect, changes, top)
 
 
 def _show_graph(
@@ -296,12 +296,15 @@ def _show_graph(
     console.print(graph_table(graph, pruned))
 
 
-def _show_effect(effect: InterventionEffect, top: int) -> None:
-    """Print the tokens whose probability changed most."""
+def _show_effect(effect: InterventionEffect, changes: Sequence[Intervention], top: int) -> None:
+    """Print the tokens whose probability changed most, and which features that were changed are not active."""
     from tl_clt.viewer.tables import effect_table
 
+    # What is set or added to does something all the same.
+    otherwise = {(one.layer, feature) for one in changes if one.scale is None for feature in one.features}
     for inactive in effect.inactive:
-        errors.print(f"Note: {inactive}. Scaling it does nothing.", markup=False)
+        idle = "" if (inactive.layer, inactive.feature) in otherwise else " Scaling it does nothing."
+        errors.print(f"Note: {inactive}.{idle}", markup=False)
     console.print(effect_table(effect, top))
 
 

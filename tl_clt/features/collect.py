@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,6 +183,32 @@ def collect_features(
                 )
             processes.on_main(lambda: _finish(model, clt, settings, path, found, held_out))
     return FeatureStore.open(path)
+
+
+def require_text_for_labels(
+    model: HookedModel, text: HeldOut, max_tokens: int | None, context_size: int | None, label_tokens: int
+) -> None:
+    """Raise where a store of this text would have none to choose and score labels on, before the text is read through.
+
+    Args:
+        model, text, max_tokens, context_size, label_tokens: as for `collect_features`.
+
+    Raises:
+        DatasetError: there are fewer than 4 prompts, or label_tokens is 0.
+        PromptError, TokenizerMissing, ConfigError: as for `collect_features`.
+    """
+    most = as_whole("max_tokens", max_tokens, 1, none="all")
+    kept = HeldOutPrompts(as_whole("label_tokens", label_tokens, 0))
+    first = islice(up_to(held_out_prompts(model, text, context_size), most), HELD_OUT_EVERY)
+    n_others = sum(1 for _ in kept.kept_apart(first))
+    if not all(kept.prompts.values()):
+        n_prompts = n_others + sum(map(len, kept.prompts.values()))
+        too_few = f"it has {n_prompts} prompts, and takes {HELD_OUT_EVERY} at least"
+        why = too_few if n_prompts < HELD_OUT_EVERY else "label_tokens is 0"
+        raise DatasetError(
+            f"The text leaves none to choose and score labels on: {why}. Give more, or make a store without labels"
+            " (`--labels none`)."
+        )
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from tl_clt.lens.prompts import (
     to_token_batch,
     to_tokens,
     token_strings,
+    unknown_id,
 )
 from tl_clt.lens.running import (
     CleanCaches,
@@ -136,5 +137,6 @@ __all__ = [
     "token_strings",
     "unembedding_biases",
     "unembedding_directions",
+    "unknown_id",
     "user_hooks_aside",
 ]

@@ -141,10 +141,15 @@ def _read(model: HookedModel, text: str) -> Tensor:
 
 def _has_unknown(tokenizer: Any, tokens: Tensor, text: str) -> bool:
     """Whether a text has parts that the tokenizer does not know, other than its name for these."""
-    unknown, name = tokenizer.unk_token_id, tokenizer.unk_token
+    unknown = unknown_id(tokenizer)
+    return unknown is not None and unknown in tokens and tokenizer.unk_token not in text
+
+
+def unknown_id(tokenizer: Any) -> int | None:
+    """Token id that a tokenizer gives to what it does not know; None where it knows everything."""
     # By name: an end-of-sequence token that is not in the vocabulary has the id of unknown ones, and says nothing.
     ends = (tokenizer.bos_token, tokenizer.eos_token)
-    return unknown is not None and name not in ends and unknown in tokens and name not in text
+    return None if tokenizer.unk_token in ends else tokenizer.unk_token_id
 
 
 def _as_ids(prompt: Any) -> Tensor:

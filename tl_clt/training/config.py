@@ -506,11 +506,12 @@ POSITIVE = (
     *("jumprelu_init_threshold", "jumprelu_bandwidth", "dead_feature_window", "wandb_log_frequency"),
     *("checkpoint_every", "keep_checkpoints", "n_data_parallel"),
 )
-FOR_THRESHOLDS = (
-    *("sparsity_loss", "sparsity_coefficient", "tanh_scale", "dead_feature_coefficient"),
-    *("jumprelu_init_threshold", "jumprelu_bandwidth", "straight_through"),
-)
-"""Settings of the CLT that have no part where features are chosen by rank."""
+OF_PENALTIES, OF_THRESHOLDS = ("relu", "jumprelu"), ("jumprelu",)
+HAVING: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("sparsity_coefficient", "tanh_scale", "dead_feature_coefficient"), OF_PENALTIES),
+    **dict.fromkeys(("jumprelu_init_threshold", "jumprelu_bandwidth", "straight_through"), OF_THRESHOLDS),
+}
+"""Settings of the CLT that only some activations have."""
 
 NOT_NEGATIVE = (
     *("lr_warm_up_steps", "lr_decay_steps", "lr_end", "k_anneal_steps", "dead_feature_density", "seed"),
@@ -565,8 +566,10 @@ def _make_plain(cfg: CLTTrainingRunnerConfig) -> None:
         if name == "seqpos_slice" or not isinstance(value, bool):
             entries = as_several(f"CLTTrainingRunnerConfig: {name}", value, "whole numbers")
             label = f"CLTTrainingRunnerConfig: {name}"
-            whole = [as_whole(f"{label}[{i}]", n, none="no bound") for i, n in enumerate(entries)]
-            require(None not in whole or name == "seqpos_slice", f"{name} is {value!r}: give token ids.")
+            if name == "seqpos_slice":
+                whole = [as_whole(f"{label}[{i}]", n, none="no bound") for i, n in enumerate(entries)]
+            else:
+                whole = [as_whole(f"{label}[{i}]", n, 0, why="a token id") for i, n in enumerate(entries)]
             require(len(whole) <= 3 or name != "seqpos_slice", f"seqpos_slice is {value!r}: give start, stop and step.")
             object.__setattr__(data, name, tuple(whole))
     require(0 not in data.seqpos_slice[2:], f"seqpos_slice is {data.seqpos_slice}: give a step other than 0.")
@@ -612,6 +615,13 @@ def _check_values(cfg: CLTTrainingRunnerConfig) -> None:
         require(0 <= getattr(cfg, name) < 1, f"{name} is {getattr(cfg, name)}: give 0 or more, and less than 1.")
     mix = cfg.data.activations_mixing_fraction
     require(0 <= mix <= 1, f"activations_mixing_fraction is {mix}: give 0 to 1.")
+    density = cfg.clt.dead_feature_density
+    require(density <= 1, f"dead_feature_density is {density:g}: give a share of tokens, 0 to 1.")
+    require(
+        cfg.lr_end is None or cfg.lr_scheduler_name != "constant",
+        f"lr_end is {cfg.lr_end} with lr_scheduler_name 'constant', which has no such end: leave it out, or give"
+        " 'cosineannealing'.",
+    )
     ratio = cfg.data.max_norm_ratio
     require(ratio is None or ratio > 1, f"max_norm_ratio is {ratio}: give more than 1, or None.")
 
@@ -672,18 +682,18 @@ def _check_sparsity(clt: CLTSettings) -> None:
         target is None or not clt.selects or clt.k == clt.k_asked_for(),
         f"target_l0 is {target} and k {clt.k} with activation {clt.activation!r}, whose L0 is k: give one of them.",
     )
-    for name in FOR_THRESHOLDS if clt.selects else ():
-        value, default = getattr(clt, name), CLTSettings.__dataclass_fields__[name].default
-        require(
-            value == default,
-            f"{name} is {value!r} with activation {clt.activation!r}, where it has no part: leave it out, or set"
-            " activation to 'jumprelu' or 'relu'.",
-        )
     require(
         clt.sparsity_loss == "tanh" or clt.activation == "jumprelu",
         f"sparsity_loss is {clt.sparsity_loss!r} with activation {clt.activation!r}: its gradient goes through"
-        " thresholds, which only jumprelu has. Use jumprelu, or 'tanh'.",
+        " thresholds, which only jumprelu has. Use jumprelu, or leave it out.",
     )
+    for name, having in HAVING.items():
+        value, default = getattr(clt, name), CLTSettings.__dataclass_fields__[name].default
+        require(
+            value == default or clt.activation in having,
+            f"{name} is {value!r} with activation {clt.activation!r}, where it has no part: leave it out, or set"
+            f" activation to {' or '.join(map(repr, having))}.",
+        )
     require(
         clt.sparsity_loss != "quadratic_l0" or target is not None,
         "sparsity_loss is 'quadratic_l0' without target_l0: set the active features per layer to reach.",

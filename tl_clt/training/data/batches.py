@@ -36,7 +36,7 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
-from tl_clt.errors import ConfigError, DatasetError, ModelUnsupported
+from tl_clt.errors import ConfigError, DatasetError, HookNotFound, ModelUnsupported
 from tl_clt.lens import (
     HookedModel,
     block_hook,
@@ -234,7 +234,8 @@ class Chunks:
             tokens_digest: what that chunk said of the tokens; they must be the same now.
 
         Raises:
-            DatasetError: the tokens up to the place are others, or no token of a whole pass is kept.
+            DatasetError: the tokens up to the place are others, or no token of a whole pass is kept, or of the first
+                `MOST_WITHOUT_ANY` chunks of it.
         """
         epoch, skip = (0, 0) if place is None else (place.epoch, place.index + 1)
         while True:
@@ -243,17 +244,16 @@ class Chunks:
                 digest.update(tokens.cpu().numpy().tobytes())
             if skip > 0 and digest.hexdigest() != tokens_digest:
                 raise DatasetError(_OTHER_TOKENS)
-            n_kept = 0
+            read = DataCounts()
             for index, tokens in enumerate(prompts, start=skip):
                 digest.update(tokens.cpu().numpy().tobytes())
                 chunk = self._chunk(ChunkPlace(epoch, index), tokens, digest.hexdigest(), new_epoch=index == 0 < epoch)
-                n_kept += len(chunk.rows)
+                read += chunk.counts
                 yield chunk
-            if n_kept == 0 and skip == 0:
-                raise DatasetError(
-                    "No token of the dataset is left to train on. Widen seqpos_slice, exclude fewer tokens, or raise"
-                    " max_norm_ratio."
-                )
+                if read.kept == 0 and skip == 0 and index + 1 == MOST_WITHOUT_ANY:
+                    raise _nothing_left(read)
+            if read.kept == 0 and skip == 0:
+                raise _nothing_left(read)
             epoch, skip = epoch + 1, 0
 
     def find(self, ids: Int[Tensor, " token"]) -> Activations:
@@ -284,6 +284,19 @@ class Chunks:
         self.seconds += time.monotonic() - began
         ids = place.index * self._full + kept.cpu()
         return Chunk(place, activations[kept], ids, counts + DataCounts(epochs=int(new_epoch)), digest)
+
+
+MOST_WITHOUT_ANY = 64
+"""Chunks at the beginning of a pass that may be without a token to train on. A pass over a long text, whose prompts
+are perhaps all too short or of words that the tokenizer does not know, would end hours later with the same."""
+
+
+def _nothing_left(read: DataCounts) -> DatasetError:
+    return DatasetError(
+        f"No token is left to train on. {read.in_words()} Give a longer context_size, or text whose words the tokenizer"
+        " knows (unknown ones are special tokens). Or widen seqpos_slice, exclude fewer tokens, or raise"
+        " max_norm_ratio."
+    )
 
 
 _OTHER_TOKENS = (
@@ -430,7 +443,7 @@ def check_fits(model: HookedModel, clt: CLTShape, data: DataSettings) -> None:
 
     Raises:
         HookNotFound: it lacks a hook.
-        ConfigError: context_size, span or far_rank is more than the model's.
+        ConfigError: context_size, span or far_rank is more than the model's, or a token id to exclude is none of its.
     """
     hook_names(model, clt)
     name, n_ctx, n_layers = model_name(model), model.cfg.n_ctx, model.cfg.n_layers
@@ -444,6 +457,13 @@ def check_fits(model: HookedModel, clt: CLTShape, data: DataSettings) -> None:
         raise ConfigError(
             f"far_rank is {clt.far_rank}, but d_model of {name} is {model.cfg.d_model}, above which no rank is lower:"
             " give less, or leave far_rank out for full decoders."
+        )
+    excluded = () if isinstance(data.exclude_special_tokens, bool) else data.exclude_special_tokens
+    strange = [one for one in excluded if one >= model.cfg.d_vocab]
+    if strange:
+        raise ConfigError(
+            f"exclude_special_tokens has the token id {strange[0]}, but {name} has ids 0 to {model.cfg.d_vocab - 1}:"
+            " give ids of this model."
         )
 
 
@@ -618,8 +638,17 @@ def _reader(
     store = _store(model, dataset, clt, data, device)
 
     def run(tokens: Prompts) -> Activations:
-        with user_hooks_aside(model):
-            activations = store.get_multi_hook_activations(tokens)
+        try:
+            with user_hooks_aside(model):
+                activations = store.get_multi_hook_activations(tokens)
+        except KeyError as error:
+            missing = error.args[0]
+            if missing not in names:
+                raise
+            raise HookNotFound(
+                f"'{missing}' is a hook of {model_name}, but nothing passes it: a flag of the model keeps it off (as"
+                " use_hook_mlp_in does with hook_mlp_in). Set the flag, or give another hook."
+            ) from error
         return pack([activations[name].flatten(0, 1).to(device) for name in names], names, model.cfg.d_model)
 
     if data.cache_path is None:

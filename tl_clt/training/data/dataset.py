@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -28,10 +28,10 @@ from torch import Tensor
 from tl_clt.arguments import shown
 from tl_clt.connection import hub_or_cache
 from tl_clt.errors import ConfigError, DatasetError, TrainingWarning
-from tl_clt.lens import HookedModel, model_name, require_tokenizer
+from tl_clt.lens import HookedModel, model_name, require_tokenizer, unknown_id
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
-DatasetSource: TypeAlias = str | Path | Tensor | Dataset | IterableDataset | DatasetDict | IterableDatasetDict
+DatasetSource: TypeAlias = str | Path | Tensor | Sequence[str] | AnyDataset | DatasetDict | IterableDatasetDict
 
 TOKEN_COLUMNS = ("tokens", "input_ids")
 TEXT_COLUMNS = ("text", "problem")
@@ -51,9 +51,9 @@ def open_dataset(
     """A dataset of one column, `tokens`, `input_ids`, `text` or `problem`, that is known to suit what is to be done.
 
     Args:
-        source: token ids [n, at least context_size]; a `datasets` object (of a DatasetDict, the split "train");
-            a text file (rows are its paragraphs, or its lines where it has no blank line), a .json, .jsonl, .csv
-            or .parquet file, a folder of such files or one saved with `save_to_disk`, or a hub dataset.
+        source: token ids [n, at least context_size]; a list of texts; a `datasets` object (of a DatasetDict, the split
+            "train"); a text file (rows are its paragraphs, or its lines where it has no blank line), a .json, .jsonl,
+            .csv or .parquet file, a folder of such files or one saved with `save_to_disk`, or a hub dataset.
         model: whose tokenizer and vocabulary the data must fit.
         context_size: tokens of a prompt; rows of token ids must be as long.
         batch_size: tokens that the dataset must hold: one batch of training.
@@ -85,6 +85,7 @@ def open_dataset(
         dataset = dataset.select_columns([column])
         _check_text_size(dataset, column, name, model, context_size, batch_size)
         _warn_of_same_rows(first_rows, column, name)
+        _warn_of_unknown(dataset, column, name, model)
         return dataset
     _check_token_row(row[column], column, name, model, context_size)
     _warn_of_same_rows(first_rows, column, name)
@@ -110,7 +111,24 @@ def _as_dataset(source: DatasetSource, streaming: bool) -> tuple[AnyDataset, str
         return _from_tensor(source), "The tensor of tokens"
     if isinstance(source, str | Path):
         return _from_path(source, streaming), f"Dataset '{source}'"
+    if isinstance(source, (list, tuple)):
+        return _from_texts(source), "The list of texts"
+    if not hasattr(source, "column_names"):
+        raise DatasetError(
+            f"The dataset is {shown(source)}: give a text file, a folder, a hub name, a list of texts, token ids"
+            " [n, at least context_size] or a `datasets` object."
+        )
     return _one_split(source, "The dataset"), "The dataset"
+
+
+def _from_texts(texts: Sequence[str]) -> Dataset:
+    strange = [text for text in texts if not isinstance(text, str)]
+    if strange:
+        raise DatasetError(
+            f"The list of texts holds {shown(strange[0])}: give texts; of token ids, a tensor [n, at least"
+            " context_size]."
+        )
+    return Dataset.from_dict({"text": [text for text in texts if text.strip()]})
 
 
 def _from_tensor(tokens: Tensor) -> Dataset:
@@ -245,6 +263,35 @@ def _warn_of_same_rows(rows: list[dict[str, Any]], column: str, name: str) -> No
         )
 
 
+TOKENS_LOOKED_AT, ROWS_LOOKED_AT = 65_536, 4096
+"""Of the beginning of a text, in which words that the tokenizer does not know are counted."""
+
+
+def _warn_of_unknown(dataset: AnyDataset, column: str, name: str, model: HookedModel) -> None:
+    """Warn where a text has words that the tokenizer reads as its token for unknown ones."""
+    tokenizer = cast(Any, model.tokenizer)
+    unknown = unknown_id(tokenizer)
+    if unknown is None:
+        return
+    n_tokens = n_unknown = 0
+    for row in islice(cast(Iterable[dict[str, Any]], dataset), ROWS_LOOKED_AT):
+        text = row[column]
+        # Other values are refused where they are read; who writes the token's name means it.
+        if not isinstance(text, str) or tokenizer.unk_token in text:
+            continue
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        n_tokens, n_unknown = n_tokens + len(ids), n_unknown + ids.count(unknown)
+        if n_tokens >= TOKENS_LOOKED_AT:
+            break
+    if n_unknown > 0:
+        warnings.warn(
+            f"Of the first {n_tokens:,} tokens of {name}, {n_unknown:,} ({n_unknown / n_tokens:.1%}) stand for what the"
+            f" tokenizer of {model_name(model)} does not know, and reads as {tokenizer.unk_token!r}:"
+            " model.to_str_tokens(text) shows where. Give text of words that the model knows.",
+            stacklevel=3,
+        )
+
+
 def _check_bos(model: HookedModel, prepend_bos: bool) -> None:
     tokenizer: Any = model.tokenizer
     if prepend_bos and tokenizer.bos_token_id is None:
@@ -266,6 +313,10 @@ def _check_text_size(
 
 
 def _check_size(n_tokens: int, name: str, context_size: int, batch_size: int) -> None:
+    if n_tokens == 0:
+        raise DatasetError(
+            f"{name} does not fill one prompt of {context_size} tokens. Give more data, or a smaller context_size."
+        )
     if n_tokens < batch_size:
         raise DatasetError(
             f"{name} has {n_tokens} tokens in prompts of {context_size}, fewer than one batch of"

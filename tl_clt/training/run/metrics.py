@@ -78,6 +78,14 @@ class Metrics(NamedTuple):
             f"{self.l0_mean_per_layer:.3g} features of a layer are active at a token (by layer {min(l0):.3g} to"
             f" {max(l0):.3g}{wanted}), and {self.dead_share:.0%} of all features at none of them.",
         ]
+        worse = [layer for layer, of_layer in enumerate(ev) if of_layer < 0]
+        if worse:
+            said.append(
+                f"In layers {_joined(worse)} it is worse than the mean output would be (explained variance below 0)."
+                " The run may be too short (give more training_tokens), lr too high, or too few features active (raise"
+                " target_l0 or k, or lower sparsity_coefficient, whichever was set); or the text has tokens of very"
+                " large norm, which training left out and these metrics count."
+            )
         silent = [layer for layer, of_layer in enumerate(l0) if of_layer == 0]
         if silent:
             sentences.append(

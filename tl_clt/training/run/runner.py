@@ -21,6 +21,7 @@ import torch
 import wandb
 from sae_lens.config import LoggingConfig
 from sae_lens.saes.sae import SAEMetadata
+from wandb.errors import Error as WandbError
 
 from tl_clt.arguments import shown
 from tl_clt.errors import ConfigError, NotFinite, NotWritten, OutputNotEmpty, TrainingWarning
@@ -666,19 +667,28 @@ def _wandb(cfg: CLTTrainingRunnerConfig, start: Start, grid: ProcessGrid) -> Ite
     """Within the block, a Weights & Biases run is open where the config asks for one: that of a resumed run goes on.
 
     What other processes than the main one log goes nowhere.
+
+    Raises:
+        ConfigError: Weights & Biases knows no account here, or cannot be reached.
     """
     if not cfg.log_to_wandb:
         yield
         return
     run_id = None if start.checkpoint is None else start.checkpoint.about["wandb_run_id"]
-    run = wandb.init(
-        project=cfg.wandb_project,
-        entity=cfg.wandb_entity,
-        name=cfg.run_name,
-        config=cfg.to_dict(),
-        mode=None if grid.is_main else "disabled",
-        id=run_id,
-        resume=None if run_id is None else "must",
-    )
+    try:
+        run = wandb.init(
+            project=cfg.wandb_project,
+            entity=cfg.wandb_entity,
+            name=cfg.run_name,
+            config=cfg.to_dict(),
+            mode=None if grid.is_main else "disabled",
+            id=run_id,
+            resume=None if run_id is None else "must",
+        )
+    except WandbError as error:
+        raise ConfigError(
+            f"log_to_wandb is True, but Weights & Biases has no run for this one ({error}) Log in with `wandb login`,"
+            " set WANDB_MODE=offline in the environment, or leave log_to_wandb out."
+        ) from error
     with run:
         yield

@@ -267,8 +267,14 @@ class CLTTrainer(SAETrainer[TrainingCLT, TrainingCLTConfig]):
         return sae.step_output(step, step_input, acts, hidden_pre)
 
     def _checkpoint_if_needed(self) -> None:
-        if self.after_step is not None:
-            self.after_step(self)
+        try:
+            if self.after_step is not None:
+                self.after_step(self)
+        except KeyboardInterrupt:
+            # After its checkpoint, which has this step: what goes on from there does not make its line again.
+            if self.progress is not None:
+                self.progress.done(self)
+            raise
         if self.progress is not None:
             self.progress.done(self)
 
