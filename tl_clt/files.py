@@ -18,6 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,12 @@ def require_new(path: Path) -> None:
         if path.is_dir() and any(path.iterdir()):
             raise OutputNotEmpty(f"'{path}' is not empty. Give a new folder, or empty it first.")
         _require_place(path, path)
+
+
+def interrupted_beside(output: Path) -> Path:
+    """Where Ctrl-C leaves what was to become `output`: OUTPUT-interrupted, or OUTPUT-interrupted-2 and so on."""
+    paths = (output.with_name(f"{output.name}-interrupted" + (f"-{i}" if i > 1 else "")) for i in count(1))
+    return next(path for path in paths if not path.exists())
 
 
 def require_file(path: Path) -> None:

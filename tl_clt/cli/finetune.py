@@ -54,11 +54,10 @@ def finetune(
     Ctrl-C leaves the CLT as it is then in OUTPUT-interrupted. `finetuning.json` beside a CLT says how it was made.
     """
     with plain_errors():
-        from tl_clt.files import require_new
+        from tl_clt.files import interrupted_beside, require_new
 
         require_new(output)
-        partial = output.with_name(f"{output.name}-interrupted")
-        require_new(partial)
+        partial = interrupted_beside(output)
         interruption.kept = lambda: f"The CLT is in {output}." if output.exists() else "Nothing was written."
         with console.status("Loading the model and the CLT"):
             from tl_clt.finetuning import FinetuningInterrupted

@@ -25,7 +25,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NamedTuple
@@ -38,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tl_clt.errors import CheckpointError, NotWritten, TlCltError, TrainingWarning
-from tl_clt.files import READING_ERRORS, read_json, require_file, require_new
+from tl_clt.files import READING_ERRORS, interrupted_beside, read_json, require_file, require_new
 from tl_clt.training.clt import TrainingCLT
 from tl_clt.training.config import CLTTrainingRunnerConfig
 from tl_clt.training.data.batches import ActivationScale, ChunkPlace, DataCounts, Position
@@ -644,9 +643,7 @@ def folder_if_interrupted(cfg: CLTTrainingRunnerConfig) -> Path | None:
     """Where Ctrl-C leaves a checkpoint: `checkpoint_path`, else a new folder beside `output_path`, if there is one."""
     if cfg.checkpoint_path is not None or cfg.output_path is None:
         return None if cfg.checkpoint_path is None else Path(cfg.checkpoint_path)
-    output = Path(cfg.output_path)
-    folders = (output.with_name(f"{output.name}-interrupted" + (f"-{i}" if i > 1 else "")) for i in count(1))
-    return next(folder for folder in folders if not folder.exists())
+    return interrupted_beside(Path(cfg.output_path))
 
 
 SAME_PRESS_SECONDS = 1.0

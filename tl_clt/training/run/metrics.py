@@ -80,7 +80,7 @@ class Metrics(NamedTuple):
         ]
         worse = [layer for layer, of_layer in enumerate(ev) if of_layer < 0]
         if worse:
-            said.append(
+            sentences.append(
                 f"In layers {_joined(worse)} it is worse than the mean output would be (explained variance below 0)."
                 " The run may be too short (give more training_tokens), lr too high, or too few features active (raise"
                 " target_l0 or k, or lower sparsity_coefficient, whichever was set); or the text has tokens of very"
