@@ -626,14 +626,30 @@ def test_benchmark_judges_known_circuits(tmp_path):
     assert sorted(report.table.query("kind == 'neurons'")["sparsity"]) == [0.1, 1.0]
 
 
-def test_benchmark_keeps_what_it_judged_when_something_later_fails(tmp_path):
+def test_benchmark_keeps_what_it_judged_when_something_later_fails(tmp_path, monkeypatch):
     from tl_clt.benchmark import BenchmarkReport
+    from tl_clt.benchmark.judges import JUDGES
+    from tl_clt.errors import NotFinite
+
+    hops = JUDGES["hops"]
+
+    def diverging(name):
+        judge = hops(name)
+
+        def make(candidate, n_steps):
+            if candidate.sparsity == 3:
+                raise NotFinite("The loss is infinite.")
+            return judge.make(candidate, n_steps)
+
+        return judge._replace(make=make)
 
     options = ("--judge", "hops", "--n-seeds", "1", "--n-steps", "5", "--n-pairs", "4", "--n-graphs", "1")
     options += ("--kind", "clt", "--output", str(tmp_path / "b"))
-    output = " ".join(run("benchmark", *options, "--k", "2", "--k", "99", status=1).split())
+    with monkeypatch.context() as patched:
+        patched.setitem(JUDGES, "hops", diverging)
+        output = " ".join(run("benchmark", *options, "--k", "2", "--k", "3", status=1).split())
     record = tmp_path / "b.runs.jsonl"
-    assert "k is 99" in output and f"judged already is in {record}" in output and not (tmp_path / "b").exists()
+    assert "loss is infinite" in output and f"judged already is in {record}" in output and not (tmp_path / "b").exists()
     [line] = record.read_text().splitlines()
     output = run("benchmark", *options, "--k", "2", "--k", "3")
     report = BenchmarkReport.from_json((tmp_path / "b" / "report.json").read_text())
